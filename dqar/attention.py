@@ -1,0 +1,442 @@
+"""DQAR on a diffusers transformer: one attention processor per self-attention layer, one hook on the model.
+
+Nothing of the model is edited or subclassed: processors are swapped with ``Attention.set_processor``, the hook sits in
+diffusers' ``HookRegistry``, and the scheduler's ``step`` is watched for the guided prediction while a run lasts.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch.nn import functional as F
+
+from dqar import stats
+from dqar.cache import CacheEntry
+from dqar.config import DQARConfig
+from dqar.controller import DQARController
+from dqar.trace import Trace
+
+HOOK_NAME = "dqar"
+# How the pipelines of each model stack the branches of classifier-free guidance in one batch.
+BRANCH_ORDER = {"DiTTransformer2DModel": ("cond", "uncond"), "PixArtTransformer2DModel": ("uncond", "cond")}
+
+
+def apply_dqar(pipe: Any, config: DQARConfig | None = None, prompt_length: int | None = None) -> DQARSession:
+    """Attaches DQAR to a diffusers pipeline or transformer; use as context manager, or end with ``remove_dqar``.
+
+    Args:
+        pipe: a pipeline with a DiT-like ``transformer``, or the transformer. A transformer alone has no scheduler to
+            predict x0 with, so that its SNR is unknown and only an SNR range of ``(0, inf)`` opens the gate.
+        config: the deck's defaults if left out.
+        prompt_length: words of the prompt or label, for slide 5's τ(p); ``None`` leaves the threshold as it is.
+
+    Returns:
+        The session: its ``trace`` and ``controller`` stay readable after removal.
+
+    Raises:
+        ValueError: no self-attention that DQAR can take over, or DQAR is there already.
+    """
+    transformer = getattr(pipe, "transformer", pipe)
+    layers = _self_attention_layers(transformer)
+    if _find_session(transformer) is not None:
+        raise ValueError("DQAR is already applied to this transformer: call remove_dqar first")
+    return DQARSession(pipe, transformer, layers, config or DQARConfig(), prompt_length)
+
+
+def remove_dqar(pipe: Any) -> None:
+    """Takes DQAR off a pipeline or transformer and frees its cache; does nothing where it isn't applied."""
+    session = _find_session(getattr(pipe, "transformer", pipe))
+    if session is not None:
+        session.remove()
+
+
+class DQARSession:
+    """DQAR on one model: the controller, its trace, and what has to be put back."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        transformer: torch.nn.Module,
+        layers: list[Attention],
+        config: DQARConfig,
+        prompt_length: int | None,
+    ):
+        self.controller = DQARController(len(layers), config)
+        self._pipe, self._transformer, self._prompt_length = pipe, transformer, prompt_length
+        self._layers = layers
+        self._originals = [layer.processor for layer in layers]
+        self._had_registry = hasattr(transformer, "_diffusers_hook")
+        self._watched: Any = None
+        self._forget_run()
+        for layer_id, layer in enumerate(layers):
+            layer.set_processor(DQARAttnProcessor(self, layer_id))
+        HookRegistry.check_if_exists_or_initialize(transformer).register_hook(_DQARHook(self), HOOK_NAME)
+
+    def __enter__(self) -> DQARSession:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    @property
+    def trace(self) -> Trace:
+        """One row per site of every run since DQAR was applied."""
+        return self.controller.trace
+
+    def remove(self) -> None:
+        """Restores processors, hooks and scheduler, and empties the cache."""
+        if _find_session(self._transformer) is not self:
+            return
+        for layer, original in zip(self._layers, self._originals, strict=True):
+            layer.set_processor(original)
+        registry = self._transformer._diffusers_hook
+        registry.remove_hook(HOOK_NAME, recurse=False)
+        if not self._had_registry and not registry.hooks:
+            del self._transformer._diffusers_hook
+            del self._transformer.forward  # the instance attribute; the class's method is underneath
+        self._watch_scheduler(None)
+        self._forget_run()
+
+    # --- the run -----------------------------------------------------------------------------------------------------
+
+    def _forget_run(self) -> None:
+        self.controller.reset()
+        self._step_index = -1
+        self._timesteps: torch.Tensor | None = None
+        self._run_labels: torch.Tensor | None = None
+        self._last_timestep = math.inf
+        self._inputs: tuple[tuple, dict] | None = None
+        self._latents: torch.Tensor | None = None
+        # Of the step before, still on the device until the next step brings all its numbers over at once.
+        self._output_sum: torch.Tensor | None = None
+        self._predicted_clean: torch.Tensor | None = None
+        self._predicted_snr: torch.Tensor | None = None
+
+    def begin_forward(self, args: tuple, kwargs: dict) -> None:
+        """Finds out which step of which run this forward pass is, and opens it in the controller."""
+        latents = kwargs.get("hidden_states", args[0] if args else None)
+        labels = kwargs.get("class_labels", kwargs.get("encoder_hidden_states"))
+        scheduler = getattr(self._pipe, "scheduler", None)
+        timesteps = getattr(scheduler, "timesteps", None)
+        if self._is_new_run(latents, labels, timesteps, kwargs.get("timestep")):
+            self._forget_run()
+            self._begin_run(latents, labels, scheduler)
+        norm, snr = self._close_step(latents)
+        self._step_index += 1
+        step = self._step_index
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"the latents hold NaN or inf at step {step}, before layer 0")
+        if self._timesteps is not None:
+            timestep, total_steps = self._timestep_values[step], len(self._timestep_values)
+            alpha_bar = self._alpha_bars[step]
+        else:
+            timestep = _first_value(kwargs.get("timestep"))
+            self._first_timestep = timestep if step == 0 else self._first_timestep
+            # Evenly spaced timesteps from the first one down to zero tell how many there are.
+            passed = self._first_timestep - timestep
+            total_steps = max(step + 1, round(step * (self._first_timestep + 1) / passed)) if passed > 0 else step + 1
+            alpha_bar = None
+        self._last_timestep = timestep
+        self._latents, self._inputs = latents, (args, kwargs)
+        self.controller.begin_step(
+            step,
+            total_steps,
+            snr=snr,
+            prompt_length=self._prompt_length,
+            snr_schedule=None if alpha_bar is None else float(stats.schedule_snr(alpha_bar)),
+            latent_norm=norm,
+            timestep=timestep,
+        )
+
+    def end_forward(self, output: Any) -> None:
+        """Keeps an eye on the output: a run that is no longer finite is stopped, naming step and layer."""
+        self._output_sum = output[0].sum(dtype=torch.float32)
+        if self._timesteps is None or self._step_index + 1 == len(self._timestep_values):
+            self._check_output(self._output_sum.item())
+            self._output_sum = None
+
+    def _close_step(self, latents: torch.Tensor) -> tuple[float, float | None]:
+        """Brings over what the step before left on the device, with the norm and SNR of the new latents.
+
+        One transfer: ‖x_t‖₂ and SNR by the newest predicted x0 (means over the batch), the last output's sum and the
+        last step's SNR by its own prediction.
+        """
+        numbers = {"norm": latents.flatten(1).float().norm(dim=1).mean()}
+        if self._predicted_clean is not None:
+            numbers["snr"] = stats.snr(self._predicted_clean, latents[: len(self._predicted_clean)]).mean()
+            numbers["last_snr"] = self._predicted_snr
+        if self._output_sum is not None:
+            numbers["output"] = self._output_sum
+        values = dict(zip(numbers, torch.stack(list(numbers.values())).tolist(), strict=True))
+        self._check_output(values.get("output", 0.0))
+        if "last_snr" in values:
+            self.controller.complete_step(values["last_snr"])
+        return values["norm"], values.get("snr")
+
+    def _check_output(self, output_sum: float) -> None:
+        if not math.isfinite(output_sum):
+            layer = self._first_bad_layer()
+            raise FloatingPointError(f"the model's output holds NaN or inf at step {self._step_index}, {layer}")
+
+    def _is_new_run(self, latents, labels, timesteps, timestep) -> bool:
+        if self._latents is None or timesteps is not self._timesteps:
+            return True
+        if timesteps is not None and self._step_index + 1 >= len(timesteps):
+            return True
+        # Pipelines pass the same label tensor at every step; only another object has to be looked into.
+        if labels is not self._run_labels and (
+            labels is None or self._run_labels is None or not _same(labels, self._run_labels)
+        ):
+            return True
+        if timesteps is None and _first_value(timestep) >= self._last_timestep:
+            return True
+        if latents.shape != self._latents.shape:
+            raise ValueError(
+                f"the batch changed in mid-run: step {self._step_index + 1} has latents {tuple(latents.shape)}, "
+                f"the run began with {tuple(self._latents.shape)}; start a new run with scheduler.set_timesteps"
+            )
+        return False
+
+    def _begin_run(self, latents: torch.Tensor, labels: torch.Tensor | None, scheduler: Any) -> None:
+        self._run_labels = labels
+        self._slices = self._branch_slices(latents, labels)
+        self._timesteps = getattr(scheduler, "timesteps", None)
+        if scheduler is None:
+            if self.controller.config.gates_on_snr and self.controller.config.schedule != "none":
+                warnings.warn(
+                    "DQAR on a bare transformer knows no SNR, so the gate stays closed: apply it to the pipeline, "
+                    "or set snr_range=(0, inf) and no policy",
+                    stacklevel=2,
+                )
+            return
+        self._timestep_values = [float(t) for t in self._timesteps.tolist()]
+        self._alpha_bars = _alpha_bars(scheduler, self._timestep_values)
+        self._watch_scheduler(scheduler)
+
+    def _branch_slices(self, latents: torch.Tensor, labels: torch.Tensor | None) -> dict[str, slice]:
+        """Which part of the batch is which branch; guidance doubles the batch, with equal latents in both halves."""
+        batch = len(latents)
+        half = batch // 2
+        if batch % 2 == 0 and torch.equal(latents[:half], latents[half:]):
+            order = BRANCH_ORDER.get(type(self._transformer).__name__, ("cond", "uncond"))
+            null = getattr(self._transformer.config, "num_embeds_ada_norm", None)
+            is_class_label = labels is not None and labels.ndim == 1
+            if not is_class_label or bool((labels[half:] == null).all()):
+                return {order[0]: slice(0, half), order[1]: slice(half, batch)}
+        return {"cond": slice(0, batch)}
+
+    def _watch_scheduler(self, scheduler: Any) -> None:
+        """Sees each guided prediction on its way into ``scheduler.step``; ``None`` stops watching."""
+        if self._watched is scheduler:
+            return
+        if self._watched is not None:
+            del self._watched.step
+        self._watched = scheduler
+        if scheduler is None:
+            return
+        original = scheduler.step
+
+        def step(model_output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            self._see_prediction(model_output)
+            return original(model_output, *args, **kwargs)
+
+        scheduler.step = step
+
+    def _see_prediction(self, model_output: torch.Tensor) -> None:
+        if self._latents is None:
+            return
+        # What reaches the model is variance-preserving under every scheduler, after scale_model_input.
+        latents = self._latents[: len(model_output)]
+        alpha_bar = self._alpha_bars[self._step_index]
+        clean = predicted_clean(latents, model_output, alpha_bar, self._watched.config.prediction_type)
+        self._predicted_clean, self._predicted_snr = clean, stats.snr(clean, latents).mean()
+        if self._step_index + 1 == len(self._timestep_values):
+            self.controller.complete_step(self._predicted_snr.item())
+
+    def _first_bad_layer(self) -> str:
+        """Repeats the failed forward pass without DQAR and finds the first block whose output isn't finite."""
+        bad: list[int] = []
+
+        def look(layer_id):
+            def hook(_module, _args, output):
+                if not output.isfinite().all():
+                    bad.append(layer_id)
+
+            return hook
+
+        args, kwargs = self._inputs
+        transformer = self._transformer
+        handles = [b.register_forward_hook(look(i)) for i, b in enumerate(transformer.transformer_blocks)]
+        self.remove()
+        try:
+            with torch.no_grad():
+                transformer(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return f"first in layer {bad[0]}" if bad else "after the last layer, or in a reused one"
+
+
+class DQARAttnProcessor:
+    """Takes the place of ``AttnProcessor2_0``: asks the controller, then computes, reuses, or both by branch."""
+
+    def __init__(self, session: DQARSession, layer_id: int):
+        self.session, self.layer_id = session, layer_id
+        self.original = session._layers[layer_id].processor
+
+    def __call__(self, attn: Attention, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        controller, layer_id = self.session.controller, self.layer_id
+        slices = self.session._slices
+        decisions = {branch: controller.should_reuse(layer_id, branch) for branch in slices}
+        fresh = {branch: rows for branch, rows in slices.items() if not decisions[branch].use_cache}
+        cached = {branch: d.entry for branch, d in decisions.items() if d.use_cache}
+        if controller.config.reuse_target == "kv":
+            output = self._with_keys_and_values(attn, hidden_states, fresh, cached)
+        elif not cached:
+            output = self._compute(attn, hidden_states, slices)
+        else:
+            parts = {branch: entry.output.dequantize() for branch, entry in cached.items()}
+            for branch, rows in fresh.items():
+                parts[branch] = self._compute(attn, hidden_states[rows], {branch: slice(None)})
+            output = torch.cat([parts[branch] for branch in slices]) if len(parts) > 1 else next(iter(parts.values()))
+        for entry in cached.values():
+            controller.reuse(entry)
+        return output
+
+    def _compute(self, attn: Attention, hidden_states: torch.Tensor, slices: dict[str, slice]) -> torch.Tensor:
+        """Full attention for the whole of ``hidden_states``, entropy if wanted, output committed by branch."""
+        controller = self.session.controller
+        entropy = None
+        if controller.config.measures_entropy:
+            query, key, value = (layer(hidden_states) for layer in (attn.to_q, attn.to_k, attn.to_v))
+            output, entropy = self._attend(attn, query, key, value)
+        else:
+            output = self.original(attn, hidden_states)
+        self._commit(slices, entropy, hidden_states.shape[1], output=output)
+        return output
+
+    def _with_keys_and_values(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        fresh: dict[str, slice],
+        cached: dict[str, CacheEntry],
+    ) -> torch.Tensor:
+        """Fresh queries for all; keys and values from the cache where a branch is reused (slide 9)."""
+        controller = self.session.controller
+        if not cached and not controller.wants_commit(self.layer_id):
+            return self._compute(attn, hidden_states, fresh)
+        query = attn.to_q(hidden_states)
+        if not cached:
+            key, value = attn.to_k(hidden_states), attn.to_v(hidden_states)
+        else:
+            parts = {branch: (entry.k.dequantize(), entry.v.dequantize()) for branch, entry in cached.items()}
+            for branch, rows in fresh.items():
+                parts[branch] = (attn.to_k(hidden_states[rows]), attn.to_v(hidden_states[rows]))
+            keys, values = zip(*(parts[branch] for branch in self.session._slices), strict=True)
+            key, value = torch.cat(keys), torch.cat(values)
+        output, entropy = self._attend(attn, query, key, value, controller.config.measures_entropy and bool(fresh))
+        self._commit(fresh, entropy, hidden_states.shape[1], keys=key, values=value)
+        return output
+
+    def _attend(
+        self, attn: Attention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, measure: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The same operations as ``AttnProcessor2_0``, bit for bit, from projections ``[B, N, C]``; entropy ``[B, H]``."""
+        query, key, value = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value))
+        query = query if attn.norm_q is None else attn.norm_q(query)
+        key = key if attn.norm_k is None else attn.norm_k(key)
+        if measure:
+            queries = self.session.controller.config.entropy_queries
+            output, entropy = stats.fused_attention_with_entropy(query, key, value, num_queries=queries)
+        else:
+            output, entropy = F.scaled_dot_product_attention(query, key, value), None
+        output = output.transpose(1, 2).flatten(2)
+        return attn.to_out[1](attn.to_out[0](output)), entropy
+
+    def _commit(
+        self, slices: dict[str, slice], entropy: torch.Tensor | None, tokens: int, **tensors: torch.Tensor
+    ) -> None:
+        controller = self.session.controller
+        for branch, rows in slices.items():
+            measured = None if entropy is None else entropy[rows]
+            if controller.wants_commit(self.layer_id):
+                kept = {name: tensor[rows] for name, tensor in tensors.items()}
+                controller.commit(self.layer_id, branch, entropy=measured, **kept)
+            else:
+                controller.record(self.layer_id, branch, measured, tokens)
+
+
+class _DQARHook(ModelHook):
+    """Opens and closes a step around the transformer's forward pass."""
+
+    def __init__(self, session: DQARSession):
+        super().__init__()
+        self.session = session
+
+    def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
+        self.session.begin_forward(args, kwargs)
+        return args, kwargs
+
+    def post_forward(self, module: torch.nn.Module, output: Any) -> Any:
+        self.session.end_forward(output)
+        return output
+
+
+def predicted_clean(
+    latents: torch.Tensor, model_output: torch.Tensor, alpha_bar: float, prediction_type: str
+) -> torch.Tensor:
+    """x0 as the model predicts it, from variance-preserving ``latents`` ``[B, C, H, W]`` at noise level ᾱ."""
+    signal, noise = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
+    if prediction_type == "epsilon":
+        return (latents - noise * model_output) / signal
+    if prediction_type == "v_prediction":
+        return signal * latents - noise * model_output
+    if prediction_type == "sample":
+        return model_output
+    raise ValueError(f"prediction_type={prediction_type!r} is not accepted: epsilon, v_prediction or sample")
+
+
+def _alpha_bars(scheduler: Any, timesteps: list[float]) -> list[float]:
+    """ᾱ at each step: from the scheduler's own sigmas where it has them, else at the (whole) timesteps."""
+    sigmas = getattr(scheduler, "sigmas", None)
+    if sigmas is not None and len(sigmas) == len(timesteps) + 1:
+        return [1 / (1 + sigma**2) for sigma in sigmas[:-1].tolist()]
+    return [scheduler.alphas_cumprod[int(t)].item() for t in timesteps]
+
+
+def _self_attention_layers(transformer: Any) -> list[Attention]:
+    blocks = getattr(transformer, "transformer_blocks", None) or []
+    layers = [block.attn1 for block in blocks if isinstance(getattr(block, "attn1", None), Attention)]
+    if not layers or len(layers) != len(blocks):
+        raise ValueError(
+            f"{type(transformer).__name__} has no attention that DQAR can take over: needs `transformer_blocks` with a "
+            f"diffusers `attn1` each, as in {' or '.join(BRANCH_ORDER)}"
+        )
+    for layer_id, layer in enumerate(layers):
+        processor = layer.processor
+        if not isinstance(processor, (AttnProcessor2_0, DQARAttnProcessor)):
+            raise ValueError(
+                f"layer {layer_id} has the attention processor {type(processor).__name__}: DQAR takes the place of "
+                "AttnProcessor2_0 only"
+            )
+    return layers
+
+
+def _find_session(transformer: Any) -> DQARSession | None:
+    registry = getattr(transformer, "_diffusers_hook", None)
+    hook = registry.get_hook(HOOK_NAME) if registry is not None else None
+    return hook.session if hook is not None else None
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a, b)
+
+
+def _first_value(timestep: torch.Tensor | float) -> float:
+    return float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep)

@@ -1,0 +1,126 @@
+"""The configuration of a DQAR run: frozen, and validated once, when it is made."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from dqar.quantizer import QuantizeMode
+from dqar.scheduler import ScheduleKind
+
+if TYPE_CHECKING:
+    from dqar.policy import ReusePolicy
+
+ReuseTarget = Literal["kv", "output"]
+EntropyUnit = Literal["nats", "normalized"]
+SNRSource = Literal["predicted", "schedule"]
+
+
+def check(field: str, value: Any, ok: bool, accepted: str) -> None:
+    """Raises the project's one kind of ``ValueError``: field, value, what is accepted."""
+    if not ok:
+        raise ValueError(f"{field}={value!r} is not accepted: {accepted}")
+
+
+def check_choice(field: str, value: Any, choices: tuple) -> None:
+    """``check`` for a value out of a short list."""
+    check(field, value, value in choices, f"choose one of {', '.join(map(repr, choices))}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+@dataclass(frozen=True)
+class DQARConfig:
+    """When a site may be reused, what is reused, and in how many bits it is kept. Defaults are the deck's.
+
+    A *site* is one attention layer at one step in one CFG branch.
+
+    Attributes:
+        entropy_threshold: reuse needs ``H < τ(p)``, with this as base; in ``entropy_unit`` (slide 5). ``inf`` leaves
+            the entropy out of the decision, and then it is not computed either.
+        snr_range: reuse needs ``SNR`` within, both ends included (slide 5). ``(0, inf)`` leaves it out.
+        quantize_bits: 8, 4 or 2, or 16 for no quantization: the cache keeps the model's own dtype.
+        quantize_mode: what shares one scale (slide 6): the sample's whole tensor, a channel, or a token.
+        mixed_precision: K in 16 bit, V quantized (slide 6); only with ``reuse_target="kv"``.
+        reuse_target: ``"kv"``: fresh Q on cached K and V (slide 9); ``"output"``: the attention layer's cached output.
+        schedule: which layers may reuse at a step (slide 8); see ``dqar.scheduler``.
+        static_interval: n of the ``"static"`` schedule: every n-th step computes, the others may reuse.
+        max_reuse_streak: steps in a row that one cached result may serve, before it is computed afresh.
+        warmup: first steps that always compute.
+        policy: a trained ``ReusePolicy`` that decides instead of the entropy and SNR rule (slide 7).
+        entropy_unit: ``"nats"`` as in the deck, or ``"normalized"``: H / ln N, between 0 and 1.
+        snr_source: ``"predicted"``: against the scheduler's newest predicted x0; ``"schedule"``: ᾱ / (1 − ᾱ).
+        entropy_queries: estimate the entropy from so many evenly spaced queries; ``None`` takes all of them.
+        record_entropy: measure it for the trace even where the decision doesn't need it.
+
+    Raises:
+        ValueError: names the field, the value and what is accepted.
+    """
+
+    entropy_threshold: float = 2.0
+    snr_range: tuple[float, float] = (0.5, 50.0)
+    quantize_bits: int = 8
+    quantize_mode: QuantizeMode = "per_channel"
+    mixed_precision: bool = False
+    reuse_target: ReuseTarget = "kv"
+    schedule: ScheduleKind = "depth_aware"
+    static_interval: int = 2
+    max_reuse_streak: int = 3
+    warmup: int = 0
+    policy: ReusePolicy | None = None
+    entropy_unit: EntropyUnit = "nats"
+    snr_source: SNRSource = "predicted"
+    entropy_queries: int | None = None
+    record_entropy: bool = False
+
+    def __post_init__(self):
+        threshold = self.entropy_threshold
+        check("entropy_threshold", threshold, _is_number(threshold) and threshold >= 0, "a number from 0 to inf")
+        bounds = self.snr_range
+        ordered = (
+            isinstance(bounds, (tuple, list))
+            and len(bounds) == 2
+            and all(map(_is_number, bounds))
+            and 0 <= bounds[0] <= bounds[1]
+        )
+        check("snr_range", bounds, ordered, "two numbers, 0 <= low <= high")
+        object.__setattr__(self, "snr_range", tuple(bounds))
+        check_choice("quantize_bits", self.quantize_bits, (16, 8, 4, 2))
+        check_choice("quantize_mode", self.quantize_mode, get_args(QuantizeMode))
+        check_choice("reuse_target", self.reuse_target, get_args(ReuseTarget))
+        check_choice("schedule", self.schedule, get_args(ScheduleKind))
+        check_choice("entropy_unit", self.entropy_unit, get_args(EntropyUnit))
+        check_choice("snr_source", self.snr_source, get_args(SNRSource))
+        for flag in ("mixed_precision", "record_entropy"):
+            check_choice(flag, getattr(self, flag), (True, False))
+        if self.mixed_precision:
+            check("mixed_precision", True, self.reuse_target == "kv", "only with reuse_target='kv'")
+            check("mixed_precision", True, self.quantize_bits < 16, "only with quantize_bits 8, 4 or 2")
+        check("static_interval", self.static_interval, _is_count(self.static_interval, 2), "an int of 2 or more")
+        check("max_reuse_streak", self.max_reuse_streak, _is_count(self.max_reuse_streak, 1), "an int of 1 or more")
+        check("warmup", self.warmup, _is_count(self.warmup, 0), "an int of 0 or more")
+        queries = self.entropy_queries
+        check("entropy_queries", queries, queries is None or _is_count(queries, 1), "None or an int of 1 or more")
+        check("policy", self.policy, self.policy is None or callable(self.policy), "None or a ReusePolicy")
+
+    @property
+    def gates_on_entropy(self) -> bool:
+        """Whether a decision needs the attention entropy."""
+        return self.policy is not None or self.entropy_threshold < math.inf
+
+    @property
+    def gates_on_snr(self) -> bool:
+        """Whether a decision needs the SNR."""
+        return self.policy is not None or self.snr_range != (0, math.inf)
+
+    @property
+    def measures_entropy(self) -> bool:
+        """Whether entropy is computed at all; with ``schedule="none"`` no decision asks for it."""
+        return self.record_entropy or (self.gates_on_entropy and self.schedule != "none")

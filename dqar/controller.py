@@ -1,0 +1,255 @@
+"""The controller: slide 9's calls, and every decision with its reason."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from dqar import stats
+from dqar.cache import CacheEntry, QuantizedCache
+from dqar.config import DQARConfig, check, check_choice
+from dqar.policy import policy_features
+from dqar.scheduler import eligible_layers
+from dqar.trace import Trace
+
+BRANCHES = ("cond", "uncond")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether a site is reused, from which entry, and why or why not.
+
+    ``reason`` is ``"reuse"``, or the first condition that failed: ``"warmup"``, ``"schedule"``, ``"no cache"``,
+    ``"streak"``, then ``"policy"``, or ``"snr"`` and ``"entropy"``.
+    """
+
+    use_cache: bool
+    entry: CacheEntry | None
+    reason: str
+
+
+class DQARController:
+    """Decides site by site, keeps the cache and the trace. Knows no model: ``dqar.attention`` connects it to one.
+
+    Args:
+        num_layers: attention layers of the model, numbered from 0.
+        config: the deck's defaults if left out.
+    """
+
+    def __init__(self, num_layers: int, config: DQARConfig | None = None):
+        check("num_layers", num_layers, isinstance(num_layers, int) and num_layers >= 1, "an int of 1 or more")
+        self.num_layers = num_layers
+        self.config = config or DQARConfig()
+        self.cache = QuantizedCache(self.config)
+        self.trace = Trace()
+        self._run = -1
+        self._step: int | None = None
+        self._total_steps = 0
+
+    def reset(self) -> None:
+        """Forgets the cache and the position in the run; the next step begins a new one. The trace is kept."""
+        self.cache.clear()
+        self._step = None
+
+    def begin_step(
+        self,
+        step_index: int,
+        total_steps: int,
+        snr: torch.Tensor | float | None = None,
+        prompt_length: int | None = None,
+        *,
+        snr_schedule: float | None = None,
+        latent_norm: float | None = None,
+        timestep: float | None = None,
+    ) -> None:
+        """Opens a denoising step. A step that doesn't follow the last one begins a new run with an empty cache.
+
+        Args:
+            step_index: from 0 to ``total_steps - 1``.
+            total_steps: denoising steps of the run.
+            snr: the latents' SNR, a number or one per sample (then their mean decides).
+            prompt_length: words of the prompt; scales the entropy threshold by slide 5's τ(p). ``None``: unscaled.
+            snr_schedule: the noise schedule's ᾱ/(1 − ᾱ); decides instead if ``snr_source="schedule"``.
+            latent_norm: ‖x_t‖₂, a feature of the policy.
+            timestep: for the trace.
+        """
+        if not 0 <= step_index < total_steps:
+            raise ValueError(f"step_index={step_index} is not accepted: from 0 to total_steps - 1 = {total_steps - 1}")
+        if self._step is None or step_index <= self._step or total_steps != self._total_steps:
+            self.reset()
+            self._run += 1
+        self.trace.resolve()
+        self._step, self._total_steps = step_index, total_steps
+        if isinstance(snr, torch.Tensor):
+            snr = snr.float().mean().item()
+        self._snr, self._snr_schedule = snr, snr_schedule
+        self._gate_snr = snr_schedule if self.config.snr_source == "schedule" else snr
+        self._prompt_length, self._latent_norm, self._timestep = prompt_length, latent_norm, timestep
+        base = self.config.entropy_threshold
+        self._threshold = base if prompt_length is None or base == math.inf else stats.tau(base, prompt_length)
+        self._eligible = self._eligible_at(step_index)
+        self._eligible_next = self._eligible_at(step_index + 1)
+        self._reasons: dict[tuple[int, str], str] = {}
+        self._scores: dict[tuple[int, str], float] | None = None
+        self._first_row = len(self.trace)
+
+    def complete_step(self, snr: float) -> None:
+        """Writes the SNR by the step's own prediction, known only after the model ran, to the step's trace rows."""
+        for row in self.trace.rows[self._first_row :]:
+            row["snr"] = snr
+
+    def should_reuse(self, layer_id: int, branch: str = "cond") -> Decision:
+        """Decides for one layer and branch of the open step.
+
+        Raises:
+            ValueError: for a layer or branch that doesn't exist.
+            RuntimeError: before the first ``begin_step``.
+        """
+        self._check_site(layer_id, branch)
+        entry = self.cache.get(layer_id, branch)
+        reason = self._reason(layer_id, branch, entry)
+        self._reasons[layer_id, branch] = reason
+        use_cache = reason == "reuse"
+        return Decision(use_cache, entry if use_cache else None, reason)
+
+    def wants_commit(self, layer_id: int) -> bool:
+        """Whether what the layer computes now may be reused at the next step; if not, it needn't be cached."""
+        return layer_id in self._eligible_next
+
+    def reuse(self, entry: CacheEntry) -> None:
+        """Records that ``entry`` serves the open step."""
+        entry.streak += 1
+        self._add_row(entry.layer_id, entry.branch, "reuse", entry.nbytes, entry.row)
+
+    def commit(
+        self,
+        layer_id: int,
+        branch: str = "cond",
+        attn_map: torch.Tensor | None = None,
+        keys: torch.Tensor | None = None,
+        values: torch.Tensor | None = None,
+        clean_latent: torch.Tensor | None = None,
+        noisy_latent: torch.Tensor | None = None,
+        *,
+        entropy: torch.Tensor | float | None = None,
+        output: torch.Tensor | None = None,
+    ) -> None:
+        """Records a computed site and caches it for the next steps.
+
+        Args:
+            layer_id, branch: the site.
+            attn_map: attention map ``[B, H, Nq, Nk]``, for its entropy; or
+            entropy: the entropy itself, in nats: ``[B, H]``, ``[H]`` or a number.
+            keys, values: what ``reuse_target="kv"`` caches, ``[B, ..., channels]``.
+            output: what ``reuse_target="output"`` caches, ``[B, ..., channels]``.
+            clean_latent, noisy_latent: x0 and x_t, ``[B, ...]``, for the trace's SNR.
+        """
+        self._check_site(layer_id, branch)
+        per_head = None
+        if attn_map is not None:
+            per_head = stats.attention_entropy(attn_map, reduction="none").mean(0)
+        elif entropy is not None:
+            per_head = torch.as_tensor(entropy, dtype=torch.float32)
+            per_head = per_head.mean(0) if per_head.ndim == 2 else per_head.reshape(-1)
+        row = self._add_row(layer_id, branch, "compute", 0)
+        row["entropy_per_head"] = per_head
+        tokens = next((x.shape[-2] for x in (attn_map, keys, output) if x is not None and x.ndim > 1), None)
+        row["tokens"] = tokens
+        if clean_latent is not None and noisy_latent is not None:
+            row["snr"] = stats.snr(clean_latent, noisy_latent).mean().item()
+        entry = CacheEntry(layer_id, branch, row)
+        self.cache.put(entry, keys, values, output)
+        row["bytes"] = entry.nbytes
+
+    def record(self, layer_id: int, branch: str, entropy: torch.Tensor | None = None, tokens: int | None = None) -> None:
+        """Records a computed site that no later step will reuse, so that nothing is cached; entropy ``[B, H]``."""
+        row = self._add_row(layer_id, branch, "compute", 0)
+        row["entropy_per_head"] = None if entropy is None else entropy.mean(0)
+        row["tokens"] = tokens
+
+    def _check_site(self, layer_id: int, branch: str) -> None:
+        if self._step is None:
+            raise RuntimeError("no step is open: call begin_step first")
+        check("layer_id", layer_id, 0 <= layer_id < self.num_layers, f"an int from 0 to {self.num_layers - 1}")
+        check_choice("branch", branch, BRANCHES)
+
+    def _eligible_at(self, step: int) -> range:
+        if not self.config.warmup <= step < self._total_steps:
+            return range(0)
+        return eligible_layers(
+            step, self._total_steps, self.num_layers, self.config.schedule, self.config.static_interval
+        )
+
+    def _reason(self, layer_id: int, branch: str, entry: CacheEntry | None) -> str:
+        config = self.config
+        if self._step < config.warmup:
+            return "warmup"
+        if layer_id not in self._eligible:
+            return "schedule"
+        if entry is None or entry.empty:
+            return "no cache"
+        if entry.streak >= config.max_reuse_streak:
+            return "streak"
+        if config.policy is not None:
+            return "reuse" if self._policy_score(layer_id, branch) >= 0.5 else "policy"
+        low, high = config.snr_range
+        if config.gates_on_snr and not (self._gate_snr is not None and low <= self._gate_snr <= high):
+            return "snr"
+        if config.gates_on_entropy:
+            entropy = self._entropy(entry)
+            if config.entropy_unit == "normalized" and entropy is not None:
+                entropy /= math.log(entry.row["tokens"])
+            if entropy is None or not entropy < self._threshold:
+                return "entropy"
+        return "reuse"
+
+    def _entropy(self, entry: CacheEntry) -> float | None:
+        if isinstance(entry.row["entropy_per_head"], torch.Tensor):
+            self.trace.resolve()
+        return entry.row["entropy"]
+
+    def _policy_score(self, layer_id: int, branch: str) -> float:
+        # All sites of the step in one pass on the host: no layer waits for the device.
+        if self._scores is None:
+            entries = [entry for entry in self.cache if self._entropy(entry) is not None]
+            if None in (self._gate_snr, self._latent_norm):
+                raise ValueError("the policy needs begin_step's snr and latent_norm from the second step on")
+            features = [
+                policy_features(
+                    self._entropy(entry),
+                    self._gate_snr,
+                    self._latent_norm,
+                    self._step,
+                    self._total_steps,
+                    self._prompt_length or 1,
+                )
+                for entry in entries
+            ]
+            with torch.no_grad():
+                scores = self.config.policy(torch.tensor(features)).tolist()
+            self._scores = {(entry.layer_id, entry.branch): score for entry, score in zip(entries, scores, strict=True)}
+        return self._scores.get((layer_id, branch), 0.0)
+
+    def _add_row(self, layer_id: int, branch: str, decision: str, nbytes: int, source: dict | None = None) -> dict:
+        source = source or {}
+        return self.trace.add(
+            run=self._run,
+            step=self._step,
+            total_steps=self._total_steps,
+            timestep=self._timestep,
+            layer=layer_id,
+            branch=branch,
+            decision=decision,
+            reason=self._reasons.get((layer_id, branch), "not asked"),
+            entropy=source.get("entropy"),
+            entropy_per_head=source.get("entropy_per_head"),
+            age=self._step - source.get("step", self._step),
+            threshold=self._threshold,
+            snr=self._snr,
+            snr_gate=self._gate_snr,
+            snr_schedule=self._snr_schedule,
+            tokens=source.get("tokens"),
+            bytes=nbytes,
+        )

@@ -1,0 +1,106 @@
+"""What DQAR looks at: attention entropy and latent SNR (slide 4), and the threshold τ(p) (slide 5)."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch.nn import functional as F
+
+
+def attention_entropy(
+    attn_map: torch.Tensor, eps: float = 1e-6, reduction: Literal["mean", "sum", "none"] = "mean"
+) -> torch.Tensor:
+    """Entropy of attention maps ``[B, H, Nq, Nk]``, in nats, accumulated in float32 at least.
+
+    - ``"mean"``: ``-Σ_j A log A`` averaged over heads and queries, ``[B]``, between 0 and ln Nk;
+    - ``"sum"``: slide 4 to the letter, ``-(1/H) Σ_h Σ_ij A log(A + ε)``, ``[B]``: up to Nq·ln Nk;
+    - ``"none"``: averaged over queries only, ``[B, H]``.
+
+    Outside ``"sum"``, ε bounds the logarithm's argument from below instead of being added to it, which would lower
+    every entropy by Nk·ε nats.
+    """
+    if attn_map.ndim != 4:
+        raise ValueError(f"attn_map of shape {tuple(attn_map.shape)} is not accepted: needs [B, H, Nq, Nk]")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction={reduction!r} is not accepted: choose one of 'mean', 'sum', 'none'")
+    weights = attn_map.to(torch.promote_types(attn_map.dtype, torch.float32))
+    if reduction == "sum":
+        return -(weights * (weights + eps).log()).sum(dim=(2, 3)).mean(dim=1)
+    per_head = -(weights * weights.clamp_min(eps).log()).sum(dim=3).mean(dim=2)
+    return per_head.mean(dim=1) if reduction == "mean" else per_head
+
+
+def query_entropy(query: torch.Tensor, key: torch.Tensor, scale: float | None = None) -> torch.Tensor:
+    """Exact entropy of each query's attention, ``[B, H, Nq]`` float32 in nats, without the ``Nq × Nk`` map.
+
+    With scores s and weights p, ``-Σ p log p = logsumexp(s) - Σ p s``, and ``Σ_j p_j s_j = scale · q · (Σ_j p_j k_j)``:
+    one more attention call with the keys in the place of the values returns both. ``query`` and ``key`` are
+    ``[B, H, N, D]``; half precision is raised to float32.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    query, key = query.to(dtype), key.to(dtype)
+    # Shifting all keys by one vector leaves the weights as they are and keeps the two terms small.
+    key = key - key.mean(dim=2, keepdim=True)
+    if query.device.type == "cpu":
+        # The difference of two numbers near |s| loses |s|·2⁻²⁴: scores in the hundreds need float64.
+        bound = query.square().sum(-1).max() * key.square().sum(-1).max() * scale**2
+        if bound > 200.0**2:
+            query, key = query.double(), key.double()
+        mean_key, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, key, scale=scale)
+    else:
+        mean_key, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+            query, key, key, None, True, scale=scale
+        )
+        lse = lse[..., : query.shape[2]]  # padded to a multiple of 32
+    mean_score = (query * mean_key).sum(-1) * scale
+    return (lse - mean_score).clamp_min(0.0).float()
+
+
+def fused_attention_with_entropy(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float | None = None,
+    num_queries: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scaled dot-product attention and its entropy, without ever holding an attention map.
+
+    Args:
+        query, key, value: ``[B, H, N, D]``.
+        scale: factor of the scores; ``D ** -0.5`` by default.
+        num_queries: estimate the entropy from so many evenly spaced queries; all of them by default, which is exact.
+
+    Returns:
+        The output ``[B, H, N, D]``, bit for bit that of ``F.scaled_dot_product_attention``, and the entropy
+        ``[B, H]`` in nats, float32, averaged over queries.
+    """
+    output = F.scaled_dot_product_attention(query, key, value, scale=scale)
+    length = query.shape[2]
+    if num_queries is not None and num_queries < length:
+        # the middle of num_queries equal intervals; a plain stride would always pick one image column
+        rows = ((torch.arange(num_queries, device=query.device) + 0.5) * (length / num_queries)).long()
+        query = query[:, :, rows]
+    return output, query_entropy(query, key, scale).mean(dim=-1)
+
+
+def snr(clean: torch.Tensor, noisy: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    """Slide 4's ``‖x0‖² / (‖x_t − x0‖² + ε)`` per sample, ``[B]`` float32, of latents ``[B, ...]``."""
+    if clean.shape != noisy.shape:
+        raise ValueError(f"clean {tuple(clean.shape)} and noisy {tuple(noisy.shape)} must have the same shape")
+    clean, noisy = clean.flatten(1).float(), noisy.flatten(1).float()
+    return clean.square().sum(1) / ((noisy - clean).square().sum(1) + eps)
+
+
+def schedule_snr(alpha_bar: torch.Tensor | float) -> torch.Tensor | float:
+    """The noise schedule's own SNR, ``ᾱ / (1 − ᾱ)``."""
+    return alpha_bar / (1 - alpha_bar)
+
+
+def tau(base: float, prompt_length: int) -> float:
+    """Slide 5's threshold for a prompt of ``prompt_length`` words, ``base · √(p / 64)``."""
+    if prompt_length < 0:
+        raise ValueError(f"prompt_length={prompt_length!r} is not accepted: needs 0 or more")
+    return base * math.sqrt(prompt_length / 64)
