@@ -347,7 +347,7 @@ class DQARAttnProcessor:
     def _attend(
         self, attn: Attention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, measure: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The same operations as ``AttnProcessor2_0``, bit for bit, from projections ``[B, N, C]``; entropy ``[B, H]``."""
+        """``AttnProcessor2_0``'s operations, bit for bit, on projections ``[B, N, C]``; and the entropy ``[B, H]``."""
         query, key, value = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value))
         query = query if attn.norm_q is None else attn.norm_q(query)
         key = key if attn.norm_k is None else attn.norm_k(key)

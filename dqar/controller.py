@@ -163,7 +163,9 @@ class DQARController:
         self.cache.put(entry, keys, values, output)
         row["bytes"] = entry.nbytes
 
-    def record(self, layer_id: int, branch: str, entropy: torch.Tensor | None = None, tokens: int | None = None) -> None:
+    def record(
+        self, layer_id: int, branch: str, entropy: torch.Tensor | None = None, tokens: int | None = None
+    ) -> None:
         """Records a computed site that no later step will reuse, so that nothing is cached; entropy ``[B, H]``."""
         row = self._add_row(layer_id, branch, "compute", 0)
         row["entropy_per_head"] = None if entropy is None else entropy.mean(0)

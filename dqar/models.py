@@ -29,7 +29,8 @@ SCHEDULERS = {
     "dpm-solver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2}),
     "euler": (EulerDiscreteScheduler, {}),
 }
-DIGIT_NAMES = {str(i): name for i, name in enumerate("zero one two three four five six seven eight nine".split())}
+_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+DIGIT_NAMES = {str(digit): name for digit, name in enumerate(_NAMES)}
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,9 @@ def load_pipeline(profile: Profile) -> DiffusionPipeline:
         RuntimeError: no such device here.
     """
     if profile.device == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(f"profile {profile.name!r} needs a CUDA GPU and there is none: profile 'digits' runs on a CPU")
+        raise RuntimeError(
+            f"profile {profile.name!r} needs a CUDA GPU and there is none: profile 'digits' runs on a CPU"
+        )
     if profile.model == "digits":
         pipe = load_embedded("digits", profile.dtype)
     else:
@@ -194,9 +197,3 @@ def make_scheduler(name: str, like: SchedulerMixin) -> SchedulerMixin:
         raise ValueError(f"scheduler {name!r} is unknown: choose one of {', '.join(SCHEDULERS)}")
     cls, options = SCHEDULERS[name]
     return cls.from_config(like.config, **options)
-
-
-def prompt_words(pipe: DiffusionPipeline, class_label: int) -> int:
-    """Slide 5's p for a class-conditional model: the number of words in the label's name."""
-    names = [name for name, label in pipe.labels.items() if label == class_label]
-    return len(names[0].split()) if names else 1

@@ -16,7 +16,7 @@ FEATURES = ("entropy", "log_snr", "log_norm", "step_progress", "prompt_length")
 def policy_features(
     entropy: float, snr: float, norm: float, step: int, total_steps: int, prompt_length: int
 ) -> list[float]:
-    """Slide 7's five features, in its order: ``H, log(SNR + 1e-8), log(‖x_t‖ + 1e-8), t / (T − 1), min(p, 128) / 128``."""
+    """Slide 7's features, in its order: ``H, log(SNR + 1e-8), log(‖x_t‖ + 1e-8), t / (T − 1), min(p, 128) / 128``."""
     logs = torch.tensor([snr, norm], dtype=torch.float64).add(1e-8).log().tolist()
     return [entropy, *logs, step / max(total_steps - 1, 1), min(prompt_length, 128) / 128]
 

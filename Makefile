@@ -1,0 +1,32 @@
+# Everything runs in a virtual environment of the project's own, made on first use.
+VENV ?= .venv
+PYTHON := $(VENV)/bin/python
+READY := $(VENV)/.ready
+PROFILE ?= digits
+
+.PHONY: figures test smoke lab clean
+
+figures: $(READY)
+	$(PYTHON) -m dqar.workbook --profile $(PROFILE) --out out/$(PROFILE) --figures figures
+
+test: $(READY)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m pytest
+
+smoke: $(READY)
+	$(PYTHON) -m dqar.workbook --profile smoke --out out/smoke
+
+lab: $(READY)
+	$(PYTHON) -m pip install -q -c constraints.txt -e .[lab]
+	$(PYTHON) -m jupyterlab --notebook-dir notebooks
+
+clean:
+	rm -rf out $(VENV) .pytest_cache .ruff_cache *.egg-info
+
+# torch first and pinned exactly: only so does pip take the CPU wheel where one is offered.
+$(READY): pyproject.toml constraints.txt
+	test -x $(PYTHON) || python3 -m venv $(VENV)
+	$(PYTHON) -m pip install -q "$$(grep '^torch==' constraints.txt)"
+	$(PYTHON) -m pip install -q -c constraints.txt -e .[dev]
+	touch $@

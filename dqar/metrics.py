@@ -1,0 +1,108 @@
+"""What a configuration costs and what it does to the images: quality, Fréchet distance, MACs, time, memory."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable
+
+import pandas as pd
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from torchmetrics.functional.image import structural_similarity_index_measure
+from tqdm import tqdm
+
+
+def psnr(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio in dB per image, ``[N]``, of images in [0, 1]; ``inf`` where they are identical."""
+    _same_shape(images, reference)
+    return -10 * (images.double() - reference.double()).square().flatten(1).mean(1).log10()
+
+
+def mean_psnr(images: torch.Tensor, reference: torch.Tensor) -> float:
+    """PSNR in dB of the mean squared error over all images, which one identical image can't make infinite."""
+    _same_shape(images, reference)
+    return float(-10 * (images.double() - reference.double()).square().mean().log10())
+
+
+def ssim(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Structural similarity per image, ``[N]``; a 3-pixel window (σ 0.5) below 32 pixels, else 11 (σ 1.5)."""
+    _same_shape(images, reference)
+    small = images.shape[-1] < 32
+    return structural_similarity_index_measure(
+        images, reference, sigma=0.5 if small else 1.5, kernel_size=3 if small else 11, data_range=1.0, reduction="none"
+    )
+
+
+def frechet_distance(features: torch.Tensor, reference: torch.Tensor) -> float:
+    """Fréchet distance between Gaussians fitted to two sets of features ``[N, D]`` (Heusel et al. 2017), in float64.
+
+    ``‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½)``. Name it after the extractor (``FD-digits``); FID is Inception's only.
+
+    Raises:
+        ValueError: fewer than two samples, or NaN or inf in the features.
+    """
+    for name, x in (("features", features), ("reference", reference)):
+        if x.ndim != 2 or len(x) < 2 or not x.isfinite().all():
+            raise ValueError(f"{name} of shape {tuple(x.shape)}: needs [N >= 2, D] finite values")
+    a, b = features.double(), reference.double()
+    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    # The eigenvalues of a product of two positive semidefinite matrices are real and not negative.
+    root_trace = torch.linalg.eigvals(cov_a @ cov_b).real.clamp_min(0).sqrt().sum()
+    distance = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * root_trace
+    return float(distance.clamp_min(0))
+
+
+@torch.no_grad()
+def classify(classifier: torch.nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Predicted classes ``[N]`` and features ``[N, D]`` of images in [0, 1]."""
+    features = classifier.features(images * 2 - 1)
+    return classifier.head(features).argmax(1), features
+
+
+def count_macs(call: Callable[[], object]) -> int:
+    """Multiply-accumulates of all matrix products, convolutions and attentions that ``call`` executes."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops() // 2
+
+
+def interleaved_times(calls: dict[str, Callable[[], object]], repeats: int, device: str = "cpu") -> pd.DataFrame:
+    """Times the calls in turn (A B C A B C ...) after one warm-up each; tidy: method, repeat, seconds.
+
+    Only ratios within one such table are meaningful: never compare across runs.
+    """
+    rows = []
+    for repeat in tqdm(range(-1, repeats), desc="timing", leave=False):
+        for method, call in calls.items():
+            _synchronize(device)
+            started = time.perf_counter()
+            call()
+            _synchronize(device)
+            if repeat >= 0:
+                rows.append({"method": method, "repeat": repeat, "seconds": time.perf_counter() - started})
+    return pd.DataFrame(rows)
+
+
+def speedups(times: pd.DataFrame, baseline: str) -> pd.DataFrame:
+    """Median and quartiles of each method's speedup over ``baseline``, paired by repeat."""
+    wide = times.pivot(index="repeat", columns="method", values="seconds")
+    ratios = wide.rdiv(wide[baseline], axis=0)
+    return ratios.quantile([0.25, 0.5, 0.75]).T.set_axis(["speedup_low", "speedup", "speedup_high"], axis=1)
+
+
+def peak_memory_bytes(device: str = "cpu") -> int:
+    """Peak allocated bytes on a GPU, peak resident set size of this process on a CPU."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _same_shape(images: torch.Tensor, reference: torch.Tensor) -> None:
+    if images.shape != reference.shape:
+        raise ValueError(f"images {tuple(images.shape)} and reference {tuple(reference.shape)} must have one shape")
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()

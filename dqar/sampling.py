@@ -1,0 +1,103 @@
+"""Drawing images: same seed, same noise, whatever the configuration, so that every comparison is paired."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import DiffusionPipeline
+from tqdm import tqdm
+
+from dqar.attention import apply_dqar
+from dqar.config import DQARConfig
+from dqar.models import Profile
+from dqar.trace import Trace
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Images ``[N, C, H, W]`` float32 in [0, 1], their labels ``[N]``, and the trace if DQAR was on."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    trace: Trace | None = None
+
+
+def sample(
+    pipe: DiffusionPipeline,
+    profile: Profile,
+    seed: int,
+    config: DQARConfig | None = None,
+    *,
+    num_samples: int | None = None,
+    num_inference_steps: int | None = None,
+    description: str = "sample",
+) -> Samples:
+    """Draws ``num_samples`` images, classes in turn, each from a noise of its own.
+
+    Image ``i`` depends on ``(seed, i)`` only, not on the batch it is drawn in.
+
+    Args:
+        pipe: from ``load_pipeline``.
+        profile: guidance, steps, batch size and, unless given here, the number of samples.
+        seed: of the whole set.
+        config: applies DQAR for these samples; ``None`` is the untouched pipeline.
+        num_samples, num_inference_steps: in place of the profile's.
+        description: of the progress bar.
+    """
+    num_samples = num_samples or profile.num_samples
+    num_classes = pipe.transformer.config.num_embeds_ada_norm
+    labels = [index % num_classes for index in range(num_samples)]
+    session = None if config is None else apply_dqar(pipe, config)
+    try:
+        batches = []
+        for indices in tqdm(torch.arange(num_samples).split(profile.batch_size), desc=description, leave=False):
+            generators = [torch.Generator().manual_seed(seed * 1_000_003 + index) for index in indices.tolist()]
+            images = pipe(
+                class_labels=[labels[index] for index in indices.tolist()],
+                guidance_scale=profile.guidance_scale,
+                num_inference_steps=num_inference_steps or profile.num_inference_steps,
+                generator=generators,
+                output_type="pt",
+            ).images
+            batches.append(images.float().cpu())
+    finally:
+        if session is not None:
+            session.remove()
+    return Samples(torch.cat(batches), torch.tensor(labels), session.trace if session else None)
+
+
+class ChangeRecorder:
+    """How much each attention layer's output changes from one step to the next: the error that reusing it would cause.
+
+    ``‖o_t − o_{t−1}‖ / ‖o_t‖`` per layer and guidance half, measured with forward hooks on the untouched computation.
+    """
+
+    def __init__(self, transformer: torch.nn.Module, num_inference_steps: int):
+        self.rows: list[dict] = []
+        self._last: dict[int, torch.Tensor] = {}
+        self._forwards, self._num_inference_steps = 0, num_inference_steps
+        blocks = transformer.transformer_blocks
+        self._handles = [block.attn1.register_forward_hook(self._see(i)) for i, block in enumerate(blocks)]
+
+    def __enter__(self) -> ChangeRecorder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _see(self, layer_id: int):
+        def hook(_module, _args, output):
+            self._forwards += layer_id == 0
+            run, step = divmod(self._forwards - 1, self._num_inference_steps)
+            last = self._last.get(layer_id)
+            self._last[layer_id] = output
+            if step == 0:
+                return
+            error = (output - last).flatten(1).norm(dim=1) / output.flatten(1).norm(dim=1)
+            for branch, half in zip(("cond", "uncond"), error.chunk(2), strict=True):
+                site = {"run": run, "step": step, "layer": layer_id, "branch": branch}
+                self.rows.append({**site, "change": half.mean().item()})
+
+        return hook

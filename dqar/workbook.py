@@ -1,0 +1,136 @@
+"""Runs all notebooks headlessly: ``python -m dqar.workbook --profile digits``."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import re
+import shutil
+import sys
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+import papermill
+from nbconvert import HTMLExporter
+from papermill.exceptions import PapermillExecutionError
+from rich.console import Console
+from rich.table import Table
+
+from dqar.models import get_profile
+from dqar.results import Run, atomic_path, code_hash
+
+NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one notebook went; ``error`` names the cell."""
+
+    notebook: str
+    seconds: float
+    status: str
+    error: str = ""
+
+
+def choose(only: str | None, folder: Path = NOTEBOOKS) -> list[Path]:
+    """The notebooks whose names begin with one of the comma-separated ``only``; all if it is ``None``.
+
+    Raises:
+        ValueError: nothing there begins so.
+    """
+    notebooks = sorted(folder.glob("[0-9]*.ipynb"))
+    if only is None and notebooks:
+        return notebooks
+    chosen = []
+    for prefix in (only or "").split(","):
+        found = [path for path in notebooks if prefix.strip() and path.name.startswith(prefix.strip())]
+        if not found:
+            names = ", ".join(path.stem for path in notebooks) or "none"
+            raise ValueError(f"no notebook {prefix!r} in {folder}: there are {names}")
+        chosen += found
+    return chosen
+
+
+def run_notebook(path: Path, profile: str, seed: int, out: Path) -> Outcome:
+    """Executes one notebook into ``out/notebooks`` as .ipynb and HTML; a copy that succeeded before is kept."""
+    folder = out / "notebooks"
+    folder.mkdir(parents=True, exist_ok=True)
+    executed = folder / path.name
+    key = hashlib.sha256(f"{profile}|{seed}|{code_hash(everything=True)}".encode() + path.read_bytes()).hexdigest()
+    if executed.exists() and nbformat.read(executed, as_version=4).metadata.get("dqar_key") == key:
+        return Outcome(path.stem, 0.0, "kept")
+    started = time.monotonic()
+    parameters = {"profile": profile, "seed": seed, "out": str(out.resolve())}
+    with atomic_path(executed) as temporary:
+        try:
+            papermill.execute_notebook(path, temporary, parameters, progress_bar={"desc": path.stem}, cwd=path.parent)
+        except PapermillExecutionError as error:
+            shutil.copy(temporary, folder / f"{path.stem}.failed.ipynb")
+            message = f"cell {error.cell_index} of {path.name}: {error.ename}: {_plain(error.evalue)}"
+            return Outcome(path.stem, time.monotonic() - started, "failed", message)
+        notebook = nbformat.read(temporary, as_version=4)
+        notebook.metadata["dqar_key"] = key
+        nbformat.write(notebook, temporary)
+        html, _ = HTMLExporter().from_notebook_node(notebook)
+    with atomic_path(executed.with_suffix(".html")) as temporary:
+        temporary.write_text(html)
+    (folder / f"{path.stem}.failed.ipynb").unlink(missing_ok=True)
+    return Outcome(path.stem, time.monotonic() - started, "done")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code: 0, 1 if a notebook failed, 2 for a wrong argument, 130 for Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="python -m dqar.workbook", description=__doc__)
+    parser.add_argument("--profile", default="digits", help="see dqar/models.py (default: digits)")
+    parser.add_argument("--only", help="comma-separated beginnings of notebook names, such as 01,03")
+    parser.add_argument("--jobs", type=int, default=1, help="notebooks at once; more than 1 spoils the timings")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("out"), help="results, figures and executed notebooks")
+    parser.add_argument("--figures", type=Path, help="copy the figures here when all notebooks have succeeded")
+    options = parser.parse_args(arguments)
+    console = Console()
+    try:
+        if options.jobs < 1:
+            raise ValueError(f"--jobs {options.jobs} is not accepted: 1 or more")
+        get_profile(options.profile)
+        Run(options.profile, options.seed, options.out)
+        notebooks = choose(options.only)
+    except (ValueError, OSError) as error:
+        console.print(f"[red]{error}[/red]", highlight=False)
+        return 2
+    warnings.filterwarnings("ignore", category=nbformat.validator.MissingIDFieldWarning)
+    outcomes: list[Outcome] = []
+    try:
+        with ThreadPoolExecutor(options.jobs) as pool:
+            pending = [
+                pool.submit(run_notebook, path, options.profile, options.seed, options.out) for path in notebooks
+            ]
+            outcomes += [future.result() for future in pending]
+    except KeyboardInterrupt:
+        console.print("[red]stopped; finished notebooks and tables are kept, the same command continues[/red]")
+        return 130
+    table = Table("notebook", "status", "seconds", title=f"profile {options.profile}, seed {options.seed}")
+    for outcome in outcomes:
+        table.add_row(outcome.notebook, outcome.status, f"{outcome.seconds:.0f}")
+    console.print(table)
+    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
+    for outcome in failed:
+        console.print(f"[red]failed: {outcome.error}[/red]", highlight=False, soft_wrap=True)
+    if not failed and options.figures:
+        options.figures.mkdir(parents=True, exist_ok=True)
+        for path in (options.out / "figures").iterdir():
+            shutil.copy(path, options.figures / path.name)
+    return 1 if failed else 0
+
+
+def _plain(text: str) -> str:
+    """Without the colour codes of tracebacks."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
