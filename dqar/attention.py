@@ -180,8 +180,8 @@ class DQARSession:
 
     def _check_output(self, output_sum: float) -> None:
         if not math.isfinite(output_sum):
-            layer = self._first_bad_layer()
-            raise FloatingPointError(f"the model's output holds NaN or inf at step {self._step_index}, {layer}")
+            step, layer = self._step_index, self._first_bad_layer()
+            raise FloatingPointError(f"the model's output holds NaN or inf at step {step}, {layer}")
 
     def _is_new_run(self, latents, labels, timesteps, timestep) -> bool:
         if self._latents is None or timesteps is not self._timesteps:

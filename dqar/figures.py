@@ -170,7 +170,7 @@ def slide05_gate(run: Run, sites: pd.DataFrame) -> Figure:
                        va="center", ha="left" if value >= 0 else "right", size=15)  # fmt: skip
     right.invert_yaxis()
     right.axvline(0, color=GREY)
-    right.set(xlim=(-1.1, 1.1), xlabel="rank correlation (Spearman's ρ)")
+    right.set(xlim=(-1.1, 1.1), xlabel="Spearman's ρ")
     right.set_title("Does it predict the error?")
     headline(
         figure,
@@ -193,7 +193,7 @@ def slide05_tau(run: Run, sites: pd.DataFrame) -> Figure:
         sites.entropy.min(), sites.entropy.max(), color=BLUE, alpha=0.2, lw=0, label="measured entropies, all sites"
     )
     axes.set(xlabel="prompt length p (words)", ylabel="entropy threshold (nats)", ylim=(0, None))
-    axes.legend(loc="center right")
+    axes.legend(loc="lower right")
     reached = next((int(p) for p in range(1, 100_000) if stats.tau(2.0, int(p)) > sites.entropy.min()), None)
     axes.set_title(f"On this model τ(p) first reaches a measured entropy at p = {reached} words")
     return save(run, "slide05_tau", figure, sites)
@@ -213,7 +213,7 @@ def slide06_quantization(run: Run, error: pd.DataFrame, quality: pd.DataFrame) -
     shown = quality[quality.bits < 16].assign(kind=lambda t: t.target + ", " + t["mode"])
     sns.stripplot(shown, x="psnr_cache", y=shown.bits.map("INT{}".format), hue="target", ax=right, size=13, jitter=0.12,
                   palette={"kv": BLUE, "output": ACCENT}, order=["INT8", "INT4", "INT2"])  # fmt: skip
-    right.set(xlabel="PSNR to the same reuse, unquantized (dB)", ylabel="")
+    right.set(xlabel="PSNR to unquantized reuse (dB)", ylabel="")
     right.legend(title="what is cached", fontsize=14, title_fontsize=14)
     right.set_title("Error in the image (a dot a mode)")
     worst = shown.groupby("bits").psnr_cache.max()
@@ -251,9 +251,10 @@ def slide08_quality_against_macs(run: Run, schedules: pd.DataFrame) -> Figure:
         part = table[table.kind == kind]
         axes.scatter(part.macs_speedup, part.psnr, color=color, marker=marker, s=170, zorder=3,
                      label=kind if kind == "fewer steps" else f"reuse of {kind}")  # fmt: skip
-        for _, row in part.iterrows():
-            axes.annotate(row.method.split(",")[0], (row.macs_speedup, row.psnr), (9, 6), textcoords="offset points",
-                          size=13, color=color)  # fmt: skip
+        side = {"ha": "right", "xytext": (-10, -14)} if kind == "kv" else {"ha": "left", "xytext": (10, 6)}
+        for row in part.itertuples():
+            text, place = row.method.split(",")[0], (row.macs_speedup, row.psnr)
+            axes.annotate(text, place, textcoords="offset points", size=13, color=color, **side)
     axes.set(xlabel="MACs: full compute / this (×, further right is cheaper)", ylabel="PSNR to full compute (dB)")
     axes.margins(0.12)
     axes.legend()
@@ -379,7 +380,7 @@ def slide12_gates(run: Run, gates: pd.DataFrame) -> Figure:
         }
     )
     return save_table(
-        run, "slide12_gates", "The gate, measured beside full compute", table, [24, 14, 12, 12, 28, 10], gates
+        run, "slide12_gates", "The gate, measured beside full compute", table, [24, 14, 12, 14, 28, 10], gates
     )
 
 

@@ -8,9 +8,17 @@ from collections.abc import Callable
 
 import pandas as pd
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from torchmetrics.functional.image import structural_similarity_index_measure
 from tqdm import tqdm
+
+
+def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_args, **_kwargs) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+# torch counts the attention kernels of GPUs, but not the CPU's.
+_UNCOUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
 
 
 def psnr(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -62,7 +70,7 @@ def classify(classifier: torch.nn.Module, images: torch.Tensor) -> tuple[torch.T
 
 def count_macs(call: Callable[[], object]) -> int:
     """Multiply-accumulates of all matrix products, convolutions and attentions that ``call`` executes."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter:
         call()
     return counter.get_total_flops() // 2
 

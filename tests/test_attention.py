@@ -1,0 +1,354 @@
+import gc
+import math
+import threading
+import weakref
+
+import pytest
+import torch
+from conftest import draw, embedded_pipeline
+from diffusers import DiTPipeline, UNet2DModel
+
+from dqar import DQARConfig, apply_dqar, remove_dqar
+from dqar.models import SCHEDULERS, make_scheduler
+
+OPEN = {"entropy_threshold": math.inf, "snr_range": (0, math.inf), "schedule": "all"}
+CLOSED = {
+    "by schedule": DQARConfig(schedule="none"),
+    "by schedule, looking": DQARConfig(schedule="none", record_entropy=True),
+    "by entropy": DQARConfig(entropy_threshold=0, snr_range=(0, math.inf), schedule="all"),
+    "by entropy, output": DQARConfig(entropy_threshold=0, schedule="all", reuse_target="output"),
+    "by snr": DQARConfig(entropy_threshold=math.inf, snr_range=(1e9, 1e9), schedule="all"),
+    "by warmup": DQARConfig(**OPEN, warmup=1000),
+}
+
+
+def state(pipe):
+    """Everything that applying DQAR could leave behind."""
+    modules = {name: set(vars(module)) for name, module in pipe.transformer.named_modules()}
+    processors = [id(block.attn1.processor) for block in pipe.transformer.transformer_blocks]
+    return modules, processors, set(vars(pipe.scheduler)) - {"num_inference_steps"}
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("labels, guidance", [((1, 2, 3), 3.0), ((4,), 3.0), ((1, 2), 1.0)])
+@pytest.mark.parametrize("gate", CLOSED)
+def test_closed_gate_is_bit_identical(pipe, scheduler, labels, guidance, gate):
+    pipe.scheduler = make_scheduler(scheduler, pipe.scheduler)
+    expected = draw(pipe, labels, guidance=guidance)
+    with apply_dqar(pipe, CLOSED[gate]) as session:
+        got = draw(pipe, labels, guidance=guidance)
+    assert torch.equal(got, expected)
+    table = session.trace.to_pandas()
+    assert set(table.decision) == {"compute"}
+    assert len(table) == 4 * 8 * (2 if guidance > 1 else 1)
+
+
+@pytest.mark.parametrize("target", ["kv", "output"])
+def test_open_gate_reuses_and_changes_the_image(pipe, target):
+    expected = draw(pipe)
+    with apply_dqar(pipe, DQARConfig(**OPEN, reuse_target=target)) as session:
+        got = draw(pipe)
+    table = session.trace.to_pandas()
+    assert not torch.equal(got, expected)
+    assert (table.decision == "reuse").mean() == pytest.approx(6 / 8)  # computed at steps 0 and 4, the streak is 3
+    assert set(table[table.decision == "compute"].step) == {0, 4}
+
+
+@pytest.mark.parametrize("target", ["kv", "output"])
+def test_reuse_equals_a_naive_one(target):
+    """Against an independent implementation that stores what the modules returned, with an unquantized cache."""
+    pipe = embedded_pipeline()
+    config = DQARConfig(**{**OPEN, "schedule": "static"}, reuse_target=target, quantize_bits=16)
+    with apply_dqar(pipe, config):
+        got = draw(pipe)
+    kept, calls = {}, {}
+
+    def hook(module, _args, output):
+        step = calls[module] = calls.get(module, -1) + 1
+        if step % 2:
+            return kept[module]
+        kept[module] = output
+        return None
+
+    for block in pipe.transformer.transformer_blocks:
+        modules = (block.attn1,) if target == "output" else (block.attn1.to_k, block.attn1.to_v)
+        for module in modules:
+            module.register_forward_hook(hook)
+    torch.testing.assert_close(got, draw(pipe), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ({"schedule": "linear"}, {"schedule": "linear_reverse"}),
+        ({"schedule": "depth_aware"}, {"schedule": "all"}),
+        ({"reuse_target": "kv"}, {"reuse_target": "output"}),
+        ({"quantize_bits": 8}, {"quantize_bits": 2}),
+        ({"quantize_bits": 16}, {"quantize_bits": 8}),
+        ({"quantize_mode": "per_tensor"}, {"quantize_mode": "per_token"}),
+        ({"quantize_mode": "per_channel"}, {"quantize_mode": "per_token"}),
+        ({"mixed_precision": True}, {"mixed_precision": False}),
+        ({"max_reuse_streak": 1}, {"max_reuse_streak": 3}),
+        ({"warmup": 0}, {"warmup": 4}),
+        ({"schedule": "static", "static_interval": 2}, {"schedule": "static", "static_interval": 3}),
+        ({"entropy_threshold": 2.6}, {"entropy_threshold": 2.7}),
+        ({"snr_range": (0, 1.0)}, {"snr_range": (0, math.inf)}),
+        ({"snr_range": (0, 1.0)}, {"snr_range": (0, 1.0), "snr_source": "schedule"}),
+    ],
+)
+def test_configurations_that_must_differ_do(pipe, one, other):
+    images = []
+    for options in (one, other):
+        with apply_dqar(pipe, DQARConfig(**{**OPEN, **options})):
+            images.append(draw(pipe))
+    assert not torch.equal(*images)
+
+
+def test_removal_leaves_nothing(pipe):
+    draw(pipe)
+    before, expected = state(pipe), draw(pipe)
+    with apply_dqar(pipe, DQARConfig(**OPEN)) as session:
+        draw(pipe)
+        assert state(pipe) != before
+        cached = [weakref.ref(entry.k.data) for entry in session.controller.cache]
+        assert len(cached) == 8
+    gc.collect()
+    assert state(pipe) == before
+    assert all(ref() is None for ref in cached)
+    assert torch.equal(draw(pipe), expected)
+    remove_dqar(pipe)  # a second time does nothing
+
+
+def test_two_runs_in_a_row_are_equal(pipe):
+    with apply_dqar(pipe, DQARConfig(**OPEN)) as session:
+        first, second = draw(pipe), draw(pipe)
+    assert torch.equal(first, second)
+    assert set(session.trace.to_pandas().run) == {0, 1}
+
+
+@pytest.mark.parametrize("change", [{"labels": (5, 6, 7)}, {"labels": (3, 4)}, {"steps": 5}, {"guidance": 1.0}])
+def test_a_changed_run_starts_from_an_empty_cache(pipe, change):
+    with apply_dqar(pipe, DQARConfig(**OPEN)):
+        expected = draw(pipe, **change)
+    with apply_dqar(pipe, DQARConfig(**OPEN)):
+        draw(pipe)
+        assert torch.equal(draw(pipe, **change), expected)
+
+
+def test_an_image_does_not_depend_on_its_batch(pipe):
+    with apply_dqar(pipe, DQARConfig(**OPEN)):
+        together, alone = draw(pipe, (1, 2)), draw(pipe, (1,))
+    torch.testing.assert_close(together[:1], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_an_exception_leaves_the_model_usable(pipe):
+    expected_plain = draw(pipe)
+    with apply_dqar(pipe, DQARConfig(**OPEN)):
+        expected = draw(pipe)
+    calls = 0
+
+    def fail(*_args):
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+
+    with apply_dqar(pipe, DQARConfig(**OPEN)):
+        handle = pipe.transformer.transformer_blocks[2].register_forward_hook(fail)
+        with pytest.raises(KeyboardInterrupt):
+            draw(pipe)
+        handle.remove()
+        assert torch.equal(draw(pipe), expected)
+    assert torch.equal(draw(pipe), expected_plain)
+
+
+def test_pipelines_in_two_threads_share_nothing():
+    pipes = [embedded_pipeline(seed) for seed in (0, 1)]
+    expected, got = [], {}
+    for pipe in pipes:
+        with apply_dqar(pipe, DQARConfig(**OPEN)):
+            expected.append(draw(pipe))
+    sessions = [apply_dqar(pipe, DQARConfig(**OPEN)) for pipe in pipes]
+    threads = [threading.Thread(target=lambda i=i: got.update({i: draw(pipes[i])})) for i in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in (0, 1):
+        assert torch.equal(got[i], expected[i])
+        assert len(sessions[i].trace) == 4 * 8 * 2
+
+
+@pytest.mark.parametrize("target, projections", [("kv", {"to_q", "to_out"}), ("output", set())])
+def test_reuse_computes_no_more_than_it_needs(pipe, monkeypatch, target, projections):
+    seen = []
+    for block in pipe.transformer.transformer_blocks:
+        attn = block.attn1
+        for name, module in {"to_q": attn.to_q, "to_k": attn.to_k, "to_v": attn.to_v, "to_out": attn.to_out[0]}.items():
+            module.register_forward_hook(lambda *_args, name=name: seen.append(name))
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: (seen.append("sdpa"), sdpa(*a, **k))[1]
+    )
+    with apply_dqar(pipe, DQARConfig(**OPEN, reuse_target=target)) as session:
+        draw(pipe, steps=2)
+    computed, reused = (session.trace.to_pandas().decision == d for d in ("compute", "reuse"))
+    assert computed.sum() == reused.sum() == 8
+    attention = set() if target == "output" else {"sdpa"}
+    for name in ("to_q", "to_k", "to_v", "to_out", "sdpa"):
+        assert seen.count(name) == (8 if name in projections | attention else 4), name
+
+
+def test_traced_entropy_equals_that_of_the_maps(pipe):
+    """Per head and branch, from float64 maps of the projections' own outputs."""
+    found, queries = {}, {}
+    for layer, block in enumerate(pipe.transformer.transformer_blocks):
+        block.attn1.to_q.register_forward_hook(lambda _m, _a, out, layer=layer: queries.update({layer: out}))
+
+        def see_key(_m, _a, out, layer=layer):
+            q, k = (x.double().unflatten(-1, (2, 8)).transpose(1, 2) for x in (queries[layer], out))
+            p = (q @ k.mT / math.sqrt(8)).softmax(-1)
+            entropy = -(p * p.log()).sum(-1).mean(-1)
+            for branch, half in zip(("cond", "uncond"), entropy.chunk(2), strict=True):
+                found.setdefault((layer, branch), []).append(half.mean(0))
+
+        block.attn1.to_k.register_forward_hook(see_key)
+    with apply_dqar(pipe, DQARConfig(schedule="none", record_entropy=True)) as session:
+        draw(pipe, steps=3)
+    heads = session.trace.heads_to_pandas()
+    assert len(heads) == 3 * 4 * 2 * 2
+    for row in heads.itertuples():
+        assert row.entropy == pytest.approx(found[row.layer, row.branch][row.step][row.head].item(), abs=1e-5)
+    assert heads.groupby("branch").entropy.mean().nunique() == 2
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_traced_snr_is_that_of_the_predicted_clean_latents(pipe, scheduler):
+    """Against DDIM's and Euler's own ``pred_original_sample``, and DPM-Solver++'s ``convert_model_output``."""
+    pipe.scheduler = make_scheduler(scheduler, pipe.scheduler)
+    expected, own_step = [], pipe.scheduler.step
+
+    def step(model_output, t, sample, **kwargs):
+        scaled = pipe.scheduler.scale_model_input(sample, t)
+        if scheduler == "dpm-solver++":
+            if pipe.scheduler.step_index is None:
+                pipe.scheduler._init_step_index(t)
+            clean = pipe.scheduler.convert_model_output(model_output, sample=sample)
+            result = own_step(model_output, t, sample, **kwargs)
+        else:
+            result = own_step(model_output, t, sample, **kwargs)
+            clean = result.pred_original_sample
+        ratio = clean.double().square().sum((1, 2, 3)) / (scaled - clean).double().square().sum((1, 2, 3))
+        expected.append(ratio.mean().item())
+        return result
+
+    pipe.scheduler.step = step
+    draw(pipe)
+    del pipe.scheduler.step
+    with apply_dqar(pipe, DQARConfig(schedule="none")) as session:
+        draw(pipe)
+    table = session.trace.to_pandas()
+    assert table.groupby("step").snr.first().tolist() == pytest.approx(expected, rel=1e-3)
+    alpha_bar = pipe.scheduler.alphas_cumprod[999].item()
+    assert table.snr_schedule.iloc[0] == pytest.approx(alpha_bar / (1 - alpha_bar), rel=1e-3)
+
+
+def test_branches_have_caches_of_their_own(pipe):
+    with apply_dqar(pipe, DQARConfig(**OPEN)) as session:
+        draw(pipe)
+        cond, uncond = (session.controller.cache.get(1, branch) for branch in ("cond", "uncond"))
+        assert cond.k.data.shape == uncond.k.data.shape == (2, 16, 16)
+        assert not torch.equal(cond.k.data, uncond.k.data)
+
+
+def test_traced_bytes_are_those_of_the_cache(pipe):
+    with apply_dqar(pipe, DQARConfig(**OPEN)) as session:
+        draw(pipe)
+        table = session.trace.to_pandas()
+        # K and V, two images: 16 tokens of 16 int8 channels and a float32 scale a channel
+        assert set(table.bytes) == {2 * 2 * (16 * 16 + 16 * 4)}
+        assert session.controller.cache.nbytes == table[table.step == 7].bytes.sum()
+
+
+def test_the_real_dit_pipeline(dit_folder):
+    pipe = DiTPipeline.from_pretrained(dit_folder)
+    pipe.set_progress_bar_config(disable=True)
+    expected = draw(pipe, output_type="pt")
+    with apply_dqar(pipe, DQARConfig(schedule="none", record_entropy=True)) as session:
+        assert torch.equal(draw(pipe, output_type="pt"), expected)
+    assert set(session.trace.to_pandas().branch) == {"cond", "uncond"}
+    with apply_dqar(pipe, DQARConfig(**OPEN, reuse_target="output")) as session:
+        changed = draw(pipe, output_type="pt")
+    assert not torch.equal(changed, expected)
+    assert (session.trace.to_pandas().decision == "reuse").mean() == pytest.approx(6 / 8)
+    assert torch.equal(draw(pipe, output_type="pt"), expected)
+
+
+def test_a_bare_transformer(pipe):
+    transformer, scheduler = pipe.transformer, pipe.scheduler
+    scheduler.set_timesteps(8)
+
+    def loop():
+        latents = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            for t in scheduler.timesteps:
+                noise = transformer(latents, timestep=t[None], class_labels=torch.tensor([1])).sample
+                latents = scheduler.step(noise, t, latents).prev_sample
+        return latents
+
+    expected = loop()
+    with apply_dqar(transformer, DQARConfig(**OPEN)) as session:
+        assert not torch.equal(loop(), expected)
+    table = session.trace.to_pandas()
+    assert set(table.total_steps[table.step > 0]) == {8}
+    assert "reuse" in set(table.decision)
+    with pytest.warns(UserWarning, match="bare transformer knows no SNR"), apply_dqar(transformer, DQARConfig()):
+        assert torch.equal(loop(), expected)
+    remove_dqar(transformer)
+
+
+def test_nan_latents_stop_before_the_first_layer(pipe):
+    with apply_dqar(pipe, DQARConfig()), pytest.raises(FloatingPointError, match="step 0, before layer 0"):
+        latents, labels = torch.full((2, 1, 8, 8), math.nan), torch.ones(2).long()
+        pipe.transformer(latents, timestep=torch.tensor([9, 9]), class_labels=labels)
+
+
+@pytest.mark.parametrize("bad_step", [2, 7])
+def test_nan_inside_names_step_and_layer(pipe, bad_step):
+    calls = 0
+
+    def spoil(_module, _args, output):
+        nonlocal calls
+        calls += 1
+        return output * math.nan if calls > bad_step else output
+
+    with apply_dqar(pipe, DQARConfig(**OPEN)):
+        pipe.transformer.transformer_blocks[2].ff.register_forward_hook(spoil)
+        with pytest.raises(FloatingPointError, match=f"step {bad_step}, first in layer 2"):
+            draw(pipe)
+
+
+def test_a_batch_that_changes_in_mid_run_is_an_error(pipe):
+    pipe.scheduler.set_timesteps(8)
+    labels = torch.tensor([1, 1, 1])
+    with apply_dqar(pipe, DQARConfig(**OPEN)), torch.no_grad():
+        pipe.transformer(torch.randn(3, 1, 8, 8), timestep=torch.tensor([999] * 3), class_labels=labels)
+        with pytest.raises(ValueError, match=r"step 1 has latents \(2, 1, 8, 8\), the run began with \(3, 1, 8, 8\)"):
+            pipe.transformer(torch.randn(2, 1, 8, 8), timestep=torch.tensor([899] * 2), class_labels=labels)
+
+
+def test_models_without_supported_attention_are_refused(pipe):
+    unet = UNet2DModel(
+        sample_size=8, block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)
+    )
+    for model in (unet, torch.nn.Linear(2, 2)):
+        with pytest.raises(ValueError, match=f"{type(model).__name__} has no attention that DQAR can take over"):
+            apply_dqar(model)
+    pipe.transformer.transformer_blocks[1].attn1.set_processor(lambda *_args, **_kwargs: None)
+    with pytest.raises(ValueError, match="layer 1 has the attention processor function"):
+        apply_dqar(pipe)
+
+
+def test_applying_twice_is_an_error(pipe):
+    with apply_dqar(pipe), pytest.raises(ValueError, match="already applied"):
+        apply_dqar(pipe)

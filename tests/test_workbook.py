@@ -1,0 +1,235 @@
+import json
+import subprocess
+import sys
+
+import matplotlib.pyplot as plt
+import nbformat
+import pandas as pd
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from dqar import architecture, experiments, figures, metrics, train, workbook
+from dqar.data import load_digits_split
+from dqar.models import WEIGHTS, get_profile, load_classifier, load_embedded, load_pipeline, make_scheduler
+from dqar.results import Run, load_table
+from dqar.sampling import sample
+from dqar.train import Recipe, build_transformer, train_transformer
+
+
+def write_notebook(folder, name, *code):
+    cells = [nbformat.v4.new_code_cell('profile = "smoke"\nseed = 0\nout = "out"', metadata={"tags": ["parameters"]})]
+    notebook = nbformat.v4.new_notebook(cells=cells + [nbformat.v4.new_code_cell(text) for text in code])
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(notebook, folder / name)
+
+
+@pytest.fixture
+def notebooks(tmp_path, monkeypatch):
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    monkeypatch.setattr(workbook, "choose", lambda only, folder=folder, choose=workbook.choose: choose(only, folder))
+    return folder
+
+
+def test_the_workbook_runs_keeps_and_names_what_failed(notebooks, tmp_path, capsys):
+    write_notebook(
+        notebooks, "01_good.ipynb", "from pathlib import Path\nPath(out, 'figures', 'seed').write_text(str(seed))"
+    )
+    write_notebook(notebooks, "02_bad.ipynb", "1 / 0")
+    arguments = ["--profile", "smoke", "--seed", "7", "--out", str(tmp_path / "out"), "--figures", str(tmp_path / "f")]
+    assert workbook.main(arguments) == 1
+    printed = capsys.readouterr().out
+    assert "cell 2 of 02_bad.ipynb: ZeroDivisionError" in " ".join(printed.split())
+    assert (tmp_path / "out/notebooks/01_good.html").exists()
+    assert (tmp_path / "out/notebooks/02_bad.failed.ipynb").exists()
+    assert not (tmp_path / "out/notebooks/02_bad.ipynb").exists() and not (tmp_path / "f").exists()
+    write_notebook(notebooks, "02_bad.ipynb", "1 / 1")
+    assert workbook.main([*arguments, "--jobs", "2"]) == 0
+    assert "kept" in capsys.readouterr().out
+    assert (tmp_path / "f/seed").read_text() == "7"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--profile", "huge"], "profile 'huge' is unknown: choose one of smoke, digits, dit-xl-2"),
+        (["--only", "99"], "no notebook '99'"),
+        (["--jobs", "0"], "--jobs 0"),
+        (["--out", "/dev/null/x"], "cannot write results to /dev/null/x"),
+    ],
+)
+def test_bad_arguments_get_one_clear_message(arguments, message, capsys, tmp_path):
+    if "--out" not in arguments:
+        arguments = [*arguments, "--out", str(tmp_path)]
+    assert workbook.main(arguments) == 2
+    assert message in " ".join(capsys.readouterr().out.split())
+
+
+def test_every_notebook_is_thin_clean_and_has_parameters():
+    for path in workbook.choose(None):
+        cells = nbformat.read(path, as_version=4).cells
+        parameters = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+        assert len(parameters) == 1, path
+        assert {"profile", "seed", "out"} <= {line.split(" =")[0] for line in parameters[0].source.splitlines()}
+        code = [cell for cell in cells if cell.cell_type == "code"]
+        assert all(not cell.outputs and cell.execution_count is None for cell in code), f"{path}: clear the outputs"
+        assert sum(len(cell.source.splitlines()) for cell in code) < 40, path
+
+
+def test_tables_are_whole_resumed_and_traceable(tmp_path):
+    run, calls = Run("smoke", 3, tmp_path), []
+
+    def measure():
+        calls.append(1)
+        return pd.DataFrame({"x": [1, 2]})
+
+    first, second = run.table("t", measure), run.table("t", measure)
+    assert calls == [1] and first.equals(second)
+    source = second.attrs["provenance"]
+    assert source["profile"]["name"] == "smoke" and source["seed"] == 3
+    assert {"device", "dtype", "versions", "commit", "date", "seconds"} <= set(source)
+    assert len(Run("smoke", 4, tmp_path).table("t", measure)) == 2 and len(calls) == 2  # another seed, another table
+
+    def fail():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.table("u", fail)
+    assert sorted(path.name for path in run.results.iterdir()) == ["t-seed3.parquet", "t-seed4.parquet"]
+    path = run.results / "t-seed3.parquet"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"t-seed3\.parquet is truncated"):
+        load_table(path)
+
+
+def test_a_figure_has_picture_vector_and_sidecar(tmp_path):
+    run = Run("smoke", 0, tmp_path)
+    figure, axes = plt.subplots()
+    axes.set_title("a finding")
+    figures.save(run, "slide99_test", figure, pd.DataFrame())
+    assert {path.suffix for path in run.figures.iterdir()} == {".png", ".svg", ".json"}
+    assert plt.imread(run.figures / "slide99_test.png").shape[:2] == (1440, 2560)
+    sidecar = json.loads((run.figures / "slide99_test.json").read_text())
+    assert sidecar["title"] == "a finding" and sidecar["seed"] == 0 and sidecar["commit"]
+
+
+def test_unknown_profiles_fields_and_schedulers_are_named():
+    with pytest.raises(ValueError, match="profile 'tiny' is unknown"):
+        get_profile("tiny")
+    with pytest.raises(ValueError, match="profile field 'stpes' is unknown"):
+        get_profile("digits", stpes=3)
+    with pytest.raises(ValueError, match="scheduler 'pndm' is unknown"):
+        make_scheduler("pndm", load_pipeline(get_profile("smoke")).scheduler)
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="'dit-xl-2' needs a CUDA GPU"):
+            load_pipeline(get_profile("dit-xl-2"))
+
+
+def test_truncated_weights_are_named(tmp_path):
+    subprocess.run(["cp", "-r", str(WEIGHTS / "digits"), str(tmp_path)], check=True)
+    shard = next((tmp_path / "digits/transformer").glob("*-00002-*"))
+    shard.write_bytes(shard.read_bytes()[:1000])
+    with pytest.raises(OSError, match="can't be read"):
+        load_embedded("digits", folder=tmp_path)
+    with pytest.raises(OSError, match="missing"):
+        load_embedded("nothing", folder=tmp_path)
+
+
+def test_the_embedded_model_draws_the_digits_it_is_asked_for():
+    """And its reference converges: more steps come closer to many steps, under every scheduler's own settings."""
+    pipe, profile = load_pipeline(get_profile("smoke")), get_profile("smoke", num_samples=10, batch_size=10)
+    for name in ("ddim", "dpm-solver++", "euler"):
+        pipe.scheduler = make_scheduler(name, pipe.scheduler)
+        coarse, fine, finest = (sample(pipe, profile, 0, num_inference_steps=n).images for n in (8, 24, 72))
+        assert metrics.mean_psnr(fine, finest) > metrics.mean_psnr(coarse, finest) + 3 > 20, name
+        predicted, _ = metrics.classify(load_classifier(), finest)
+        assert predicted.tolist() == list(range(10)), name
+
+
+def test_clipping_keeps_guided_ddim_from_converging():
+    """Why ``make_scheduler`` switches it off."""
+    pipe, profile = load_pipeline(get_profile("smoke")), get_profile("smoke", num_samples=10, batch_size=10)
+    distance = {}
+    for clip in (True, False):
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=clip)
+        distance[clip] = metrics.mean_psnr(*(sample(pipe, profile, 0, num_inference_steps=n).images for n in (24, 72)))
+    assert distance[False] > distance[True] + 6
+
+
+def test_the_classifier_is_as_good_as_its_card_says():
+    images, labels = load_digits_split("test")
+    predicted, _ = metrics.classify(load_classifier(), images / 2 + 0.5)
+    accuracy = (predicted == labels).double().mean().item()
+    card = json.loads((WEIGHTS / "digits-classifier/card.json").read_text())
+    assert accuracy == pytest.approx(card["held_out_accuracy"], abs=0.003) and accuracy >= 0.97
+    train = load_digits_split("train")[0].flatten(1)
+    assert len(train) + len(images) == 1797
+
+
+def test_an_image_depends_on_its_seed_and_index_only():
+    pipe, profile = load_pipeline(get_profile("smoke")), get_profile("smoke", num_samples=4, batch_size=4)
+    together = sample(pipe, profile, 5)
+    one_by_one = sample(pipe, get_profile("smoke", num_samples=4, batch_size=1), 5)
+    torch.testing.assert_close(together.images, one_by_one.images, atol=1e-4, rtol=0)
+    assert not torch.equal(together.images, sample(pipe, profile, 6).images)
+
+
+def test_a_proposed_gate_opens_for_the_wanted_share():
+    table = pd.DataFrame({"snr": [0.1] * 50 + [1.0] * 100, "entropy": [0.0] * 50 + [i / 100 for i in range(100)]})
+    gate = experiments.propose_gate(table, share=0.3)
+    inside = table[table.snr.between(*gate.snr_range)]
+    assert (inside.entropy < gate.entropy_threshold).mean() == pytest.approx(0.3, abs=0.011)
+    with pytest.raises(ValueError, match="share=0"):
+        experiments.propose_gate(table, share=0)
+    with pytest.raises(ValueError, match="snr_range"):
+        experiments.propose_gate(table, snr_range=(1e3, 1e4))
+
+
+def test_slide_12s_bounds():
+    bound = experiments.bounds().set_index(["target", "sites"]).speedup_bound
+    assert bound["kv", 1400] == pytest.approx(1.19, abs=0.005)
+    assert bound["output", 1400] == pytest.approx(1.56, abs=0.005)
+    assert 1 - 1 / bound["output", 47] == pytest.approx(0.012, abs=0.0005)
+
+
+def test_training_resumes_as_if_never_interrupted(tmp_path, monkeypatch):
+    small = {"num_layers": 1, "attention_head_dim": 8, "num_attention_heads": 1, "batch_size": 4}
+    recipe = Recipe(num_steps=4, warmup_steps=1, **small)
+    straight = train_transformer(recipe, tmp_path / "a", checkpoint_every=2)
+    steps = iter([False, False, False, True])
+
+    def interrupted_loss(*arguments, loss=train.training_loss):
+        if next(steps, False):
+            raise KeyboardInterrupt
+        return loss(*arguments)
+
+    monkeypatch.setattr(train, "training_loss", interrupted_loss)
+    with pytest.raises(KeyboardInterrupt):
+        train_transformer(recipe, tmp_path / "b", checkpoint_every=2)
+    resumed = train_transformer(recipe, tmp_path / "b", checkpoint_every=2)
+    for one, other in zip(straight.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert (tmp_path / "a/loss.jsonl").read_text() == (tmp_path / "b/loss.jsonl").read_text()
+    with pytest.raises(ValueError, match="another recipe"):
+        train_transformer(Recipe(num_steps=9), tmp_path / "b")
+
+
+def test_training_starts_from_the_identity():
+    recipe = Recipe(num_layers=2, attention_head_dim=8, num_attention_heads=1)
+    model = build_transformer(recipe)
+    output = model(torch.randn(2, 1, 8, 8), timestep=torch.tensor([3, 4]), class_labels=torch.tensor([1, 10])).sample
+    assert output.abs().max() == 0
+
+
+def test_the_core_knows_neither_diffusers_nor_notebooks():
+    graph = architecture.import_graph()
+    assert architecture.levels(graph)["attention"] > architecture.levels(graph)["controller"]
+    for name in ("stats", "quantizer", "scheduler", "policy", "cache", "config", "controller", "trace"):
+        assert not graph[name] & {"attention", "models", "sampling", "experiments", "figures", "workbook"}, name
+    code = "import sys; sys.modules['diffusers'] = None; import importlib.util, types\n"
+    code += "import pathlib; p = types.ModuleType('dqar'); p.__path__ = [str(pathlib.Path('dqar').resolve())]\n"
+    code += "sys.modules['dqar'] = p; import dqar.controller"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=architecture.PACKAGE.parent)
+    with pytest.raises(ValueError, match="a → b → a"):
+        architecture.levels({"a": {"b"}, "b": {"a"}})
