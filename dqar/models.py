@@ -42,9 +42,9 @@ class Profile:
     scheduler: Literal["ddim", "dpm-solver++", "euler"] = "dpm-solver++"
     num_inference_steps: int = 50
     guidance_scale: float = 2.0
-    num_samples: int = 20
+    num_samples: int = 16
     """Images of each configuration that a notebook compares."""
-    batch_size: int = 20
+    batch_size: int = 16
     repeats: int = 5
     """Interleaved timing repeats."""
     device: str = "cpu"
@@ -160,7 +160,7 @@ def load_pipeline(profile: Profile) -> DiffusionPipeline:
         pipe = load_embedded("digits", profile.dtype)
     else:
         try:
-            pipe = DiTPipeline.from_pretrained("facebook/DiT-XL-2-256", torch_dtype=profile.dtype)
+            pipe = DiTPipeline.from_pretrained("facebook/DiT-XL-2-256", dtype=profile.dtype)
         except OSError as error:
             raise OSError(
                 f"profile {profile.name!r} needs facebook/DiT-XL-2-256 from the Hugging Face hub or its local cache"
@@ -176,10 +176,13 @@ def load_embedded(name: str, dtype: torch.dtype = torch.float32, folder: Path = 
     Raises:
         OSError: missing or truncated weights, naming the folder.
     """
+    path = folder / name
+    if not (path / EmbeddedDiTPipeline.config_name).exists():
+        raise OSError(f"the weights in {path} are missing")
     try:
-        return EmbeddedDiTPipeline.from_pretrained(folder / name, torch_dtype=dtype)
+        return EmbeddedDiTPipeline.from_pretrained(path, dtype=dtype)
     except (SafetensorError, OSError, ValueError) as error:
-        raise OSError(f"the weights in {folder / name} can't be read (missing or truncated): {error}") from error
+        raise OSError(f"the weights in {path} can't be read: {error}") from error
 
 
 def load_classifier() -> DigitClassifier:

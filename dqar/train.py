@@ -222,8 +222,7 @@ def evaluate(folder: Path, num_samples: int = 500) -> dict[str, float]:
         "the same for held-out digits": nearest(real["test"]),
     }
     (folder / "evaluation.json").write_text(json.dumps(results, indent=1) + "\n")
-    grid = drawn.images[:100].view(10, 10, 8, 8).permute(0, 2, 1, 3).reshape(80, 80)
-    plt.imsave(folder / "samples.png", grid.repeat_interleave(6, 0).repeat_interleave(6, 1), cmap="gray_r")
+    save_grid(drawn.images[:100], folder / "samples.png")
     facts = json.loads((folder / "training.json").read_text())
     recipe = facts["recipe"]
     card = f"""# digits
@@ -249,6 +248,12 @@ into: {recipe["num_layers"]} blocks, {recipe["num_attention_heads"]} heads of {r
 """
     (folder / "README.md").write_text(card)
     return results
+
+
+def save_grid(images: torch.Tensor, path: Path) -> None:
+    """100 images ``[100, 1, 8, 8]``, ten a row, six times enlarged."""
+    grid = F.pad(images, (1, 1, 1, 1)).view(10, 10, 10, 10).permute(0, 2, 1, 3).reshape(100, 100)
+    plt.imsave(path, grid.repeat_interleave(6, 0).repeat_interleave(6, 1), cmap="gray_r", vmin=0, vmax=1)
 
 
 def main() -> None:

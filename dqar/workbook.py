@@ -65,20 +65,25 @@ def run_notebook(path: Path, profile: str, seed: int, out: Path) -> Outcome:
         return Outcome(path.stem, 0.0, "kept")
     started = time.monotonic()
     parameters = {"profile": profile, "seed": seed, "out": str(out.resolve())}
-    with atomic_path(executed) as temporary:
-        try:
-            papermill.execute_notebook(path, temporary, parameters, progress_bar={"desc": path.stem}, cwd=path.parent)
-        except PapermillExecutionError as error:
-            shutil.copy(temporary, folder / f"{path.stem}.failed.ipynb")
-            message = f"cell {error.cell_index} of {path.name}: {error.ename}: {_plain(error.evalue)}"
-            return Outcome(path.stem, time.monotonic() - started, "failed", message)
-        notebook = nbformat.read(temporary, as_version=4)
-        notebook.metadata["dqar_key"] = key
-        nbformat.write(notebook, temporary)
-        html, _ = HTMLExporter().from_notebook_node(notebook)
+    failed = folder / f"{path.stem}.failed.ipynb"
+    try:
+        with atomic_path(executed) as temporary:
+            try:
+                progress = {"desc": path.stem}
+                papermill.execute_notebook(path, temporary, parameters, progress_bar=progress, cwd=path.parent)
+            except PapermillExecutionError:
+                shutil.copy(temporary, failed)
+                raise
+            notebook = nbformat.read(temporary, as_version=4)
+            notebook.metadata["dqar_key"] = key
+            nbformat.write(notebook, temporary)
+    except PapermillExecutionError as error:
+        message = f"cell {error.cell_index} of {path.name}: {error.ename}: {_plain(error.evalue)}"
+        return Outcome(path.stem, time.monotonic() - started, "failed", message)
+    html, _ = HTMLExporter().from_notebook_node(notebook)
     with atomic_path(executed.with_suffix(".html")) as temporary:
         temporary.write_text(html)
-    (folder / f"{path.stem}.failed.ipynb").unlink(missing_ok=True)
+    failed.unlink(missing_ok=True)
     return Outcome(path.stem, time.monotonic() - started, "done")
 
 
@@ -100,16 +105,19 @@ def main(arguments: list[str] | None = None) -> int:
         Run(options.profile, options.seed, options.out)
         notebooks = choose(options.only)
     except (ValueError, OSError) as error:
-        console.print(f"[red]{error}[/red]", highlight=False)
+        console.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
         return 2
     warnings.filterwarnings("ignore", category=nbformat.validator.MissingIDFieldWarning)
-    outcomes: list[Outcome] = []
+
+    def run(path: Path) -> Outcome:
+        return run_notebook(path, options.profile, options.seed, options.out)
+
     try:
-        with ThreadPoolExecutor(options.jobs) as pool:
-            pending = [
-                pool.submit(run_notebook, path, options.profile, options.seed, options.out) for path in notebooks
-            ]
-            outcomes += [future.result() for future in pending]
+        if options.jobs == 1:
+            outcomes = [run(path) for path in notebooks]
+        else:
+            with ThreadPoolExecutor(options.jobs) as pool:
+                outcomes = list(pool.map(run, notebooks))
     except KeyboardInterrupt:
         console.print("[red]stopped; finished notebooks and tables are kept, the same command continues[/red]")
         return 130
@@ -117,14 +125,14 @@ def main(arguments: list[str] | None = None) -> int:
     for outcome in outcomes:
         table.add_row(outcome.notebook, outcome.status, f"{outcome.seconds:.0f}")
     console.print(table)
-    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
-    for outcome in failed:
-        console.print(f"[red]failed: {outcome.error}[/red]", highlight=False, soft_wrap=True)
-    if not failed and options.figures:
+    errors = [outcome.error for outcome in outcomes if outcome.status == "failed"]
+    for error in errors:
+        console.print(f"failed: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+    if not errors and options.figures:
         options.figures.mkdir(parents=True, exist_ok=True)
         for path in (options.out / "figures").iterdir():
             shutil.copy(path, options.figures / path.name)
-    return 1 if failed else 0
+    return 1 if errors else 0
 
 
 def _plain(text: str) -> str:
