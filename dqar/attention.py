@@ -166,7 +166,7 @@ class DQARSession:
         One transfer: ‖x_t‖₂ and SNR by the newest predicted x0 (means over the batch), the last output's sum and the
         last step's SNR by its own prediction.
         """
-        numbers = {"norm": latents.flatten(1).float().norm(dim=1).mean()}
+        numbers = {"norm": stats.latent_norm(latents).mean()}
         if self._predicted_clean is not None:
             numbers["snr"] = stats.snr(self._predicted_clean, latents[: len(self._predicted_clean)]).mean()
             numbers["last_snr"] = self._predicted_snr

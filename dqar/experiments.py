@@ -341,7 +341,7 @@ def overhead_of_looking(run: Run) -> pd.DataFrame:
     """Seconds of one attention, B2 H16 N256 D72 (DiT-XL/2's), plain and with entropy in three ways; tidy."""
     shape = (2, 16, 256, 72)
     generator = torch.Generator().manual_seed(run.seed)
-    query, key, value = (torch.randn(shape, generator=generator) for _ in range(3))
+    query, key, value = (torch.randn(shape, generator=generator).to(run.profile.device) for _ in range(3))
 
     def with_maps():
         weights = (query @ key.transpose(-1, -2) * shape[-1] ** -0.5).softmax(-1)
@@ -355,7 +355,7 @@ def overhead_of_looking(run: Run) -> pd.DataFrame:
     }
 
     def measure() -> pd.DataFrame:
-        times = metrics.interleaved_times(calls, 20 * run.profile.repeats)
+        times = metrics.interleaved_times(calls, 20 * run.profile.repeats, run.profile.device)
         exact = stats.fused_attention_with_entropy(query, key, value)[1]
         estimate = stats.fused_attention_with_entropy(query, key, value, num_queries=32)[1]
         error = ((estimate - exact).abs() / exact).max().item()

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 
 from dqar.classifier import DigitClassifier
 
+DIT_XL_2 = "facebook/DiT-XL-2-256"
 WEIGHTS = Path(__file__).parent / "weights"
 SCHEDULERS = {
     "ddim": (DDIMScheduler, {"clip_sample": False}),
@@ -160,10 +161,10 @@ def load_pipeline(profile: Profile) -> DiffusionPipeline:
         pipe = load_embedded("digits", profile.dtype)
     else:
         try:
-            pipe = DiTPipeline.from_pretrained("facebook/DiT-XL-2-256", dtype=profile.dtype)
+            pipe = DiTPipeline.from_pretrained(DIT_XL_2, dtype=profile.dtype)
         except OSError as error:
             raise OSError(
-                f"profile {profile.name!r} needs facebook/DiT-XL-2-256 from the Hugging Face hub or its local cache"
+                f"profile {profile.name!r} needs {DIT_XL_2} from the Hugging Face hub or its local cache"
             ) from error
     pipe.scheduler = make_scheduler(profile.scheduler, pipe.scheduler)
     pipe.set_progress_bar_config(disable=True)

@@ -64,30 +64,35 @@ def query_entropy(query: torch.Tensor, key: torch.Tensor, scale: float | None = 
 
 
 def fused_attention_with_entropy(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
     scale: float | None = None,
     num_queries: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scaled dot-product attention and its entropy, without ever holding an attention map.
+    """Scaled dot-product attention and its entropy, without ever holding a whole attention map.
 
     Args:
-        query, key, value: ``[B, H, N, D]``.
+        q, k, v: queries, keys and values, ``[B, H, N, D]``.
         scale: factor of the scores; ``D ** -0.5`` by default.
         num_queries: estimate the entropy from so many evenly spaced queries; all of them by default, which is exact.
 
     Returns:
         The output ``[B, H, N, D]``, bit for bit that of ``F.scaled_dot_product_attention``, and the entropy
-        ``[B, H]`` in nats, float32, averaged over queries.
+        ``[B, H]`` in nats, float32 at least, averaged over queries.
     """
-    output = F.scaled_dot_product_attention(query, key, value, scale=scale)
-    length = query.shape[2]
+    output = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    length = q.shape[2]
     if num_queries is not None and num_queries < length:
         # the middle of num_queries equal intervals; a plain stride would always pick one image column
-        rows = ((torch.arange(num_queries, device=query.device) + 0.5) * (length / num_queries)).long()
-        query = query[:, :, rows]
-    return output, query_entropy(query, key, scale).mean(dim=-1)
+        rows = ((torch.arange(num_queries, device=q.device) + 0.5) * (length / num_queries)).long()
+        q = q[:, :, rows]
+    return output, query_entropy(q, k, scale).mean(dim=-1)
+
+
+def latent_norm(latents: torch.Tensor) -> torch.Tensor:
+    """‖x_t‖₂ per sample, ``[B]`` float32, of latents ``[B, ...]``; slide 7's third feature."""
+    return latents.flatten(1).float().norm(dim=1)
 
 
 def snr(clean: torch.Tensor, noisy: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:

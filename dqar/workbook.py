@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import logging
 import re
 import shutil
 import sys
@@ -104,6 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
         get_profile(options.profile)
         Run(options.profile, options.seed, options.out)
         notebooks = choose(options.only)
+        logging.basicConfig(filename=options.out / "workbook.log", level=logging.INFO, format="%(asctime)s %(message)s")
     except (ValueError, OSError) as error:
         console.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
         return 2
@@ -123,6 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     table = Table("notebook", "status", "seconds", title=f"profile {options.profile}, seed {options.seed}")
     for outcome in outcomes:
+        logging.info("%s: %s in %.0f s %s", outcome.notebook, outcome.status, outcome.seconds, outcome.error)
         table.add_row(outcome.notebook, outcome.status, f"{outcome.seconds:.0f}")
     console.print(table)
     errors = [outcome.error for outcome in outcomes if outcome.status == "failed"]

@@ -1,4 +1,5 @@
 import json
+import math
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from dqar import architecture, experiments, figures, metrics, train, workbook
+from dqar import architecture, experiments, figures, metrics, models, train, workbook
 from dqar.data import load_digits_split
 from dqar.models import WEIGHTS, get_profile, load_classifier, load_embedded, load_pipeline, make_scheduler
 from dqar.results import Run, load_table
@@ -135,6 +136,24 @@ def test_unknown_profiles_fields_and_schedulers_are_named():
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="'dit-xl-2' needs a CUDA GPU"):
             load_pipeline(get_profile("dit-xl-2"))
+
+
+def test_dit_xl_2_is_loaded_by_its_own_code_path(dit_folder, monkeypatch, tmp_path):
+    """From a small DiTPipeline saved locally; the tables that make sense without a digit classifier come out whole."""
+    monkeypatch.setattr(models, "DIT_XL_2", str(dit_folder))
+    tiny = {"device": "cpu", "dtype": torch.float32, "num_samples": 2, "num_inference_steps": 4, "repeats": 1}
+    monkeypatch.setitem(models.PROFILES, "tiny", get_profile("dit-xl-2", **tiny))
+    run = Run("tiny", 0, tmp_path)
+    pipe = load_pipeline(run.profile)
+    assert type(pipe).__name__ == "DiTPipeline" and type(pipe.scheduler).__name__ == "DPMSolverMultistepScheduler"
+    sites = experiments.sites(run)
+    assert len(sites) == 4 * 4 * 2 and sites.entropy.between(0, math.log(16)).all()
+    assert sites.change.isna().sum() == 4 * 2  # the first step has none before it
+    table = experiments.compare(run, {"closed": experiments.LOOK, "open": experiments.OPEN, "half": 2})
+    assert table.psnr[0] == math.inf and table.psnr[1] < 60 and "class_accuracy" not in table
+    monkeypatch.setattr(models, "DIT_XL_2", str(tmp_path))
+    with pytest.raises(OSError, match="'dit-xl-2' needs .* from the Hugging Face hub"):
+        load_pipeline(run.profile)
 
 
 def test_truncated_weights_are_named(tmp_path):
