@@ -43,9 +43,9 @@ class Profile:
     scheduler: Literal["ddim", "dpm-solver++", "euler"] = "dpm-solver++"
     num_inference_steps: int = 50
     guidance_scale: float = 2.0
-    num_samples: int = 16
+    num_samples: int = 12
     """Images of each configuration that a notebook compares."""
-    batch_size: int = 16
+    batch_size: int = 12
     repeats: int = 5
     """Interleaved timing repeats."""
     device: str = "cpu"
