@@ -461,9 +461,7 @@ def slide04_head_map(run: Run, heads: pd.DataFrame) -> Figure:
     figure.colorbar(mesh, ax=axes, label="entropy (nats)")
     between = table.groupby(["layer", "head"]).entropy.mean().std()
     within = table.groupby(["layer", "head"]).entropy.std().mean()
-    headline(
-        figure, f"Heads differ by {between:.2f} nats, steps of one head by {within:.2f} (standard deviations, cond)"
-    )
+    headline(figure, f"Heads differ by {between:.2f} nats, steps of one head by {within:.2f} (std, cond)")
     return save(run, "slide04_head_map", figure, heads)
 
 
