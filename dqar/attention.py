@@ -6,6 +6,7 @@ diffusers' ``HookRegistry``, and the scheduler's ``step`` is watched for the gui
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from typing import Any
@@ -31,7 +32,8 @@ def apply_dqar(pipe: Any, config: DQARConfig | None = None, prompt_length: int |
 
     Args:
         pipe: a pipeline with a DiT-like ``transformer``, or the transformer. A transformer alone has no scheduler to
-            predict x0 with, so that its SNR is unknown and only an SNR range of ``(0, inf)`` opens the gate.
+            predict x0 with, so that its SNR is unknown and only an SNR range of ``(0, inf)`` opens the gate; it tells
+            the number of steps from the first two timesteps, and reuses from the third step on.
         config: the deck's defaults if left out.
         prompt_length: words of the prompt or label, for slide 5's τ(p); ``None`` leaves the threshold as it is.
 
@@ -70,7 +72,9 @@ class DQARSession:
         self._pipe, self._transformer, self._prompt_length = pipe, transformer, prompt_length
         self._layers = layers
         self._originals = [layer.processor for layer in layers]
+        self._argument_names = list(inspect.signature(type(transformer).forward).parameters)[1:]
         self._had_registry = hasattr(transformer, "_diffusers_hook")
+        self._had_forward = "forward" in vars(transformer)  # of another library's hook
         self._watched: Any = None
         self._forget_run()
         for layer_id, layer in enumerate(layers):
@@ -98,7 +102,8 @@ class DQARSession:
         registry.remove_hook(HOOK_NAME, recurse=False)
         if not self._had_registry and not registry.hooks:
             del self._transformer._diffusers_hook
-            del self._transformer.forward  # the instance attribute; the class's method is underneath
+            if not self._had_forward:
+                del self._transformer.forward  # the instance attribute; the class's method is underneath
         self._watch_scheduler(None)
         self._forget_run()
 
@@ -119,11 +124,12 @@ class DQARSession:
 
     def begin_forward(self, args: tuple, kwargs: dict) -> None:
         """Finds out which step of which run this forward pass is, and opens it in the controller."""
-        latents = kwargs.get("hidden_states", args[0] if args else None)
-        labels = kwargs.get("class_labels", kwargs.get("encoder_hidden_states"))
+        named = dict(zip(self._argument_names, args, strict=False)) | kwargs
+        latents, timestep = named.get("hidden_states"), named.get("timestep")
+        labels = named.get("class_labels", named.get("encoder_hidden_states"))
         scheduler = getattr(self._pipe, "scheduler", None)
         timesteps = getattr(scheduler, "timesteps", None)
-        if self._is_new_run(latents, labels, timesteps, kwargs.get("timestep")):
+        if self._is_new_run(latents, labels, timesteps, timestep):
             self._forget_run()
             self._begin_run(latents, labels, scheduler)
         norm, snr = self._close_step(latents)
@@ -135,11 +141,12 @@ class DQARSession:
             timestep, total_steps = self._timestep_values[step], len(self._timestep_values)
             alpha_bar = self._alpha_bars[step]
         else:
-            timestep = _first_value(kwargs.get("timestep"))
-            self._first_timestep = timestep if step == 0 else self._first_timestep
-            # Evenly spaced timesteps from the first one down to zero tell how many there are.
-            passed = self._first_timestep - timestep
-            total_steps = max(step + 1, round(step * (self._first_timestep + 1) / passed)) if passed > 0 else step + 1
+            timestep = _first_value(timestep)
+            if step == 0:
+                self._first_timestep, self._guessed_steps = timestep, 1
+            elif step == 1:  # evenly spaced timesteps down to zero tell how many there are
+                self._guessed_steps = int(self._first_timestep / (self._first_timestep - timestep)) + 1
+            total_steps = max(step + 1, self._guessed_steps)
             alpha_bar = None
         self._last_timestep = timestep
         self._latents, self._inputs = latents, (args, kwargs)
@@ -157,7 +164,7 @@ class DQARSession:
         """Keeps an eye on the output: a run that is no longer finite is stopped, naming step and layer."""
         self._output_sum = output[0].sum(dtype=torch.float32)
         if self._timesteps is None or self._step_index + 1 == len(self._timestep_values):
-            self._check_output(self._output_sum.item())
+            self.check_finite(self._output_sum.item())
             self._output_sum = None
 
     def _close_step(self, latents: torch.Tensor) -> tuple[float, float | None]:
@@ -173,12 +180,13 @@ class DQARSession:
         if self._output_sum is not None:
             numbers["output"] = self._output_sum
         values = dict(zip(numbers, torch.stack(list(numbers.values())).tolist(), strict=True))
-        self._check_output(values.get("output", 0.0))
+        self.check_finite(values.get("output", 0.0))
         if "last_snr" in values:
             self.controller.complete_step(values["last_snr"])
         return values["norm"], values.get("snr")
 
-    def _check_output(self, output_sum: float) -> None:
+    def check_finite(self, output_sum: float) -> None:
+        """Stops the run if a sum over the output, or over what is to be cached, is NaN or inf."""
         if not math.isfinite(output_sum):
             step, layer = self._step_index, self._first_bad_layer()
             raise FloatingPointError(f"the model's output holds NaN or inf at step {step}, {layer}")
@@ -235,20 +243,14 @@ class DQARSession:
         if self._watched is scheduler:
             return
         if self._watched is not None:
-            del self._watched.step
+            _unwatch(self._watched, self, self._watched_step)
         self._watched = scheduler
-        if scheduler is None:
-            return
-        original = scheduler.step
+        if scheduler is not None:
+            self._watched_step = _watch(scheduler, self)
 
-        def step(model_output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            self._see_prediction(model_output)
-            return original(model_output, *args, **kwargs)
-
-        scheduler.step = step
-
-    def _see_prediction(self, model_output: torch.Tensor) -> None:
-        if self._latents is None:
+    def see_prediction(self, model_output: torch.Tensor) -> None:
+        """Notes x0 and SNR by the guided prediction that this session's own run hands to the scheduler."""
+        if self._latents is None or self._watched.timesteps is not self._timesteps:
             return
         # What reaches the model is variance-preserving under every scheduler, after scale_model_input.
         latents = self._latents[: len(model_output)]
@@ -289,7 +291,17 @@ class DQARAttnProcessor:
         self.session, self.layer_id = session, layer_id
         self.original = session._layers[layer_id].processor
 
-    def __call__(self, attn: Attention, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if encoder_hidden_states is not None or attention_mask is not None:
+            given = "attention_mask" if encoder_hidden_states is None else "encoder_hidden_states"
+            raise ValueError(f"layer {self.layer_id} was given {given}: DQAR takes unmasked self-attention only")
         controller, layer_id = self.session.controller, self.layer_id
         slices = self.session._slices
         decisions = {branch: controller.should_reuse(layer_id, branch) for branch in slices}
@@ -367,7 +379,11 @@ class DQARAttnProcessor:
             measured = None if entropy is None else entropy[rows]
             if controller.wants_commit(self.layer_id):
                 kept = {name: tensor[rows] for name, tensor in tensors.items()}
-                controller.commit(self.layer_id, branch, entropy=measured, **kept)
+                try:
+                    controller.commit(self.layer_id, branch, entropy=measured, **kept)
+                except ValueError:  # the quantizer takes no NaN or inf
+                    self.session.check_finite(sum(tensor.sum(dtype=torch.float32).item() for tensor in kept.values()))
+                    raise
             else:
                 controller.record(self.layer_id, branch, measured, tokens)
 
@@ -386,6 +402,32 @@ class _DQARHook(ModelHook):
     def post_forward(self, module: torch.nn.Module, output: Any) -> Any:
         self.session.end_forward(output)
         return output
+
+
+def _watch(scheduler: Any, session: DQARSession) -> Any:
+    """Lets ``session`` see what goes into ``scheduler.step``; pipelines with one scheduler share one wrapper."""
+    original = scheduler.step
+    if not hasattr(original, "dqar_sessions"):
+
+        def step(model_output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            for watching in tuple(step.dqar_sessions):
+                watching.see_prediction(model_output)
+            return original(model_output, *args, **kwargs)
+
+        step.dqar_sessions, step.dqar_replaced = [], vars(scheduler).get("step")
+        scheduler.step = step
+    scheduler.step.dqar_sessions.append(session)
+    return scheduler.step
+
+
+def _unwatch(scheduler: Any, session: DQARSession, step: Any) -> None:
+    step.dqar_sessions.remove(session)
+    if step.dqar_sessions or scheduler.step is not step:  # someone else's wrapper on top stays, over an idle one
+        return
+    if step.dqar_replaced is None:
+        del scheduler.step
+    else:
+        scheduler.step = step.dqar_replaced
 
 
 def predicted_clean(

@@ -100,11 +100,11 @@ class QuantizedCache:
         return iter(self._entries.values())
 
     def _half(self, x: torch.Tensor) -> Stored:
-        return StoredTensor(x.detach().to(torch.float16 if x.dtype == torch.float32 else x.dtype), x.dtype)
+        return StoredTensor(x.detach().to(torch.float16 if x.dtype == torch.float32 else x.dtype, copy=True), x.dtype)
 
     def _store(self, x: torch.Tensor) -> Stored:
         if self.config.quantize_bits == 16:
-            return StoredTensor(x.detach(), x.dtype)
+            return StoredTensor(x.detach().clone(), x.dtype)  # a view would keep the whole batch's memory alive
         # batch_dims=1: a shared scale would let one image of a batch change another.
         return quantize(
             x.detach(),

@@ -57,7 +57,7 @@ class DQARConfig:
         policy: a trained ``ReusePolicy`` that decides instead of the entropy and SNR rule (slide 7).
         entropy_unit: ``"nats"`` as in the deck, or ``"normalized"``: H / ln N, between 0 and 1.
         snr_source: ``"predicted"``: against the scheduler's newest predicted x0; ``"schedule"``: ᾱ / (1 − ᾱ).
-        entropy_queries: estimate the entropy from so many evenly spaced queries; ``None`` takes all of them.
+        entropy_queries: estimate the entropy from so many evenly spread queries; ``None`` takes all of them.
         record_entropy: measure it for the trace even where the decision doesn't need it.
 
     Raises:

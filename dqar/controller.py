@@ -66,6 +66,8 @@ class DQARController:
     ) -> None:
         """Opens a denoising step. A step that doesn't follow the last one begins a new run with an empty cache.
 
+        A step count that changes in mid-run empties the cache too: the schedule was another one.
+
         Args:
             step_index: from 0 to ``total_steps - 1``.
             total_steps: denoising steps of the run.
@@ -77,9 +79,11 @@ class DQARController:
         """
         if not 0 <= step_index < total_steps:
             raise ValueError(f"step_index={step_index} is not accepted: from 0 to total_steps - 1 = {total_steps - 1}")
-        if self._step is None or step_index <= self._step or total_steps != self._total_steps:
-            self.reset()
+        if self._step is None or step_index <= self._step:
             self._run += 1
+            self.reset()
+        elif total_steps != self._total_steps:
+            self.reset()
         self.trace.resolve()
         self._step, self._total_steps = step_index, total_steps
         if isinstance(snr, torch.Tensor):

@@ -28,7 +28,7 @@ class QuantizedTensor:
     def dequantize(self) -> torch.Tensor:
         """``q · scale`` in the shape and dtype of the original."""
         integers = self.data if self.bits == 8 else _unpack(self.data, self.bits, self.shape)
-        return (integers.to(self.scale.dtype) * self.scale).to(self.dtype)
+        return (integers.float() * self.scale.float()).to(self.dtype)
 
     @property
     def nbytes(self) -> int:
@@ -52,7 +52,7 @@ def quantize(
         bits: 8, 4 or 2 (Q = 127, 7, 1).
         mode: what shares a scale: everything, a channel, or a token.
         batch_dims: so many leading dimensions never share a scale, whatever the mode.
-        scale_dtype: float32 or float16.
+        scale_dtype: float32 or float16, which saturates beyond 65,504 · Q.
         check_finite: off only where a GPU would have to wait for the answer and NaN is looked for elsewhere.
 
     Raises:
@@ -77,7 +77,8 @@ def quantize(
     if x.numel() and shared:
         peak = peak.amax(dim=tuple(shared), keepdim=True)
     # An all-zero group keeps its zeros under any scale, and a scale must not round to zero.
-    scale = (peak / largest).clamp_min(torch.finfo(scale_dtype).tiny).to(scale_dtype)
+    limits = torch.finfo(scale_dtype)
+    scale = (peak / largest).clamp_(limits.tiny, limits.max).to(scale_dtype)
     integers = (values / scale.float()).round_().clamp_(-largest, largest).to(torch.int8)
     return QuantizedTensor(integers if bits == 8 else _pack(integers, bits), scale, bits, x.shape, x.dtype)
 

@@ -75,7 +75,7 @@ def fused_attention_with_entropy(
     Args:
         q, k, v: queries, keys and values, ``[B, H, N, D]``.
         scale: factor of the scores; ``D ** -0.5`` by default.
-        num_queries: estimate the entropy from so many evenly spaced queries; all of them by default, which is exact.
+        num_queries: estimate the entropy from so many evenly spread queries; all of them by default, which is exact.
 
     Returns:
         The output ``[B, H, N, D]``, bit for bit that of ``F.scaled_dot_product_attention``, and the entropy
@@ -84,9 +84,9 @@ def fused_attention_with_entropy(
     output = F.scaled_dot_product_attention(q, k, v, scale=scale)
     length = q.shape[2]
     if num_queries is not None and num_queries < length:
-        # the middle of num_queries equal intervals; a plain stride would always pick one image column
-        rows = ((torch.arange(num_queries, device=q.device) + 0.5) * (length / num_queries)).long()
-        q = q[:, :, rows]
+        # Golden-ratio steps spread over rows and columns alike; an even stride would always pick the same few columns.
+        stride = next(s for s in range(round(0.618 * length), 2 * length) if math.gcd(s, length) == 1)
+        q = q[:, :, torch.arange(num_queries, device=q.device) * stride % length]
     return output, query_entropy(q, k, scale).mean(dim=-1)
 
 

@@ -1,12 +1,16 @@
+import functools
 import gc
 import math
 import threading
 import weakref
 
+import accelerate
+import pandas
 import pytest
 import torch
 from conftest import draw, embedded_pipeline
-from diffusers import DiTPipeline, UNet2DModel
+from diffusers import DiTPipeline, PixArtTransformer2DModel, UNet2DModel
+from diffusers.hooks import HookRegistry, ModelHook
 
 from dqar import DQARConfig, apply_dqar, remove_dqar
 from dqar.models import SCHEDULERS, make_scheduler
@@ -30,7 +34,7 @@ def state(pipe):
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-@pytest.mark.parametrize("labels, guidance", [((1, 2, 3), 3.0), ((4,), 3.0), ((1, 2), 1.0)])
+@pytest.mark.parametrize("labels, guidance", [((1, 2, 3), 3.0), ((4,), 3.0), ((1, 2), 1.0), ((5,), 1.0)])
 @pytest.mark.parametrize("gate", CLOSED)
 def test_closed_gate_is_bit_identical(pipe, scheduler, labels, guidance, gate):
     pipe.scheduler = make_scheduler(scheduler, pipe.scheduler)
@@ -41,6 +45,14 @@ def test_closed_gate_is_bit_identical(pipe, scheduler, labels, guidance, gate):
     table = session.trace.to_pandas()
     assert set(table.decision) == {"compute"}
     assert len(table) == 4 * 8 * (2 if guidance > 1 else 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_closed_gate_is_bit_identical_in_half_precision(pipe, dtype):
+    pipe.transformer.to(dtype)
+    expected = draw(pipe)
+    with apply_dqar(pipe, CLOSED["by schedule, looking"]):
+        assert torch.equal(draw(pipe), expected)
 
 
 @pytest.mark.parametrize("target", ["kv", "output"])
@@ -119,6 +131,45 @@ def test_removal_leaves_nothing(pipe):
     remove_dqar(pipe)  # a second time does nothing
 
 
+class Counter:
+    """A hook of accelerate's or of diffusers' that others may have put on the transformer before."""
+
+    def __init__(self, transformer, kind):
+        class Hook({"accelerate": accelerate.hooks.ModelHook, "diffusers": ModelHook}[kind]):
+            def pre_forward(hook, _module, *args, **kwargs):
+                self.calls += 1
+                return args, kwargs
+
+        self.calls = 0
+        if kind == "accelerate":  # what CPU offload is made of
+            accelerate.hooks.add_hook_to_module(transformer, Hook())
+        else:
+            HookRegistry.check_if_exists_or_initialize(transformer).register_hook(Hook(), "counter")
+
+
+@pytest.mark.parametrize("kind", ["accelerate", "diffusers"])
+def test_hooks_of_others_outlive_dqar(pipe, kind):
+    counter = Counter(pipe.transformer, kind)
+    for _ in range(2):
+        with apply_dqar(pipe, DQARConfig(**OPEN)):
+            draw(pipe, steps=2)
+        draw(pipe, steps=2)
+    assert counter.calls == 8
+
+
+def test_a_schedulers_own_step_outlives_dqar(pipe):
+    own = pipe.scheduler.step = functools.partial(pipe.scheduler.step)
+    with apply_dqar(pipe, DQARConfig(**OPEN)):
+        draw(pipe, steps=2)
+        assert pipe.scheduler.step is not own
+    assert pipe.scheduler.step is own
+    with apply_dqar(pipe, DQARConfig(**OPEN)):
+        draw(pipe, steps=2)
+        above = pipe.scheduler.step = functools.partial(pipe.scheduler.step)
+    assert pipe.scheduler.step is above
+    draw(pipe, steps=2)
+
+
 def test_two_runs_in_a_row_are_equal(pipe):
     with apply_dqar(pipe, DQARConfig(**OPEN)) as session:
         first, second = draw(pipe), draw(pipe)
@@ -177,6 +228,51 @@ def test_pipelines_in_two_threads_share_nothing():
     for i in (0, 1):
         assert torch.equal(got[i], expected[i])
         assert len(sessions[i].trace) == 4 * 8 * 2
+
+
+def denoise(pipe, label=1, steps=6):
+    """One image without guidance, a step at a time, with positional arguments."""
+    pipe.scheduler.set_timesteps(steps)
+    latents = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    for t in pipe.scheduler.timesteps:
+        with torch.no_grad():
+            noise = pipe.transformer(latents, t[None], torch.tensor([label])).sample
+        latents = pipe.scheduler.step(noise, t, latents).prev_sample
+        yield latents
+
+
+def test_interleaved_pipelines_share_nothing():
+    pipes = [embedded_pipeline(seed) for seed in (0, 1)]
+    expected = []
+    for pipe in pipes:
+        with apply_dqar(pipe, DQARConfig(**OPEN)):
+            expected.append(draw(pipe, (1,), steps=6, guidance=1.0))
+    with apply_dqar(pipes[0], DQARConfig(**OPEN)), apply_dqar(pipes[1], DQARConfig(**OPEN)):
+        *_, got = zip(*map(denoise, pipes), strict=True)  # a step of one, a step of the other
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_pipelines_may_share_a_scheduler(order):
+    pipes = [embedded_pipeline(seed) for seed in (0, 1)]
+    pipes[1].scheduler = pipes[0].scheduler
+    expected = []
+    for pipe in pipes:
+        with apply_dqar(pipe, DQARConfig(**OPEN)) as session:
+            expected.append((draw(pipe), session.trace.to_pandas()))
+    before = state(pipes[0])
+    sessions = [apply_dqar(pipe, DQARConfig(**OPEN)) for pipe in pipes]
+    got = [draw(pipe) for pipe in pipes]
+    for i in (0, 1):
+        assert torch.equal(got[i], expected[i][0])
+        pandas.testing.assert_frame_equal(sessions[i].trace.to_pandas(), expected[i][1])
+    first, last = order
+    sessions[first].remove()
+    sessions[last].trace.clear()
+    assert torch.equal(draw(pipes[last]), expected[last][0])
+    assert sessions[last].trace.to_pandas().snr.tolist() == expected[last][1].snr.tolist()
+    sessions[last].remove()
+    assert state(pipes[0]) == before
 
 
 @pytest.mark.parametrize("target, projections", [("kv", {"to_q", "to_out"}), ("output", set())])
@@ -261,6 +357,31 @@ def test_branches_have_caches_of_their_own(pipe):
         assert not torch.equal(cond.k.data, uncond.k.data)
 
 
+def test_prompt_length_scales_the_threshold(pipe):
+    with apply_dqar(pipe, DQARConfig(), prompt_length=8) as session:
+        draw(pipe, steps=2)
+    assert session.trace.to_pandas().threshold.unique().tolist() == pytest.approx([0.70711], abs=1e-5)
+
+
+def test_entropy_queries_estimate_what_all_of_them_give(pipe):
+    entropies = []
+    for queries in (None, 4):
+        with apply_dqar(pipe, DQARConfig(schedule="none", record_entropy=True, entropy_queries=queries)) as session:
+            draw(pipe)
+        entropies.append(session.trace.to_pandas().entropy)
+    assert not entropies[0].equals(entropies[1])
+    assert entropies[1].mean() == pytest.approx(entropies[0].mean(), rel=0.05)
+
+
+def test_equal_latents_are_guidance_only_with_the_null_class(pipe):
+    latents = torch.randn(1, 1, 8, 8).repeat(2, 1, 1, 1)
+    for labels, branches in (((1, 2), {"cond"}), ((1, 10), {"cond", "uncond"})):
+        pipe.scheduler.set_timesteps(4)
+        with apply_dqar(pipe, DQARConfig()) as session, torch.no_grad():
+            pipe.transformer(latents, timestep=torch.tensor([750, 750]), class_labels=torch.tensor(labels))
+        assert set(session.trace.to_pandas().branch) == branches
+
+
 def test_traced_bytes_are_those_of_the_cache(pipe):
     with apply_dqar(pipe, DQARConfig(**OPEN)) as session:
         draw(pipe)
@@ -298,13 +419,59 @@ def test_a_bare_transformer(pipe):
 
     expected = loop()
     with apply_dqar(transformer, DQARConfig(**OPEN)) as session:
-        assert not torch.equal(loop(), expected)
+        first, second = loop(), loop()
+    assert not torch.equal(first, expected)
+    assert torch.equal(second, first)  # the timestep went up: a new run
     table = session.trace.to_pandas()
-    assert set(table.total_steps[table.step > 0]) == {8}
-    assert "reuse" in set(table.decision)
+    assert set(table.total_steps[table.step > 0]) == {8} and set(table.run) == {0, 1}
+    assert set(table.decision[table.step < 2]) == {"compute"} and set(table.decision[table.step == 2]) == {"reuse"}
     with pytest.warns(UserWarning, match="bare transformer knows no SNR"), apply_dqar(transformer, DQARConfig()):
         assert torch.equal(loop(), expected)
     remove_dqar(transformer)
+
+
+def test_positional_arguments_are_as_good_as_named_ones(pipe):
+    pipe.scheduler.set_timesteps(4)
+    for target in (pipe, pipe.transformer):
+        with apply_dqar(target, DQARConfig(**OPEN)) as session, torch.no_grad():
+            for step, label in ((0, 1), (1, 1), (2, 7)):
+                t = pipe.scheduler.timesteps[step : step + 1]
+                pipe.transformer(torch.randn(1, 1, 8, 8), t, torch.tensor([label]))
+            assert session.trace.to_pandas().reason.iloc[-1] == "no cache"  # another label, another run
+
+
+def test_masked_or_cross_attention_is_refused(pipe):
+    hidden_states, attn = torch.randn(2, 16, 16), pipe.transformer.transformer_blocks[1].attn1
+    with apply_dqar(pipe, DQARConfig()):
+        for given in ("attention_mask", "encoder_hidden_states"):
+            with pytest.raises(ValueError, match=f"layer 1 was given {given}"):
+                attn(hidden_states, **{given: torch.ones(2, 16, 16)})
+
+
+def test_pixart_stacks_the_unconditional_half_first():
+    torch.manual_seed(0)
+    model = PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=3,
+        sample_size=8,
+        cross_attention_dim=16,
+        caption_channels=12,
+        use_additional_conditions=False,
+    ).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    half, prompts, keys = torch.randn(1, 4, 8, 8), torch.randn(2, 5, 12), []
+    inputs = {"encoder_hidden_states": prompts, "added_cond_kwargs": {}}
+    model.transformer_blocks[1].attn1.to_k.register_forward_hook(lambda _m, _a, out: keys.append(out))
+    with torch.no_grad():
+        expected = model(half.repeat(2, 1, 1, 1), timestep=torch.tensor([600, 600]), **inputs).sample
+        with apply_dqar(model, DQARConfig(**OPEN, quantize_bits=16)) as session:
+            for t in (900, 600):
+                got = model(half.repeat(2, 1, 1, 1), timestep=torch.tensor([t, t]), **inputs).sample
+            assert torch.equal(got, expected)  # a bare model's first step is never cached
+            for branch, rows in (("uncond", slice(0, 1)), ("cond", slice(1, 2))):
+                assert torch.equal(session.controller.cache.get(1, branch).k.dequantize(), keys[-1][rows])
 
 
 def test_nan_latents_stop_before_the_first_layer(pipe):
@@ -326,6 +493,20 @@ def test_nan_inside_names_step_and_layer(pipe, bad_step):
         pipe.transformer.transformer_blocks[2].ff.register_forward_hook(spoil)
         with pytest.raises(FloatingPointError, match=f"step {bad_step}, first in layer 2"):
             draw(pipe)
+
+
+@pytest.mark.parametrize("target, bits", [("kv", 8), ("kv", 16), ("output", 8), ("output", 16)])
+@pytest.mark.parametrize("weight", ["attn1.to_q", "attn1.to_k", "attn1.to_v", "ff.net.2"])
+def test_nan_weights_name_step_and_layer(pipe, target, bits, weight):
+    plain = draw(pipe)
+    weights = pipe.transformer.transformer_blocks[1].get_submodule(weight).weight.data
+    good = weights[0, 0].item()
+    with apply_dqar(pipe, DQARConfig(**OPEN, reuse_target=target, quantize_bits=bits)):
+        weights[0, 0] = math.nan
+        with pytest.raises(FloatingPointError, match="NaN or inf at step 0, first in layer 1"):
+            draw(pipe)
+    weights[0, 0] = good
+    assert torch.equal(draw(pipe), plain)
 
 
 def test_a_batch_that_changes_in_mid_run_is_an_error(pipe):

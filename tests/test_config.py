@@ -61,3 +61,4 @@ def test_what_needs_no_look_measures_nothing():
     assert not DQARConfig(schedule="none").measures_entropy
     assert not DQARConfig(entropy_threshold=math.inf).measures_entropy
     assert DQARConfig(schedule="none", record_entropy=True).measures_entropy
+    assert DQARConfig(entropy_threshold=math.inf, policy=abs).measures_entropy  # a policy's feature

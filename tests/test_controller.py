@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from dqar import DQARConfig, DQARController
-from dqar.cache import CacheEntry, QuantizedCache
 from dqar.policy import ReusePolicy
 
 OPEN = {"entropy_threshold": math.inf, "snr_range": (0, math.inf), "schedule": "all"}
@@ -83,6 +82,8 @@ def test_slide_9s_loop():
         ("entropy", {"config": {}, "steps": [0, 1], "entropy": 1.0, "prompt_length": 8}),  # τ(8) = 0.71
         ("reuse", {"config": {}, "steps": [0, 1], "entropy": 0.7, "prompt_length": 8}),
         ("snr", {"config": {}, "steps": [0, 1], "snr": 0.49}),
+        ("reuse", {"config": {}, "steps": [0, 1], "snr": 50.0}),
+        ("snr", {"config": {}, "steps": [0, 1], "snr": math.nan}),
         ("reuse", {"config": {}, "steps": [0, 1], "snr": 0.5}),
         ("reuse", {"config": {}, "steps": [0, 1], "snr": torch.tensor([1.0, 99.0])}),  # 50 on average
         ("snr", {"config": {}, "steps": [0, 1], "snr": 50.1}),
@@ -151,55 +152,57 @@ def test_bad_calls_are_named():
         DQARController(0)
 
 
+@pytest.mark.parametrize("missing", ["snr", "latent_norm"])
+def test_the_policy_asks_for_what_it_lacks(missing):
+    begin = {"snr": 1.0, "latent_norm": 1.0, missing: None}
+    with pytest.raises(ValueError, match="needs begin_step's snr and latent_norm"):
+        reason({"policy": ReusePolicy(), "schedule": "all"}, steps=[0, 1], **begin)
+
+
+def test_the_trace_says_what_was_decided_on():
+    controller = DQARController(2, DQARConfig(**{**OPEN, "entropy_threshold": 2.0}))
+    attn_map = torch.rand(2, 3, 16, 16, dtype=torch.float64).softmax(-1)
+    for step in range(3):
+        controller.begin_step(step, 5, snr=4.0, prompt_length=8, timestep=900.0 - step)
+        decision = controller.should_reuse(1)
+        controller.commit(1, keys=keys(), values=keys(1), attn_map=attn_map if step else attn_map * 0 + 1 / 16)
+        if step == 0:  # uniform attention: ln 16 nats in each head
+            assert controller.trace.to_pandas().entropy.item() == pytest.approx(math.log(16), abs=1e-5)
+    table = controller.trace.to_pandas()
+    assert decision.reason == "entropy"
+    assert table.reason.tolist() == ["no cache", "entropy", "entropy"]
+    assert table.threshold.tolist() == pytest.approx([2 * 8**-0.5] * 3)  # τ(8)
+    assert table.timestep.tolist() == [900.0, 899.0, 898.0]
+    heads = controller.trace.heads_to_pandas()
+    expected = -(attn_map * attn_map.log()).sum(-1).mean((0, 2))
+    assert heads[heads.step == 2].entropy.tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+
+
 @pytest.mark.parametrize(
-    "options, per_value",
-    [
-        ({"quantize_bits": 16}, 4.0),  # the model's own float32
-        ({"quantize_bits": 8, "quantize_mode": "per_tensor"}, 1.0),
-        ({"quantize_bits": 4, "quantize_mode": "per_tensor"}, 0.5),
-        ({"quantize_bits": 2, "quantize_mode": "per_tensor"}, 0.25),
-        ({"quantize_mode": "per_tensor", "mixed_precision": True}, 1.5),  # K two bytes, V one
-    ],
+    "entropy, heads",
+    [(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), [2.0, 3.0]), (torch.tensor([2.0, 3.0]), [2.0, 3.0]), (2.5, [2.5])],
 )
-def test_the_cache_counts_every_byte(options, per_value):
-    cache = QuantizedCache(DQARConfig(**options))
-    k, v = keys(), keys(1)
-    entry = CacheEntry(0, "cond", {})
-    cache.put(entry, k, v)
-    scales = {16: 0}.get(options.get("quantize_bits"), 1 if options.get("mixed_precision") else 2) * 2 * 4
-    assert cache.nbytes == entry.nbytes == per_value * (k.numel() + v.numel()) + scales
-    torch.testing.assert_close(entry.v.dequantize(), v, atol=2.0, rtol=0)
-    if options.get("mixed_precision"):
-        torch.testing.assert_close(entry.k.dequantize(), k, rtol=1e-3, atol=1e-6)
-    cache.put(CacheEntry(0, "cond", {}), k, v)
-    assert len(cache) == 1
-    cache.clear()
-    assert cache.nbytes == 0
+@pytest.mark.parametrize("options", [{"keys": keys(), "values": keys(1)}, {}])
+def test_entropy_may_be_given_by_sample_and_head_by_head_or_as_a_number(entropy, heads, options):
+    controller = DQARController(1)
+    controller.begin_step(0, 5)
+    controller.commit(0, entropy=entropy, **options)
+    assert controller.trace.heads_to_pandas().entropy.tolist() == heads
+    assert controller.trace.to_pandas().entropy.tolist() == [2.5]
 
 
-def test_the_cache_keeps_only_what_is_reused():
-    for target, kept in (("kv", {"k", "v"}), ("output", {"output"})):
-        cache = QuantizedCache(DQARConfig(reuse_target=target))
-        entry = CacheEntry(0, "cond", {})
-        cache.put(entry, keys(), keys(), keys())
-        assert {name for name in ("k", "v", "output") if getattr(entry, name) is not None} == kept
-
-
-def test_the_policy_has_slide_7s_size_and_survives_its_file(tmp_path):
-    policy = ReusePolicy()
-    sizes = {name: p.numel() for name, p in policy.named_parameters()}
-    assert sum(n for name, n in sizes.items() if "weight" in name) == 4480
-    assert sum(sizes.values()) == 4609
-    policy.mean.fill_(0.3)
-    policy.save(tmp_path / "policy.safetensors", {"data": "test"})
-    features = torch.randn(7, 5)
-    assert torch.equal(ReusePolicy.load(tmp_path / "policy.safetensors")(features), policy(features))
-    assert ((policy(features) > 0) & (policy(features) < 1)).all()
-
-
-def test_a_truncated_policy_file_is_named(tmp_path):
-    path = tmp_path / "policy.safetensors"
-    ReusePolicy().save(path)
-    path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(ValueError, match=r"policy\.safetensors is not a readable policy file"):
-        ReusePolicy.load(path)
+def test_a_reused_row_carries_its_source():
+    controller = DQARController(1, DQARConfig(**OPEN))
+    for step in range(4):
+        controller.begin_step(step, 5, snr=1.0)
+        decision = controller.should_reuse(0)
+        if decision.use_cache:
+            controller.reuse(decision.entry)
+        else:
+            controller.commit(0, keys=keys(), values=keys(1), entropy=1.25)
+    table = controller.trace.to_pandas()
+    assert table.age.tolist() == [0, 1, 2, 3]
+    assert table.entropy.tolist() == [1.25] * 4
+    # K and V of two images: 16 × 8 int8, and a float32 scale for each of 8 channels
+    assert table.bytes.tolist() == [2 * 2 * (16 * 8 + 8 * 4)] * 4
+    assert controller.cache.nbytes == table.bytes.iloc[-1]

@@ -8,12 +8,35 @@ BITS, MODES = (8, 4, 2), ("per_tensor", "per_channel", "per_token")
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("shape", [(2, 5, 7), (3,), (1, 1), (4, 3, 2, 9)])
-def test_error_is_at_most_half_a_step(bits, mode, shape):
+@pytest.mark.parametrize("shape", [(2, 5, 7), (3,), (1, 1), (4, 3, 2, 9), (2, 333, 5)])
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.float16])
+def test_error_is_at_most_half_a_step(bits, mode, shape, scale_dtype):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    kept = quantize(x, bits, mode)
+    kept = quantize(x, bits, mode, scale_dtype=scale_dtype)
+    assert kept.scale.dtype == scale_dtype
     assert kept.dequantize().shape == x.shape and kept.dequantize().dtype == x.dtype
-    assert ((kept.dequantize() - x).abs() <= kept.scale / 2 * (1 + 1e-5)).all()
+    assert ((kept.dequantize() - x).abs() <= kept.scale.double() / 2 * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", [(0,), (0, 5), (3, 0), (2, 0, 4), ()])
+@pytest.mark.parametrize("batch_dims", [0, 1])
+def test_empty_and_scalar_tensors_keep_their_shape(bits, mode, shape, batch_dims):
+    kept = quantize(torch.ones(shape), bits, mode, batch_dims=min(batch_dims, len(shape)))
+    assert torch.equal(kept.dequantize(), torch.ones(shape))
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_transposed_tensor_is_quantized_like_its_copy(bits, mode):
+    x = torch.randn(2, 5, 7).transpose(1, 2)
+    assert torch.equal(quantize(x, bits, mode).dequantize(), quantize(x.contiguous(), bits, mode).dequantize())
+
+
+def test_values_beyond_float16_survive_float16_scales():
+    x = torch.tensor([1e5, -3e4])
+    torch.testing.assert_close(quantize(x, 8, scale_dtype=torch.float16).dequantize(), x, rtol=0, atol=1e5 / 254)
 
 
 @pytest.mark.parametrize("bits, largest", [(8, 127), (4, 7), (2, 1)])
@@ -47,7 +70,7 @@ def test_zeros_stay_zeros(bits, scale_dtype):
     x = torch.zeros(3, 5)
     x[1] = 1e-9
     kept = quantize(x, bits, "per_token", scale_dtype=scale_dtype)
-    assert kept.scale.dtype == scale_dtype
+    assert kept.scale.dtype == scale_dtype and (kept.scale > 0).all()
     assert torch.equal(kept.dequantize()[0], x[0]) and kept.dequantize().isfinite().all()
 
 

@@ -9,6 +9,11 @@ def test_slide_8_at_28_layers_and_50_steps(step, last):
     assert list(eligible_layers(step, 50, 28, "depth_aware")) == list(range(last + 1))
 
 
+@pytest.mark.parametrize("step, last", [(2, 2), (3, 12), (6, 12), (7, 27)])
+def test_a_progress_of_exactly_three_or_seven_tenths_is_the_next_stage(step, last):
+    assert list(eligible_layers(step, 11, 28)) == list(range(last + 1))
+
+
 @pytest.mark.parametrize("num_layers, expected", [(1, (1, 1, 1)), (12, (1, 6, 12)), (56, (6, 26, 56))])
 def test_depth_aware_at_other_depths(num_layers, expected):
     assert tuple(len(eligible_layers(step, 101, num_layers)) for step in (0, 50, 100)) == expected

@@ -19,8 +19,8 @@ def reference_entropy(query, key, scale=None):
     return -(log_p.exp() * log_p).sum(-1).mean(-1)
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 77, 72), (1, 2, 256, 24), (3, 1, 1, 8), (1, 5, 601, 16), (2, 16, 64, 24)])
-@pytest.mark.parametrize("factor", [0.0, 1.0, 5.0, 30.0, 300.0])
+@pytest.mark.parametrize("shape", [(2, 3, 77, 72), (1, 2, 256, 24), (3, 1, 1, 8), (1, 5, 601, 16), (2, 40, 64, 8)])
+@pytest.mark.parametrize("factor", [0.0, 1.0, 5.0, 30.0, 1000.0])
 def test_fused_and_mapped_agree_with_float64(shape, factor):
     query, key, value = qkv(shape, factor)
     output, fused = stats.fused_attention_with_entropy(query, key, value)
@@ -52,6 +52,11 @@ def test_half_precision_accumulates_in_float32(dtype):
     output, entropy = stats.fused_attention_with_entropy(query, key, value)
     assert output.dtype == dtype and entropy.dtype == torch.float32
     torch.testing.assert_close(entropy.double(), reference_entropy(query, key), atol=1e-4, rtol=0)
+    attn_map = (query.double() @ key.double().mT * 72**-0.5).softmax(-1).to(dtype)
+    mapped, rounded = stats.attention_entropy(attn_map, reduction="none"), attn_map.double()
+    assert mapped.dtype == torch.float32
+    expected = -torch.special.xlogy(rounded, rounded.clamp_min(1e-6)).sum(-1).mean(-1)
+    torch.testing.assert_close(mapped.double(), expected, atol=1e-4, rtol=0)
 
 
 def test_scale_is_honoured():
@@ -72,6 +77,16 @@ def test_subsampled_estimate_is_within_a_percent_but_not_exact():
     exact = stats.fused_attention_with_entropy(query, key, value)[1]
     estimate = stats.fused_attention_with_entropy(query, key, value, num_queries=32)[1]
     assert 0 < ((estimate - exact).abs() / exact).max() < 0.01
+
+
+@pytest.mark.parametrize("by", ["row", "column"])
+def test_subsampled_queries_are_spread_over_rows_and_columns(by):
+    query, key, value = qkv((1, 2, 256, 16))
+    sharpness = torch.linspace(0, 2, 16)  # entropy falls from the first row (or column) of the image to the last
+    query = query * (sharpness.repeat_interleave(16) if by == "row" else sharpness.repeat(16))[:, None]
+    exact = stats.fused_attention_with_entropy(query, key, value)[1]
+    estimate = stats.fused_attention_with_entropy(query, key, value, num_queries=32)[1]
+    torch.testing.assert_close(estimate, exact, rtol=0.05, atol=0)
 
 
 def test_sum_is_slide_4_to_the_letter():
@@ -99,6 +114,13 @@ def test_snr_by_hand():
     with pytest.raises(ValueError, match="same shape"):
         stats.snr(clean, noisy[:1])
     assert stats.schedule_snr(0.8) == pytest.approx(4.0)
+
+
+def test_latent_norm_by_hand():
+    latents = torch.stack([torch.full((2, 2, 2), 3.0), torch.ones(2, 2, 2)])
+    assert stats.latent_norm(latents).tolist() == pytest.approx([math.sqrt(72), math.sqrt(8)])
+    half = stats.latent_norm(torch.full((1, 4, 4, 4), 200.0).half())  # 64 · 200² overflows float16
+    assert half.dtype == torch.float32 and half.tolist() == [1600.0]
 
 
 def test_tau_by_hand():
