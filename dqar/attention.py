@@ -305,16 +305,20 @@ class DQARAttnProcessor:
         controller, layer_id = self.session.controller, self.layer_id
         slices = self.session._slices
         decisions = {branch: controller.should_reuse(layer_id, branch) for branch in slices}
-        fresh = {branch: rows for branch, rows in slices.items() if not decisions[branch].use_cache}
         cached = {branch: d.entry for branch, d in decisions.items() if d.use_cache}
+        shared = {branch: rows for branch, rows in slices.items() if decisions[branch].shared}
+        fresh = {branch: rows for branch, rows in slices.items() if branch not in cached and branch not in shared}
         if controller.config.reuse_target == "kv":
-            output = self._with_keys_and_values(attn, hidden_states, fresh, cached)
-        elif not cached:
+            output = self._with_keys_and_values(attn, hidden_states, fresh, cached, shared)
+        elif not cached and not shared:
             output = self._compute(attn, hidden_states, slices)
         else:
             parts = {branch: entry.output.dequantize() for branch, entry in cached.items()}
             for branch, rows in fresh.items():
                 parts[branch] = self._compute(attn, hidden_states[rows], {branch: slice(None)})
+            for branch in shared:
+                parts[branch] = parts["cond"]
+                self._commit({branch: slice(None)}, None, hidden_states.shape[1], output=parts["cond"])
             output = torch.cat([parts[branch] for branch in slices]) if len(parts) > 1 else next(iter(parts.values()))
         for entry in cached.values():
             controller.reuse(entry)
@@ -324,7 +328,7 @@ class DQARAttnProcessor:
         """Full attention for the whole of ``hidden_states``, entropy if wanted, output committed by branch."""
         controller = self.session.controller
         entropy = None
-        if controller.config.measures_entropy:
+        if controller.wants_entropy(self.layer_id):
             query, key, value = (layer(hidden_states) for layer in (attn.to_q, attn.to_k, attn.to_v))
             output, entropy = self._attend(attn, query, key, value)
         else:
@@ -338,22 +342,30 @@ class DQARAttnProcessor:
         hidden_states: torch.Tensor,
         fresh: dict[str, slice],
         cached: dict[str, CacheEntry],
+        shared: dict[str, slice],
     ) -> torch.Tensor:
         """Fresh queries for all; keys and values from the cache where a branch is reused (slide 9)."""
         controller = self.session.controller
-        if not cached and not controller.wants_commit(self.layer_id):
+        if not cached and not shared and not controller.wants_commit(self.layer_id):
             return self._compute(attn, hidden_states, fresh)
         query = attn.to_q(hidden_states)
-        if not cached:
+        if not cached and not shared:
             key, value = attn.to_k(hidden_states), attn.to_v(hidden_states)
         else:
             parts = {branch: (entry.k.dequantize(), entry.v.dequantize()) for branch, entry in cached.items()}
             for branch, rows in fresh.items():
                 parts[branch] = (attn.to_k(hidden_states[rows]), attn.to_v(hidden_states[rows]))
+            parts |= dict.fromkeys(shared, parts.get("cond"))
             keys, values = zip(*(parts[branch] for branch in self.session._slices), strict=True)
             key, value = torch.cat(keys), torch.cat(values)
-        output, entropy = self._attend(attn, query, key, value, controller.config.measures_entropy and bool(fresh))
-        self._commit(fresh, entropy, hidden_states.shape[1], keys=key, values=value)
+        measure = bool(fresh) and controller.wants_entropy(self.layer_id)
+        output, entropy = self._attend(attn, query, key, value, measure)
+        kept = {"keys": key, "values": value}
+        if controller.config.balance:
+            kept["key_partner"] = query.abs().amax(dim=1, keepdim=True)
+            kept["value_partner"] = attn.to_out[0].weight.abs().amax(dim=0).expand(len(value), 1, -1)
+        self._commit(fresh, entropy, hidden_states.shape[1], **kept)
+        self._commit(shared, None, hidden_states.shape[1], **kept)
         return output
 
     def _attend(

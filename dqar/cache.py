@@ -74,12 +74,14 @@ class QuantizedCache:
         keys: torch.Tensor | None = None,
         values: torch.Tensor | None = None,
         output: torch.Tensor | None = None,
+        key_partner: torch.Tensor | None = None,
+        value_partner: torch.Tensor | None = None,
     ) -> None:
         """Stores ``entry`` with those of the tensors that ``reuse_target`` reuses."""
         if self.config.reuse_target == "kv":
             if keys is not None and values is not None:
-                entry.k = self._half(keys) if self.config.mixed_precision else self._store(keys)
-                entry.v = self._store(values)
+                entry.k = self._half(keys) if self.config.mixed_precision else self._store(keys, key_partner)
+                entry.v = self._store(values, value_partner)
         elif output is not None:
             entry.output = self._store(output)
         self._entries[entry.layer_id, entry.branch] = entry
@@ -102,7 +104,7 @@ class QuantizedCache:
     def _half(self, x: torch.Tensor) -> Stored:
         return StoredTensor(x.detach().to(torch.float16 if x.dtype == torch.float32 else x.dtype, copy=True), x.dtype)
 
-    def _store(self, x: torch.Tensor) -> Stored:
+    def _store(self, x: torch.Tensor, partner: torch.Tensor | None = None) -> Stored:
         if self.config.quantize_bits == 16:
             return StoredTensor(x.detach().clone(), x.dtype)  # a view would keep the whole batch's memory alive
         # batch_dims=1: a shared scale would let one image of a batch change another.
@@ -111,5 +113,7 @@ class QuantizedCache:
             self.config.quantize_bits,
             self.config.quantize_mode,
             batch_dims=1,
+            partner=partner if self.config.balance else None,
+            keep_channels=self.config.keep_channels,
             check_finite=x.device.type == "cpu",
         )

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 ReuseTarget = Literal["kv", "output"]
 EntropyUnit = Literal["nats", "normalized"]
 SNRSource = Literal["predicted", "schedule"]
+BRANCHES = ("cond", "uncond")
 
 
 def check(field: str, value: Any, ok: bool, accepted: str) -> None:
@@ -36,6 +37,13 @@ def _is_count(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
+def _are_sites(plan: Any) -> bool:
+    def is_site(site: Any) -> bool:
+        return isinstance(site, tuple) and len(site) == 3 and _is_count(site[0], 0) and _is_count(site[1], 0)
+
+    return isinstance(plan, frozenset) and all(is_site(site) and site[2] in BRANCHES for site in plan)
+
+
 @dataclass(frozen=True)
 class DQARConfig:
     """When a site may be reused, what is reused, and in how many bits it is kept. Defaults are the deck's.
@@ -55,8 +63,15 @@ class DQARConfig:
         max_reuse_streak: steps in a row that one cached result may serve, before it is computed afresh.
         warmup: first steps that always compute.
         policy: a trained ``ReusePolicy`` that decides instead of the entropy and SNR rule (slide 7).
+        policy_threshold: the least ``p_reuse`` that the policy reuses at.
+        plan: the sites to reuse, as (step, layer, branch), decided beforehand: neither schedule, streak nor gate asked.
         entropy_unit: ``"nats"`` as in the deck, or ``"normalized"``: H / ln N, between 0 and 1.
         snr_source: ``"predicted"``: against the scheduler's newest predicted x0; ``"schedule"``: ᾱ / (1 − ᾱ).
+        balance: channel-wise salience balancing of cached K and V before they are quantized (slide 15); ``"kv"`` only.
+        keep_channels: so many most salient channels of a cached tensor stay in 16 bit (slide 15).
+        share_below: where the branches' last entropies differ by less (nats), the unconditional branch takes what the
+            conditional one computes (slide 15); 0 never shares.
+        entropy_interval: measure the entropy at every n-th step only; in between the last one known decides.
         entropy_queries: estimate the entropy from so many evenly spread queries; ``None`` takes all of them.
         record_entropy: measure it for the trace even where the decision doesn't need it.
 
@@ -75,8 +90,14 @@ class DQARConfig:
     max_reuse_streak: int = 3
     warmup: int = 0
     policy: ReusePolicy | None = None
+    policy_threshold: float = 0.5
+    plan: frozenset[tuple[int, int, str]] | None = None
+    balance: bool = False
+    keep_channels: int = 0
+    share_below: float = 0.0
     entropy_unit: EntropyUnit = "nats"
     snr_source: SNRSource = "predicted"
+    entropy_interval: int = 1
     entropy_queries: int | None = None
     record_entropy: bool = False
 
@@ -98,29 +119,48 @@ class DQARConfig:
         check_choice("schedule", self.schedule, get_args(ScheduleKind))
         check_choice("entropy_unit", self.entropy_unit, get_args(EntropyUnit))
         check_choice("snr_source", self.snr_source, get_args(SNRSource))
-        for flag in ("mixed_precision", "record_entropy"):
+        for flag in ("mixed_precision", "record_entropy", "balance"):
             check_choice(flag, getattr(self, flag), (True, False))
         if self.mixed_precision:
             check("mixed_precision", True, self.reuse_target == "kv", "only with reuse_target='kv'")
             check("mixed_precision", True, self.quantize_bits < 16, "only with quantize_bits 8, 4 or 2")
+        if self.balance:
+            check("balance", True, self.reuse_target == "kv", "only with reuse_target='kv'")
+            check("balance", True, self.quantize_bits < 16, "only with quantize_bits 8, 4 or 2")
+        kept = self.keep_channels
+        check("keep_channels", kept, _is_count(kept, 0), "an int of 0 or more")
+        check("keep_channels", kept, kept == 0 or self.quantize_bits < 16, "only with quantize_bits 8, 4 or 2")
+        share, threshold = self.share_below, self.policy_threshold
+        check("share_below", share, _is_number(share) and share >= 0, "a number from 0 to inf")
+        check("policy_threshold", threshold, _is_number(threshold) and 0 <= threshold <= 1, "a number from 0 to 1")
+        check("entropy_interval", self.entropy_interval, _is_count(self.entropy_interval, 1), "an int of 1 or more")
         check("static_interval", self.static_interval, _is_count(self.static_interval, 2), "an int of 2 or more")
         check("max_reuse_streak", self.max_reuse_streak, _is_count(self.max_reuse_streak, 1), "an int of 1 or more")
         check("warmup", self.warmup, _is_count(self.warmup, 0), "an int of 0 or more")
         queries = self.entropy_queries
         check("entropy_queries", queries, queries is None or _is_count(queries, 1), "None or an int of 1 or more")
         check("policy", self.policy, self.policy is None or callable(self.policy), "None or a ReusePolicy")
+        check(
+            "plan",
+            self.plan,
+            self.plan is None or _are_sites(self.plan),
+            "None or a frozenset of (step, layer, branch)",
+        )
 
     @property
     def gates_on_entropy(self) -> bool:
         """Whether a decision needs the attention entropy."""
-        return self.policy is not None or self.entropy_threshold < math.inf
+        gate = self.plan is None and (self.policy is not None or self.entropy_threshold < math.inf)
+        return self.share_below > 0 or (gate and self.schedule != "none")
 
     @property
     def gates_on_snr(self) -> bool:
         """Whether a decision needs the SNR."""
+        if self.plan is not None or self.schedule == "none":
+            return False
         return self.policy is not None or self.snr_range != (0, math.inf)
 
     @property
     def measures_entropy(self) -> bool:
-        """Whether entropy is computed at all; with ``schedule="none"`` no decision asks for it."""
-        return self.record_entropy or (self.gates_on_entropy and self.schedule != "none")
+        """Whether entropy is computed at all."""
+        return self.record_entropy or self.gates_on_entropy

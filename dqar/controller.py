@@ -9,12 +9,10 @@ import torch
 
 from dqar import stats
 from dqar.cache import CacheEntry, QuantizedCache
-from dqar.config import DQARConfig, check, check_choice
+from dqar.config import BRANCHES, DQARConfig, check, check_choice
 from dqar.policy import policy_features
 from dqar.scheduler import eligible_layers
 from dqar.trace import Trace
-
-BRANCHES = ("cond", "uncond")
 
 
 @dataclass(frozen=True)
@@ -22,12 +20,18 @@ class Decision:
     """Whether a site is reused, from which entry, and why or why not.
 
     ``reason`` is ``"reuse"``, or the first condition that failed: ``"warmup"``, ``"schedule"``, ``"no cache"``,
-    ``"streak"``, then ``"policy"``, or ``"snr"`` and ``"entropy"``.
+    ``"streak"``, then ``"policy"``, or ``"snr"`` and ``"entropy"``; with a plan ``"plan"`` or ``"no cache"``.
+    ``"shared"``: the unconditional branch takes what the conditional one computes at this very step.
     """
 
     use_cache: bool
     entry: CacheEntry | None
     reason: str
+
+    @property
+    def shared(self) -> bool:
+        """Whether the other branch's fresh result serves here."""
+        return self.reason == "shared"
 
 
 class DQARController:
@@ -45,13 +49,15 @@ class DQARController:
         self.cache = QuantizedCache(self.config)
         self.trace = Trace()
         self._run = -1
-        self._step: int | None = None
         self._total_steps = 0
+        self.reset()
 
     def reset(self) -> None:
         """Forgets the cache and the position in the run; the next step begins a new one. The trace is kept."""
         self.cache.clear()
         self._step = None
+        self._measured: dict[tuple[int, str], dict] = {}  # trace row of each site's last measured entropy
+        self._share_streaks: dict[int, int] = {}
 
     def begin_step(
         self,
@@ -114,6 +120,8 @@ class DQARController:
         self._check_site(layer_id, branch)
         entry = self.cache.get(layer_id, branch)
         reason = self._reason(layer_id, branch, entry)
+        if reason != "reuse" and branch == "uncond" and self._may_share(layer_id):
+            reason = "shared"
         self._reasons[layer_id, branch] = reason
         use_cache = reason == "reuse"
         return Decision(use_cache, entry if use_cache else None, reason)
@@ -121,6 +129,12 @@ class DQARController:
     def wants_commit(self, layer_id: int) -> bool:
         """Whether what the layer computes now may be reused at the next step; if not, it needn't be cached."""
         return layer_id in self._eligible_next
+
+    def wants_entropy(self, layer_id: int) -> bool:
+        """Whether the layer's entropy is to be measured, if it is computed at the open step."""
+        config = self.config
+        due = self._step % config.entropy_interval == 0 or (layer_id, "cond") not in self._measured
+        return config.measures_entropy and due
 
     def reuse(self, entry: CacheEntry) -> None:
         """Records that ``entry`` serves the open step."""
@@ -139,6 +153,8 @@ class DQARController:
         *,
         entropy: torch.Tensor | float | None = None,
         output: torch.Tensor | None = None,
+        key_partner: torch.Tensor | None = None,
+        value_partner: torch.Tensor | None = None,
     ) -> None:
         """Records a computed site and caches it for the next steps.
 
@@ -148,6 +164,8 @@ class DQARController:
             entropy: the entropy itself, in nats: ``[B, H]``, ``[H]`` or a number.
             keys, values: what ``reuse_target="kv"`` caches, ``[B, ..., channels]``.
             output: what ``reuse_target="output"`` caches, ``[B, ..., channels]``.
+            key_partner, value_partner: for ``balance``: max |·| per channel of what keys and values are multiplied
+                with, ``[B, 1, channels]`` or ``[channels]``.
             clean_latent, noisy_latent: x0 and x_t, ``[B, ...]``, for the trace's SNR.
         """
         self._check_site(layer_id, branch)
@@ -157,23 +175,29 @@ class DQARController:
         elif entropy is not None:
             per_head = torch.as_tensor(entropy, dtype=torch.float32)
             per_head = per_head.mean(0) if per_head.ndim == 2 else per_head.reshape(-1)
-        row = self._add_row(layer_id, branch, "compute", 0)
-        row["entropy_per_head"] = per_head
         tokens = next((x.shape[-2] for x in (attn_map, keys, output) if x is not None and x.ndim > 1), None)
-        row["tokens"] = tokens
+        row = self._add_computed(layer_id, branch, per_head, tokens)
         if clean_latent is not None and noisy_latent is not None:
             row["snr"] = stats.snr(clean_latent, noisy_latent).mean().item()
         entry = CacheEntry(layer_id, branch, row)
-        self.cache.put(entry, keys, values, output)
+        self.cache.put(entry, keys, values, output, key_partner, value_partner)
         row["bytes"] = entry.nbytes
 
     def record(
         self, layer_id: int, branch: str, entropy: torch.Tensor | None = None, tokens: int | None = None
     ) -> None:
         """Records a computed site that no later step will reuse, so that nothing is cached; entropy ``[B, H]``."""
-        row = self._add_row(layer_id, branch, "compute", 0)
-        row["entropy_per_head"] = None if entropy is None else entropy.mean(0)
-        row["tokens"] = tokens
+        self._add_computed(layer_id, branch, None if entropy is None else entropy.mean(0), tokens)
+
+    def _add_computed(self, layer_id: int, branch: str, per_head: torch.Tensor | None, tokens: int | None) -> dict:
+        shared = self._reasons.get((layer_id, branch)) == "shared"
+        row = self._add_row(layer_id, branch, "share" if shared else "compute", 0)
+        row["entropy_per_head"], row["tokens"] = per_head, tokens
+        if per_head is not None:
+            self._measured[layer_id, branch] = row
+        if branch == "uncond":
+            self._share_streaks[layer_id] = self._share_streaks.get(layer_id, 0) + 1 if shared else 0
+        return row
 
     def _check_site(self, layer_id: int, branch: str) -> None:
         if self._step is None:
@@ -181,7 +205,9 @@ class DQARController:
         check("layer_id", layer_id, 0 <= layer_id < self.num_layers, f"an int from 0 to {self.num_layers - 1}")
         check_choice("branch", branch, BRANCHES)
 
-    def _eligible_at(self, step: int) -> range:
+    def _eligible_at(self, step: int) -> range | set[int]:
+        if self.config.plan is not None:
+            return {layer for at, layer, _ in self.config.plan if at == step}
         if not self.config.warmup <= step < self._total_steps:
             return range(0)
         return eligible_layers(
@@ -190,6 +216,10 @@ class DQARController:
 
     def _reason(self, layer_id: int, branch: str, entry: CacheEntry | None) -> str:
         config = self.config
+        if config.plan is not None:
+            if (self._step, layer_id, branch) not in config.plan:
+                return "plan"
+            return "no cache" if entry is None or entry.empty else "reuse"
         if self._step < config.warmup:
             return "warmup"
         if layer_id not in self._eligible:
@@ -199,43 +229,56 @@ class DQARController:
         if entry.streak >= config.max_reuse_streak:
             return "streak"
         if config.policy is not None:
-            return "reuse" if self._policy_score(layer_id, branch) >= 0.5 else "policy"
+            return "reuse" if self._policy_score(layer_id, branch) >= config.policy_threshold else "policy"
         low, high = config.snr_range
         if config.gates_on_snr and not (self._gate_snr is not None and low <= self._gate_snr <= high):
             return "snr"
         if config.gates_on_entropy:
-            entropy = self._entropy(entry)
+            entropy = self._entropy(layer_id, branch)
             if config.entropy_unit == "normalized" and entropy is not None:
-                entropy /= math.log(entry.row["tokens"])
+                entropy /= math.log(self._measured[layer_id, branch]["tokens"])
             if entropy is None or not entropy < self._threshold:
                 return "entropy"
         return "reuse"
 
-    def _entropy(self, entry: CacheEntry) -> float | None:
-        if isinstance(entry.row["entropy_per_head"], torch.Tensor):
+    def _may_share(self, layer_id: int) -> bool:
+        config = self.config
+        computed = self._reasons.get((layer_id, "cond"), "reuse") != "reuse"
+        if not (config.share_below > 0 and computed and self._step >= config.warmup):
+            return False
+        if self._share_streaks.get(layer_id, 0) >= config.max_reuse_streak:
+            return False
+        entropies = [self._entropy(layer_id, branch) for branch in BRANCHES]
+        return None not in entropies and abs(entropies[0] - entropies[1]) < config.share_below
+
+    def _entropy(self, layer_id: int, branch: str) -> float | None:
+        """The site's last measured entropy, averaged over heads."""
+        row = self._measured.get((layer_id, branch))
+        if row is not None and isinstance(row["entropy_per_head"], torch.Tensor):
             self.trace.resolve()
-        return entry.row["entropy"]
+        return None if row is None else row["entropy"]
 
     def _policy_score(self, layer_id: int, branch: str) -> float:
         # All sites of the step in one pass on the host: no layer waits for the device.
         if self._scores is None:
-            entries = [entry for entry in self.cache if self._entropy(entry) is not None]
+            known = {(e.layer_id, e.branch): self._entropy(e.layer_id, e.branch) for e in self.cache}
+            known = {site: entropy for site, entropy in known.items() if entropy is not None}
             if None in (self._gate_snr, self._latent_norm):
                 raise ValueError("the policy needs begin_step's snr and latent_norm from the second step on")
             features = [
                 policy_features(
-                    self._entropy(entry),
+                    entropy,
                     self._gate_snr,
                     self._latent_norm,
                     self._step,
                     self._total_steps,
                     self._prompt_length or 1,
                 )
-                for entry in entries
+                for entropy in known.values()
             ]
             with torch.no_grad():
                 scores = self.config.policy(torch.tensor(features)).tolist()
-            self._scores = {(entry.layer_id, entry.branch): score for entry, score in zip(entries, scores, strict=True)}
+            self._scores = dict(zip(known, scores, strict=True))
         return self._scores.get((layer_id, branch), 0.0)
 
     def _add_row(self, layer_id: int, branch: str, decision: str, nbytes: int, source: dict | None = None) -> dict:
@@ -256,6 +299,7 @@ class DQARController:
             snr=self._snr,
             snr_gate=self._gate_snr,
             snr_schedule=self._snr_schedule,
+            latent_norm=self._latent_norm,
             tokens=source.get("tokens"),
             bytes=nbytes,
         )

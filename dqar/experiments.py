@@ -8,23 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 
 import pandas as pd
 import torch
 from tqdm import tqdm
 
 from dqar import metrics, stats
+from dqar.calibrate import propose_gate, trace_sites
 from dqar.config import DQARConfig
-from dqar.models import load_classifier, load_pipeline
+from dqar.models import Profile, load_classifier, load_pipeline
 from dqar.quantizer import quantize
 from dqar.results import Run
-from dqar.sampling import ChangeRecorder, sample
-
-OPEN = DQARConfig(entropy_threshold=math.inf, snr_range=(0, math.inf))
-"""Reuses whatever the schedule allows: neither entropy nor SNR has a say."""
-LOOK = DQARConfig(schedule="none", record_entropy=True)
-"""Reuses nothing and measures everything."""
+from dqar.sampling import LOOK, OPEN, sample
 
 _pipeline = functools.cache(load_pipeline)
 
@@ -40,11 +35,7 @@ def sites(run: Run) -> pd.DataFrame:
     """
 
     def measure() -> pd.DataFrame:
-        pipe, steps = _pipeline(run.profile), run.profile.num_inference_steps
-        with ChangeRecorder(pipe.transformer, steps) as changes:
-            trace = sample(pipe, run.profile, run.seed, LOOK, description="trace").trace.to_pandas()
-        keys = ["run", "step", "layer", "branch"]
-        table = trace.merge(pd.DataFrame(changes.rows), on=keys, how="left")
+        table = trace_sites(_pipeline(run.profile), run.profile, run.seed)
         return table.groupby(["step", "timestep", "layer", "branch", "tokens"], as_index=False)[
             ["entropy", "snr", "snr_schedule", "change"]
         ].mean()
@@ -60,25 +51,6 @@ def heads(run: Run) -> pd.DataFrame:
         return trace.heads_to_pandas().groupby(["step", "layer", "branch", "head"], as_index=False)["entropy"].mean()
 
     return run.table("heads", measure)
-
-
-def propose_gate(table: pd.DataFrame, share: float = 0.5, snr_range: tuple[float, float] = (0.5, 50.0)) -> DQARConfig:
-    """The deck's gate with an entropy threshold that opens for ``share`` of the sites inside ``snr_range``.
-
-    Args:
-        table: from ``sites``.
-
-    Raises:
-        ValueError: ``share`` outside (0, 1], or no site inside ``snr_range``.
-    """
-    if not 0 < share <= 1:
-        raise ValueError(f"share={share!r} is not accepted: more than 0, at most 1")
-    inside = table[table.snr.between(*snr_range)]
-    if inside.empty:
-        raise ValueError(f"snr_range={snr_range} is not accepted: the trace's SNR is {table.snr.describe().to_dict()}")
-    # Just above the quantile, since the gate asks for strictly less.
-    threshold = math.nextafter(float(inside.entropy.quantile(share)), math.inf)
-    return DQARConfig(entropy_threshold=threshold, snr_range=snr_range, schedule="all")
 
 
 def relations(table: pd.DataFrame) -> dict[str, float]:
@@ -299,8 +271,8 @@ def compare(
             row["psnr_cache"] = metrics.mean_psnr(drawn.images, images[same_as])
         if drawn.trace is not None:
             table = drawn.trace.to_pandas()
-            row["sites_reused"] = (table.decision == "reuse").mean()
-            saved = row["sites_reused"] * _reuse_saving(run, how.reuse_target)
+            row["sites_reused"] = (table.decision != "compute").mean()
+            saved = row["sites_reused"] * reuse_saving(run.profile, how.reuse_target)
             row["macs_speedup"] = 1 / (1 - saved)
             row["cache_bytes"] = table.groupby(["run", "step"])["bytes"].sum().max() / min(
                 profile.batch_size, len(drawn.images)
@@ -310,19 +282,19 @@ def compare(
 
 
 @functools.cache
-def _macs(run_profile, target: str | None) -> int:
+def _macs(profile: Profile, target: str | None) -> int:
     """MACs of a two-step, one-image sampling; with a ``target``, all sites of the second step are reused."""
     config = None if target is None else dataclasses.replace(OPEN, schedule="all", reuse_target=target)
-    pipe = _pipeline(run_profile)
+    pipe = _pipeline(profile)
     return metrics.count_macs(
-        lambda: sample(pipe, run_profile, 0, config, num_samples=1, num_inference_steps=2, description="count MACs")
+        lambda: sample(pipe, profile, 0, config, num_samples=1, num_inference_steps=2, description="count MACs")
     )
 
 
-def _reuse_saving(run: Run, target: str) -> float:
+def reuse_saving(profile: Profile, target: str) -> float:
     """The share of a step's MACs that reusing every attention site of it saves."""
-    full = _macs(run.profile, None)
-    return (full - _macs(run.profile, target)) / (full / 2)
+    full = _macs(profile, None)
+    return (full - _macs(profile, target)) / (full / 2)
 
 
 def _time(run: Run, configs: dict[str, DQARConfig | None]) -> pd.DataFrame:

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 from dqar import architecture, experiments, stats
+from dqar.calibrate import propose_gate
 from dqar.results import Run, atomic_path, provenance
 
 ACCENT = "#D55E00"
@@ -145,7 +146,7 @@ def slide05_gate(run: Run, sites: pd.DataFrame) -> Figure:
     figure, (left, right) = plt.subplots(1, 2, width_ratios=(3, 2))
     points = left.scatter(known.snr, known.entropy, c=known.change.clip(upper=1), s=14, cmap="cividis_r", lw=0)
     figure.colorbar(points, ax=left, label="relative error of a reuse", pad=0.01)
-    gate = experiments.propose_gate(sites)
+    gate = propose_gate(sites)
     low, high = gate.snr_range
     inside = known[known.snr.between(low, high) & (known.entropy < gate.entropy_threshold)]
     left.set(xscale="log", xlabel="SNR (predicted $x_0$)", ylabel="attention entropy (nats)")

@@ -123,18 +123,12 @@ class EmbeddedDiTPipeline(DiffusionPipeline):
         device = self._execution_device
         latents = randn_tensor(shape, generator=generator, device=device, dtype=self.transformer.dtype)
         labels = torch.tensor(class_labels, device=device).reshape(-1)
-        guided = guidance_scale > 1
-        if guided:
+        if guidance_scale > 1:
             labels = torch.cat([labels, torch.full_like(labels, config.num_embeds_ada_norm)])
         self.scheduler.set_timesteps(num_inference_steps)
         latents = latents * self.scheduler.init_noise_sigma
         for t in self.progress_bar(self.scheduler.timesteps):
-            model_input = self.scheduler.scale_model_input(torch.cat([latents, latents]) if guided else latents, t)
-            timestep = t.to(device).expand(len(model_input))
-            noise = self.transformer(model_input, timestep=timestep, class_labels=labels).sample
-            if guided:
-                cond, uncond = noise.chunk(2)
-                noise = uncond + guidance_scale * (cond - uncond)
+            noise = guided_prediction(self.transformer, self.scheduler, latents, t, labels, guidance_scale)
             latents = self.scheduler.step(noise, t, latents).prev_sample
         images = latents
         if output_type != "latent":
@@ -144,6 +138,28 @@ class EmbeddedDiTPipeline(DiffusionPipeline):
                 images = self.numpy_to_pil(images) if output_type == "pil" else images
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+def guided_prediction(
+    transformer: DiTTransformer2DModel,
+    scheduler: SchedulerMixin,
+    latents: torch.Tensor,
+    t: torch.Tensor,
+    labels: torch.Tensor,
+    guidance_scale: float,
+) -> torch.Tensor:
+    """The noise ``[B, C, H, W]`` that the model predicts in ``latents``, guided if there are twice as many ``labels``.
+
+    Guidance computes both branches in one batch: the first half of ``labels`` conditional, the second the null class.
+    """
+    guided = len(labels) == 2 * len(latents)
+    model_input = scheduler.scale_model_input(torch.cat([latents, latents]) if guided else latents, t)
+    noise = transformer(model_input, timestep=t.to(latents.device).expand(len(model_input)), class_labels=labels).sample
+    noise = noise[:, : latents.shape[1]]  # DiT-XL/2 predicts variances too
+    if guided:
+        cond, uncond = noise.chunk(2)
+        noise = uncond + guidance_scale * (cond - uncond)
+    return noise
 
 
 def load_pipeline(profile: Profile) -> DiffusionPipeline:

@@ -24,16 +24,27 @@ class QuantizedTensor:
     bits: int
     shape: torch.Size
     dtype: torch.dtype
+    balance: torch.Tensor | None = None
+    """What each channel was divided by before it was quantized (CSB)."""
+    kept: torch.Tensor | None = None
+    """Salient channels, unquantized in 16 bit, ``[..., tokens, k]``, and their numbers:"""
+    kept_channels: torch.Tensor | None = None
 
     def dequantize(self) -> torch.Tensor:
         """``q · scale`` in the shape and dtype of the original."""
         integers = self.data if self.bits == 8 else _unpack(self.data, self.bits, self.shape)
-        return (integers.float() * self.scale.float()).to(self.dtype)
+        x = integers.float() * self.scale.float()
+        if self.balance is not None:
+            x = x * self.balance
+        if self.kept is not None:
+            x = x.scatter(-1, self.kept_channels.long().expand(self.kept.shape), self.kept.float())
+        return x.to(self.dtype)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of integers and scales, as stored."""
-        return self.data.nbytes + self.scale.nbytes
+        """Bytes of integers, scales and whatever else is stored."""
+        parts = (self.data, self.scale, self.balance, self.kept, self.kept_channels)
+        return sum(part.nbytes for part in parts if part is not None)
 
 
 def quantize(
@@ -44,6 +55,8 @@ def quantize(
     batch_dims: int = 0,
     scale_dtype: torch.dtype = torch.float32,
     check_finite: bool = True,
+    partner: torch.Tensor | None = None,
+    keep_channels: int = 0,
 ) -> QuantizedTensor:
     """Slide 6: ``q = clip(round(x / s), ±Q)`` with ``s = max|x| / Q`` and ``Q = 2^(bits − 1) − 1``.
 
@@ -54,6 +67,12 @@ def quantize(
         batch_dims: so many leading dimensions never share a scale, whatever the mode.
         scale_dtype: float32 or float16, which saturates beyond 65,504 · Q.
         check_finite: off only where a GPU would have to wait for the answer and NaN is looked for elsewhere.
+
+        partner: max |·| per channel, ``[..., 1, channels]`` or ``[channels]``, of the factor that ``x`` will be
+            multiplied with. Turns on PTQ4DiT's channel-wise salience balancing: each channel is divided by
+            ``√(max|x| / partner)`` first, which evens out what the channels contribute to the product. A scale per
+            channel makes it pointless.
+        keep_channels: so many channels of largest max |x| stay unquantized, in 16 bit.
 
     Raises:
         ValueError: for other bits or modes, an integer tensor, or NaN or inf in ``x``.
@@ -72,7 +91,21 @@ def quantize(
         "per_token": range(max(x.ndim - 1, batch_dims), x.ndim),
     }[mode]
     largest = 2 ** (bits - 1) - 1
-    values = x.float()
+    values, extras = x.float(), {}
+    if keep_channels or partner is not None:
+        salience = values.abs().amax(dim=tuple(range(batch_dims, x.ndim - 1)), keepdim=True)
+    if keep_channels:
+        channels = salience.topk(min(keep_channels, x.shape[-1]), dim=-1).indices
+        index = channels.expand(*x.shape[:-1], -1)
+        half = torch.float16 if x.dtype == torch.float32 else x.dtype
+        extras = {"kept": values.gather(-1, index).to(half), "kept_channels": channels.to(torch.int16)}
+        values = values.scatter(-1, index, 0.0)
+    if partner is not None:
+        tiny = torch.finfo(torch.float32).tiny
+        # A channel that is zero on either side contributes nothing, whatever it is divided by.
+        factor = (salience / partner.float().clamp_min(tiny)).sqrt()
+        extras["balance"] = torch.where((salience > 0) & (partner > 0), factor, torch.ones_like(factor))
+        values = values / extras["balance"]
     peak = values.abs()
     if x.numel() and shared:
         peak = peak.amax(dim=tuple(shared), keepdim=True)
@@ -80,7 +113,7 @@ def quantize(
     limits = torch.finfo(scale_dtype)
     scale = (peak / largest).clamp_(limits.tiny, limits.max).to(scale_dtype)
     integers = (values / scale.float()).round_().clamp_(-largest, largest).to(torch.int8)
-    return QuantizedTensor(integers if bits == 8 else _pack(integers, bits), scale, bits, x.shape, x.dtype)
+    return QuantizedTensor(integers if bits == 8 else _pack(integers, bits), scale, bits, x.shape, x.dtype, **extras)
 
 
 def _pack(integers: torch.Tensor, bits: int) -> torch.Tensor:

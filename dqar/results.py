@@ -25,6 +25,8 @@ import torch
 from dqar.models import WEIGHTS, Profile, get_profile
 
 PACKAGE = Path(__file__).parent
+RECORDED = PACKAGE.parent / "recorded"
+"""Long measurements of ``dqar.record``, by profile; those of the shipped model are committed."""
 
 
 class Run:
@@ -64,6 +66,11 @@ class Run:
         table = measure()
         save_table(table, path, {**provenance(self.profile, self.seed), "seconds": time.monotonic() - started})
         return load_table(path)
+
+    def recorded(self, name: str) -> pd.DataFrame | None:
+        """A table of ``dqar.record`` for this profile, with its provenance; ``None`` if it hasn't been recorded."""
+        path = RECORDED / self.profile.name / f"{name}.parquet"
+        return load_table(path) if path.exists() else None
 
 
 def provenance(profile: Profile, seed: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,11 @@ from dqar.attention import apply_dqar
 from dqar.config import DQARConfig
 from dqar.models import Profile
 from dqar.trace import Trace
+
+OPEN = DQARConfig(entropy_threshold=math.inf, snr_range=(0, math.inf))
+"""Reuses whatever the schedule allows: neither entropy nor SNR has a say."""
+LOOK = DQARConfig(schedule="none", record_entropy=True)
+"""Reuses nothing and measures everything."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,7 @@ def sample(
     config: DQARConfig | None = None,
     *,
     num_samples: int | None = None,
+    first_image: int = 0,
     num_inference_steps: int | None = None,
     description: str = "sample",
 ) -> Samples:
@@ -43,28 +50,37 @@ def sample(
         seed: of the whole set.
         config: applies DQAR for these samples; ``None`` is the untouched pipeline.
         num_samples, num_inference_steps: in place of the profile's.
+        first_image: number of the set's first image to draw.
         description: of the progress bar.
     """
-    num_samples = num_samples or profile.num_samples
-    num_classes = pipe.transformer.config.num_embeds_ada_norm
-    labels = [index % num_classes for index in range(num_samples)]
+    images = torch.arange(first_image, first_image + (num_samples or profile.num_samples))
+    labels = class_labels(pipe, images)
     session = None if config is None else apply_dqar(pipe, config)
     try:
         batches = []
-        for indices in tqdm(torch.arange(num_samples).split(profile.batch_size), desc=description, leave=False):
-            generators = [torch.Generator().manual_seed(seed * 1_000_003 + index) for index in indices.tolist()]
-            images = pipe(
-                class_labels=[labels[index] for index in indices.tolist()],
+        for part in tqdm(images.split(profile.batch_size), desc=description, leave=False):
+            drawn = pipe(
+                class_labels=class_labels(pipe, part).tolist(),
                 guidance_scale=profile.guidance_scale,
                 num_inference_steps=num_inference_steps or profile.num_inference_steps,
-                generator=generators,
+                generator=noise_generators(seed, part),
                 output_type="pt",
             ).images
-            batches.append(images.float().cpu())
+            batches.append(drawn.float().cpu())
     finally:
         if session is not None:
             session.remove()
-    return Samples(torch.cat(batches), torch.tensor(labels), session.trace if session else None)
+    return Samples(torch.cat(batches), labels, session.trace if session else None)
+
+
+def class_labels(pipe: DiffusionPipeline, images: torch.Tensor) -> torch.Tensor:
+    """The classes of the images with these numbers: all classes in turn."""
+    return images % pipe.transformer.config.num_embeds_ada_norm
+
+
+def noise_generators(seed: int, images: torch.Tensor) -> list[torch.Generator]:
+    """One generator for the noise of each image of a seed's set."""
+    return [torch.Generator().manual_seed(seed * 1_000_003 + image) for image in images.tolist()]
 
 
 class ChangeRecorder:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from dqar import architecture, experiments, figures, metrics, models, train, workbook
+from dqar import architecture, calibrate, experiments, figures, metrics, models, train, workbook
 from dqar.data import load_digits_split
 from dqar.models import WEIGHTS, get_profile, load_classifier, load_embedded, load_pipeline, make_scheduler
 from dqar.results import Run, load_table
@@ -207,13 +207,13 @@ def test_an_image_depends_on_its_seed_and_index_only():
 
 def test_a_proposed_gate_opens_for_the_wanted_share():
     table = pd.DataFrame({"snr": [0.1] * 50 + [1.0] * 100, "entropy": [0.0] * 50 + [i / 100 for i in range(100)]})
-    gate = experiments.propose_gate(table, share=0.3)
+    gate = calibrate.propose_gate(table, share=0.3)
     inside = table[table.snr.between(*gate.snr_range)]
     assert (inside.entropy < gate.entropy_threshold).mean() == pytest.approx(0.3, abs=0.011)
     with pytest.raises(ValueError, match="share=0"):
-        experiments.propose_gate(table, share=0)
+        calibrate.propose_gate(table, share=0)
     with pytest.raises(ValueError, match="snr_range"):
-        experiments.propose_gate(table, snr_range=(1e3, 1e4))
+        calibrate.propose_gate(table, snr_range=(1e3, 1e4))
 
 
 def test_slide_12s_bounds():
