@@ -363,7 +363,7 @@ class DQARAttnProcessor:
         kept = {"keys": key, "values": value}
         if controller.config.balance:
             kept["key_partner"] = query.abs().amax(dim=1, keepdim=True)
-            kept["value_partner"] = attn.to_out[0].weight.abs().amax(dim=0).expand(len(value), 1, -1)
+            kept["value_partner"] = attn.to_out[0].weight.dequantize().abs().amax(dim=0).expand(len(value), 1, -1)
         self._commit(fresh, entropy, hidden_states.shape[1], **kept)
         self._commit(shared, None, hidden_states.shape[1], **kept)
         return output

@@ -129,7 +129,10 @@ def _fingerprint(profile: Profile, seed: int) -> str:
 
 
 # A change of these can't change a measurement.
-_DRAWING = {"figures.py", "workbook.py", "results.py", "claims.py", "architecture.py"}
+_DRAWING = {
+    *("figures.py", "result_figures.py", "outcomes.py", "claims.py", "architecture.py"),
+    *("workbook.py", "results.py", "record.py", "decisions.py"),
+}
 
 
 @functools.cache

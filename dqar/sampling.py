@@ -117,3 +117,25 @@ class ChangeRecorder:
                 self.rows.append({**site, "change": half.mean().item()})
 
         return hook
+
+
+class StateRecorder:
+    """The latents that the transformer is given at every step (under guidance, the first half of its batch)."""
+
+    def __init__(self, transformer: torch.nn.Module):
+        self._seen: dict[float, list[torch.Tensor]] = {}
+        self._handle = transformer.register_forward_pre_hook(self._see, with_kwargs=True)
+
+    def __enter__(self) -> StateRecorder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._handle.remove()
+
+    def states(self) -> torch.Tensor:
+        """``[steps, images, C, H, W]``."""
+        return torch.stack([torch.cat(parts) for parts in self._seen.values()])
+
+    def _see(self, _module, args, kwargs):
+        latents = args[0] if args else kwargs["hidden_states"]
+        self._seen.setdefault(float(kwargs["timestep"].flatten()[0]), []).append(latents.chunk(2)[0].float().cpu())

@@ -1,0 +1,85 @@
+"""What the results slides compare: full compute, slide 11's baselines, and DQAR's gates."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers import DiffusionPipeline
+
+from dqar import ptq
+from dqar.config import DQARConfig, ReuseTarget
+from dqar.models import Profile, load_pipeline
+from dqar.policy import ReusePolicy
+from dqar.results import RECORDED
+from dqar.sampling import OPEN, Samples, sample
+
+CALIBRATION_SEED = 300
+"""Of the images that W8A8's salience is measured on: none that is compared later."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to draw the same images: gated reuse, fewer steps, quantized linear layers, another dtype."""
+
+    config: DQARConfig | None = None
+    num_inference_steps: int | None = None
+    w8a8: Literal["plain", "balanced"] | None = None
+    dtype: torch.dtype | None = None
+
+    def pipeline(self, profile: Profile) -> DiffusionPipeline:
+        """The pipeline that it draws with, DQAR not applied; loaded once."""
+        # One pipeline for all batch sizes, so that hooks on it see every drawing.
+        return _pipeline(dataclasses.replace(profile, batch_size=1), self.w8a8, self.dtype or profile.dtype)
+
+    def draw(self, profile: Profile, seed: int, **options) -> Samples:
+        """``sample`` by this method; ``options`` as there."""
+        steps = self.num_inference_steps
+        return sample(self.pipeline(profile), profile, seed, self.config, num_inference_steps=steps, **options)
+
+
+def policy_path(profile: Profile, target: ReuseTarget) -> Path:
+    """Where the policy for a reuse target lies, beside the labels that it was trained on."""
+    return RECORDED / profile.name / f"policy-{target}.safetensors"
+
+
+def methods(profile: Profile, gate: DQARConfig | None) -> dict[str, Method]:
+    """Full compute, slide 11's baselines, and DQAR by the rule with a calibrated ``gate`` and by the policy.
+
+    Without a gate, or as long as no policy has been trained, the methods that need one are left out.
+    """
+    steps = profile.num_inference_steps
+    static = dataclasses.replace(OPEN, schedule="static")
+    found = {"full compute": Method()}
+    for name, dtype in (("FP16", torch.float16), ("BF16", torch.bfloat16), ("FP32", torch.float32)):
+        if dtype != profile.dtype:
+            found[f"full compute, {name}"] = Method(dtype=dtype)
+    found |= {
+        f"{steps * 4 // 5} steps": Method(num_inference_steps=steps * 4 // 5),
+        f"{steps // 2} steps": Method(num_inference_steps=steps // 2),
+        "static, kv": Method(static),
+        "static, output": Method(dataclasses.replace(static, reuse_target="output")),
+        "W8A8": Method(w8a8="plain"),
+        "W8A8 + CSB": Method(w8a8="balanced"),
+    }
+    for target in ("kv", "output"):
+        if gate is not None:
+            found[f"DQAR rule, {target}"] = Method(dataclasses.replace(gate, reuse_target=target))
+    for target in ("kv", "output"):
+        if (path := policy_path(profile, target)).exists():
+            config = DQARConfig(policy=ReusePolicy.load(path), schedule="all", reuse_target=target)
+            found[f"DQAR policy, {target}"] = Method(config)
+    return found
+
+
+@functools.lru_cache(maxsize=8)
+def _pipeline(profile: Profile, w8a8: str | None, dtype: torch.dtype) -> DiffusionPipeline:
+    pipe = load_pipeline(dataclasses.replace(profile, dtype=dtype))
+    if w8a8 is not None:
+        salience = ptq.measure_salience(pipe, profile, CALIBRATION_SEED) if w8a8 == "balanced" else None
+        pipe.transformer = ptq.quantize_transformer(pipe.transformer, salience)
+    return pipe

@@ -1,0 +1,252 @@
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from dqar import DQARConfig, calibrate, decisions, metrics, outcomes, record, result_figures
+from dqar.models import get_profile, load_pipeline
+from dqar.policy import FEATURES, ReusePolicy, train_policy
+from dqar.results import Run
+from dqar.sampling import sample
+
+
+def labels_of(number=3000, seed=0, error=lambda t: np.exp(t.snr)):
+    """Synthetic labels, so that what decides the error is known."""
+    rng = np.random.default_rng(seed)
+    table = pd.DataFrame(
+        {
+            "label": rng.integers(0, 10, number),
+            "step": rng.integers(1, 50, number),
+            "layer": rng.integers(0, 28, number),
+            "branch": rng.choice(["cond", "uncond"], number),
+            "entropy": rng.normal(3.5, 0.3, number),
+            "snr": rng.uniform(0.5, 50, number),
+            "latent_norm": rng.normal(8, 1, number).clip(1),
+        }
+    )
+    return table.assign(error=error(table) * 1e-9)
+
+
+def noisy(table):
+    """An error that no network can be sure of."""
+    return np.exp(0.05 * table.snr + np.random.default_rng(1).normal(0, 2, len(table)))
+
+
+# --- policy training -------------------------------------------------------------------------------------------------
+
+
+def test_the_policy_learns_what_decides_and_only_that():
+    labels = labels_of()
+    delta = float(labels.error.median())
+    assert decisions.study(labels, delta, 50).auc() > 0.95
+    table = decisions.ablation(labels, delta, 50, seeds=1).set_index("omitted").auc
+    assert list(table.index) == ["nothing", *FEATURES]
+    assert table["log_snr"] < 0.65 and table.drop("log_snr").min() > 0.95
+
+
+def test_a_policy_is_judged_on_classes_it_never_saw():
+    labels = labels_of(error=lambda t: np.where(t.label < 8, t.snr, 50.5 - t.snr))  # upside down where it is judged
+    assert decisions.study(labels, float(labels.error.median()), 50).auc() < 0.2
+    assert not set(decisions.TRAIN) & set(decisions.STOP) and not set(decisions.TEST) & {*range(8)}
+
+
+def test_the_rule_is_scored_as_the_deck_means_it():
+    labels = labels_of(error=lambda t: np.where(t.snr.between(0.5, 50), t.entropy, 100))
+    study = decisions.study(labels, float(labels.error.median()), 50)
+    assert study.auc("rule") == 1.0
+
+
+def test_early_stopping_keeps_the_best_network():
+    generator = torch.Generator().manual_seed(0)
+    x, held_out = (torch.randn(40, 5, generator=generator) for _ in range(2))
+    y, other = (torch.randint(0, 2, (40,), generator=generator).float() for _ in range(2))  # nothing to learn
+    policy, history = train_policy(x, y, held_out, other, l2=0.0, patience=10)
+    losses = [row["held_out"] for row in history]
+    with torch.no_grad():
+        kept = torch.nn.functional.binary_cross_entropy(policy(held_out), other).item()
+    assert kept == pytest.approx(min(losses)) and len(losses) < 300 and losses[-1] > min(losses)
+    with_l2 = train_policy(x, y, held_out, other, l2=1e-1, patience=None, max_epochs=50)[0]
+    without = train_policy(x, y, held_out, other, l2=0.0, patience=None, max_epochs=50)[0]
+    assert with_l2.layers[0].weight.norm() < 0.7 * without.layers[0].weight.norm()
+
+
+def test_training_names_wrong_input():
+    x, y = torch.randn(4, 5), torch.ones(4)
+    with pytest.raises(ValueError, match="all of one kind"):
+        train_policy(x, y, x, y)
+    with pytest.raises(ValueError, match="omit='colour'"):
+        train_policy(x, y, x, y, omit="colour")
+
+
+# --- analysis of the labels ------------------------------------------------------------------------------------------
+
+
+def test_partial_correlation_takes_out_what_is_known():
+    rng = np.random.default_rng(0)
+    step = rng.uniform(0, 1, 4000)
+    table = pd.DataFrame({"step": step, "error": step + 0.1 * rng.normal(size=4000)})
+    table["entropy"] = step + 0.1 * rng.normal(size=4000)
+    assert table.entropy.corr(table.error, "spearman") > 0.8
+    assert abs(decisions.partial_correlation(table, "entropy", ("step",))) < 0.05
+    table["error"] += table.entropy
+    assert decisions.partial_correlation(table, "entropy", ("step",)) > 0.5
+
+
+def test_an_additive_error_is_predicted_at_sites_never_seen():
+    def error(t):
+        return np.exp(0.1 * t.step + 0.05 * t.layer + 0.5 * (t.branch == "cond"))
+
+    labels = labels_of(4000, error=error)
+    sites = pd.MultiIndex.from_product([range(1, 50), range(28), ("cond", "uncond")], names=["step", "layer", "branch"])
+    truth = error(sites.to_frame(index=False)) * 1e-9
+    predicted = decisions.predicted_errors(labels, 50, 28)
+    assert np.corrcoef(np.log(predicted), np.log(truth))[0, 1] > 0.99
+
+
+def test_a_plan_takes_the_least_errors_and_nothing_twice_in_a_row():
+    sites = pd.MultiIndex.from_product([range(1, 6), range(2), ("cond", "uncond")])
+    errors = pd.Series(np.arange(len(sites), dtype=float), index=sites)
+    plan, delta = decisions.plan_of(errors, share=0.25, total_steps=6)
+    assert len(plan) == 6 and plan >= {(1, layer, branch) for layer in (0, 1) for branch in ("cond", "uncond")}
+    assert not any((step + 1, layer, branch) in plan for step, layer, branch in plan)
+    assert delta == max(errors[site] for site in plan)
+    assert decisions.plan_of(errors, 0.0, 6) == (frozenset(), 0.0)
+
+
+def test_deciders_differ_and_reuse_about_as_much_as_wanted():
+    labels = labels_of(error=noisy)
+    policy = decisions.study(labels, float(labels.error.median()), 50).policy
+    configs = decisions.deciders(labels, policy, "kv", 50, 28)
+    assert {name for name, _ in configs} == {"rule", "policy", "oracle", "chance"}
+    assert len({str(config) for config in configs.values()}) == len(configs)
+    for share in (0.1, 0.4):
+        assert len(configs["oracle", share].plan) == len(configs["chance", share].plan) == round(share * 2800)
+        assert configs["oracle", share].plan != configs["chance", share].plan
+    assert configs["policy", 0.1].policy_threshold > configs["policy", 0.4].policy_threshold
+    assert configs["rule", 0.1].entropy_threshold < configs["rule", 0.4].entropy_threshold
+
+
+# --- intervals -------------------------------------------------------------------------------------------------------
+
+
+def test_intervals_tell_a_shifted_set_from_the_same_one(monkeypatch):
+    rng = np.random.default_rng(0)
+    real = torch.tensor(rng.normal(size=(300, 4)))
+    monkeypatch.setattr(decisions, "held_out_features", lambda: real)
+    base = rng.normal(size=(200, 4))
+    sets = {"full compute": base, "same": base, "near": base + 1e-3 * rng.normal(size=base.shape), "far": base + 0.5}
+    images = pd.concat(
+        pd.DataFrame({"method": name, "image": range(200), "features": list(x)}) for name, x in sets.items()
+    )
+    table = outcomes.frechet_intervals(images, resamples=100).set_index("method")
+    for name, x in sets.items():
+        assert table.fd[name] == pytest.approx(metrics.frechet_distance(torch.tensor(x), real))
+        assert table.fd_low[name] < table.fd[name] < table.fd_high[name]
+    assert table.fd_growth["same"] == table.fd_growth_low["same"] == table.fd_growth_high["same"] == 0
+    assert table.fd_growth_low["near"] < 0.01 and abs(table.fd_growth["near"]) < 0.01
+    assert table.fd_growth_low["far"] > 0.5
+
+
+# --- recording -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recording(tmp_path, monkeypatch):
+    for module in ("record", "methods", "results"):
+        monkeypatch.setattr(f"dqar.{module}.RECORDED", tmp_path / "recorded")
+    return record.Recording(get_profile("smoke"), tmp_path / "work")
+
+
+def test_an_interrupted_recording_continues_and_keeps_what_was_finished(recording):
+    calls = []
+
+    def part(number, fail=False):
+        def measure():
+            calls.append(number)
+            if fail:
+                raise KeyboardInterrupt
+            return pd.DataFrame({"number": [number]})
+
+        return measure
+
+    with pytest.raises(KeyboardInterrupt):
+        recording._table("test", {1: part(1), 2: part(2, fail=True)}, seed=0)
+    assert not (recording.folder / "test.parquet").exists()
+    table = recording._table("test", {1: part(1), 2: part(2)}, seed=0)
+    assert calls == [1, 2, 2] and table.number.tolist() == [1, 2]
+    assert table.attrs["provenance"]["profile"]["name"] == "smoke" and table.attrs["provenance"]["seconds"] >= 0
+    recording._table("test", {1: part(1), 2: part(2)}, seed=0)
+    assert calls == [1, 2, 2]
+    run = Run("smoke", 0, recording.parts)
+    assert run.recorded("test").number.tolist() == [1, 2] and run.recorded("never") is None
+
+
+def test_drawn_rows_are_what_the_images_say(recording):
+    profile = get_profile("smoke", batch_size=4)
+    reference = record.Method().draw(profile, 0, num_samples=3).images
+    same = record.draw("same", record.Method(), profile, 0, 0, reference)
+    assert (same.mse == 0).all() and (same.macs_speedup == 1).all() and same.image.tolist() == [0, 1, 2]
+    plan = frozenset((step, layer, "cond") for step in (1, 3) for layer in range(28))
+    config = DQARConfig(plan=plan, reuse_target="output")
+    half = record.draw("half", record.Method(config), profile, 0, 0, reference)
+    assert (half.events == 56).all() and (half.sites_reused == 56 / (8 * 28 * 2)).all() and (half.mse > 0).all()
+    assert (half.macs_speedup > 1).all() and (half.cache_bytes > 0).all()
+
+
+def test_recording_names_an_unknown_table(capsys):
+    assert record.main(["--profile", "smoke", "--only", "nonsense"]) == 2
+    assert "'nonsense' is unknown: choose from labels" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_what_was_not_recorded_is_drawn_as_missing(tmp_path):
+    run = Run("smoke", 0, tmp_path)
+    result_figures.slide07_deciders(run, None)
+    assert "not measured yet" in (run.figures / "slide07_deciders.svg").read_text()
+    assert json.loads((run.figures / "slide07_deciders.json").read_text())["figure"] == "slide07_deciders"
+
+
+# --- calibration -----------------------------------------------------------------------------------------------------
+
+
+def test_calibration_reaches_the_wanted_share_and_quality():
+    profile = get_profile("smoke")
+    pipe, base = load_pipeline(profile), DQARConfig(schedule="all", reuse_target="output", max_reuse_streak=1)
+    config, trials = calibrate.calibrate(pipe, profile, 0, share=0.2, base=base, num_samples=2)
+    drawn = sample(pipe, profile, 0, config, num_samples=2)
+    share = (drawn.trace.to_pandas().decision == "reuse").mean()
+    assert share == pytest.approx(0.2, abs=0.05) and share in trials.share.tolist()
+    config, trials = calibrate.calibrate(pipe, profile, 0, psnr=30.0, base=base, num_samples=2)
+    reference = sample(pipe, profile, 0, num_samples=2).images
+    drawn = sample(pipe, profile, 0, config, num_samples=2)
+    assert metrics.mean_psnr(drawn.images, reference) >= 30 and trials.psnr.max() < math.inf
+    for goals, message in (({}, "give one of them"), ({"share": 0.1, "psnr": 3.0}, "give one of them"),
+                           ({"share": 1.5}, "share=1.5"), ({"share": 0.99}, "the widest gate")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            calibrate.calibrate(pipe, profile, 0, base=base, num_samples=1, trials=2, **goals)
+
+
+def test_the_command_proposes_a_gate(capsys):
+    assert calibrate.main(["--profile", "smoke", "--share", "0.2", "--num-samples", "1"]) == 0
+    said = capsys.readouterr().out
+    proposal = json.loads(said[said.index("{") : said.index("}") + 1])
+    DQARConfig(**proposal)
+    assert "measured on 1 images of profile smoke, 8 steps" in said and "τ(p)" in said
+    assert calibrate.main(["--profile", "smoke", "--share", "2"]) == 2
+
+
+def test_a_trained_policy_runs_in_the_controller(tmp_path):
+    labels = labels_of(error=noisy)
+    policy = decisions.study(labels, float(labels.error.median()), 50).policy
+    policy.save(tmp_path / "policy.safetensors")
+    profile = get_profile("smoke")
+    pipe, drawn = load_pipeline(profile), {}
+    for threshold in (0.0, 1.0):
+        config = DQARConfig(
+            policy=ReusePolicy.load(tmp_path / "policy.safetensors"), schedule="all", policy_threshold=threshold
+        )
+        drawn[threshold] = sample(pipe, profile, 0, config, num_samples=1).trace.to_pandas()
+    assert (drawn[0.0].reason == "policy").sum() == 0 < (drawn[0.0].decision == "reuse").sum()
+    assert (drawn[1.0].decision == "reuse").sum() == 0 < (drawn[1.0].reason == "policy").sum()
