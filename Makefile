@@ -4,10 +4,14 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 PROFILE ?= digits
 
-.PHONY: figures test smoke lab clean
+.PHONY: figures results test smoke lab clean
 
 figures: $(READY)
 	$(PYTHON) -m dqar.workbook --profile $(PROFILE) --out out/$(PROFILE) --figures figures
+
+# Hours on two cores; an interrupted run continues. Its tables are committed, and `make figures` draws from them.
+results: $(READY)
+	$(PYTHON) -m dqar.record --profile $(PROFILE)
 
 test: $(READY)
 	$(PYTHON) -m ruff check .
@@ -15,6 +19,7 @@ test: $(READY)
 	$(PYTHON) -m pytest
 
 smoke: $(READY)
+	$(PYTHON) -m dqar.record --profile smoke --work out/smoke
 	$(PYTHON) -m dqar.workbook --profile smoke --out out/smoke
 
 lab: $(READY)
@@ -22,7 +27,7 @@ lab: $(READY)
 	$(PYTHON) -m jupyterlab --notebook-dir notebooks
 
 clean:
-	rm -rf out $(VENV) .pytest_cache .ruff_cache *.egg-info
+	rm -rf out recorded/smoke $(VENV) .pytest_cache .ruff_cache *.egg-info
 
 # torch first and pinned exactly: only so does pip take the CPU wheel where one is offered.
 $(READY): pyproject.toml constraints.txt

@@ -84,8 +84,11 @@ def save_table(
     for suffix, text in ((".md", table.to_markdown(index=False)), (".tex", _latex(table))):
         with atomic_path(run.figures / f"{name}{suffix}") as path:
             path.write_text(text + "\n")
-    cells = [["\n".join(textwrap.wrap(str(x), w)) for x, w in zip(row, widths, strict=True)] for row in table.values]
-    heights = [1.2] + [0.45 + max(cell.count("\n") + 1 for cell in row) for row in cells]
+    cells = [
+        ["\n".join(textwrap.wrap(str(x), width)) for x, width in zip(row, widths, strict=True)]
+        for row in [table.columns, *table.values]
+    ]
+    heights = [0.45 + max(cell.count("\n") + 1 for cell in row) for row in cells]
     total, size = sum(heights), min(18.0, 400 / sum(heights), 1560 / sum(widths))
     figure, axes = plt.subplots()
     axes.set(xlim=(0, sum(widths)), ylim=(total, 0))
@@ -93,7 +96,7 @@ def save_table(
     axes.set_title(title, loc="left")
     lefts = np.cumsum([0, *widths[:-1]])
     top = 0.0
-    for number, (row, height) in enumerate(zip([list(table.columns), *cells], heights, strict=True)):
+    for number, (row, height) in enumerate(zip(cells, heights, strict=True)):
         if number % 2 == 0 and number:
             axes.axhspan(top, top + height, color="#F3F5F7", zorder=0)
         for left, cell in zip(lefts, row, strict=True):

@@ -71,7 +71,9 @@ def methods(profile: Profile, gate: DQARConfig | None) -> dict[str, Method]:
             found[f"DQAR rule, {target}"] = Method(dataclasses.replace(gate, reuse_target=target))
     for target in ("kv", "output"):
         if (path := policy_path(profile, target)).exists():
-            config = DQARConfig(policy=ReusePolicy.load(path), schedule="all", reuse_target=target)
+            # Its labels say what a single reuse does, nothing about several in a row.
+            policy = ReusePolicy.load(path)
+            config = DQARConfig(policy=policy, schedule="all", reuse_target=target, max_reuse_streak=1)
             found[f"DQAR policy, {target}"] = Method(config)
     return found
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -101,11 +101,20 @@ def speedups(times: pd.DataFrame, baseline: str) -> pd.DataFrame:
     return ratios.quantile([0.25, 0.5, 0.75]).T.set_axis(["speedup_low", "speedup", "speedup_high"], axis=1)
 
 
+def reset_peak_memory(device: str = "cpu") -> None:
+    """Begins a new peak, so that what was needed to load a model doesn't hide what running it needs."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory_bytes(device: str = "cpu") -> int:
-    """Peak allocated bytes on a GPU, peak resident set size of this process on a CPU."""
+    """Peak since ``reset_peak_memory``: allocated bytes on a GPU, resident bytes of this process on a CPU (Linux)."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) * 1024
 
 
 def _same_shape(images: torch.Tensor, reference: torch.Tensor) -> None:

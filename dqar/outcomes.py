@@ -40,7 +40,8 @@ def summary(run: Run, resamples: int = 200) -> pd.DataFrame:
         ``images``, ``psnr`` (dB), ``ssim``, ``class_accuracy``; ``fd`` (FD-digits to held-out digits) and
         ``fd_growth`` (over full compute, on the same seeds), with ``_low`` and ``_high``: 95 % bootstrap intervals;
         ``sites_reused`` (share), ``events`` (a run), ``macs_speedup``; ``ms_per_step`` (four images) and ``speedup``
-        with quartiles; ``weight_bytes``, ``cache_bytes`` (an image), ``peak_bytes`` (process).
+        with quartiles; ``weight_bytes``, ``cache_bytes`` (an image), ``added_bytes`` (what drawing four
+        images adds to the process at its peak).
     """
     images = samples(run)
     table = pd.DataFrame({"method": list(all_methods(run))})
@@ -63,7 +64,7 @@ def summary(run: Run, resamples: int = 200) -> pd.DataFrame:
         ratios = metrics.speedups(speed, "full compute").assign(ms_per_step=ms).reset_index()
         table = table.merge(ratios, on="method", how="left")
     if memory is not None:
-        table = table.merge(memory.drop(columns="loaded_bytes"), on="method", how="left")
+        table = table.merge(memory, on="method", how="left")
     table = table.reindex(columns=["method", *COLUMNS])
     table.attrs = images.attrs
     return table
@@ -73,7 +74,7 @@ COLUMNS = [
     "images",
     *("psnr", "ssim", "class_accuracy", "fd", "fd_low", "fd_high", "fd_growth", "fd_growth_low", "fd_growth_high"),
     *("sites_reused", "events", "macs_speedup", "ms_per_step", "speedup", "speedup_low", "speedup_high"),
-    *("weight_bytes", "cache_bytes", "peak_bytes"),
+    *("weight_bytes", "cache_bytes", "added_bytes"),
 ]
 
 

@@ -147,7 +147,7 @@ class Recording:
         return self._table("speed", {"all": measure}, RESULT_SEED)
 
     def memory(self) -> pd.DataFrame:
-        """Bytes of weights, and of the process at its peak, of every method, each in a process of its own."""
+        """Bytes of weights and what drawing four images adds at its peak, every method in a process of its own."""
 
         def measure() -> pd.DataFrame:
             with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
@@ -307,10 +307,12 @@ def _memory(call: tuple[Profile, str, Method]) -> dict[str, object]:
     profile, name, method = call
     torch.set_num_threads(1)
     transformer = method.pipeline(profile).transformer
+    gc.collect()
+    metrics.reset_peak_memory(profile.device)
     loaded = metrics.peak_memory_bytes(profile.device)
-    method.draw(profile, RESULT_SEED, num_samples=1)
+    method.draw(dataclasses.replace(profile, batch_size=4), RESULT_SEED, num_samples=4)
     peak = metrics.peak_memory_bytes(profile.device)
-    return {"method": name, "weight_bytes": ptq.weight_bytes(transformer), "loaded_bytes": loaded, "peak_bytes": peak}
+    return {"method": name, "weight_bytes": ptq.weight_bytes(transformer), "added_bytes": peak - loaded}
 
 
 TABLES = ("labels", "oracle", "policy", "deciders", "speed", "memory", "overhead", "accumulation", "sharing", "samples")

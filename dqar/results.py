@@ -145,6 +145,14 @@ def code_hash(everything: bool = False) -> str:
     return digest.hexdigest()
 
 
+def recorded_hash(profile: str) -> str:
+    """A digest of a profile's recorded tables."""
+    digest = hashlib.sha256()
+    for path in sorted((RECORDED / profile).glob("*")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 @functools.cache
 def _commit() -> str:
     git = ["git", "-C", str(PACKAGE)]

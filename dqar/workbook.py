@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dqar.models import get_profile
-from dqar.results import Run, atomic_path, code_hash
+from dqar.results import Run, atomic_path, code_hash, recorded_hash
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 
@@ -61,7 +61,8 @@ def run_notebook(path: Path, profile: str, seed: int, out: Path) -> Outcome:
     folder = out / "notebooks"
     folder.mkdir(parents=True, exist_ok=True)
     executed = folder / path.name
-    key = hashlib.sha256(f"{profile}|{seed}|{code_hash(everything=True)}".encode() + path.read_bytes()).hexdigest()
+    made_of = f"{profile}|{seed}|{code_hash(everything=True)}|{recorded_hash(profile)}"
+    key = hashlib.sha256(made_of.encode() + path.read_bytes()).hexdigest()
     if executed.exists() and nbformat.read(executed, as_version=4).metadata.get("dqar_key") == key:
         return Outcome(path.stem, 0.0, "kept")
     started = time.monotonic()
