@@ -364,6 +364,12 @@ def slide11_configuration(run: Run) -> Figure:
         ("Sampler", "DPM-Solver++ (50 steps)", f"{profile.scheduler} ({profile.num_inference_steps} steps)"),
         ("CFG scale", "7.5", f"{profile.guidance_scale:g}"),
         ("Batch size", "1", f"{profile.batch_size} (timing: 4)"),
+        (
+            "Baselines",
+            "FP16 DiT; static reuse; PTQ4DiT",
+            "FP32, FP16, BF16; every 2nd step; W8A8 with and without CSB; fewer steps",
+        ),
+        ("Metrics", "ms/step; MB RSS; reuse events; FID", "the same, with FD-digits for FID; MACs, PSNR, SSIM, class"),
     ]
     table = pd.DataFrame(rows, columns=["Parameter", "The deck", f"This run ({profile.name})"])
     return save_table(run, "slide11_configuration", "What the deck ran, and what was run here", table, [14, 38, 58])

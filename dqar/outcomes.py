@@ -82,13 +82,16 @@ def frechet_intervals(images: pd.DataFrame, resamples: int = 200, seed: int = 0)
     """Fréchet distance to the held-out digits by method, and its growth over full compute, with 95 % intervals.
 
     Images are drawn with replacement, the same ones for all methods. A set with doublets is farther away than one
-    without, so the interval is the bootstrap's pivotal one, ``2θ − q``, in which that bias cancels.
+    without, so the interval is the bootstrap's pivotal one, ``2θ − q``, in which that bias cancels. The distance
+    depends on the number of images, so methods with fewer than the others are left out.
 
     Args:
         images: rows with ``method``, ``image`` and ``features``; ``"full compute"`` among the methods.
     """
     real = decisions.held_out_features()
-    wide = images.pivot(index="image", columns="method", values="features").dropna()
+    most = images.groupby("method").size().max()
+    images = images.groupby("method").filter(lambda own: len(own) == most)
+    wide = images.pivot(index="image", columns="method", values="features")
     features = {method: torch.tensor(np.stack(wide[method])).double() for method in images.method.unique()}
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randint(len(wide), (resamples, len(wide)), generator=generator)

@@ -31,7 +31,7 @@ from dqar.methods import Method, methods, policy_path
 from dqar.models import Profile, get_profile, load_classifier
 from dqar.policy import ReusePolicy
 from dqar.results import RECORDED, load_table, provenance, save_table
-from dqar.sampling import LOOK, OPEN, StateRecorder
+from dqar.sampling import LOOK, OPEN, Samples, StateRecorder, class_labels
 from dqar.sensitivity import site_errors
 
 # Other images than the notebooks' and the results' (seed 0): a policy mustn't be judged on what it was trained on.
@@ -125,8 +125,10 @@ class Recording:
 
     def samples(self) -> pd.DataFrame:
         """Every method's images, one row each: class, features, error against full compute, cost."""
-        tables, number, size = [], self.sizes.samples, self.sizes.part
+        tables, size = [], self.sizes.part
         for name, method in self.methods().items():
+            # Another dtype changes next to nothing, and FP16 is slow on a CPU: no Fréchet distance of its own.
+            number = self.sizes.samples if method.dtype is None else size
             parts = {
                 first: functools.partial(self._draw, name, method, RESULT_SEED, first, min(size, number - first))
                 for first in range(0, number, size)
@@ -273,7 +275,10 @@ def draw(name: str, method: Method, profile: Profile, seed: int, first: int, ref
         images of a method have in common: ``sites_reused`` (share), ``events`` (a run), ``macs_speedup``,
         ``cache_bytes`` (an image, at most).
     """
-    drawn = method.draw(profile, seed, first_image=first, num_samples=len(reference), description=name)
+    if method == Method():  # the reference itself: drawn twice, it is the same to the bit
+        drawn = Samples(reference, class_labels(method.pipeline(profile), torch.arange(first, first + len(reference))))
+    else:
+        drawn = method.draw(profile, seed, first_image=first, num_samples=len(reference), description=name)
     predicted, features = metrics.classify(load_classifier(), drawn.images)
     table = pd.DataFrame(
         {
