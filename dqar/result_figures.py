@@ -73,13 +73,12 @@ def slide07_policy(run: Run, labels: pd.DataFrame, oracle: pd.DataFrame) -> Figu
     worth.set(xlim=(0.5, 1.0), xlabel="area under the ROC curve without …")
     worth.set_title("What a feature is worth")
     worth.tick_params(axis="y", labelsize=13)
-    loss = means["mean"]["nothing"] - means["mean"]["entropy"]
     given = correlations[(correlations.layer < 0) & (correlations.signal == "entropy")].set_index("given").rho
     headline(
         figure,
-        f"The policy's area is {study.auc():.2f}, the rule's {study.auc('rule'):.2f}; without entropy it "
-        f"loses {loss:.2f} "
-        f"(ρ of entropy and error {given['nothing']:+.2f}, given step and SNR {given['step and SNR']:+.2f})",
+        f"The policy's area is {study.auc():.2f}, without entropy {means['mean']['entropy']:.2f}; the rule's "
+        f"{study.auc('rule'):.2f} (ρ of entropy and error {given['nothing']:+.2f}, given step and SNR "
+        f"{given['step and SNR']:+.2f})",
     )
     return save(run, "slide07_policy", figure, labels)
 
@@ -317,9 +316,8 @@ def slide15_overfitting(run: Run, labels: pd.DataFrame, oracle: pd.DataFrame) ->
     gaps = [study.history.held_out.iloc[-1] - study.history.train.iloc[-1] for study in studies.values()]
     headline(
         figure,
-        "Policy overfitting: after the last epoch the held-out loss is "
-        + ", ".join(f"{gap:+.3f} ({name})" for gap, name in zip(gaps, studies, strict=True))
-        + " from the training loss",
+        f"Policy overfitting: held-out minus training loss after {len(study.history)} epochs: "
+        + ", ".join(f"{gap:+.3f} ({name})" for gap, name in zip(gaps, studies, strict=True)),
     )
     return save(run, "slide15_overfitting", figure, labels)
 

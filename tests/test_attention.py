@@ -12,7 +12,7 @@ from conftest import draw, embedded_pipeline
 from diffusers import DiTPipeline, PixArtTransformer2DModel, UNet2DModel
 from diffusers.hooks import HookRegistry, ModelHook
 
-from dqar import DQARConfig, apply_dqar, remove_dqar
+from dqar import DQARConfig, apply_dqar, remove_dqar, stats
 from dqar.models import SCHEDULERS, make_scheduler
 
 OPEN = {"entropy_threshold": math.inf, "snr_range": (0, math.inf), "schedule": "all"}
@@ -23,7 +23,12 @@ CLOSED = {
     "by entropy, output": DQARConfig(entropy_threshold=0, schedule="all", reuse_target="output"),
     "by snr": DQARConfig(entropy_threshold=math.inf, snr_range=(1e9, 1e9), schedule="all"),
     "by warmup": DQARConfig(**OPEN, warmup=1000),
+    "by an empty plan": DQARConfig(**OPEN, plan=frozenset()),
+    "by branches too different to share": DQARConfig(schedule="none", share_below=1e-12),
+    "looking at every third step": DQARConfig(schedule="none", record_entropy=True, entropy_interval=3),
 }
+SHARING = {"schedule": "none", "share_below": math.inf}
+COARSE = {**OPEN, "quantize_bits": 4, "quantize_mode": "per_tensor"}
 
 
 def state(pipe):
@@ -106,6 +111,18 @@ def test_reuse_equals_a_naive_one(target):
         ({"entropy_threshold": 2.6}, {"entropy_threshold": 2.7}),
         ({"snr_range": (0, 1.0)}, {"snr_range": (0, math.inf)}),
         ({"snr_range": (0, 1.0)}, {"snr_range": (0, 1.0), "snr_source": "schedule"}),
+        ({**COARSE, "balance": True}, COARSE),
+        ({**COARSE, "keep_channels": 4}, COARSE),
+        ({**COARSE, "keep_channels": 4}, {**COARSE, "keep_channels": 5}),
+        ({**COARSE, "keep_channels": 4}, {**COARSE, "keep_channels": 4, "balance": True}),
+        ({**COARSE, "reuse_target": "output", "keep_channels": 4}, {**COARSE, "reuse_target": "output"}),
+        (SHARING, {"schedule": "none"}),
+        ({**SHARING, "reuse_target": "output"}, SHARING),
+        ({**SHARING, "max_reuse_streak": 1}, SHARING),
+        ({**SHARING, "share_below": 0.03}, SHARING),
+        ({"share_below": math.inf}, {}),
+        ({"plan": frozenset({(3, 1, "cond")})}, {"plan": frozenset({(3, 1, "uncond")})}),
+        ({"entropy_threshold": 2.65, "entropy_interval": 3}, {"entropy_threshold": 2.65}),
     ],
 )
 def test_configurations_that_must_differ_do(pipe, one, other):
@@ -533,3 +550,244 @@ def test_models_without_supported_attention_are_refused(pipe):
 def test_applying_twice_is_an_error(pipe):
     with apply_dqar(pipe), pytest.raises(ValueError, match="already applied"):
         apply_dqar(pipe)
+
+
+def see_rows(pipe, layer=0):
+    """Batch rows that went through each projection of a layer, call by call."""
+    attn, rows = pipe.transformer.transformer_blocks[layer].attn1, {"q": [], "k": [], "v": [], "out": []}
+    for name, module in {"q": attn.to_q, "k": attn.to_k, "v": attn.to_v, "out": attn.to_out[0]}.items():
+        module.register_forward_hook(lambda _m, _a, out, name=name: rows[name].append(len(out)))
+    return rows
+
+
+@pytest.mark.parametrize("target", ["kv", "output"])
+def test_shared_sites_are_the_unconditional_ones_only(pipe, target):
+    expected, before, rows = draw(pipe), state(pipe), see_rows(pipe)
+    with apply_dqar(pipe, DQARConfig(**SHARING, reuse_target=target)) as session:
+        first, second = draw(pipe), draw(pipe)
+    assert torch.equal(first, second) and not torch.equal(first, expected)
+    table = session.trace.to_pandas()
+    shares = table[table.decision == "share"]
+    # Nothing is known at step 0, and three shares in a row are enough.
+    sites = {(step, layer, "uncond") for step in (1, 2, 3, 5, 6, 7) for layer in range(4)}
+    assert set(zip(shares.step, shares.layer, shares.branch, strict=True)) == sites and len(shares) == 2 * len(sites)
+    assert set(table.decision) == {"compute", "share"} and len(table) == 2 * 8 * 4 * 2
+    halved = [4, 2, 2, 2] * 4  # two images
+    assert rows["k"] == rows["v"] == halved
+    assert rows["q"] == rows["out"] == ([4] * 16 if target == "kv" else halved)
+    assert state(pipe) == before and torch.equal(draw(pipe), expected)
+
+
+@pytest.mark.parametrize("target", ["kv", "output"])
+def test_sharing_equals_a_naive_one(target):
+    """Against hooks that overwrite the unconditional half of what the modules return."""
+    pipe = embedded_pipeline()
+    outputs = []
+    for block in pipe.transformer.transformer_blocks:
+        block.attn1.register_forward_hook(lambda _m, _a, out: outputs.append(out))
+    with apply_dqar(pipe, DQARConfig(**SHARING, reuse_target=target)):
+        got = draw(pipe)
+    for number, output in enumerate(outputs):
+        shared = number // 4 not in (0, 4)
+        assert torch.equal(*output.chunk(2)) == (shared and target == "output")
+    calls = {}
+
+    def hook(module, _args, output):
+        step = calls[module] = calls.get(module, -1) + 1
+        return torch.cat([output[:2], output[:2]]) if step not in (0, 4) else None
+
+    for block in pipe.transformer.transformer_blocks:
+        for module in (block.attn1,) if target == "output" else (block.attn1.to_k, block.attn1.to_v):
+            module.register_forward_hook(hook)
+    torch.testing.assert_close(got, draw(pipe), rtol=1e-5, atol=1e-5)
+
+
+def test_branches_share_where_their_traced_entropies_say_so(pipe):
+    below = 0.03
+    with apply_dqar(pipe, DQARConfig(schedule="none", share_below=below, max_reuse_streak=100)) as session:
+        draw(pipe)
+    table, last, decisions = session.trace.to_pandas(), {}, set()
+    for (_step, layer), rows in table.groupby(["step", "layer"]):
+        cond, uncond = (rows[rows.branch == branch].iloc[0] for branch in ("cond", "uncond"))
+        expected = layer in last and abs(last[layer][0] - last[layer][1]) < below
+        assert (uncond.decision == "share") == expected
+        last[layer] = (cond.entropy, last[layer][1] if expected else uncond.entropy)
+        decisions.add(uncond.decision)
+    assert decisions == {"compute", "share"}
+
+
+@pytest.mark.parametrize("target", ["kv", "output"])
+def test_what_was_shared_is_cached_for_its_own_branch(pipe, target):
+    config = DQARConfig(**OPEN, share_below=math.inf, quantize_bits=16, reuse_target=target)
+    with apply_dqar(pipe, config) as session:
+        draw(pipe)
+        cond, uncond = (session.controller.cache.get(1, branch) for branch in ("cond", "uncond"))
+        for one, other in (
+            ((cond.k, uncond.k), (cond.v, uncond.v)) if target == "kv" else ((cond.output, uncond.output),)
+        ):
+            assert torch.equal(one.data, other.data) and one.data.data_ptr() != other.data.data_ptr()
+    table = session.trace.to_pandas()
+    assert set(table[table.decision == "share"].step) == {4} and uncond.row["decision"] == "share"
+    assert (table.decision == "reuse").mean() == pytest.approx(6 / 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sharing_and_balancing_in_half_precision(pipe, dtype):
+    pipe.transformer.to(dtype)
+    plain = draw(pipe)
+    for options in ({"share_below": math.inf}, {"balance": True, "keep_channels": 2}):
+        with apply_dqar(pipe, DQARConfig(**COARSE, **options)):
+            got = draw(pipe)
+        assert got.isfinite().all() and not torch.equal(got, plain)
+
+
+def test_nothing_is_shared_without_guidance(pipe):
+    expected = draw(pipe, guidance=1.0)
+    with apply_dqar(pipe, DQARConfig(**SHARING)) as session:
+        assert torch.equal(draw(pipe, guidance=1.0), expected)
+    assert set(session.trace.to_pandas().decision) == {"compute"}
+
+
+def test_entropy_is_measured_at_every_nth_step_only(pipe):
+    tables = []
+    for interval in (1, 3):
+        config = DQARConfig(schedule="none", record_entropy=True, entropy_interval=interval)
+        with apply_dqar(pipe, config) as session:
+            draw(pipe)
+        tables.append(session.trace.to_pandas())
+    every, third = tables
+    measured = third.step.isin([0, 3, 6])
+    assert third.entropy[measured].tolist() == every.entropy[measured].tolist()
+    assert third.entropy[~measured].isna().all() and every.entropy.notna().all()
+
+
+def test_between_measurements_nothing_is_measured(pipe, monkeypatch):
+    calls, measure = [], stats.query_entropy
+    monkeypatch.setattr(stats, "query_entropy", lambda *args: (calls.append(1), measure(*args))[1])
+    for interval, expected in ((1, 8), (3, 3), (8, 1)):
+        calls.clear()
+        config = DQARConfig(entropy_threshold=0, snr_range=(0, math.inf), entropy_interval=interval)
+        with apply_dqar(pipe, config):
+            draw(pipe)
+        assert len(calls) == 4 * expected
+
+
+@pytest.mark.parametrize("target", ["kv", "output"])
+@pytest.mark.parametrize("branch, half", [("cond", slice(0, 2)), ("uncond", slice(2, 4))])
+def test_a_plan_of_one_site_changes_that_site_alone(target, branch, half):
+    """Against hooks that put one half of step 2's result in the place of step 3's."""
+    pipe = embedded_pipeline()
+    plain = draw(pipe)
+    config = DQARConfig(plan=frozenset({(3, 1, branch)}), reuse_target=target, quantize_bits=16)
+    with apply_dqar(pipe, config) as session:
+        first, second = draw(pipe), draw(pipe)
+    table = session.trace.to_pandas()
+    reused = table[table.decision == "reuse"]
+    sites = list(zip(reused.run, reused.step, reused.layer, reused.branch, strict=True))
+    assert sites == [(0, 3, 1, branch), (1, 3, 1, branch)]
+    assert set(table.reason[table.decision == "compute"]) == {"plan"}
+    assert torch.equal(first, second) and not torch.equal(first, plain)
+    kept, calls = {}, {}
+
+    def hook(module, _args, output):
+        step = calls[module] = calls.get(module, -1) + 1
+        if step == 3:
+            output = output.clone()
+            output[half] = kept[module][half]
+        kept[module] = output
+        return output
+
+    attn = pipe.transformer.transformer_blocks[1].attn1
+    for module in (attn,) if target == "output" else (attn.to_k, attn.to_v):
+        module.register_forward_hook(hook)
+    torch.testing.assert_close(first, draw(pipe), rtol=1e-5, atol=1e-5)
+
+
+def test_a_run_can_be_planned_after_another(pipe):
+    """What a gate decided, decided beforehand: the same image, and nothing is measured for it."""
+    with apply_dqar(pipe, DQARConfig(**{**OPEN, "entropy_threshold": 2.65})) as session:
+        expected = draw(pipe)
+    table = session.trace.to_pandas()
+    reused = table[table.decision == "reuse"]
+    plan = frozenset(zip(reused.step.tolist(), reused.layer.tolist(), reused.branch, strict=True))
+    assert 0 < len(plan) < 48
+    with apply_dqar(pipe, DQARConfig(plan=plan)) as session:
+        got = draw(pipe)
+    again = session.trace.to_pandas()
+    assert torch.equal(got, expected) and again.entropy.isna().all()
+    assert again.decision.tolist() == table.decision.tolist()
+
+
+@pytest.mark.parametrize("target", ["kv", "output"])
+def test_kept_channels_bring_the_image_closer_to_unquantized_reuse(pipe, target):
+    def image(**options):
+        with apply_dqar(pipe, DQARConfig(**{**COARSE, "reuse_target": target, **options})):
+            return draw(pipe).double()
+
+    exact = image(quantize_bits=16)
+    errors = [(image(keep_channels=kept) - exact).norm().item() for kept in (0, 8, 16)]
+    assert errors[1] < 0.9 * errors[0]
+    assert errors[2] < 0.01 * errors[0]  # all of them: half precision is all that is lost
+
+
+def test_balancing_brings_the_image_closer_where_keys_have_outliers(pipe):
+    for block in pipe.transformer.transformer_blocks:
+        for module, factor in ((block.attn1.to_q, 1 / 64), (block.attn1.to_k, 64)):  # which leaves Q·Kᵀ as it was
+            for parameter in module.parameters():
+                parameter.data[3::8] *= factor
+
+    def image(**options):
+        with apply_dqar(pipe, DQARConfig(**{**COARSE, **options})):
+            return draw(pipe).double()
+
+    exact = image(quantize_bits=16)
+    errors = [(image(balance=balance) - exact).norm().item() for balance in (False, True)]
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_keys_and_values_are_balanced_against_queries_and_the_next_weights(pipe):
+    found, attn = {"q": [], "k": [], "v": []}, pipe.transformer.transformer_blocks[1].attn1
+    for name, module in {"q": attn.to_q, "k": attn.to_k, "v": attn.to_v}.items():
+        module.register_forward_hook(lambda _m, _a, out, name=name: found[name].append(out.double()))
+    with apply_dqar(pipe, DQARConfig(**COARSE, balance=True)) as session:
+        draw(pipe, steps=2)
+        peaks = {name: outputs[0].abs().amax(1) for name, outputs in found.items()}
+        weights = attn.to_out[0].weight.detach().double().abs().amax(0)
+        for branch, half in (("cond", slice(0, 2)), ("uncond", slice(2, 4))):
+            entry = session.controller.cache.get(1, branch)
+            key, value = peaks["k"][half] / peaks["q"][half], peaks["v"][half] / weights
+            torch.testing.assert_close(entry.k.balance.double()[:, 0], key.sqrt(), rtol=1e-5, atol=0)
+            torch.testing.assert_close(entry.v.balance.double()[:, 0], value.sqrt(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {**COARSE, "balance": True, "keep_channels": 2},
+        {**COARSE, "balance": True, "share_below": math.inf, "entropy_interval": 3},
+        {**COARSE, "reuse_target": "output", "keep_channels": 2, "share_below": math.inf},
+        {"plan": frozenset({(2, 0, "cond"), (3, 2, "uncond")}), "balance": True},
+    ],
+)
+def test_every_new_option_is_repeatable_traced_and_taken_off(pipe, options):
+    plain, before = draw(pipe), state(pipe)
+    with apply_dqar(pipe, DQARConfig(**options)) as session:
+        first = draw(pipe)
+        table = session.trace.to_pandas()
+        cached = {entry.layer_id: 0 for entry in session.controller.cache}
+        for entry in session.controller.cache:
+            cached[entry.layer_id] += entry.nbytes
+        last = table[(table.step == 7) & (table.decision == "reuse")]
+        assert last.groupby("layer").bytes.sum().to_dict() == ({} if "plan" in options else cached)
+        second = draw(pipe)
+    assert torch.equal(first, second) and not torch.equal(first, plain)
+    assert table.groupby(["step", "layer", "branch"]).size().eq(1).all() and len(table) == 8 * 4 * 2
+    assert state(pipe) == before and torch.equal(draw(pipe), plain)
+
+
+@pytest.mark.parametrize("weight", ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"])
+def test_nan_weights_are_named_with_balanced_caches_too(pipe, weight):
+    with apply_dqar(pipe, DQARConfig(**COARSE, balance=True, keep_channels=2)):
+        pipe.transformer.transformer_blocks[1].get_submodule(weight).weight.data[0, 0] = math.nan
+        with pytest.raises(FloatingPointError, match="NaN or inf at step 0, first in layer 1"):
+            draw(pipe)

@@ -89,3 +89,47 @@ def test_an_entry_does_not_keep_the_whole_batch_alive(options):
     entry = CacheEntry(0, "cond", {})
     cache.put(entry, batch[:1], batch[1:])
     assert entry.k.data.untyped_storage().nbytes() == batch[:1].nbytes
+
+
+PER_TENSOR = {"quantize_mode": "per_tensor", "quantize_bits": 4}
+
+
+@pytest.mark.parametrize("balance, kept", [(True, 0), (False, 3), (True, 3)])
+def test_the_cache_counts_balance_and_kept_channels(balance, kept):
+    cache = QuantizedCache(DQARConfig(**PER_TENSOR, balance=balance, keep_channels=kept))
+    entry, partner = CacheEntry(0, "cond", {}), torch.rand(2, 1, 8)
+    cache.put(entry, keys(), keys(1), key_partner=partner, value_partner=partner)
+    plain = 2 * 16 * 8 // 2 + 2 * 4  # two images of 16 tokens and 8 channels, a float32 scale each
+    extra = 2 * 8 * 4 * balance + 2 * 16 * kept * 2 + 2 * kept * 2
+    assert entry.k.nbytes == entry.v.nbytes == plain + extra and cache.nbytes == 2 * (plain + extra)
+
+
+def test_keys_and_values_are_balanced_against_their_own_partners():
+    def put(config, **partners):
+        entry = CacheEntry(0, "cond", {})
+        QuantizedCache(config).put(entry, keys(), keys(1), **partners)
+        return entry
+
+    partners = {"key_partner": torch.rand(2, 1, 8) + 0.1, "value_partner": torch.rand(8) + 0.1}
+    entry = put(DQARConfig(**PER_TENSOR, balance=True), **partners)
+    for x, stored, partner in ((keys(), entry.k, "key_partner"), (keys(1), entry.v, "value_partner")):
+        torch.testing.assert_close(stored.balance, (x.abs().amax(1, keepdim=True) / partners[partner]).sqrt())
+    plain, unasked = put(DQARConfig(**PER_TENSOR)), put(DQARConfig(**PER_TENSOR), **partners)
+    assert torch.equal(plain.k.dequantize(), unasked.k.dequantize())
+    assert not torch.equal(plain.k.dequantize(), entry.k.dequantize())
+    assert not torch.equal(plain.v.dequantize(), entry.v.dequantize())
+
+
+def test_mixed_precision_balances_and_keeps_channels_of_values_only():
+    config = DQARConfig(**PER_TENSOR, mixed_precision=True, balance=True, keep_channels=2)
+    entry = CacheEntry(0, "cond", {})
+    QuantizedCache(config).put(entry, keys(), keys(1), key_partner=torch.ones(8), value_partner=torch.ones(8))
+    assert torch.equal(entry.k.dequantize(), keys().half().float())
+    assert entry.v.balance is not None and entry.v.kept.shape == (2, 16, 2)
+
+
+def test_outputs_keep_channels_too():
+    config = DQARConfig(**PER_TENSOR, reuse_target="output", keep_channels=2)
+    entry = CacheEntry(0, "cond", {})
+    QuantizedCache(config).put(entry, output=keys())
+    assert entry.output.kept.shape == (2, 16, 2)

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -206,3 +207,203 @@ def test_a_reused_row_carries_its_source():
     # K and V of two images: 16 × 8 int8, and a float32 scale for each of 8 channels
     assert table.bytes.tolist() == [2 * 2 * (16 * 8 + 8 * 4)] * 4
     assert controller.cache.nbytes == table.bytes.iloc[-1]
+
+
+CLOSED = {"entropy_threshold": 0, "snr_range": (9, 9), "schedule": "none"}
+
+
+def run(config, entropies, layers=1, total=50, first=0, controller=None):
+    """A run as ``dqar.attention`` makes it, with (cond, uncond) entropies step by step. The trace's table."""
+    controller = controller or DQARController(layers, DQARConfig(**config))
+    for step, pair in enumerate(entropies, first):
+        controller.begin_step(step, total, snr=1.0, latent_norm=1.0)
+        for layer in range(layers):
+            given = {branch: controller.should_reuse(layer, branch) for branch in ("cond", "uncond")}
+            measure = controller.wants_entropy(layer)
+            for (branch, decision), entropy in zip(given.items(), pair, strict=True):
+                entropy = torch.tensor([[entropy]]) if measure and not decision.shared else None
+                if decision.use_cache:
+                    controller.reuse(decision.entry)
+                elif controller.wants_commit(layer):
+                    controller.commit(layer, branch, keys=keys(), values=keys(1), entropy=entropy)
+                else:
+                    controller.record(layer, branch, entropy, tokens=16)
+    return controller.trace.to_pandas()
+
+
+def decisions(table, branch="uncond", layer=0):
+    return " ".join(table[(table.branch == branch) & (table.layer == layer)].decision)
+
+
+@pytest.mark.parametrize("options", [CLOSED, OPEN, {"policy": lambda x: torch.zeros(len(x))}])
+def test_a_plan_is_followed_whatever_the_gate_says(options):
+    cached = {(step, 0, "cond") for step in range(2, 8)} | {(3, 1, "uncond"), (5, 1, "cond"), (5, 1, "uncond")}
+    config = {**options, "plan": frozenset(cached | {(0, 1, "cond")}), "max_reuse_streak": 1, "warmup": 9}
+    table = run(config, [(9.0, 9.0)] * 9, layers=2)
+    sites = {
+        reason: {(row.step, row.layer, row.branch) for row in rows.itertuples()}
+        for reason, rows in table.groupby("reason")
+    }
+    assert set(sites) == {"reuse", "plan", "no cache"}
+    assert sites["reuse"] == cached and sites["no cache"] == {(0, 1, "cond")}
+    assert set(table.decision[table.reason == "reuse"]) == {"reuse"}
+    assert set(table.decision[table.reason != "reuse"]) == {"compute"}
+    assert table[(table.layer == 0) & (table.branch == "cond")].age.tolist() == [0, 0, 1, 2, 3, 4, 5, 6, 0]
+
+
+def test_a_planned_site_that_nothing_was_cached_for_is_computed():
+    controller = DQARController(2, DQARConfig(plan=frozenset({(1, 0, "cond"), (1, 1, "cond"), (1, 0, "uncond")})))
+    controller.begin_step(0, 5)
+    controller.commit(0, "cond", keys=keys(), values=keys(1))
+    controller.commit(1, "cond")
+    controller.begin_step(1, 5)
+    assert controller.should_reuse(0, "cond").reason == "reuse"
+    assert controller.should_reuse(1, "cond").reason == "no cache"  # an entry without tensors
+    assert controller.should_reuse(0, "uncond").reason == "no cache"  # the other branch's entry is not its own
+    assert controller.should_reuse(1, "uncond").reason == "plan"
+
+
+def test_a_plan_caches_only_what_it_reuses_next():
+    controller = DQARController(3, DQARConfig(plan=frozenset({(2, 0, "cond"), (3, 1, "uncond")})))
+    wanted = []
+    for step in range(4):
+        controller.begin_step(step, 4)
+        wanted.append([layer for layer in range(3) if controller.wants_commit(layer)])
+    assert wanted == [[], [0], [1], []]
+
+
+@pytest.mark.parametrize(
+    "threshold, expected", [(0, "reuse"), (0.5, "reuse"), (0.75, "reuse"), (0.7501, "policy"), (1, "policy")]
+)
+def test_the_policys_threshold_is_the_least_score_reused(threshold, expected):
+    config = {"policy": lambda x: torch.full((len(x),), 0.75), "policy_threshold": threshold, "schedule": "all"}
+    assert reason(config, steps=[0, 1], latent_norm=1.0) == expected
+
+
+@pytest.mark.parametrize("pair", [(1.0, 1.25), (1.25, 1.0)])
+@pytest.mark.parametrize("below, expected", [(0.25, "compute compute"), (0.2501, "compute share")])
+def test_a_branch_shares_where_the_last_entropies_differ_by_less(pair, below, expected):
+    table = run({"schedule": "none", "share_below": below}, [pair, (0.0, 9.0)])
+    assert decisions(table) == expected
+    assert decisions(table, "cond") == "compute compute"
+
+
+def test_sharing_needs_both_entropies():
+    controller = DQARController(1, DQARConfig(schedule="none", share_below=math.inf))
+    for step, given in enumerate(({}, {"cond": 1.0}, {"uncond": 1.0}, {"cond": math.nan}, {"cond": 1.0}, {})):
+        controller.begin_step(step, 9)
+        assert controller.should_reuse(0, "cond").reason == "schedule"
+        decision = controller.should_reuse(0, "uncond")
+        assert decision.shared == (step in (3, 5))  # NaN is less than nothing
+        assert not decision.use_cache and decision.entry is None
+        assert decision.reason == ("shared" if decision.shared else "schedule")
+        for branch, entropy in given.items():
+            controller.commit(0, branch, entropy=entropy)
+
+
+def test_layers_share_by_their_own_entropies():
+    controller = DQARController(2, DQARConfig(schedule="none", share_below=0.1))
+    controller.begin_step(0, 5)
+    for layer, branch, entropy in ((0, "cond", 1.0), (0, "uncond", 2.0), (1, "cond", 2.0), (1, "uncond", 2.0)):
+        controller.commit(layer, branch, entropy=entropy)
+    controller.begin_step(1, 5)
+    shared = {
+        (layer, branch)
+        for layer, branch in itertools.product((0, 1), ("cond", "uncond"))
+        if controller.should_reuse(layer, branch).shared
+    }
+    assert shared == {(1, "uncond")}
+
+
+@pytest.mark.parametrize("schedule, expected", [("all", "no cache"), ("none", "shared")])
+def test_nothing_fresh_to_share_where_the_conditional_branch_is_reused(schedule, expected):
+    controller = DQARController(1, DQARConfig(**{**OPEN, "schedule": schedule}, share_below=math.inf))
+    controller.begin_step(0, 5)
+    controller.commit(0, "cond", keys=keys(), values=keys(1), entropy=1.0)
+    controller.commit(0, "uncond", entropy=1.0)  # its entropy is known, but nothing is cached
+    controller.begin_step(1, 5)
+    assert controller.should_reuse(0, "cond").use_cache == (schedule == "all")
+    assert controller.should_reuse(0, "uncond").reason == expected
+
+
+def test_a_branch_of_its_own_is_reused_before_it_shares():
+    table = run({**OPEN, "share_below": math.inf}, [(1.0, 1.0)] * 9)
+    assert decisions(table, "cond") == "compute reuse reuse reuse compute reuse reuse reuse compute"
+    assert decisions(table, "uncond") == "compute reuse reuse reuse share reuse reuse reuse share"
+
+
+@pytest.mark.parametrize("streak", [1, 2, 3])
+def test_shares_in_a_row_are_limited(streak):
+    table = run({"schedule": "none", "share_below": math.inf, "max_reuse_streak": streak}, [(1.0, 1.0)] * 9)
+    expected = ["share" if step % (streak + 1) else "compute" for step in range(9)]
+    assert decisions(table).split() == expected
+    assert set(table.reason[table.decision == "share"]) == {"shared"}
+
+
+def test_each_layers_shares_are_counted_alone():
+    table = run({"schedule": "none", "share_below": math.inf, "max_reuse_streak": 2}, [(1.0, 1.0)] * 6, layers=3)
+    for layer in range(3):
+        assert decisions(table, layer=layer) == "compute share share compute share share"
+
+
+def test_branches_that_part_stop_sharing():
+    pairs = [(1.0, 1.0), (1.0, 7.0), (5.0, 7.0), (1.0, 1.0), (1.0, 1.0), (1.0, 1.0)]
+    table = run({"schedule": "none", "share_below": 1.0}, pairs)
+    # At step 3 cond was last measured 5.0, uncond 1.0 at step 0; the 7.0 of a shared site is never measured.
+    assert decisions(table) == "compute share share compute share share"
+
+
+def test_nothing_is_shared_in_the_warmup():
+    table = run({"schedule": "none", "share_below": math.inf, "warmup": 3}, [(1.0, 1.0)] * 5)
+    assert decisions(table) == "compute compute compute share share"
+
+
+@pytest.mark.parametrize("interval, expected", [(1, "reuse"), (2, "entropy"), (3, "entropy"), (4, "entropy")])
+def test_between_measurements_the_last_known_entropy_decides(interval, expected):
+    table = run(
+        {"schedule": "all", "entropy_interval": interval, "max_reuse_streak": 9}, [(9.0, 9.0)] + [(1.0, 1.0)] * 5
+    )
+    cond = table[table.branch == "cond"]
+    assert cond.reason[cond.step == 2].item() == expected
+    assert cond.reason.tolist().index("reuse") == interval + 1  # the first step after the second measurement
+    computed = cond[cond.decision == "compute"]
+    assert set(computed.step[computed.entropy.notna()]) == {0, interval}
+
+
+def test_an_entropy_measured_long_ago_still_opens_the_gate():
+    table = run({"schedule": "all", "entropy_interval": 10, "max_reuse_streak": 1}, [(1.0, 1.0)] + [(9.0, 9.0)] * 8)
+    assert decisions(table, "cond") == "compute reuse compute reuse compute reuse compute reuse compute"
+    assert table.entropy[table.step == 2].isna().all()
+
+
+@pytest.mark.parametrize("interval", [1, 2, 3, 50])
+@pytest.mark.parametrize("options, ever", [({}, True), ({"schedule": "none"}, False), ({"plan": frozenset()}, False)])
+def test_entropy_is_wanted_at_every_nth_step_and_where_none_is_known(interval, options, ever):
+    controller = DQARController(2, DQARConfig(entropy_interval=interval, **options))
+    for step in range(9):
+        controller.begin_step(step, 9)
+        assert controller.wants_entropy(0) == (ever and step % interval == 0)
+        assert controller.wants_entropy(1) == ever  # never measured
+        controller.commit(0, entropy=1.0 if controller.wants_entropy(0) else None)
+
+
+@pytest.mark.parametrize("first, total", [(0, 50), (3, 50), (4, 40)])
+def test_a_new_run_forgets_entropies_and_shares(first, total):
+    config = {**OPEN, "schedule": "none", "share_below": math.inf, "entropy_interval": 10}
+    controller = DQARController(1, DQARConfig(**config))
+    before = run({}, [(1.0, 1.0)] * 4, controller=controller)
+    assert decisions(before) == "compute share share share"
+    controller.trace.clear()
+    again = run({}, [(1.0, 1.0)] * 4, controller=controller, first=first, total=total)
+    assert decisions(again) == "compute share share share"
+    assert again.entropy[again.step == first].notna().all()
+
+
+def test_shares_are_traced_without_entropy():
+    controller = DQARController(1, DQARConfig(schedule="none", share_below=math.inf))
+    table = run({}, [(1.5, 2.5)] * 3, controller=controller)
+    shares = table[table.decision == "share"]
+    assert set(shares.branch) == {"uncond"} and set(shares.step) == {1, 2} and shares.entropy.isna().all()
+    heads = controller.trace.heads_to_pandas()
+    assert heads[heads.branch == "uncond"].step.tolist() == [0]
+    assert heads[heads.branch == "cond"].step.tolist() == [0, 1, 2]

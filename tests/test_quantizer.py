@@ -109,3 +109,162 @@ def test_batch_mates_do_not_matter_with_batch_dims(mode):
 def test_bad_input_is_named(x, bits, mode, message):
     with pytest.raises(ValueError, match=message):
         quantize(x, bits, mode)
+
+
+def uneven(*shape, seed=0):
+    """Channels of very different size, in no order, and a partner whose channels differ otherwise."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.logspace(-1, 1, shape[-1])[torch.randperm(shape[-1], generator=generator)]
+    return torch.randn(shape, generator=generator) * sizes, torch.rand(shape[-1], generator=generator) + 0.05
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("mode, shared", [("per_tensor", (0, 1, 2)), ("per_channel", (0, 1)), ("per_token", (2,))])
+def test_balanced_error_is_at_most_half_a_step_of_the_balanced_scale(bits, mode, shared):
+    x, partner = uneven(2, 20, 8)
+    factor = (x.double().abs().amax((0, 1)) / partner.double()).sqrt()
+    step = (x.double() / factor).abs().amax(shared, keepdim=True) / (2 ** (bits - 1) - 1)
+    kept = quantize(x, bits, mode, partner=partner)
+    torch.testing.assert_close(kept.balance.double().flatten(), factor, rtol=1e-6, atol=0)
+    torch.testing.assert_close(kept.scale.double(), step, rtol=1e-5, atol=0)
+    bound = step * factor / 2 * (1 + 1e-4)
+    assert ((kept.dequantize() - x).abs() <= bound).all()
+    if mode != "per_channel":
+        assert not ((quantize(x, bits, mode).dequantize() - x).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_scale_per_channel_makes_balancing_pointless(bits):
+    x, partner = uneven(2, 20, 8)
+    balanced = quantize(x, bits, "per_channel", partner=partner).dequantize()
+    torch.testing.assert_close(balanced, quantize(x, bits, "per_channel").dequantize(), rtol=1e-5, atol=1e-6)
+
+
+def test_balancing_saves_the_product_from_a_channel_that_is_large_on_one_side_only():
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 100, 16, generator=generator)
+    key[:, 3], query[:, 3] = key[:, 3] * 100, query[:, 3] / 100
+    product = query.double() @ key.double().T
+
+    def error(**options):
+        return (query.double() @ quantize(key, 4, **options).dequantize().double().T - product).norm() / product.norm()
+
+    assert error() > 0.9  # one scale rounds all other channels to zero
+    assert error(partner=query.abs().amax(0)) < 0.2
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_balancing_has_nothing_to_do_where_both_sides_are_large_in_the_same_channels(bits):
+    x, other = uneven(2, 20, 8)
+    plain = quantize(x, bits).dequantize()
+    same = quantize(x, bits, partner=x.abs().amax((0, 1)) * 0.3).dequantize()
+    torch.testing.assert_close(same, plain, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(quantize(x, bits, partner=other).dequantize(), plain, rtol=1e-2)
+
+
+def test_a_partner_may_have_any_shape_that_fits():
+    x, partner = uneven(2, 20, 8)
+    options = {"bits": 4, "batch_dims": 1}
+    expected = quantize(x, partner=partner, **options).dequantize()
+    for shape in ((1, 8), (1, 1, 8)):
+        assert torch.equal(quantize(x, partner=partner.view(shape), **options).dequantize(), expected)
+    assert torch.equal(quantize(x, partner=partner.expand(2, 1, 8), **options).dequantize(), expected)
+    other = torch.stack([partner, partner.flip(0)])[:, None]
+    got = quantize(x, partner=other, **options).dequantize()
+    assert torch.equal(got[0], expected[0]) and not torch.equal(got[1], expected[1])
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_kept_channels_come_back_and_leave_the_rest_better(bits, mode, dtype):
+    x = uneven(2, 20, 8)[0].to(dtype)
+    salient = x.double().abs().amax((0, 1)).argsort(descending=True)[:3]
+    rest = [channel for channel in range(8) if channel not in salient]
+    kept = quantize(x, bits, mode, keep_channels=3)
+    got, plain = kept.dequantize(), quantize(x, bits, mode).dequantize()
+    assert set(kept.kept_channels.flatten().tolist()) == set(salient.tolist())
+    assert kept.kept.dtype == (torch.float16 if dtype == torch.float32 else dtype)
+    assert torch.equal(got[..., salient], x[..., salient].to(kept.kept.dtype).to(dtype))
+    assert torch.equal(got[..., rest], quantize(x.index_fill(-1, salient, 0), bits, mode).dequantize()[..., rest])
+    errors = [(y.double() - x.double())[..., rest].norm() for y in (got, plain)]
+    assert errors[0] == errors[1] if mode == "per_channel" else errors[0] < 0.9 * errors[1]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_kept_and_balanced_go_together(mode):
+    x, partner = uneven(2, 20, 8)
+    both = quantize(x, 4, mode, partner=partner, keep_channels=2)
+    salient = x.abs().amax((0, 1)).topk(2).indices
+    expected = quantize(x.index_fill(-1, salient, 0), 4, mode, partner=partner).dequantize()
+    expected[..., salient] = x[..., salient].half().float()
+    torch.testing.assert_close(both.dequantize(), expected)
+
+
+@pytest.mark.parametrize("bits, data", [(8, 160), (4, 80), (2, 40)])
+@pytest.mark.parametrize("mode, scales", [("per_tensor", 2), ("per_channel", 16), ("per_token", 20)])
+def test_bytes_count_all_that_is_stored(bits, data, mode, scales):
+    x, partner = uneven(2, 10, 8)
+    kept = quantize(x, bits, mode, batch_dims=1, partner=partner, keep_channels=3)
+    parts = (kept.data, kept.scale, kept.balance, kept.kept, kept.kept_channels)
+    # float32 scales and balance, two bytes for each of 3 channels' values and for its number
+    assert kept.nbytes == data + 4 * scales + 4 * 2 * 8 + 2 * 2 * 10 * 3 + 2 * 2 * 3
+    assert kept.nbytes == sum(part.untyped_storage().nbytes() for part in parts)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("keep_channels", [0, 2])
+def test_zeros_on_either_side_stay_finite(bits, mode, keep_channels):
+    x, partner = uneven(2, 20, 8)
+    x[..., 2], x[1, :, 5], x[1, 7], partner[4] = 0, 0, 0, 0
+    for values, other in ((x, partner), (x * 0, partner), (x, partner * 0), (x * 0, partner * 0)):
+        kept = quantize(values, bits, mode, batch_dims=1, partner=other, keep_channels=keep_channels)
+        got = kept.dequantize()
+        assert got.isfinite().all() and (got[values == 0] == 0).all()
+        assert ((got - values).abs() <= kept.scale * kept.balance / 2 * (1 + 1e-4) + values.abs() * 2**-11).all()
+
+
+@pytest.mark.parametrize("keep_channels", [8, 9, 1000])
+@pytest.mark.parametrize("options", [{}, {"partner": torch.ones(8)}])
+def test_as_many_kept_channels_as_there_are_leave_nothing_to_quantize(keep_channels, options):
+    x, _ = uneven(2, 20, 8)
+    got = quantize(x, 2, keep_channels=keep_channels, **options).dequantize()
+    assert torch.equal(got, x.half().float())
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("options", [{"keep_channels": 2}, {"partner": True}, {"keep_channels": 2, "partner": True}])
+def test_batch_mates_change_neither_balance_nor_kept_channels(mode, options):
+    x = torch.stack([uneven(20, 8, seed=seed)[0] * 10**seed for seed in range(3)])
+    partners = torch.stack([uneven(1, 8, seed=seed)[1] for seed in range(3)])[:, None]
+
+    def stored(rows):
+        extra = {"partner": partners[rows]} if "partner" in options else {}
+        return quantize(x[rows], 4, mode, batch_dims=1, **{**options, **extra})
+
+    together = stored(slice(0, 3))
+    alone = torch.cat([stored(slice(i, i + 1)).dequantize() for i in range(3)])
+    assert torch.equal(together.dequantize(), alone)
+    if "keep_channels" in options:
+        assert len({frozenset(numbers) for numbers in together.kept_channels.flatten(1).tolist()}) == 3
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5, 7), (2, 5, 7), (4, 3, 2, 9)])
+def test_balancing_keeps_dtype_and_shape(bits, mode, dtype, shape):
+    x, partner = uneven(*shape)
+    x, partner = x.to(dtype).transpose(0, -2), partner.to(dtype)
+    got = quantize(x, bits, mode, partner=partner, keep_channels=1).dequantize()
+    assert got.dtype == dtype and got.shape == x.shape
+    exact = quantize(x.float(), bits, mode, partner=partner.float(), keep_channels=1).dequantize()
+    torch.testing.assert_close(got.float(), exact, rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+def test_float16_channels_at_the_end_of_the_range_survive_balancing():
+    x = torch.full((4, 3), 65504.0).half() * torch.tensor([1.0, 1e-3, 1e-6]).half()
+    kept = quantize(x, 8, partner=torch.tensor([6e-8, 1.0, 65504.0]).half())
+    bound = kept.scale.double() * kept.balance.double() / 2 + x.double() * 2**-11
+    assert ((kept.dequantize().double() - x.double()).abs() <= bound).all()
