@@ -1,4 +1,4 @@
-"""The deck's claims: the errata table of notebook 00 and the verdicts of slide 17, from what was measured."""
+"""The deck's claims: errata of notebook 00, verdicts of slide 17, what of slide 16 is measured already."""
 
 from __future__ import annotations
 
@@ -170,3 +170,42 @@ def verdicts(run: Run) -> pd.DataFrame:
         ),
     ]
     return pd.DataFrame(rows, columns=["claim", "verdict", "reason"])
+
+
+def future_work(run: Run) -> pd.DataFrame:
+    """Slide 16, direction by direction: ``direction``, ``deck``, ``measured`` (or that it isn't)."""
+    quality = experiments.quantization_quality(run)
+    best = (
+        quality[quality.bits < 16]
+        .groupby("bits")[["psnr_cache", "cache_bytes"]]
+        .agg(psnr=("psnr_cache", "max"), nbytes=("cache_bytes", "min"))
+    )
+    half = quality[quality.bits == 16].cache_bytes.min() * 2 / run.profile.dtype.itemsize
+    bits = ", ".join(
+        f"INT{bits}: {best.psnr[bits]:.0f} dB in {best.nbytes[bits] / half:.2f} of FP16's bytes" for bits in (8, 4, 2)
+    )
+    distance = experiments.neighbours(run)[["layer_before", "step_before"]].median()
+    labels, oracle = run.recorded("labels-output"), run.recorded("oracle")
+    searched = "not measured yet"
+    if labels is not None and oracle is not None:
+        runs = decisions.accepted_runs(oracle).set_index("share").psnr
+        searched = f"sites chosen by measured error: {runs[0.4]:.1f} dB with 40 % of all sites reused (notebook 06)"
+    rows = [
+        ("Lower bit-widths", "INT2: 4× less memory than INT8", f"best mode to an unquantized cache: {bits}"),
+        (
+            "Cross-layer sharing",
+            "2–3× more speed",
+            f"an attention output is {distance.layer_before:.0%} away from the layer before, "
+            f"{distance.step_before:.0%} from the step before (median)",
+        ),
+        ("Video DiTs", "reuse across frames", "not measured: no video model here"),
+        ("Quantization-aware training", "learn to compensate INT8 errors", "not measured: nothing is retrained here"),
+        ("Architecture search", "layers, thresholds, bits per layer", searched),
+        (
+            "Production deployment",
+            "batches, several GPUs",
+            "images don't depend on each other's cache scales (tested); one gate decides for a whole batch; "
+            "several GPUs: not measured",
+        ),
+    ]
+    return pd.DataFrame(rows, columns=["direction", "deck", "measured"])

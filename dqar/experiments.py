@@ -224,6 +224,46 @@ def quantization_quality(run: Run) -> pd.DataFrame:
     return run.table("quantization_quality", measure)
 
 
+# --- slide 16: sharing across layers ---------------------------------------------------------------------------------
+
+
+def neighbours(run: Run) -> pd.DataFrame:
+    """How far an attention output is from the layer's before it, and from its own a step before.
+
+    One row per ``step`` (from 1) and ``layer`` (from 1), means over four images and both branches: ``layer_before`` and
+    ``step_before``, both ``‖o − o'‖ / ‖o‖``.
+    """
+
+    def measure() -> pd.DataFrame:
+        blocks = _pipeline(run.profile).transformer.transformer_blocks
+        outputs: list[list[torch.Tensor]] = [[] for _ in blocks]
+        handles = [
+            block.attn1.register_forward_hook(lambda _module, _args, output, seen=seen: seen.append(output))
+            for block, seen in zip(blocks, outputs, strict=True)
+        ]
+        try:
+            sample(_pipeline(run.profile), run.profile, run.seed, num_samples=4, description="neighbours")
+        finally:
+            for handle in handles:
+                handle.remove()
+
+        def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+            return ((a - b).flatten(1).norm(dim=1) / a.flatten(1).norm(dim=1)).mean().item()
+
+        return pd.DataFrame(
+            {
+                "step": step,
+                "layer": layer,
+                "layer_before": distance(outputs[layer][step], outputs[layer - 1][step]),
+                "step_before": distance(outputs[layer][step], outputs[layer][step - 1]),
+            }
+            for step in range(1, run.profile.num_inference_steps)
+            for layer in range(1, len(outputs))
+        )
+
+    return run.table("neighbours", measure)
+
+
 # --- what all comparisons share --------------------------------------------------------------------------------------
 
 

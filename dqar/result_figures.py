@@ -1,4 +1,4 @@
-"""The result slides' figures, 7, 12, 13, 15 and 17, drawn from recorded tables; what is missing is shown as missing."""
+"""The figures of slides 7, 12, 13 and 15 to 17, drawn from recorded tables; what is missing is shown as missing."""
 
 from __future__ import annotations
 
@@ -373,6 +373,13 @@ def slide15_sharing(run: Run, sharing: pd.DataFrame) -> Figure:
         "exact",
     )
     return save(run, "slide15_sharing", figure, sharing)
+
+
+def slide16_future_work(run: Run, directions: pd.DataFrame) -> Figure:
+    """Each direction of slide 16 with what is measured of it already."""
+    table = directions.rename(columns=str.capitalize)
+    title = "Slide 16: what of the future work is measured already"
+    return save_table(run, "slide16_future_work", title, table, [28, 32, 64], directions)
 
 
 def slide17_conclusions(run: Run, verdicts: pd.DataFrame) -> Figure:

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from dqar import DQARConfig, calibrate, decisions, metrics, outcomes, record, result_figures
+from dqar import DQARConfig, calibrate, decisions, experiments, metrics, outcomes, record, result_figures
 from dqar.models import get_profile, load_pipeline
 from dqar.policy import FEATURES, ReusePolicy, train_policy
 from dqar.results import Run
@@ -250,3 +250,19 @@ def test_a_trained_policy_runs_in_the_controller(tmp_path):
         drawn[threshold] = sample(pipe, profile, 0, config, num_samples=1).trace.to_pandas()
     assert (drawn[0.0].reason == "policy").sum() == 0 < (drawn[0.0].decision == "reuse").sum()
     assert (drawn[1.0].decision == "reuse").sum() == 0 < (drawn[1.0].reason == "policy").sum()
+
+
+def test_layers_are_compared_with_the_right_neighbours(tmp_path):
+    run = Run("smoke", 0, tmp_path)
+    pipe = load_pipeline(run.profile)
+    seen = []
+    blocks = pipe.transformer.transformer_blocks
+    handles = [block.attn1.register_forward_hook(lambda *a: seen.append(a[2])) for block in blocks[4:6]]
+    sample(pipe, run.profile, 0, num_samples=4)
+    for handle in handles:
+        handle.remove()
+    table = experiments.neighbours(run).set_index(["step", "layer"]).loc[3, 5]
+    now, below, before = seen[7], seen[6], seen[5]
+    for other, got in ((below, table.layer_before), (before, table.step_before)):
+        wanted = ((now - other).flatten(1).norm(dim=1) / now.flatten(1).norm(dim=1)).mean().item()
+        assert got == pytest.approx(wanted, rel=1e-5)
