@@ -67,7 +67,6 @@ def quantize(
         batch_dims: so many leading dimensions never share a scale, whatever the mode.
         scale_dtype: float32 or float16, which saturates beyond 65,504 · Q.
         check_finite: off only where a GPU would have to wait for the answer and NaN is looked for elsewhere.
-
         partner: max |·| per channel, ``[..., 1, channels]`` or ``[channels]``, of the factor that ``x`` will be
             multiplied with. Turns on PTQ4DiT's channel-wise salience balancing: each channel is divided by
             ``√(max|x| / partner)`` first, which evens out what the channels contribute to the product. A scale per
@@ -83,8 +82,6 @@ def quantize(
         raise ValueError(f"mode={mode!r} is not accepted: choose one of {get_args(QuantizeMode)}")
     if not x.is_floating_point():
         raise ValueError(f"a tensor of dtype {x.dtype} is not accepted: needs a floating dtype")
-    if check_finite and not x.isfinite().all():
-        raise ValueError(f"x of shape {tuple(x.shape)} holds NaN or inf: needs finite values")
     shared = {
         "per_tensor": range(batch_dims, x.ndim),
         "per_channel": range(batch_dims, x.ndim - 1),
@@ -109,6 +106,9 @@ def quantize(
     peak = values.abs()
     if x.numel() and shared:
         peak = peak.amax(dim=tuple(shared), keepdim=True)
+    # The peaks tell as well as all values would, and are far fewer; but a kept channel is in none of them.
+    if check_finite and not (salience if keep_channels else peak).isfinite().all():
+        raise ValueError(f"x of shape {tuple(x.shape)} holds NaN or inf: needs finite values")
     # An all-zero group keeps its zeros under any scale, and a scale must not round to zero.
     limits = torch.finfo(scale_dtype)
     scale = (peak / largest).clamp_(limits.tiny, limits.max).to(scale_dtype)

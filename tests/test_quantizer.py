@@ -268,3 +268,13 @@ def test_float16_channels_at_the_end_of_the_range_survive_balancing():
     kept = quantize(x, 8, partner=torch.tensor([6e-8, 1.0, 65504.0]).half())
     bound = kept.scale.double() * kept.balance.double() / 2 + x.double() * 2**-11
     assert ((kept.dequantize().double() - x.double()).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("mode", ["per_tensor", "per_channel", "per_token"])
+@pytest.mark.parametrize("options", [{}, {"keep_channels": 1}, {"keep_channels": 3, "partner": torch.ones(8)}])
+def test_one_bad_value_is_found_whatever_the_options(value, mode, options):
+    x = torch.randn(2, 5, 8)
+    x[1, 2, 3] = value
+    with pytest.raises(ValueError, match="NaN or inf"):
+        quantize(x, 8, mode, batch_dims=1, **options)
