@@ -45,7 +45,7 @@ def query_entropy(query: torch.Tensor, key: torch.Tensor, scale: float | None = 
     query = (query.to(dtype) * scale).flatten(0, 1)
     key = key.to(dtype).flatten(0, 1).transpose(1, 2)
     entropy = query.new_empty(query.shape[:2])
-    tile_size = 2**18 if query.device.type == "cpu" else 2**26
+    tile_size = 2**17 if query.device.type == "cpu" else 2**26
     rows = max(1, min(shape[2], tile_size // num_keys))
     heads = max(1, tile_size // (rows * num_keys))
     # One pair of buffers for all tiles: fresh ones would cost more in page faults than the arithmetic does.
