@@ -134,8 +134,8 @@ def verdicts(run: Run) -> pd.DataFrame:
             "18 % less memory",
             kv_bytes / full_bytes,
             kv_bytes <= 0.82 * full_bytes,
-            f"A cache adds memory, {kv.cache_bytes / 1e6:.2f} MB an image here, and the weights stay: weights and peak "
-            f"of four images come to {kv_bytes / full_bytes:.2f} of full compute's.",
+            f"A cache adds memory and the weights stay: weights and peak of four images come to "
+            f"{kv_bytes / full_bytes:.2f} of full compute's.",
         ),
         (
             "FID grows by less than 1",
