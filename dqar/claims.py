@@ -182,7 +182,7 @@ def future_work(run: Run) -> pd.DataFrame:
         best = part.loc[part.psnr_cache.idxmax()]
         share = best.cache_bytes / unquantized[best.target] * run.profile.dtype.itemsize / 2
         found.append(f"INT{width} {best.psnr_cache:.0f} dB in {share:.2f}")
-    distance = experiments.neighbours(run)[["layer_before", "step_before"]].median()
+    distance = experiments.sites(run)[["layer_change", "change"]].median()
     labels, oracle = run.recorded("labels-output"), run.recorded("oracle")
     searched = "not measured yet"
     if labels is not None and oracle is not None:
@@ -197,8 +197,8 @@ def future_work(run: Run) -> pd.DataFrame:
         (
             "Cross-layer sharing",
             "2–3× more speed",
-            f"an attention output is {distance.layer_before:.0%} away from the layer before, "
-            f"{distance.step_before:.0%} from the step before (median)",
+            f"an attention output is {distance.layer_change:.0%} away from the layer before, "
+            f"{distance.change:.0%} from the step before (median)",
         ),
         ("Video DiTs", "reuse across frames", "not measured: no video model here"),
         ("Quantization-aware training", "learn to compensate INT8 errors", "not measured: nothing is retrained here"),

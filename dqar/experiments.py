@@ -31,13 +31,14 @@ def sites(run: Run) -> pd.DataFrame:
     """Every site of an untouched denoising: entropy, SNR, and the change of its output since the step before.
 
     One row per step, layer and branch (means over the profile's images): ``entropy`` (nats, mean over heads and
-    queries), ``snr`` (by predicted x0), ``snr_schedule``, ``change`` (relative: what reuse would do wrong there).
+    queries), ``snr`` (by predicted x0), ``snr_schedule``, ``change`` (relative: what reuse would do wrong there),
+    ``layer_change`` (the same against the layer before).
     """
 
     def measure() -> pd.DataFrame:
         table = trace_sites(_pipeline(run.profile), run.profile, run.seed)
         return table.groupby(["step", "timestep", "layer", "branch", "tokens"], as_index=False)[
-            ["entropy", "snr", "snr_schedule", "change"]
+            ["entropy", "snr", "snr_schedule", "change", "layer_change"]
         ].mean()
 
     return run.table("sites", measure)
@@ -222,46 +223,6 @@ def quantization_quality(run: Run) -> pd.DataFrame:
         return pd.concat(tables)
 
     return run.table("quantization_quality", measure)
-
-
-# --- slide 16: sharing across layers ---------------------------------------------------------------------------------
-
-
-def neighbours(run: Run) -> pd.DataFrame:
-    """How far an attention output is from the layer's before it, and from its own a step before.
-
-    One row per ``step`` (from 1) and ``layer`` (from 1), means over four images and both branches: ``layer_before`` and
-    ``step_before``, both ``‖o − o'‖ / ‖o‖``.
-    """
-
-    def measure() -> pd.DataFrame:
-        blocks = _pipeline(run.profile).transformer.transformer_blocks
-        outputs: list[list[torch.Tensor]] = [[] for _ in blocks]
-        handles = [
-            block.attn1.register_forward_hook(lambda _module, _args, output, seen=seen: seen.append(output))
-            for block, seen in zip(blocks, outputs, strict=True)
-        ]
-        try:
-            sample(_pipeline(run.profile), run.profile, run.seed, num_samples=4, description="neighbours")
-        finally:
-            for handle in handles:
-                handle.remove()
-
-        def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-            return ((a - b).flatten(1).norm(dim=1) / a.flatten(1).norm(dim=1)).mean().item()
-
-        return pd.DataFrame(
-            {
-                "step": step,
-                "layer": layer,
-                "layer_before": distance(outputs[layer][step], outputs[layer - 1][step]),
-                "step_before": distance(outputs[layer][step], outputs[layer][step - 1]),
-            }
-            for step in range(1, run.profile.num_inference_steps)
-            for layer in range(1, len(outputs))
-        )
-
-    return run.table("neighbours", measure)
 
 
 # --- what all comparisons share --------------------------------------------------------------------------------------

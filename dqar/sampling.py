@@ -86,7 +86,8 @@ def noise_generators(seed: int, images: torch.Tensor) -> list[torch.Generator]:
 class ChangeRecorder:
     """How much each attention layer's output changes from one step to the next: the error that reusing it would cause.
 
-    ``‖o_t − o_{t−1}‖ / ‖o_t‖`` per layer and guidance half, measured with forward hooks on the untouched computation.
+    ``‖o_t − o_{t−1}‖ / ‖o_t‖`` per layer and guidance half, measured with forward hooks on the untouched computation;
+    and ``layer_change``, the same against the output of the layer before.
     """
 
     def __init__(self, transformer: torch.nn.Module, num_inference_steps: int):
@@ -111,12 +112,18 @@ class ChangeRecorder:
             self._last[layer_id] = output
             if step == 0:
                 return
-            error = (output - last).flatten(1).norm(dim=1) / output.flatten(1).norm(dim=1)
-            for branch, half in zip(("cond", "uncond"), error.chunk(2), strict=True):
-                site = {"run": run, "step": step, "layer": layer_id, "branch": branch}
-                self.rows.append({**site, "change": half.mean().item()})
+            changes = {"change": _relative_change(output, last)}
+            if layer_id > 0:
+                changes["layer_change"] = _relative_change(output, self._last[layer_id - 1])
+            for half, branch in enumerate(("cond", "uncond")):
+                means = {name: change.chunk(2)[half].mean().item() for name, change in changes.items()}
+                self.rows.append({"run": run, "step": step, "layer": layer_id, "branch": branch, **means})
 
         return hook
+
+
+def _relative_change(output: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    return (output - before).flatten(1).norm(dim=1) / output.flatten(1).norm(dim=1)
 
 
 class StateRecorder:
