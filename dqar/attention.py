@@ -132,10 +132,10 @@ class DQARSession:
         if self._is_new_run(latents, labels, timesteps, timestep):
             self._forget_run()
             self._begin_run(latents, labels, scheduler)
-        norm, snr = self._close_step(latents)
+        norm, snr = self._close_step(latents) if self.controller.config.measures_latents else (None, None)
         self._step_index += 1
         step = self._step_index
-        if not math.isfinite(norm):
+        if norm is not None and not math.isfinite(norm):
             raise FloatingPointError(f"the latents hold NaN or inf at step {step}, before layer 0")
         if self._timesteps is not None:
             timestep, total_steps = self._timestep_values[step], len(self._timestep_values)
@@ -146,7 +146,8 @@ class DQARSession:
                 self._first_timestep, self._guessed_steps = timestep, 1
             elif step == 1:  # evenly spaced timesteps down to zero tell how many there are
                 self._guessed_steps = int(self._first_timestep / (self._first_timestep - timestep)) + 1
-            total_steps = max(step + 1, self._guessed_steps)
+            plan = self.controller.config.plan
+            total_steps = max(step + 1, self._guessed_steps) if plan is None else plan.num_inference_steps
             alpha_bar = None
         self._last_timestep = timestep
         self._latents, self._inputs = latents, (args, kwargs)
@@ -161,8 +162,13 @@ class DQARSession:
         )
 
     def end_forward(self, output: Any) -> None:
-        """Keeps an eye on the output: a run that is no longer finite is stopped, naming step and layer."""
-        self._output_sum = output[0].sum(dtype=torch.float32)
+        """Keeps an eye on the output: a run that is no longer finite is stopped, naming step and layer.
+
+        Where nothing else is measured, no step waits for that either: the sum goes on to the run's last step.
+        """
+        total = output[0].sum(dtype=torch.float32)
+        waits = self.controller.config.measures_latents or self._output_sum is None
+        self._output_sum = total if waits else self._output_sum + total
         if self._timesteps is None or self._step_index + 1 == len(self._timestep_values):
             self.check_finite(self._output_sum.item())
             self._output_sum = None
@@ -214,6 +220,8 @@ class DQARSession:
         self._run_labels = labels
         self._slices = self._branch_slices(latents, labels)
         self._timesteps = getattr(scheduler, "timesteps", None)
+        if scheduler is not None and self.controller.config.plan is not None:
+            self.controller.config.plan.check_run(len(self._timesteps), type(scheduler).__name__)
         if scheduler is None:
             if self.controller.config.gates_on_snr and self.controller.config.schedule != "none":
                 warnings.warn(
@@ -250,6 +258,8 @@ class DQARSession:
 
     def see_prediction(self, model_output: torch.Tensor) -> None:
         """Notes x0 and SNR by the guided prediction that this session's own run hands to the scheduler."""
+        if not self.controller.config.measures_latents:
+            return
         if self._latents is None or self._watched.timesteps is not self._timesteps:
             return
         # What reaches the model is variance-preserving under every scheduler, after scale_model_input.

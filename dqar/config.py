@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from dqar.plan import ReusePlan
 from dqar.quantizer import QuantizeMode
 from dqar.scheduler import ScheduleKind
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 ReuseTarget = Literal["kv", "output"]
 EntropyUnit = Literal["nats", "normalized"]
 SNRSource = Literal["predicted", "schedule"]
-BRANCHES = ("cond", "uncond")
 
 
 def check(field: str, value: Any, ok: bool, accepted: str) -> None:
@@ -35,13 +35,6 @@ def _is_number(value: Any) -> bool:
 
 def _is_count(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _are_sites(plan: Any) -> bool:
-    def is_site(site: Any) -> bool:
-        return isinstance(site, tuple) and len(site) == 3 and _is_count(site[0], 0) and _is_count(site[1], 0)
-
-    return isinstance(plan, frozenset) and all(is_site(site) and site[2] in BRANCHES for site in plan)
 
 
 @dataclass(frozen=True)
@@ -64,7 +57,7 @@ class DQARConfig:
         warmup: first steps that always compute.
         policy: a trained ``ReusePolicy`` that decides instead of the entropy and SNR rule (slide 7).
         policy_threshold: the least ``p_reuse`` that the policy reuses at.
-        plan: the sites to reuse, as (step, layer, branch), decided beforehand: neither schedule, streak nor gate asked.
+        plan: which sites to reuse, decided beforehand: neither schedule, streak nor gate is asked, nothing is measured.
         entropy_unit: ``"nats"`` as in the deck, or ``"normalized"``: H / ln N, between 0 and 1.
         snr_source: ``"predicted"``: against the scheduler's newest predicted x0; ``"schedule"``: ᾱ / (1 − ᾱ).
         balance: channel-wise salience balancing of cached K and V before they are quantized (slide 15); ``"kv"`` only.
@@ -91,7 +84,7 @@ class DQARConfig:
     warmup: int = 0
     policy: ReusePolicy | None = None
     policy_threshold: float = 0.5
-    plan: frozenset[tuple[int, int, str]] | None = None
+    plan: ReusePlan | None = None
     balance: bool = False
     keep_channels: int = 0
     share_below: float = 0.0
@@ -140,12 +133,7 @@ class DQARConfig:
         queries = self.entropy_queries
         check("entropy_queries", queries, queries is None or _is_count(queries, 1), "None or an int of 1 or more")
         check("policy", self.policy, self.policy is None or callable(self.policy), "None or a ReusePolicy")
-        check(
-            "plan",
-            self.plan,
-            self.plan is None or _are_sites(self.plan),
-            "None or a frozenset of (step, layer, branch)",
-        )
+        check("plan", self.plan, self.plan is None or isinstance(self.plan, ReusePlan), "None or a ReusePlan")
 
     @property
     def gates_on_entropy(self) -> bool:
@@ -164,3 +152,8 @@ class DQARConfig:
     def measures_entropy(self) -> bool:
         """Whether entropy is computed at all."""
         return self.record_entropy or self.gates_on_entropy
+
+    @property
+    def measures_latents(self) -> bool:
+        """Whether SNR and norm of the latents are computed; a plan needs neither, and then no step waits for them."""
+        return self.plan is None or self.measures_entropy

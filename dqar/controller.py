@@ -9,7 +9,8 @@ import torch
 
 from dqar import stats
 from dqar.cache import CacheEntry, QuantizedCache
-from dqar.config import BRANCHES, DQARConfig, check, check_choice
+from dqar.config import DQARConfig, check, check_choice
+from dqar.plan import BRANCHES
 from dqar.policy import policy_features
 from dqar.scheduler import eligible_layers
 from dqar.trace import Trace
@@ -46,6 +47,9 @@ class DQARController:
         check("num_layers", num_layers, isinstance(num_layers, int) and num_layers >= 1, "an int of 1 or more")
         self.num_layers = num_layers
         self.config = config or DQARConfig()
+        plan = self.config.plan
+        if plan is not None and plan.num_layers != num_layers:
+            raise ValueError(f"the plan was made for {plan.num_layers} layers, this model has {num_layers}")
         self.cache = QuantizedCache(self.config)
         self.trace = Trace()
         self._run = -1
@@ -85,6 +89,8 @@ class DQARController:
         """
         if not 0 <= step_index < total_steps:
             raise ValueError(f"step_index={step_index} is not accepted: from 0 to total_steps - 1 = {total_steps - 1}")
+        if self.config.plan is not None:
+            self.config.plan.check_run(total_steps)
         if self._step is None or step_index <= self._step:
             self._run += 1
             self.reset()
@@ -205,9 +211,9 @@ class DQARController:
         check("layer_id", layer_id, 0 <= layer_id < self.num_layers, f"an int from 0 to {self.num_layers - 1}")
         check_choice("branch", branch, BRANCHES)
 
-    def _eligible_at(self, step: int) -> range | set[int]:
+    def _eligible_at(self, step: int) -> range | frozenset[int]:
         if self.config.plan is not None:
-            return {layer for at, layer, _ in self.config.plan if at == step}
+            return self.config.plan.layers_at.get(step, frozenset())
         if not self.config.warmup <= step < self._total_steps:
             return range(0)
         return eligible_layers(
@@ -217,7 +223,7 @@ class DQARController:
     def _reason(self, layer_id: int, branch: str, entry: CacheEntry | None) -> str:
         config = self.config
         if config.plan is not None:
-            if (self._step, layer_id, branch) not in config.plan:
+            if (self._step, layer_id, branch) not in config.plan.sites:
                 return "plan"
             return "no cache" if entry is None or entry.empty else "reuse"
         if self._step < config.warmup:

@@ -13,9 +13,10 @@ from sklearn.metrics import roc_auc_score
 
 from dqar import metrics
 from dqar.calibrate import propose_gate
-from dqar.config import BRANCHES, DQARConfig
+from dqar.config import DQARConfig
 from dqar.data import load_digits_split
 from dqar.models import load_classifier
+from dqar.plan import BRANCHES, ReusePlan
 from dqar.policy import FEATURES, ReusePolicy, policy_features, train_policy
 
 # Each image has a noise of its own, so that held-out classes are held-out seeds, too.
@@ -126,7 +127,7 @@ def predicted_errors(labels: pd.DataFrame, total_steps: int, num_layers: int) ->
     return total.map(np.exp)
 
 
-def plan_of(errors: pd.Series, share: float, total_steps: int) -> tuple[frozenset[tuple[int, int, str]], float]:
+def plan_of(errors: pd.Series, share: float, total_steps: int) -> tuple[ReusePlan, float]:
     """The sites of least error, none reused twice in a row, until ``share`` of all are reused.
 
     Returns:
@@ -142,7 +143,7 @@ def plan_of(errors: pd.Series, share: float, total_steps: int) -> tuple[frozense
         if (step - 1, layer, branch) not in chosen and (step + 1, layer, branch) not in chosen:
             chosen.add((step, layer, branch))
             largest = float(error)
-    return frozenset(chosen), largest
+    return ReusePlan(chosen, layers, total_steps), largest
 
 
 def deciders(

@@ -16,9 +16,8 @@ from tqdm import tqdm
 
 from dqar.config import ReuseTarget
 from dqar.models import Profile, guided_prediction
+from dqar.plan import BRANCHES
 from dqar.sampling import LOOK, class_labels, noise_generators, sample
-
-BRANCHES = ("cond", "uncond")
 
 
 def site_errors(

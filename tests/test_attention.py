@@ -12,7 +12,7 @@ from conftest import draw, embedded_pipeline
 from diffusers import DiTPipeline, PixArtTransformer2DModel, UNet2DModel
 from diffusers.hooks import HookRegistry, ModelHook
 
-from dqar import DQARConfig, apply_dqar, remove_dqar, stats
+from dqar import DQARConfig, ReusePlan, apply_dqar, remove_dqar, stats
 from dqar.models import SCHEDULERS, make_scheduler
 
 OPEN = {"entropy_threshold": math.inf, "snr_range": (0, math.inf), "schedule": "all"}
@@ -23,7 +23,7 @@ CLOSED = {
     "by entropy, output": DQARConfig(entropy_threshold=0, schedule="all", reuse_target="output"),
     "by snr": DQARConfig(entropy_threshold=math.inf, snr_range=(1e9, 1e9), schedule="all"),
     "by warmup": DQARConfig(**OPEN, warmup=1000),
-    "by an empty plan": DQARConfig(**OPEN, plan=frozenset()),
+    "by an empty plan": DQARConfig(**OPEN, plan=ReusePlan(frozenset(), 4, 8)),
     "by branches too different to share": DQARConfig(schedule="none", share_below=1e-12),
     "looking at every third step": DQARConfig(schedule="none", record_entropy=True, entropy_interval=3),
 }
@@ -121,7 +121,7 @@ def test_reuse_equals_a_naive_one(target):
         ({**SHARING, "max_reuse_streak": 1}, SHARING),
         ({**SHARING, "share_below": 0.03}, SHARING),
         ({"share_below": math.inf}, {}),
-        ({"plan": frozenset({(3, 1, "cond")})}, {"plan": frozenset({(3, 1, "uncond")})}),
+        ({"plan": ReusePlan({(3, 1, "cond")}, 4, 8)}, {"plan": ReusePlan({(3, 1, "uncond")}, 4, 8)}),
         ({"entropy_threshold": 2.65, "entropy_interval": 3}, {"entropy_threshold": 2.65}),
     ],
 )
@@ -678,7 +678,7 @@ def test_a_plan_of_one_site_changes_that_site_alone(target, branch, half):
     """Against hooks that put one half of step 2's result in the place of step 3's."""
     pipe = embedded_pipeline()
     plain = draw(pipe)
-    config = DQARConfig(plan=frozenset({(3, 1, branch)}), reuse_target=target, quantize_bits=16)
+    config = DQARConfig(plan=ReusePlan({(3, 1, branch)}, 4, 8), reuse_target=target, quantize_bits=16)
     with apply_dqar(pipe, config) as session:
         first, second = draw(pipe), draw(pipe)
     table = session.trace.to_pandas()
@@ -709,8 +709,8 @@ def test_a_run_can_be_planned_after_another(pipe):
         expected = draw(pipe)
     table = session.trace.to_pandas()
     reused = table[table.decision == "reuse"]
-    plan = frozenset(zip(reused.step.tolist(), reused.layer.tolist(), reused.branch, strict=True))
-    assert 0 < len(plan) < 48
+    plan = ReusePlan.from_trace(table, "DDIMScheduler")
+    assert plan.sites == set(zip(reused.step, reused.layer, reused.branch, strict=True)) and 0 < len(plan.sites) < 48
     with apply_dqar(pipe, DQARConfig(plan=plan)) as session:
         got = draw(pipe)
     again = session.trace.to_pandas()
@@ -766,7 +766,7 @@ def test_keys_and_values_are_balanced_against_queries_and_the_next_weights(pipe)
         {**COARSE, "balance": True, "keep_channels": 2},
         {**COARSE, "balance": True, "share_below": math.inf, "entropy_interval": 3},
         {**COARSE, "reuse_target": "output", "keep_channels": 2, "share_below": math.inf},
-        {"plan": frozenset({(2, 0, "cond"), (3, 2, "uncond")}), "balance": True},
+        {"plan": ReusePlan({(2, 0, "cond"), (3, 2, "uncond")}, 4, 8), "balance": True},
     ],
 )
 def test_every_new_option_is_repeatable_traced_and_taken_off(pipe, options):

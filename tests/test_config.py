@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from dqar import DQARConfig
+from dqar import DQARConfig, ReusePlan
 
 
 def test_the_defaults_are_the_decks():
@@ -52,13 +52,8 @@ def test_the_defaults_are_the_decks():
         ("entropy_interval", 2.0),
         ("entropy_interval", True),
         ("plan", {(1, 0, "cond")}),
-        ("plan", [(1, 0, "cond")]),
-        ("plan", frozenset({(1, 0, "both")})),
-        ("plan", frozenset({(-1, 0, "cond")})),
-        ("plan", frozenset({(1, -1, "cond")})),
-        ("plan", frozenset({(1.0, 0, "cond")})),
-        ("plan", frozenset({(1, 0)})),
-        ("plan", frozenset({1})),
+        ("plan", frozenset()),
+        ("plan", "plan.json"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_field(field, value):
@@ -107,14 +102,14 @@ def test_kept_channels_need_others_that_are_quantized():
         ("share_below", (0, 0.5, math.inf)),
         ("policy_threshold", (0, 0.5, 1)),
         ("entropy_interval", (1, 50)),
-        ("plan", (None, frozenset(), frozenset({(0, 0, "cond"), (49, 27, "uncond")}))),
+        ("plan", (None, ReusePlan((), 1, 1), ReusePlan({(0, 0, "cond"), (49, 27, "uncond")}, 28, 50))),
     ],
 )
 def test_the_ends_of_a_range_belong_to_it(field, values):
     assert all(getattr(DQARConfig(**{field: value}), field) == value for value in values)
 
 
-PLAN = {"plan": frozenset({(1, 0, "cond")})}
+PLAN = {"plan": ReusePlan({(1, 0, "cond")}, 1, 2)}
 
 
 @pytest.mark.parametrize(
@@ -127,7 +122,7 @@ PLAN = {"plan": frozenset({(1, 0, "cond")})}
         ({"entropy_threshold": math.inf, "snr_range": (0, math.inf), "policy": abs}, True, True),
         ({"policy": abs, "schedule": "none"}, False, False),
         (PLAN, False, False),
-        ({"plan": frozenset()}, False, False),
+        ({"plan": ReusePlan((), 1, 2)}, False, False),
         ({**PLAN, "policy": abs}, False, False),
         ({**PLAN, "share_below": 0.1}, True, False),
         ({"share_below": 0.1, "schedule": "none"}, True, False),
@@ -138,4 +133,6 @@ def test_what_a_decision_looks_at(options, on_entropy, on_snr):
     config = DQARConfig(**options)
     assert (config.gates_on_entropy, config.gates_on_snr) == (on_entropy, on_snr)
     assert config.measures_entropy == on_entropy
-    assert DQARConfig(**options, record_entropy=True).measures_entropy
+    assert config.measures_latents == ("plan" not in options or on_entropy)
+    looking = DQARConfig(**options, record_entropy=True)
+    assert looking.measures_entropy and looking.measures_latents

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from dqar import DQARConfig, DQARController
+from dqar import DQARConfig, DQARController, ReusePlan
 from dqar.policy import ReusePolicy
 
 OPEN = {"entropy_threshold": math.inf, "snr_range": (0, math.inf), "schedule": "all"}
@@ -238,7 +238,7 @@ def decisions(table, branch="uncond", layer=0):
 @pytest.mark.parametrize("options", [CLOSED, OPEN, {"policy": lambda x: torch.zeros(len(x))}])
 def test_a_plan_is_followed_whatever_the_gate_says(options):
     cached = {(step, 0, "cond") for step in range(2, 8)} | {(3, 1, "uncond"), (5, 1, "cond"), (5, 1, "uncond")}
-    config = {**options, "plan": frozenset(cached | {(0, 1, "cond")}), "max_reuse_streak": 1, "warmup": 9}
+    config = {**options, "plan": ReusePlan(cached | {(0, 1, "cond")}, 2, 9), "max_reuse_streak": 1, "warmup": 9}
     table = run(config, [(9.0, 9.0)] * 9, layers=2)
     sites = {
         reason: {(row.step, row.layer, row.branch) for row in rows.itertuples()}
@@ -252,7 +252,7 @@ def test_a_plan_is_followed_whatever_the_gate_says(options):
 
 
 def test_a_planned_site_that_nothing_was_cached_for_is_computed():
-    controller = DQARController(2, DQARConfig(plan=frozenset({(1, 0, "cond"), (1, 1, "cond"), (1, 0, "uncond")})))
+    controller = DQARController(2, DQARConfig(plan=ReusePlan({(1, 0, "cond"), (1, 1, "cond"), (1, 0, "uncond")}, 2, 5)))
     controller.begin_step(0, 5)
     controller.commit(0, "cond", keys=keys(), values=keys(1))
     controller.commit(1, "cond")
@@ -264,7 +264,7 @@ def test_a_planned_site_that_nothing_was_cached_for_is_computed():
 
 
 def test_a_plan_caches_only_what_it_reuses_next():
-    controller = DQARController(3, DQARConfig(plan=frozenset({(2, 0, "cond"), (3, 1, "uncond")})))
+    controller = DQARController(3, DQARConfig(plan=ReusePlan({(2, 0, "cond"), (3, 1, "uncond")}, 3, 4)))
     wanted = []
     for step in range(4):
         controller.begin_step(step, 4)
@@ -377,7 +377,9 @@ def test_an_entropy_measured_long_ago_still_opens_the_gate():
 
 
 @pytest.mark.parametrize("interval", [1, 2, 3, 50])
-@pytest.mark.parametrize("options, ever", [({}, True), ({"schedule": "none"}, False), ({"plan": frozenset()}, False)])
+@pytest.mark.parametrize(
+    "options, ever", [({}, True), ({"schedule": "none"}, False), ({"plan": ReusePlan((), 2, 9)}, False)]
+)
 def test_entropy_is_wanted_at_every_nth_step_and_where_none_is_known(interval, options, ever):
     controller = DQARController(2, DQARConfig(entropy_interval=interval, **options))
     for step in range(9):

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from dqar import DQARConfig, calibrate, decisions, experiments, metrics, outcomes, record, result_figures
+from dqar import DQARConfig, ReusePlan, calibrate, decisions, experiments, metrics, outcomes, record, result_figures
 from dqar.models import get_profile, load_pipeline
 from dqar.policy import FEATURES, ReusePolicy, train_policy
 from dqar.results import Run
@@ -110,10 +110,12 @@ def test_a_plan_takes_the_least_errors_and_nothing_twice_in_a_row():
     sites = pd.MultiIndex.from_product([range(1, 6), range(2), ("cond", "uncond")])
     errors = pd.Series(np.arange(len(sites), dtype=float), index=sites)
     plan, delta = decisions.plan_of(errors, share=0.25, total_steps=6)
-    assert len(plan) == 6 and plan >= {(1, layer, branch) for layer in (0, 1) for branch in ("cond", "uncond")}
-    assert not any((step + 1, layer, branch) in plan for step, layer, branch in plan)
-    assert delta == max(errors[site] for site in plan)
-    assert decisions.plan_of(errors, 0.0, 6) == (frozenset(), 0.0)
+    assert len(plan.sites) == 6 and plan.sites >= {
+        (1, layer, branch) for layer in (0, 1) for branch in ("cond", "uncond")
+    }
+    assert not any((step + 1, layer, branch) in plan.sites for step, layer, branch in plan.sites)
+    assert delta == max(errors[site] for site in plan.sites)
+    assert decisions.plan_of(errors, 0.0, 6) == (ReusePlan((), 2, 6), 0.0)
 
 
 def test_deciders_differ_and_reuse_about_as_much_as_wanted():
@@ -123,7 +125,9 @@ def test_deciders_differ_and_reuse_about_as_much_as_wanted():
     assert {name for name, _ in configs} == {"rule", "policy", "oracle", "chance"}
     assert len({str(config) for config in configs.values()}) == len(configs)
     for share in (0.1, 0.4):
-        assert len(configs["oracle", share].plan) == len(configs["chance", share].plan) == round(share * 2800)
+        assert (
+            len(configs["oracle", share].plan.sites) == len(configs["chance", share].plan.sites) == round(share * 2800)
+        )
         assert configs["oracle", share].plan != configs["chance", share].plan
     assert configs["policy", 0.1].policy_threshold > configs["policy", 0.4].policy_threshold
     assert configs["rule", 0.1].entropy_threshold < configs["rule", 0.4].entropy_threshold
@@ -189,7 +193,7 @@ def test_drawn_rows_are_what_the_images_say(recording):
     reference = record.Method().draw(profile, 0, num_samples=3).images
     same = record.draw("same", record.Method(), profile, 0, 0, reference)
     assert (same.mse == 0).all() and (same.macs_speedup == 1).all() and same.image.tolist() == [0, 1, 2]
-    plan = frozenset((step, layer, "cond") for step in (1, 3) for layer in range(28))
+    plan = ReusePlan({(step, layer, "cond") for step in (1, 3) for layer in range(28)}, 28, 8)
     config = DQARConfig(plan=plan, reuse_target="output")
     half = record.draw("half", record.Method(config), profile, 0, 0, reference)
     assert (half.events == 56).all() and (half.sites_reused == 56 / (8 * 28 * 2)).all() and (half.mse > 0).all()

@@ -2,7 +2,7 @@ import pytest
 import torch
 from conftest import embedded_pipeline
 
-from dqar import DQARConfig
+from dqar import DQARConfig, ReusePlan
 from dqar.models import get_profile, load_pipeline
 from dqar.sampling import sample
 from dqar.sensitivity import site_errors
@@ -17,7 +17,7 @@ def test_a_trial_is_what_a_run_with_that_one_reuse_does(target, scheduler):
     assert len(table) == 5 * 2 * 2 and set(table.image) == {1, 2} and (table.label == table.image).all()
     for row in table.sample(6, random_state=0).itertuples():
         reference = sample(pipe, profile, 3, first_image=row.image, num_samples=1).images
-        plan = frozenset({(row.step, row.layer, row.branch)})
+        plan = ReusePlan({(row.step, row.layer, row.branch)}, 28, 6)
         config = DQARConfig(plan=plan, reuse_target=target, quantize_bits=16)
         drawn = sample(pipe, profile, 3, config, first_image=row.image, num_samples=1)
         assert (drawn.trace.to_pandas().decision == "reuse").sum() == 1

@@ -1,0 +1,146 @@
+"""Reuse plans: which sites of a run are reused, decided beforehand, so that no step waits for a statistic."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+BRANCHES = ("cond", "uncond")
+FORMAT = "dqar-plan-1"
+
+Site = tuple[int, int, str]
+
+
+@dataclass(frozen=True)
+class ReusePlan:
+    """A fixed step × layer table of compute and reuse, a table a branch.
+
+    Attributes:
+        sites: the sites to reuse, as (step, layer, branch); all others compute.
+        num_layers: attention layers of the model it was made for.
+        num_inference_steps: denoising steps of the runs it was made for.
+        scheduler: class name of the scheduler it was made with; ``None``: any.
+        provenance: where it comes from; saved with it, not compared.
+
+    Raises:
+        ValueError: a site outside the table, named.
+    """
+
+    sites: frozenset[Site]
+    num_layers: int
+    num_inference_steps: int
+    scheduler: str | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self):
+        for name in ("num_layers", "num_inference_steps"):
+            if not _is_index(getattr(self, name), None) or getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not accepted: an int of 1 or more")
+        object.__setattr__(self, "sites", frozenset(self.sites))
+        for site in self.sites:
+            step, layer, branch = site if isinstance(site, tuple) and len(site) == 3 else (None, None, None)
+            inside = _is_index(step, self.num_inference_steps) and _is_index(layer, self.num_layers)
+            if not inside or branch not in BRANCHES:
+                raise ValueError(
+                    f"site {site!r} is not accepted: (step, layer, branch) with a step from 0 to "
+                    f"{self.num_inference_steps - 1}, a layer from 0 to {self.num_layers - 1}, and one of {BRANCHES}"
+                )
+
+    @classmethod
+    def from_trace(
+        cls, table: pd.DataFrame, scheduler: str | None = None, provenance: Mapping[str, Any] | None = None
+    ) -> ReusePlan:
+        """What most of the traced runs did: the sites that at least half of them reused.
+
+        Args:
+            table: ``trace.to_pandas()`` of one run or several, all of one model and number of steps.
+            scheduler: class name of the scheduler of those runs.
+            provenance: of the trace.
+
+        Raises:
+            ValueError: no rows, or runs of different numbers of steps.
+        """
+        steps = sorted(set(table.total_steps.tolist()))
+        if len(steps) != 1:
+            raise ValueError(f"the trace has runs of {steps or 'no'} steps: a plan is made of runs of one number")
+        share = (table.decision == "reuse").groupby([table.step, table.layer, table.branch]).sum() / table.run.nunique()
+        sites = frozenset((int(step), int(layer), branch) for step, layer, branch in share[share >= 0.5].index)
+        return cls(sites, int(table.layer.max()) + 1, int(steps[0]), scheduler, provenance or {})
+
+    @functools.cached_property
+    def layers_at(self) -> dict[int, frozenset[int]]:
+        """The layers that any branch reuses, by step; steps that compute everything are left out."""
+        steps: dict[int, set[int]] = {}
+        for step, layer, _ in self.sites:
+            steps.setdefault(step, set()).add(layer)
+        return {step: frozenset(layers) for step, layers in steps.items()}
+
+    @property
+    def share(self) -> float:
+        """Share of a guided run's sites that are reused."""
+        return len(self.sites) / (self.num_inference_steps * self.num_layers * len(BRANCHES))
+
+    def check_run(self, num_inference_steps: int, scheduler: str | None = None) -> None:
+        """Raises ``ValueError`` for a run that the plan wasn't made for, saying what it was made for."""
+        if num_inference_steps != self.num_inference_steps:
+            raise ValueError(
+                f"the plan was made for {self.num_inference_steps} steps, this run takes {num_inference_steps}: "
+                "make one for this number of steps"
+            )
+        if None not in (scheduler, self.scheduler) and scheduler != self.scheduler:
+            raise ValueError(f"the plan was made with {self.scheduler}, this run uses {scheduler}")
+
+    def save(self, path: str | Path) -> None:
+        """Writes JSON: a row of 0 (compute) and 1 (reuse) per step, one digit a layer, by branch."""
+        rows = {
+            branch: [
+                "".join("01"[(step, layer, branch) in self.sites] for layer in range(self.num_layers))
+                for step in range(self.num_inference_steps)
+            ]
+            for branch in BRANCHES
+        }
+        content = {"format": FORMAT, "scheduler": self.scheduler, "reuse": rows, "provenance": dict(self.provenance)}
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            temporary.write_text(json.dumps(content, indent=1) + "\n")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> ReusePlan:
+        """Reads what ``save`` wrote.
+
+        Raises:
+            ValueError: truncated, or no plan.
+        """
+        try:
+            content = json.loads(Path(path).read_text())
+            rows = content["reuse"]
+            sizes = {(len(rows[branch]), len(row)) for branch in BRANCHES for row in rows[branch]}
+            digits = {digit for branch in BRANCHES for row in rows[branch] for digit in row}
+            if content["format"] != FORMAT or len(sizes) != 1 or not digits <= {"0", "1"}:
+                raise ValueError("rows of one length, made of 0 and 1, were expected")
+            [(steps, layers)] = sizes
+            sites = frozenset(
+                (step, layer, branch)
+                for branch in BRANCHES
+                for step, row in enumerate(rows[branch])
+                for layer, digit in enumerate(row)
+                if digit == "1"
+            )
+            return cls(sites, layers, steps, content["scheduler"], content["provenance"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is truncated or no {FORMAT} file") from error
+
+
+def _is_index(value: Any, size: int | None) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0 and (size is None or value < size)
