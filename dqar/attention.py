@@ -194,7 +194,10 @@ class DQARSession:
     def check_finite(self, output_sum: float) -> None:
         """Stops the run if a sum over the output, or over what is to be cached, is NaN or inf."""
         if not math.isfinite(output_sum):
-            step, layer = self._step_index, self._first_bad_layer()
+            step = self._step_index
+            if not self._latents.isfinite().all():  # in a planned run nobody has looked since it began
+                raise FloatingPointError(f"NaN or inf before step {step}: a run without the plan tells where it begins")
+            layer = self._first_bad_layer()
             raise FloatingPointError(f"the model's output holds NaN or inf at step {step}, {layer}")
 
     def _is_new_run(self, latents, labels, timesteps, timestep) -> bool:
@@ -471,7 +474,7 @@ def _alpha_bars(scheduler: Any, timesteps: list[float]) -> list[float]:
     sigmas = getattr(scheduler, "sigmas", None)
     if sigmas is not None and len(sigmas) == len(timesteps) + 1:
         return [1 / (1 + sigma**2) for sigma in sigmas[:-1].tolist()]
-    return [scheduler.alphas_cumprod[int(t)].item() for t in timesteps]
+    return scheduler.alphas_cumprod[torch.tensor(timesteps).long()].tolist()
 
 
 def _self_attention_layers(transformer: Any) -> list[Attention]:

@@ -238,7 +238,7 @@ def decisions(table, branch="uncond", layer=0):
 @pytest.mark.parametrize("options", [CLOSED, OPEN, {"policy": lambda x: torch.zeros(len(x))}])
 def test_a_plan_is_followed_whatever_the_gate_says(options):
     cached = {(step, 0, "cond") for step in range(2, 8)} | {(3, 1, "uncond"), (5, 1, "cond"), (5, 1, "uncond")}
-    config = {**options, "plan": ReusePlan(cached | {(0, 1, "cond")}, 2, 9), "max_reuse_streak": 1, "warmup": 9}
+    config = {**options, "plan": ReusePlan(cached | {(0, 1, "cond")}, 2, 50), "max_reuse_streak": 1, "warmup": 9}
     table = run(config, [(9.0, 9.0)] * 9, layers=2)
     sites = {
         reason: {(row.step, row.layer, row.branch) for row in rows.itertuples()}
