@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -37,9 +40,13 @@ def query_entropy(query: torch.Tensor, key: torch.Tensor, scale: float | None = 
     """Exact entropy of each query's attention, ``[B, H, Nq]`` in nats, from ``[B, H, N, D]``; no map is kept.
 
     Tile by tile of the scores, small enough for the processor's cache: with ``d = s - max s``, ``e = exp d`` and
-    ``Z = Σ e``, the entropy ``-Σ p log p`` is ``log Z - Σ e·d / Z``. Half precision is raised to float32.
+    ``Z = Σ e``, the entropy ``-Σ p log p`` is ``log Z - Σ e·d / Z``. Half precision is raised to float32. On a GPU one
+    Triton kernel does it, if Triton is there.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    kernel = _kernel(query.device)
+    if kernel is not None and query.dtype != torch.float64:
+        return kernel(query, key, scale)
     dtype = torch.promote_types(query.dtype, torch.float32)
     shape, num_keys = query.shape[:3], key.shape[2]
     query = (query.to(dtype) * scale).flatten(0, 1)
@@ -61,6 +68,15 @@ def query_entropy(query: torch.Tensor, key: torch.Tensor, scale: float | None = 
             mean = torch.linalg.vecdot(weights, scores) / total
             entropy[head : head + heads, row : row + rows] = total.log() - mean
     return entropy.view(shape)
+
+
+@functools.cache
+def _kernel(device: torch.device) -> Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor] | None:
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    from dqar import kernels  # Triton is no dependency: it comes with torch's CUDA builds
+
+    return kernels.query_entropy
 
 
 def fused_attention_with_entropy(
