@@ -25,6 +25,8 @@ from dqar.trace import Trace
 HOOK_NAME = "dqar"
 # How the pipelines of each model stack the branches of classifier-free guidance in one batch.
 BRANCH_ORDER = {"DiTTransformer2DModel": ("cond", "uncond"), "PixArtTransformer2DModel": ("uncond", "cond")}
+Condition = tuple[torch.Tensor | None, torch.Tensor | None]
+"""Class labels or caption embeddings, and the caption's mask: what a run keeps to."""
 
 
 def apply_dqar(pipe: Any, config: DQARConfig | None = None, prompt_length: int | None = None) -> DQARSession:
@@ -35,7 +37,8 @@ def apply_dqar(pipe: Any, config: DQARConfig | None = None, prompt_length: int |
             predict x0 with, so that its SNR is unknown and only an SNR range of ``(0, inf)`` opens the gate; it tells
             the number of steps from the first two timesteps, and reuses from the third step on.
         config: the deck's defaults if left out.
-        prompt_length: words of the prompt or label, for slide 5's τ(p); ``None`` leaves the threshold as it is.
+        prompt_length: words of the prompt or label, for slide 5's τ(p). ``None`` takes the caption's tokens (mean over
+            the batch) where the model is given a caption with a mask, and else leaves the threshold as it is.
 
     Returns:
         The session: its ``trace`` and ``controller`` stay readable after removal.
@@ -71,14 +74,19 @@ class DQARSession:
         self.controller = DQARController(len(layers), config)
         self._pipe, self._transformer, self._prompt_length = pipe, transformer, prompt_length
         self._layers = layers
-        self._originals = [layer.processor for layer in layers]
+        processors = [(layer, DQARAttnProcessor(self, layer_id)) for layer_id, layer in enumerate(layers)]
+        for layer_id, block in enumerate(transformer.transformer_blocks):
+            cross = getattr(block, "attn2", None)
+            if isinstance(cross, Attention) and isinstance(cross.processor, AttnProcessor2_0):
+                processors.append((cross, DQARCrossAttnProcessor(self, layer_id, cross.processor)))
+        self._originals = [(layer, layer.processor) for layer, _ in processors]
         self._argument_names = list(inspect.signature(type(transformer).forward).parameters)[1:]
         self._had_registry = hasattr(transformer, "_diffusers_hook")
         self._had_forward = "forward" in vars(transformer)  # of another library's hook
         self._watched: Any = None
         self._forget_run()
-        for layer_id, layer in enumerate(layers):
-            layer.set_processor(DQARAttnProcessor(self, layer_id))
+        for layer, processor in processors:
+            layer.set_processor(processor)
         HookRegistry.check_if_exists_or_initialize(transformer).register_hook(_DQARHook(self), HOOK_NAME)
 
     def __enter__(self) -> DQARSession:
@@ -96,7 +104,7 @@ class DQARSession:
         """Restores processors, hooks and scheduler, and empties the cache."""
         if _find_session(self._transformer) is not self:
             return
-        for layer, original in zip(self._layers, self._originals, strict=True):
+        for layer, original in self._originals:
             layer.set_processor(original)
         registry = self._transformer._diffusers_hook
         registry.remove_hook(HOOK_NAME, recurse=False)
@@ -113,7 +121,8 @@ class DQARSession:
         self.controller.reset()
         self._step_index = -1
         self._timesteps: torch.Tensor | None = None
-        self._run_labels: torch.Tensor | None = None
+        self._run_condition: Condition = (None, None)
+        self._caption: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # K and V of each cross-attention
         self._last_timestep = math.inf
         self._inputs: tuple[tuple, dict] | None = None
         self._latents: torch.Tensor | None = None
@@ -126,12 +135,12 @@ class DQARSession:
         """Finds out which step of which run this forward pass is, and opens it in the controller."""
         named = dict(zip(self._argument_names, args, strict=False)) | kwargs
         latents, timestep = named.get("hidden_states"), named.get("timestep")
-        labels = named.get("class_labels", named.get("encoder_hidden_states"))
+        condition = (named.get("class_labels", named.get("encoder_hidden_states")), named.get("encoder_attention_mask"))
         scheduler = getattr(self._pipe, "scheduler", None)
         timesteps = getattr(scheduler, "timesteps", None)
-        if self._is_new_run(latents, labels, timesteps, timestep):
+        if self._is_new_run(latents, condition, timesteps, timestep):
             self._forget_run()
-            self._begin_run(latents, labels, scheduler)
+            self._begin_run(latents, condition, scheduler)
         norm, snr = self._close_step(latents) if self.controller.config.measures_latents else (None, None)
         self._step_index += 1
         step = self._step_index
@@ -155,7 +164,7 @@ class DQARSession:
             step,
             total_steps,
             snr=snr,
-            prompt_length=self._prompt_length,
+            prompt_length=self._run_prompt_length,
             snr_schedule=None if alpha_bar is None else float(stats.schedule_snr(alpha_bar)),
             latent_norm=norm,
             timestep=timestep,
@@ -200,15 +209,12 @@ class DQARSession:
             layer = self._first_bad_layer()
             raise FloatingPointError(f"the model's output holds NaN or inf at step {step}, {layer}")
 
-    def _is_new_run(self, latents, labels, timesteps, timestep) -> bool:
+    def _is_new_run(self, latents, condition, timesteps, timestep) -> bool:
         if self._latents is None or timesteps is not self._timesteps:
             return True
         if timesteps is not None and self._step_index + 1 >= len(timesteps):
             return True
-        # Pipelines pass the same label tensor at every step; only another object has to be looked into.
-        if labels is not self._run_labels and (
-            labels is None or self._run_labels is None or not _same(labels, self._run_labels)
-        ):
+        if not all(map(_same, condition, self._run_condition)):
             return True
         if timesteps is None and _first_value(timestep) >= self._last_timestep:
             return True
@@ -219,9 +225,12 @@ class DQARSession:
             )
         return False
 
-    def _begin_run(self, latents: torch.Tensor, labels: torch.Tensor | None, scheduler: Any) -> None:
-        self._run_labels = labels
-        self._slices = self._branch_slices(latents, labels)
+    def _begin_run(self, latents: torch.Tensor, condition: Condition, scheduler: Any) -> None:
+        self._run_condition = condition
+        self._slices = self._branch_slices(latents, condition[0])
+        self._run_prompt_length, mask = self._prompt_length, condition[1]
+        if self._run_prompt_length is None and mask is not None and mask.ndim == 2:
+            self._run_prompt_length = mask[self._slices["cond"]].sum(dim=1, dtype=torch.float32).mean().item()
         self._timesteps = getattr(scheduler, "timesteps", None)
         if scheduler is not None and self.controller.config.plan is not None:
             self.controller.config.plan.check_run(len(self._timesteps), type(scheduler).__name__)
@@ -385,7 +394,7 @@ class DQARAttnProcessor:
         self, attn: Attention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, measure: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """``AttnProcessor2_0``'s operations, bit for bit, on projections ``[B, N, C]``; and the entropy ``[B, H]``."""
-        query, key, value = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value))
+        query, key, value = (_by_head(x, attn) for x in (query, key, value))
         query = query if attn.norm_q is None else attn.norm_q(query)
         key = key if attn.norm_k is None else attn.norm_k(key)
         if measure:
@@ -411,6 +420,57 @@ class DQARAttnProcessor:
                     raise
             else:
                 controller.record(self.layer_id, branch, measured, tokens)
+
+
+class DQARCrossAttnProcessor:
+    """Takes the place of a cross-attention's ``AttnProcessor2_0``: its K and V are the caption's, the same all run.
+
+    With ``cache_cross_attention`` they are computed at the run's first step only, to the bit what they would be at any.
+    """
+
+    def __init__(self, session: DQARSession, layer_id: int, original: AttnProcessor2_0):
+        self.session, self.layer_id, self.original = session, layer_id, original
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if encoder_hidden_states is None:  # attends to itself after all, which changes from step to step
+            return self.original(attn, hidden_states, None, attention_mask, **kwargs)
+        session, config = self.session, self.session.controller.config
+        fresh = self.layer_id not in session._caption
+        if fresh:
+            caption = (
+                attn.norm_encoder_hidden_states(encoder_hidden_states) if attn.norm_cross else encoder_hidden_states
+            )
+            key, value = (_by_head(layer(caption), attn) for layer in (attn.to_k, attn.to_v))
+            key = key if attn.norm_k is None else attn.norm_k(key)
+        else:
+            key, value = session._caption[self.layer_id]
+        if config.cache_cross_attention:
+            session._caption[self.layer_id] = key, value
+        query = _by_head(attn.to_q(hidden_states), attn)
+        query = query if attn.norm_q is None else attn.norm_q(query)
+        if attention_mask is not None:
+            attention_mask = attn.prepare_attention_mask(attention_mask, key.shape[2], len(key))
+            attention_mask = attention_mask.view(len(key), attn.heads, -1, attention_mask.shape[-1])
+        output = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
+        entropy = None
+        if config.record_entropy:
+            scores = query.float() @ key.float().transpose(-1, -2) * query.shape[-1] ** -0.5
+            weights = (scores if attention_mask is None else scores + attention_mask).softmax(-1)
+            entropy = stats.attention_entropy(weights, reduction="none")
+        for branch, rows in session._slices.items():
+            nbytes = key[rows].nbytes + value[rows].nbytes if config.cache_cross_attention else 0
+            measured = None if entropy is None else entropy[rows]
+            session.controller.record_cross_attention(
+                self.layer_id, branch, fresh, nbytes, measured, hidden_states.shape[1]
+            )
+        return attn.to_out[1](attn.to_out[0](output.transpose(1, 2).flatten(2)))
 
 
 class _DQARHook(ModelHook):
@@ -501,8 +561,14 @@ def _find_session(transformer: Any) -> DQARSession | None:
     return hook.session if hook is not None else None
 
 
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(a, b)
+def _by_head(x: torch.Tensor, attn: Attention) -> torch.Tensor:
+    """``[B, N, C]`` as ``[B, H, N, C / H]``."""
+    return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+
+def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    # Pipelines pass the same tensors at every step; only another object has to be looked into.
+    return a is b or (a is not None and b is not None and a.shape == b.shape and torch.equal(a, b))
 
 
 def _first_value(timestep: torch.Tensor | float) -> float:

@@ -67,6 +67,7 @@ class DQARConfig:
         entropy_interval: measure the entropy at every n-th step only; in between the last one known decides.
         entropy_queries: estimate the entropy from so many evenly spread queries; ``None`` takes all of them.
         record_entropy: measure it for the trace even where the decision doesn't need it.
+        cache_cross_attention: keep the caption's K and V, where there is cross-attention, for the whole run: exact.
 
     Raises:
         ValueError: names the field, the value and what is accepted.
@@ -93,6 +94,7 @@ class DQARConfig:
     entropy_interval: int = 1
     entropy_queries: int | None = None
     record_entropy: bool = False
+    cache_cross_attention: bool = True
 
     def __post_init__(self):
         threshold = self.entropy_threshold
@@ -112,7 +114,7 @@ class DQARConfig:
         check_choice("schedule", self.schedule, get_args(ScheduleKind))
         check_choice("entropy_unit", self.entropy_unit, get_args(EntropyUnit))
         check_choice("snr_source", self.snr_source, get_args(SNRSource))
-        for flag in ("mixed_precision", "record_entropy", "balance"):
+        for flag in ("mixed_precision", "record_entropy", "balance", "cache_cross_attention"):
             check_choice(flag, getattr(self, flag), (True, False))
         if self.mixed_precision:
             check("mixed_precision", True, self.reuse_target == "kv", "only with reuse_target='kv'")

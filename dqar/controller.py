@@ -13,7 +13,7 @@ from dqar.config import DQARConfig, check, check_choice
 from dqar.plan import BRANCHES
 from dqar.policy import policy_features
 from dqar.scheduler import eligible_layers
-from dqar.trace import Trace
+from dqar.trace import CROSS_ATTENTION, SELF_ATTENTION, Trace
 
 
 @dataclass(frozen=True)
@@ -195,6 +195,21 @@ class DQARController:
         """Records a computed site that no later step will reuse, so that nothing is cached; entropy ``[B, H]``."""
         self._add_computed(layer_id, branch, None if entropy is None else entropy.mean(0), tokens)
 
+    def record_cross_attention(
+        self, layer_id: int, branch: str, fresh: bool, nbytes: int, entropy: torch.Tensor | None, tokens: int
+    ) -> None:
+        """Records a cross-attention, whose K and V come from the caption alone; nothing is decided about it.
+
+        Args:
+            layer_id, branch: where.
+            fresh: whether K and V were computed at this step, rather than kept from the run's first.
+            nbytes: of the K and V kept.
+            entropy: of its maps, ``[B, H]`` in nats, if measured.
+            tokens: queries.
+        """
+        row = self._add_row(layer_id, branch, "compute" if fresh else "reuse", nbytes, module=CROSS_ATTENTION)
+        row["entropy_per_head"], row["tokens"] = None if entropy is None else entropy.mean(0), tokens
+
     def _add_computed(self, layer_id: int, branch: str, per_head: torch.Tensor | None, tokens: int | None) -> dict:
         shared = self._reasons.get((layer_id, branch)) == "shared"
         row = self._add_row(layer_id, branch, "share" if shared else "compute", 0)
@@ -287,17 +302,27 @@ class DQARController:
             self._scores = dict(zip(known, scores, strict=True))
         return self._scores.get((layer_id, branch), 0.0)
 
-    def _add_row(self, layer_id: int, branch: str, decision: str, nbytes: int, source: dict | None = None) -> dict:
+    def _add_row(
+        self,
+        layer_id: int,
+        branch: str,
+        decision: str,
+        nbytes: int,
+        source: dict | None = None,
+        module: str = SELF_ATTENTION,
+    ) -> dict:
         source = source or {}
+        reason = self._reasons.get((layer_id, branch), "not asked") if module == SELF_ATTENTION else "caption"
         return self.trace.add(
             run=self._run,
             step=self._step,
             total_steps=self._total_steps,
             timestep=self._timestep,
+            module=module,
             layer=layer_id,
             branch=branch,
             decision=decision,
-            reason=self._reasons.get((layer_id, branch), "not asked"),
+            reason=reason,
             entropy=source.get("entropy"),
             entropy_per_head=source.get("entropy_per_head"),
             age=self._step - source.get("step", self._step),

@@ -7,6 +7,8 @@ from typing import Any
 import pandas as pd
 import torch
 
+SELF_ATTENTION, CROSS_ATTENTION = "self_attention", "cross_attention"
+
 
 class Trace:
     """Rows of plain values and, until ``resolve``, of tensors that still lie on the device."""
@@ -39,19 +41,23 @@ class Trace:
                 row["entropy_per_head"], values = values[:heads], values[heads:]
                 row["entropy"] = sum(row["entropy_per_head"]) / heads
 
-    def to_pandas(self) -> pd.DataFrame:
-        """One row per site: run, step, timestep, layer, branch, decision, reason, entropy (nats), snr, bytes, ..."""
+    def to_pandas(self, module: str = SELF_ATTENTION) -> pd.DataFrame:
+        """One row per site: run, step, timestep, layer, branch, decision, reason, entropy (nats), snr, bytes, ...
+
+        Args:
+            module: ``"self_attention"``, which is what the gate decides about, or ``"cross_attention"``.
+        """
         self.resolve()
         columns = [name for name in self.rows[0] if name != "entropy_per_head"] if self.rows else []
-        return pd.DataFrame(self.rows, columns=columns)
+        return pd.DataFrame((row for row in self.rows if row["module"] == module), columns=columns)
 
     def heads_to_pandas(self) -> pd.DataFrame:
-        """One row per computed site and head: run, step, layer, branch, head, entropy (nats)."""
+        """One row per computed self-attention site and head: run, step, layer, branch, head, entropy (nats)."""
         self.resolve()
         keys = ("run", "step", "layer", "branch")
         return pd.DataFrame(
             {**{key: row[key] for key in keys}, "head": head, "entropy": value}
             for row in self.rows
-            if row["decision"] == "compute"
+            if row["decision"] == "compute" and row["module"] == SELF_ATTENTION
             for head, value in enumerate(row["entropy_per_head"] or ())
         )
