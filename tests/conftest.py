@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from dqar.models import EmbeddedDiTPipeline
 
@@ -47,6 +57,58 @@ def dit_folder(tmp_path_factory):
     scheduler = DDIMScheduler(clip_sample=False)
     folder = tmp_path_factory.mktemp("dit")
     DiTPipeline(transformer, vae, scheduler, id2label={"0": "tench, Tinca tinca"}).save_pretrained(folder)
+    return folder
+
+
+WORDS = ("a", "cat", "dog", "on", "the", "red", "mat", "runs", "sits", "in", "park", "with", "two", "big")
+    "a",
+    "cat",
+    "dog",
+    "on",
+    "the",
+    "red",
+    "mat",
+    "runs",
+    "sits",
+    "in",
+    "park",
+    "with",
+    "blue",
+    "ball",
+    "two",
+    "big",
+]
+
+
+@pytest.fixture(scope="session")
+def pixart_folder(tmp_path_factory):
+    """A tiny PixArtAlphaPipeline, T5 and tokenizer and all, as ``save_pretrained`` leaves it."""
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    torch.manual_seed(0)
+    text_encoder = T5EncoderModel(
+        T5Config(vocab_size=len(vocabulary), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    )
+    transformer = PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=3,
+        cross_attention_dim=16,
+        caption_channels=16,
+        sample_size=8,
+        patch_size=2,
+    )
+    for parameter in (*transformer.parameters(), *text_encoder.parameters()):
+        torch.nn.init.normal_(parameter, std=0.2)
+    vae = AutoencoderKL(block_out_channels=(8,), latent_channels=4, norm_num_groups=4, sample_size=8)
+    folder = tmp_path_factory.mktemp("pixart")
+    scheduler = DPMSolverMultistepScheduler()
+    PixArtAlphaPipeline(tokenizer, text_encoder.eval(), vae, transformer.eval(), scheduler).save_pretrained(folder)
     return folder
 
 
