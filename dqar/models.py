@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from diffusers import (
+    AutoencoderKL,
     DDIMScheduler,
     DiffusionPipeline,
     DiTPipeline,
@@ -16,6 +17,8 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     ImagePipelineOutput,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
     SchedulerMixin,
 )
 from diffusers.utils.torch_utils import randn_tensor
@@ -23,7 +26,6 @@ from safetensors import SafetensorError
 
 from dqar.classifier import DigitClassifier
 
-DIT_XL_2 = "facebook/DiT-XL-2-256"
 WEIGHTS = Path(__file__).parent / "weights"
 SCHEDULERS = {
     "ddim": (DDIMScheduler, {"clip_sample": False}),
@@ -34,12 +36,42 @@ _NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 DIGIT_NAMES = {str(digit): name for digit, name in enumerate(_NAMES)}
 
 
+DIT_XL_2_CONFIG = {
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "num_layers": 28,
+    "in_channels": 4,
+    "out_channels": 8,
+    "sample_size": 32,
+    "patch_size": 2,
+    "num_embeds_ada_norm": 1000,
+}
+"""DiT-XL/2 at 256², as its checkpoint has it; the rest are ``DiTTransformer2DModel``'s defaults."""
+SD_VAE_CONFIG = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "sample_size": 256,
+}
+HAS_GPU = torch.cuda.is_available()
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where weights come from: a repository of the Hugging Face hub, pinned to a commit, or a local folder."""
+
+    source: str
+    revision: str | None = None
+
+
 @dataclass(frozen=True)
 class Profile:
     """One way to run the notebooks: a model, how it is sampled, and how much of it."""
 
     name: str
-    model: Literal["digits", "dit-xl-2"]
+    model: Literal["digits", "dit-xl-2", "dit-xl-2-random", "pixart"]
     scheduler: Literal["ddim", "dpm-solver++", "euler"] = "dpm-solver++"
     num_inference_steps: int = 50
     guidance_scale: float = 2.0
@@ -50,6 +82,17 @@ class Profile:
     """Interleaved timing repeats."""
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
+    weights: Weights | None = None
+    """Of the whole pipeline; the embedded and the random model have their own."""
+    transformer: Weights | None = None
+    """Of another transformer to put into the pipeline."""
+    offload: bool = False
+    """Keeps only the part of the pipeline that is at work on the GPU: slower, in less of its memory."""
+
+    @property
+    def trained(self) -> bool:
+        """Whether the model draws anything: a random one is timed, never scored."""
+        return self.model != "dit-xl-2-random"
 
 
 PROFILES = {
@@ -66,6 +109,29 @@ PROFILES = {
             batch_size=1,
             device="cuda",
             dtype=torch.float16,
+            weights=Weights("facebook/DiT-XL-2-256", "eab87f77abd5aef071a632f08807fbaab0b704d0"),
+        ),
+        Profile(
+            "dit-xl-2-random",
+            "dit-xl-2-random",
+            guidance_scale=7.5,
+            num_samples=1,
+            batch_size=1,
+            device="cuda" if HAS_GPU else "cpu",
+            dtype=torch.float16 if HAS_GPU else torch.float32,
+        ),
+        # The 256² checkpoint is a transformer only; tokenizer, T5 and VAE are those of the 512² pipeline. Its commit
+        # couldn't be looked up where this was written: `transformer=Weights(..., revision)` pins it.
+        Profile(
+            "pixart",
+            "pixart",
+            guidance_scale=4.5,
+            num_samples=16,
+            batch_size=1,
+            device="cuda",
+            dtype=torch.float16,
+            weights=Weights("PixArt-alpha/PixArt-XL-2-512x512", "50f702106901db6d0f8b67eb88e814c56ded2692"),
+            transformer=Weights("PixArt-alpha/PixArt-XL-2-256x256"),
         ),
     )
 }
@@ -167,7 +233,7 @@ def load_pipeline(profile: Profile) -> DiffusionPipeline:
 
     Raises:
         OSError: weights that can't be found or read, saying which.
-        RuntimeError: no such device here.
+        RuntimeError: no such device here, or too little memory on it.
     """
     if profile.device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(
@@ -175,16 +241,59 @@ def load_pipeline(profile: Profile) -> DiffusionPipeline:
         )
     if profile.model == "digits":
         pipe = load_embedded("digits", profile.dtype)
+    elif profile.model == "dit-xl-2-random":
+        pipe = random_dit_xl_2().to(dtype=profile.dtype)
     else:
-        try:
-            pipe = DiTPipeline.from_pretrained(DIT_XL_2, dtype=profile.dtype)
-        except OSError as error:
-            raise OSError(
-                f"profile {profile.name!r} needs {DIT_XL_2} from the Hugging Face hub or its local cache"
-            ) from error
+        pipe = _load_pretrained(profile)
     pipe.scheduler = make_scheduler(profile.scheduler, pipe.scheduler)
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(profile.device)
+    try:
+        if not profile.offload:
+            return pipe.to(profile.device)
+        pipe.enable_model_cpu_offload(device=profile.device)
+    except torch.OutOfMemoryError as error:
+        raise RuntimeError(
+            f"profile {profile.name!r} doesn't fit into the memory of {torch.cuda.get_device_name()}: "
+            "get_profile(..., offload=True) keeps only what is at work there"
+        ) from error
+    return pipe
+
+
+def _load_pretrained(profile: Profile) -> DiffusionPipeline:
+    """The pipeline and, if it has its own, the transformer, from the hub, its local cache, or a folder."""
+    pipeline, transformer = {
+        "dit-xl-2": (DiTPipeline, DiTTransformer2DModel),
+        "pixart": (PixArtAlphaPipeline, PixArtTransformer2DModel),
+    }[profile.model]
+    wanted, parts = profile.weights, {}
+    try:
+        if profile.transformer is not None:
+            wanted = profile.transformer
+            parts["transformer"] = transformer.from_pretrained(
+                wanted.source, subfolder="transformer", revision=wanted.revision, dtype=profile.dtype
+            )
+            wanted = profile.weights
+        return pipeline.from_pretrained(wanted.source, revision=wanted.revision, dtype=profile.dtype, **parts)
+    except OSError as error:
+        at = f" at revision {wanted.revision}" if wanted.revision else ""
+        raise OSError(
+            f"profile {profile.name!r} needs {wanted.source}{at} from the Hugging Face hub, its local cache or a "
+            "folder: is there a network? Once it has been loaded, HF_HUB_OFFLINE=1 uses the cache"
+        ) from error
+
+
+def random_dit_xl_2(seed: int = 0, **changes: int) -> DiTPipeline:
+    """DiT-XL/2's ``DiTPipeline`` at its full size, VAE and all, with random weights: for time and memory.
+
+    Args:
+        seed: of the weights.
+        changes: to the transformer's configuration, such as ``num_layers=2``.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = DiTTransformer2DModel(**{**DIT_XL_2_CONFIG, **changes}).eval()
+        vae = AutoencoderKL(**SD_VAE_CONFIG).eval()
+    return DiTPipeline(transformer, vae, DDIMScheduler(clip_sample=False))
 
 
 def load_embedded(name: str, dtype: torch.dtype = torch.float32, folder: Path = WEIGHTS) -> EmbeddedDiTPipeline:

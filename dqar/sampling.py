@@ -6,12 +6,14 @@ import math
 from dataclasses import dataclass
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, PixArtAlphaPipeline
 from tqdm import tqdm
 
-from dqar.attention import apply_dqar
+from dqar.attention import BRANCH_ORDER, apply_dqar
+from dqar.captions import NUM_CAPTIONS, coco_captions
 from dqar.config import DQARConfig
 from dqar.models import Profile
+from dqar.plan import BRANCHES
 from dqar.trace import Trace
 
 OPEN = DQARConfig(entropy_threshold=math.inf, snr_range=(0, math.inf))
@@ -22,7 +24,10 @@ LOOK = DQARConfig(schedule="none", record_entropy=True)
 
 @dataclass(frozen=True)
 class Samples:
-    """Images ``[N, C, H, W]`` float32 in [0, 1], their labels ``[N]``, and the trace if DQAR was on."""
+    """Images ``[N, C, H, W]`` float32 in [0, 1], their labels ``[N]``, and the trace if DQAR was on.
+
+    A label is a class, or the number of a caption.
+    """
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -40,7 +45,7 @@ def sample(
     num_inference_steps: int | None = None,
     description: str = "sample",
 ) -> Samples:
-    """Draws ``num_samples`` images, classes in turn, each from a noise of its own.
+    """Draws ``num_samples`` images, classes or captions in turn, each from a noise of its own.
 
     Image ``i`` depends on ``(seed, i)`` only, not on the batch it is drawn in.
 
@@ -60,7 +65,7 @@ def sample(
         batches = []
         for part in tqdm(images.split(profile.batch_size), desc=description, leave=False):
             drawn = pipe(
-                class_labels=class_labels(pipe, part).tolist(),
+                **_conditions(pipe, part),
                 guidance_scale=profile.guidance_scale,
                 num_inference_steps=num_inference_steps or profile.num_inference_steps,
                 generator=noise_generators(seed, part),
@@ -74,8 +79,21 @@ def sample(
 
 
 def class_labels(pipe: DiffusionPipeline, images: torch.Tensor) -> torch.Tensor:
-    """The classes of the images with these numbers: all classes in turn."""
+    """The classes, or numbers of captions, of the images with these numbers: all in turn."""
+    if isinstance(pipe, PixArtAlphaPipeline):
+        return images % NUM_CAPTIONS
     return images % pipe.transformer.config.num_embeds_ada_norm
+
+
+def _conditions(pipe: DiffusionPipeline, images: torch.Tensor) -> dict:
+    """What the pipeline is asked for in these images."""
+    labels = class_labels(pipe, images).tolist()
+    if not isinstance(pipe, PixArtAlphaPipeline):
+        return {"class_labels": labels}
+    captions = coco_captions()
+    # COCO's captions are clean, and the images have the model's own, square size.
+    prompts = [captions[label] for label in labels]
+    return {"prompt": prompts, "clean_caption": False, "use_resolution_binning": False}
 
 
 def noise_generators(seed: int, images: torch.Tensor) -> list[torch.Generator]:
@@ -94,6 +112,7 @@ class ChangeRecorder:
         self.rows: list[dict] = []
         self._last: dict[int, torch.Tensor] = {}
         self._forwards, self._num_inference_steps = 0, num_inference_steps
+        self._branches = BRANCH_ORDER.get(type(transformer).__name__, BRANCHES)
         blocks = transformer.transformer_blocks
         self._handles = [block.attn1.register_forward_hook(self._see(i)) for i, block in enumerate(blocks)]
 
@@ -115,7 +134,7 @@ class ChangeRecorder:
             changes = {"change": _relative_change(output, last)}
             if layer_id > 0:
                 changes["layer_change"] = _relative_change(output, self._last[layer_id - 1])
-            for half, branch in enumerate(("cond", "uncond")):
+            for half, branch in enumerate(self._branches):
                 means = {name: change.chunk(2)[half].mean().item() for name, change in changes.items()}
                 self.rows.append({"run": run, "step": step, "layer": layer_id, "branch": branch, **means})
 

@@ -61,23 +61,6 @@ def dit_folder(tmp_path_factory):
 
 
 WORDS = ("a", "cat", "dog", "on", "the", "red", "mat", "runs", "sits", "in", "park", "with", "two", "big")
-    "a",
-    "cat",
-    "dog",
-    "on",
-    "the",
-    "red",
-    "mat",
-    "runs",
-    "sits",
-    "in",
-    "park",
-    "with",
-    "blue",
-    "ball",
-    "two",
-    "big",
-]
 
 
 @pytest.fixture(scope="session")
