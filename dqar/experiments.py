@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import pandas as pd
 import torch
@@ -247,7 +248,7 @@ def compare(
     """
     pipe, profile = _pipeline(run.profile), run.profile
     reference = sample(pipe, profile, run.seed, num_samples=num_samples, description="reference")
-    classifier = load_classifier() if profile.model == "digits" else None
+    classifier = load_classifier() if profile.model == "digits" and profile.trained else None
     rows, images = [], {}
     for method, how in tqdm(methods.items(), desc="compare", leave=False):
         if isinstance(how, int):
@@ -259,8 +260,9 @@ def compare(
         images[method] = drawn.images
         row = {
             "method": method,
-            "psnr": metrics.mean_psnr(drawn.images, reference.images),
-            "ssim": metrics.ssim(drawn.images, reference.images).mean().item(),
+            # What a random model draws is no picture, and no method of it is better or worse than another.
+            "psnr": metrics.mean_psnr(drawn.images, reference.images) if profile.trained else math.nan,
+            "ssim": metrics.ssim(drawn.images, reference.images).mean().item() if profile.trained else math.nan,
             "sites_reused": 0.0,
             "macs_speedup": profile.num_inference_steps / how if isinstance(how, int) else 1.0,
             "cache_bytes": 0.0,

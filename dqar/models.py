@@ -242,7 +242,7 @@ def load_pipeline(profile: Profile) -> DiffusionPipeline:
     if profile.model == "digits":
         pipe = load_embedded("digits", profile.dtype)
     elif profile.model == "dit-xl-2-random":
-        pipe = random_dit_xl_2().to(dtype=profile.dtype)
+        pipe = random_dit_xl_2(dtype=profile.dtype)
     else:
         pipe = _load_pretrained(profile)
     pipe.scheduler = make_scheduler(profile.scheduler, pipe.scheduler)
@@ -282,17 +282,19 @@ def _load_pretrained(profile: Profile) -> DiffusionPipeline:
         ) from error
 
 
-def random_dit_xl_2(seed: int = 0, **changes: int) -> DiTPipeline:
+def random_dit_xl_2(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: int) -> DiTPipeline:
     """DiT-XL/2's ``DiTPipeline`` at its full size, VAE and all, with random weights: for time and memory.
 
     Args:
-        seed: of the weights.
+        seed, dtype: of the weights.
         changes: to the transformer's configuration, such as ``num_layers=2``.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer = DiTTransformer2DModel(**{**DIT_XL_2_CONFIG, **changes}).eval()
         vae = AutoencoderKL(**SD_VAE_CONFIG).eval()
+    for part in (transformer, vae):
+        torch.nn.Module.to(part, dtype)  # diffusers' own `to` warns of checkpoints' layers that are to stay in float32
     return DiTPipeline(transformer, vae, DDIMScheduler(clip_sample=False))
 
 

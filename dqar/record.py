@@ -56,6 +56,8 @@ class Recording:
     """The recorded tables of one profile. Each method returns a table, and measures first what it needs."""
 
     def __init__(self, profile: Profile, work: Path):
+        if profile.model != "digits":
+            raise ValueError(f"profile {profile.name!r} can't be recorded: no classifier of its images is at hand")
         self.profile, self.sizes = profile, SIZES.get(profile.name, Sizes())
         self.folder, self.parts = RECORDED / profile.name, work / profile.name
         for folder in (self.folder, self.parts):

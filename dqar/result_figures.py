@@ -164,7 +164,7 @@ def slide12_results(run: Run, summary: pd.DataFrame, bounds: pd.DataFrame) -> Fi
     most = bounds.set_index(["target", "sites"]).speedup_bound
     limits = {
         "full compute": "weights alone: 1350 MB in FP16",
-        "static, kv": f"every 2nd step has 700 events (1,400 with guidance); K, V of all sites: {most['kv', 1400]:.2f}×",
+        "static, kv": f"every 2nd step: 700 events (1,400 with guidance); K, V of all sites: {most['kv', 1400]:.2f}×",
         "W8A8 + CSB": "same MACs; int8 kernels decide",
         "DQAR rule, kv": f"47 events save {1 - 1 / most['kv', 47]:.1%} (kv), {1 - 1 / most['output', 47]:.1%} (output)",
     }
@@ -247,7 +247,7 @@ def slide13_quality(run: Run, summary: pd.DataFrame | None) -> Figure:
         worst = others.loc[others.fd_growth.idxmax()]
         closer, farther = int((others.fd_growth_high < 0).sum()), int((others.fd_growth_low > 0).sum())
         text += (
-            f": against full compute {farther} of {len(others)} methods are farther from the data, {closer} are closer; "
+            f": {farther} of {len(others)} methods are farther from the data than full compute, {closer} are closer; "
             f"largest growth {worst.fd_growth:+.2f} ({worst.method})"
         )
     headline(figure, text)

@@ -25,6 +25,8 @@ from dqar.models import get_profile
 from dqar.results import Run, atomic_path, code_hash, recorded_hash
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+ABOUT_TIME = ("10_benchmarks",)
+"""Notebooks that score no image."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,18 @@ class Outcome:
     error: str = ""
 
 
-def choose(only: str | None, folder: Path = NOTEBOOKS) -> list[Path]:
+def choose(only: str | None, folder: Path = NOTEBOOKS, trained: bool = True) -> list[Path]:
     """The notebooks whose names begin with one of the comma-separated ``only``; all if it is ``None``.
+
+    Args:
+        trained: whether the model is; with random weights, only the notebooks about time make sense.
 
     Raises:
         ValueError: nothing there begins so.
     """
     notebooks = sorted(folder.glob("[0-9]*.ipynb"))
+    if not trained:
+        notebooks = [path for path in notebooks if path.stem in ABOUT_TIME]
     if only is None and notebooks:
         return notebooks
     chosen = []
@@ -51,7 +58,8 @@ def choose(only: str | None, folder: Path = NOTEBOOKS) -> list[Path]:
         found = [path for path in notebooks if prefix.strip() and path.name.startswith(prefix.strip())]
         if not found:
             names = ", ".join(path.stem for path in notebooks) or "none"
-            raise ValueError(f"no notebook {prefix!r} in {folder}: there are {names}")
+            kind = "" if trained else " that makes sense with random weights"
+            raise ValueError(f"no notebook {prefix!r}{kind} in {folder}: there are {names}")
         chosen += found
     return chosen
 
@@ -103,9 +111,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.jobs < 1:
             raise ValueError(f"--jobs {options.jobs} is not accepted: 1 or more")
-        get_profile(options.profile)
+        profile = get_profile(options.profile)
         Run(options.profile, options.seed, options.out)
-        notebooks = choose(options.only)
+        notebooks = choose(options.only, trained=profile.trained)
         logging.basicConfig(filename=options.out / "workbook.log", level=logging.INFO, format="%(asctime)s %(message)s")
     except (ValueError, OSError) as error:
         console.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)

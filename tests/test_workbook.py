@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler
 
 from dqar import architecture, calibrate, experiments, figures, metrics, models, train, workbook
 from dqar.data import load_digits_split
-from dqar.models import WEIGHTS, get_profile, load_classifier, load_embedded, load_pipeline, make_scheduler
+from dqar.models import WEIGHTS, Weights, get_profile, load_classifier, load_embedded, load_pipeline, make_scheduler
 from dqar.results import Run, load_table
 from dqar.sampling import sample
 from dqar.train import Recipe, build_transformer, train_transformer
@@ -65,7 +65,10 @@ def test_ctrl_c_stops_with_one_message(notebooks, tmp_path, capsys, monkeypatch)
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--profile", "huge"], "profile 'huge' is unknown: choose one of smoke, digits, dit-xl-2"),
+        (
+            ["--profile", "huge"],
+            "profile 'huge' is unknown: choose one of smoke, digits, dit-xl-2, dit-xl-2-random, pixart",
+        ),
         (["--only", "99"], "no notebook '99'"),
         (["--jobs", "0"], "--jobs 0"),
         (["--out", "/dev/null/x"], "cannot write results to /dev/null/x"),
@@ -140,8 +143,14 @@ def test_unknown_profiles_fields_and_schedulers_are_named():
 
 def test_dit_xl_2_is_loaded_by_its_own_code_path(dit_folder, monkeypatch, tmp_path):
     """From a small DiTPipeline saved locally; the tables that make sense without a digit classifier come out whole."""
-    monkeypatch.setattr(models, "DIT_XL_2", str(dit_folder))
-    tiny = {"device": "cpu", "dtype": torch.float32, "num_samples": 2, "num_inference_steps": 4, "repeats": 1}
+    tiny = {
+        "weights": Weights(str(dit_folder)),
+        "device": "cpu",
+        "dtype": torch.float32,
+        "num_samples": 2,
+        "num_inference_steps": 4,
+        "repeats": 1,
+    }
     monkeypatch.setitem(models.PROFILES, "tiny", get_profile("dit-xl-2", **tiny))
     run = Run("tiny", 0, tmp_path)
     pipe = load_pipeline(run.profile)
@@ -151,9 +160,6 @@ def test_dit_xl_2_is_loaded_by_its_own_code_path(dit_folder, monkeypatch, tmp_pa
     assert sites.change.isna().sum() == 4 * 2  # the first step has none before it
     table = experiments.compare(run, {"closed": experiments.LOOK, "open": experiments.OPEN, "half": 2})
     assert table.psnr[0] == math.inf and table.psnr[1] < 60 and "class_accuracy" not in table
-    monkeypatch.setattr(models, "DIT_XL_2", str(tmp_path))
-    with pytest.raises(OSError, match="'dit-xl-2' needs .* from the Hugging Face hub"):
-        load_pipeline(run.profile)
 
 
 def test_truncated_weights_are_named(tmp_path):
