@@ -313,6 +313,7 @@ class DQARAttnProcessor:
         self.session, self.layer_id = session, layer_id
         self.original = session._layers[layer_id].processor
 
+    @torch.compiler.disable  # decisions are Python's; a compiled block is compiled around them
     def __call__(
         self,
         attn: Attention,
@@ -431,6 +432,7 @@ class DQARCrossAttnProcessor:
     def __init__(self, session: DQARSession, layer_id: int, original: AttnProcessor2_0):
         self.session, self.layer_id, self.original = session, layer_id, original
 
+    @torch.compiler.disable  # decisions are Python's; a compiled block is compiled around them
     def __call__(
         self,
         attn: Attention,

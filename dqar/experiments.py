@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from dqar import metrics, stats
+from dqar import benchmark, metrics
 from dqar.calibrate import propose_gate, trace_sites
 from dqar.config import DQARConfig
 from dqar.models import Profile, load_classifier, load_pipeline
@@ -314,25 +314,11 @@ def _time(run: Run, configs: dict[str, DQARConfig | None]) -> pd.DataFrame:
 
 def overhead_of_looking(run: Run) -> pd.DataFrame:
     """Seconds of one attention, B2 H16 N256 D72 (DiT-XL/2's), plain and with entropy in three ways; tidy."""
-    shape = (2, 16, 256, 72)
-    generator = torch.Generator().manual_seed(run.seed)
-    query, key, value = (torch.randn(shape, generator=generator).to(run.profile.device) for _ in range(3))
-
-    def with_maps():
-        weights = (query @ key.transpose(-1, -2) * shape[-1] ** -0.5).softmax(-1)
-        return weights @ value, stats.attention_entropy(weights, reduction="none")
-
-    calls = {
-        "plain": lambda: torch.nn.functional.scaled_dot_product_attention(query, key, value),
-        "fused entropy": lambda: stats.fused_attention_with_entropy(query, key, value),
-        "32 of 256 queries": lambda: stats.fused_attention_with_entropy(query, key, value, num_queries=32),
-        "maps": with_maps,
-    }
+    calls = benchmark.attention_calls(run.profile.device, seed=run.seed)
 
     def measure() -> pd.DataFrame:
         times = metrics.interleaved_times(calls, 20 * run.profile.repeats, run.profile.device)
-        exact = stats.fused_attention_with_entropy(query, key, value)[1]
-        estimate = stats.fused_attention_with_entropy(query, key, value, num_queries=32)[1]
+        exact, estimate = calls["fused entropy"]()[1], calls["32 of 256 queries"]()[1]
         error = ((estimate - exact).abs() / exact).max().item()
         ratios = 1 / metrics.speedups(times, "plain")
         ratios.columns = ["cost_high", "cost", "cost_low"]

@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from dqar import decisions, metrics
 from dqar.methods import Method, methods
-from dqar.record import RESULT_SEED, draw, slug
-from dqar.results import Run
+from dqar.record import RESULT_SEED, draw
+from dqar.results import Run, slug
 
 
 def all_methods(run: Run) -> dict[str, Method]:

@@ -30,7 +30,7 @@ from dqar.experiments import reuse_saving
 from dqar.methods import Method, methods, policy_path
 from dqar.models import Profile, get_profile, load_classifier
 from dqar.policy import ReusePolicy
-from dqar.results import RECORDED, load_table, provenance, save_table
+from dqar.results import RECORDED, load_table, provenance, save_table, slug
 from dqar.sampling import LOOK, OPEN, Samples, StateRecorder, class_labels
 from dqar.sensitivity import site_errors
 
@@ -304,11 +304,6 @@ def draw(name: str, method: Method, profile: Profile, seed: int, first: int, ref
         images = min(profile.batch_size, len(reference))
         costs["cache_bytes"] = trace.groupby(["run", "step"])["bytes"].sum().max() / images
     return table.assign(**costs)
-
-
-def slug(name: str) -> str:
-    """``name`` as part of a file name."""
-    return "".join(c if c.isalnum() else "-" for c in name.lower()).replace("---", "-").replace("--", "-").strip("-")
 
 
 def _memory(call: tuple[Profile, str, Method]) -> dict[str, object]:

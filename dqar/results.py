@@ -73,6 +73,11 @@ class Run:
         return load_table(path) if path.exists() else None
 
 
+def slug(name: str) -> str:
+    """``name`` as part of a file name."""
+    return "".join(c if c.isalnum() else "-" for c in name.lower()).replace("---", "-").replace("--", "-").strip("-")
+
+
 def provenance(profile: Profile, seed: int) -> dict[str, Any]:
     """What was run, on what, when, and by which code."""
     return {

@@ -29,7 +29,9 @@ def write_notebook(folder, name, *code):
 def notebooks(tmp_path, monkeypatch):
     folder = tmp_path / "notebooks"
     folder.mkdir()
-    monkeypatch.setattr(workbook, "choose", lambda only, folder=folder, choose=workbook.choose: choose(only, folder))
+    monkeypatch.setattr(
+        workbook, "choose", lambda only, trained, folder=folder, choose=workbook.choose: choose(only, folder)
+    )
     return folder
 
 
