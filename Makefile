@@ -4,7 +4,7 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 PROFILE ?= digits
 
-.PHONY: figures results test smoke lab clean
+.PHONY: figures results benchmarks test smoke lab clean
 
 figures: $(READY)
 	$(PYTHON) -m dqar.workbook --profile $(PROFILE) --out out/$(PROFILE) --figures figures
@@ -12,6 +12,10 @@ figures: $(READY)
 # Hours on two cores; an interrupted run continues. Its tables are committed, and `make figures` draws from them.
 results: $(READY)
 	$(PYTHON) -m dqar.record --profile $(PROFILE)
+
+# DiT-XL/2's shape with random weights; on a GPU: PYTHON -m dqar.benchmark --device cuda --dtype bfloat16.
+benchmarks: $(READY)
+	$(PYTHON) -m dqar.benchmark
 
 test: $(READY)
 	$(PYTHON) -m ruff check .

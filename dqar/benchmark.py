@@ -1,7 +1,7 @@
 """What the mechanism costs at DiT-XL/2's size: ``python -m dqar.benchmark`` (``make benchmarks``).
 
-Everything is timed in turn within one run and read as ratios. Each device has a table of its own in ``recorded/benchmarks``:
-a GPU's stands beside a CPU's, and the two are never mixed.
+Everything is timed in turn within one run and read as ratios. Each device has a table of its own in
+``recorded/benchmarks``: a GPU's stands beside a CPU's, and the two are never mixed.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -139,6 +140,7 @@ def run(device: str, dtype: torch.dtype, images: int, num_layers: int, repeats: 
     Returns:
         Tidy: ``part``, ``method``, ``repeat``, ``seconds``; of whole denoisings also ``macs`` and ``peak_bytes``
         (``metrics.peak_memory_bytes``), else NaN. The first method of a part is what the others are compared with.
+        ``"compiled"`` is left out where there is no C++ compiler.
     """
     whole = random_dit_xl_2(dtype=dtype, num_layers=num_layers)
     pipe = EmbeddedDiTPipeline(whole.transformer, make_scheduler("dpm-solver++", whole.scheduler)).to(device)
@@ -152,6 +154,8 @@ def run(device: str, dtype: torch.dtype, images: int, num_layers: int, repeats: 
         "step": (lambda: steps, repeats),
         "compiled": (lambda: compiled_calls(pipe, images, device), repeats),
     }
+    if shutil.which("c++") is None:  # torch.compile has nothing to compile with
+        del parts["compiled"]
     profile = get_profile("dit-xl-2-random", device=device, dtype=dtype, batch_size=images, num_inference_steps=STEPS)
     tables = []
     for part, (calls, times) in parts.items():

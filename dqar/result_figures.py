@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_curve
 
-from dqar import decisions
+from dqar import benchmark, decisions
 from dqar.figures import ACCENT, BLUE, GREEN, GREY, headline, save, save_table
 from dqar.results import Run
 
@@ -252,6 +252,50 @@ def slide13_quality(run: Run, summary: pd.DataFrame | None) -> Figure:
         )
     headline(figure, text)
     return save(run, "slide13_quality", figure, summary)
+
+
+def slide12_benchmarks(run: Run, tables: dict[str, pd.DataFrame]) -> Figure:
+    """Whole denoising steps of DiT-XL/2, a panel a device: time beside full compute, and what the MACs promise.
+
+    Args:
+        tables: ``benchmark.recorded()``.
+    """
+    figure, axes = plt.subplots(1, max(1, len(tables)), squeeze=False, sharey=True)
+    if not tables:
+        axes[0, 0].axis("off")
+        axes[0, 0].text(0.5, 0.5, "not measured yet\n\nmake benchmarks", ha="center", va="center", size=26, color=GREY)
+        return save(run, "slide12_benchmarks", figure, pd.DataFrame())
+    findings = []
+    for ax, (device, table) in zip(axes[0], tables.items(), strict=True):
+        own = benchmark.summary(table)
+        own = own[own.part.isin(["step", "compiled"]) & (own.method != "eager, plain")].reset_index(drop=True)
+        colors = [ACCENT if "plan" in name else BLUE if "plain" in name else GREY for name in own.method]
+        spread = [own.cost - own.cost_low, own.cost_high - own.cost]
+        ax.barh(own.method, own.cost, xerr=spread, color=colors, capsize=4, alpha=0.9)
+        promised = own.dropna(subset=["realised"])
+        ax.scatter(1 / promised.macs_speedup, promised.method, marker="|", s=900, lw=4, color="black", zorder=3)
+        for y, row in own.iterrows():
+            ax.annotate(
+                f"{row.cost:.2f}×", (row.cost_high, y), (8, 0), textcoords="offset points", va="center", size=14
+            )
+        ax.axvline(1, color=GREY, ls="--")
+        ax.set(xlabel="time (plain, eager = 1); |: as the MACs promise", xlim=(0, 1.25 * own.cost_high.max()))
+        ax.set_title(device, size=15)
+        ax.tick_params(axis="y", labelsize=14)
+        ax.grid(axis="y", visible=False)
+        by_method = own.set_index("method")
+        looking, most = by_method.cost["entropy, exact"] - 1, by_method.loc["plan: output, 3 of 4 steps"]
+        findings.append(
+            f"exact entropy costs {looking:+.0%} of a step, a plan realises {most.realised:.0%} of its MACs"
+        )
+    axes[0, 0].invert_yaxis()
+    gap = (
+        ""
+        if any(t.attrs["provenance"]["profile"]["device"] == "cuda" for t in tables.values())
+        else "; no GPU recorded"
+    )
+    headline(figure, f"DiT-XL/2, random weights: {'; '.join(findings)}{gap}")
+    return save(run, "slide12_benchmarks", figure, next(iter(tables.values())))
 
 
 @recorded("errors of single reuses")

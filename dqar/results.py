@@ -151,10 +151,11 @@ def code_hash(everything: bool = False) -> str:
 
 
 def recorded_hash(profile: str) -> str:
-    """A digest of a profile's recorded tables."""
+    """A digest of a profile's recorded tables, and of the benchmarks, which belong to none."""
     digest = hashlib.sha256()
-    for path in sorted((RECORDED / profile).glob("*")):
-        digest.update(path.name.encode() + path.read_bytes())
+    for folder in (profile, "benchmarks"):
+        for path in sorted((RECORDED / folder).glob("*")):
+            digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
 

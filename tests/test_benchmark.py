@@ -1,0 +1,80 @@
+import math
+import shutil
+
+import pandas as pd
+import pytest
+import torch
+from conftest import draw, embedded_pipeline
+
+from dqar import DQARConfig, ReusePlan, apply_dqar, benchmark, remove_dqar
+
+
+def timed(part, seconds, **columns):
+    rows = [
+        {"part": part, "method": method, "repeat": i, "seconds": s, **{k: v[method] for k, v in columns.items()}}
+        for method, times in seconds.items()
+        for i, s in enumerate(times)
+    ]
+    return pd.DataFrame(rows)
+
+
+SECONDS = {
+    "plain": [1.0, 2.0, 4.0],
+    "applied, closed": [1.005, 2.01, 4.02],
+    "entropy, exact": [1.2, 2.2, 4.8],
+    "plan: output, every 2nd step": [0.8, 1.6, 3.2],
+    "plan: output, 3 of 4 steps": [0.5, 1.0, 2.0],
+}
+MACS = dict(zip(SECONDS, [100, 100, 101, 80, 40], strict=True))
+
+
+@pytest.mark.parametrize("device, entropy_met", [("cpu", False), ("cuda", False)])
+def test_costs_are_paired_by_repeat_and_held_against_the_targets(device, entropy_met):
+    table = timed("step", SECONDS, macs=MACS, peak_bytes=dict.fromkeys(SECONDS, 7))
+    table.attrs = {"provenance": {"profile": {"device": device}}}
+    summary = benchmark.summary(table).set_index("method")
+    assert summary.cost.tolist() == pytest.approx([1, 1.005, 1.2, 0.8, 0.5])
+    assert summary.realised["plan: output, every 2nd step"] == pytest.approx(1)
+    assert summary.realised["plan: output, 3 of 4 steps"] == pytest.approx(1 / 1.5)
+    assert math.isnan(summary.realised["plain"]) and summary.ms["plain"] == 2000
+    targets = benchmark.targets(table)
+    assert targets.met.tolist() == [entropy_met, True, True, False]
+    assert targets.bound[0] == (0.05 if device == "cuda" else 0.10)
+
+
+def test_a_whole_benchmark_of_one_layer(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark.shutil, "which", lambda name: None)  # compiling takes a minute
+    assert benchmark.main(["--num-layers", "1", "--repeats", "1", "--out", str(tmp_path)]) == 0
+    monkeypatch.setattr(benchmark, "FOLDER", tmp_path)
+    ((device, table),) = benchmark.recorded().items()
+    assert device.endswith(", float32, 1 image") and set(table.part) == {"attention", "layer", "quantizer", "step"}
+    assert (table.seconds > 0).all() and len(benchmark.targets(table)) == 4
+    steps = benchmark.summary(table).query("part == 'step'").set_index("method")
+    # attention is 4 projections of 12 and the products with 256 keys; the rest of the model is small beside a block
+    share = (4 * 1152 + 2 * 256) / (12 * 1152 + 2 * 256)
+    assert steps.macs_speedup["plan: output, every 2nd step"] == pytest.approx(1 / (1 - share / 2), rel=0.02)
+    assert steps.macs_speedup["plan: output, 3 of 4 steps"] == pytest.approx(1 / (1 - share * 3 / 4), rel=0.02)
+    assert steps.macs_speedup["applied, closed"] == 1
+
+
+def test_wrong_arguments_are_named(capsys):
+    assert benchmark.main(["--repeats", "0"]) == 2 and "take 1 or more" in capsys.readouterr().out
+    if not torch.cuda.is_available():
+        assert benchmark.main(["--device", "cuda"]) == 2 and "there is none" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_blocks_are_reused_around():
+    pipe = embedded_pipeline(num_layers=2)
+    plan = DQARConfig(plan=ReusePlan({(1, 1, "cond"), (3, 0, "uncond")}, 2, 4), reuse_target="output")
+    expected = draw(pipe, steps=4)
+    with apply_dqar(pipe, plan):
+        planned = draw(pipe, steps=4)
+    assert not torch.equal(planned, expected)
+    for block in pipe.transformer.transformer_blocks:
+        block.compile()
+    torch.testing.assert_close(draw(pipe, steps=4), expected, rtol=1e-3, atol=1e-3)
+    apply_dqar(pipe, plan)
+    torch.testing.assert_close(draw(pipe, steps=4), planned, rtol=1e-3, atol=1e-3)
+    remove_dqar(pipe)
+    torch.testing.assert_close(draw(pipe, steps=4), expected, rtol=1e-3, atol=1e-3)
