@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import io
+import os
+from pathlib import Path
 from typing import Literal
 
 import torch
 
+Split = Literal["train", "test"]
+CIFAR10_FOLDERS = ("../shared/data", "shared/data")
 
-def load_digits_split(split: Literal["train", "test"]) -> tuple[torch.Tensor, torch.Tensor]:
+
+def load_split(dataset: Literal["digits", "cifar10"], split: Split) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images ``[N, C, H, W]`` float32 in [-1, 1] and labels ``[N]`` int64 of an embedded model's data."""
+    return {"digits": load_digits_split, "cifar10": load_cifar10_split}[dataset](split)
+
+
+def load_digits_split(split: Split) -> tuple[torch.Tensor, torch.Tensor]:
     """scikit-learn's 1,797 handwritten digits: images ``[N, 1, 8, 8]`` float32 in [-1, 1] and labels ``[N]`` int64.
 
     A fixed stratified split: 80 % train both the DiT and the classifier, 20 % are seen by neither.
@@ -20,3 +31,25 @@ def load_digits_split(split: Literal["train", "test"]) -> tuple[torch.Tensor, to
     chosen = {"train": train, "test": test}[split]
     images = torch.tensor(digits.images[chosen], dtype=torch.float32)[:, None] / 8 - 1
     return images, torch.tensor(digits.target[chosen], dtype=torch.int64)
+
+
+def load_cifar10_split(split: Split) -> tuple[torch.Tensor, torch.Tensor]:
+    """CIFAR-10's 50,000 training or 10,000 test images ``[N, 3, 32, 32]`` and labels, from parquet of JPEG bytes.
+
+    Looked for as ``cifar10-jpeg-<split>.parquet`` in ``$DQAR_DATA``, ``../shared/data`` and ``shared/data``.
+
+    Raises:
+        OSError: it is in none of them.
+    """
+    import numpy as np
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    folders = [Path(folder) for folder in (os.environ.get("DQAR_DATA"), *CIFAR10_FOLDERS) if folder]
+    path = next((folder / f"cifar10-jpeg-{split}.parquet" for folder in folders if folder.is_dir()), None)
+    if path is None or not path.exists():
+        raise OSError(f"cifar10-jpeg-{split}.parquet is in none of {', '.join(map(str, folders))}: set DQAR_DATA")
+    table = pq.read_table(path)
+    pixels = np.stack([np.asarray(Image.open(io.BytesIO(jpeg))) for jpeg in table["image"].to_pylist()])
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return images, torch.tensor(table["label"].to_pylist(), dtype=torch.int64)

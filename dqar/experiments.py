@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from dqar import benchmark, metrics
 from dqar.calibrate import propose_gate, trace_sites
+from dqar.classifier import CLASSIFIERS
 from dqar.config import DQARConfig
 from dqar.models import Profile, load_classifier, load_pipeline
 from dqar.quantizer import quantize
@@ -248,7 +249,7 @@ def compare(
     """
     pipe, profile = _pipeline(run.profile), run.profile
     reference = sample(pipe, profile, run.seed, num_samples=num_samples, description="reference")
-    classifier = load_classifier() if profile.model == "digits" and profile.trained else None
+    classifier = load_classifier(profile.model) if profile.model in CLASSIFIERS and profile.trained else None
     rows, images = [], {}
     for method, how in tqdm(methods.items(), desc="compare", leave=False):
         if isinstance(how, int):

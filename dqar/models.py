@@ -24,7 +24,7 @@ from diffusers import (
 from diffusers.utils.torch_utils import randn_tensor
 from safetensors import SafetensorError
 
-from dqar.classifier import DigitClassifier
+from dqar.classifier import CLASSIFIERS, Classifier
 
 WEIGHTS = Path(__file__).parent / "weights"
 SCHEDULERS = {
@@ -32,8 +32,10 @@ SCHEDULERS = {
     "dpm-solver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2}),
     "euler": (EulerDiscreteScheduler, {}),
 }
-_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-DIGIT_NAMES = {str(digit): name for digit, name in enumerate(_NAMES)}
+CLASS_NAMES = {
+    "digits": ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
+    "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+}
 
 
 DIT_XL_2_CONFIG = {
@@ -71,7 +73,7 @@ class Profile:
     """One way to run the notebooks: a model, how it is sampled, and how much of it."""
 
     name: str
-    model: Literal["digits", "dit-xl-2", "dit-xl-2-random", "pixart"]
+    model: Literal["digits", "cifar10", "dit-xl-2", "dit-xl-2-random", "pixart"]
     scheduler: Literal["ddim", "dpm-solver++", "euler"] = "dpm-solver++"
     num_inference_steps: int = 50
     guidance_scale: float = 2.0
@@ -100,6 +102,7 @@ PROFILES = {
     for profile in (
         Profile("smoke", "digits", num_inference_steps=8, num_samples=4, batch_size=4, repeats=2),
         Profile("digits", "digits"),
+        Profile("cifar10", "cifar10", device="cuda" if HAS_GPU else "cpu"),
         # Slide 11: 50 steps of DPM-Solver++ at guidance 7.5, batch 1; the pipeline's own guidance would be 4.0.
         Profile(
             "dit-xl-2",
@@ -239,8 +242,8 @@ def load_pipeline(profile: Profile) -> DiffusionPipeline:
         raise RuntimeError(
             f"profile {profile.name!r} needs a CUDA GPU and there is none: profile 'digits' runs on a CPU"
         )
-    if profile.model == "digits":
-        pipe = load_embedded("digits", profile.dtype)
+    if profile.model in CLASSIFIERS:
+        pipe = load_embedded(profile.model, profile.dtype)
     elif profile.model == "dit-xl-2-random":
         pipe = random_dit_xl_2(dtype=profile.dtype)
     else:
@@ -298,24 +301,24 @@ def random_dit_xl_2(seed: int = 0, dtype: torch.dtype = torch.float32, **changes
     return DiTPipeline(transformer, vae, DDIMScheduler(clip_sample=False))
 
 
-def load_embedded(name: str, dtype: torch.dtype = torch.float32, folder: Path = WEIGHTS) -> EmbeddedDiTPipeline:
+def load_embedded(name: str, dtype: torch.dtype = torch.float32, folder: Path | None = None) -> EmbeddedDiTPipeline:
     """An embedded model, with the same code that loads DiT-XL/2.
 
     Raises:
         OSError: missing or truncated weights, naming the folder.
     """
-    path = folder / name
+    path = (folder or WEIGHTS) / name
     if not (path / EmbeddedDiTPipeline.config_name).exists():
-        raise OSError(f"the weights in {path} are missing")
+        raise OSError(f"the weights in {path} are missing: `python -m dqar.train {name}` makes them")
     try:
         return EmbeddedDiTPipeline.from_pretrained(path, dtype=dtype)
     except (SafetensorError, OSError, ValueError) as error:
         raise OSError(f"the weights in {path} can't be read: {error}") from error
 
 
-def load_classifier() -> DigitClassifier:
-    """The digit classifier behind ``FD-digits`` and class accuracy."""
-    return DigitClassifier.from_pretrained(WEIGHTS / "digits-classifier")
+def load_classifier(name: str = "digits") -> Classifier:
+    """The classifier behind ``FD-digits`` or ``FD-cifar10`` and class accuracy."""
+    return CLASSIFIERS[name].from_pretrained(WEIGHTS / f"{name}-classifier")
 
 
 def make_scheduler(name: str, like: SchedulerMixin) -> SchedulerMixin:
