@@ -89,11 +89,11 @@ def test_from_data_to_card(cifar, tmp_path, capsys, monkeypatch):
     with pytest.raises(OSError, match=r"missing: `python -m dqar.train cifar10` makes them"):
         load_pipeline(get_profile("cifar10"))
     monkeypatch.setattr(
-        train, "train_classifier", lambda *a, classify=train.train_classifier: classify("cifar10", 0, 8)
+        train, "train_classifier", lambda *a, classify=train.train_classifier: classify("cifar10", 0, 40)
     )
     assert train.main(["cifar10-classifier"]) == 0
     accuracy = float(capsys.readouterr().out.split()[-1])
-    assert accuracy > 0.5 and type(load_classifier("cifar10")).__name__ == "CifarClassifier"
+    assert accuracy > 0.9 and type(load_classifier("cifar10")).__name__ == "CifarClassifier"
     command = ["cifar10", "--steps", "3", "--work", str(tmp_path / "work")]
     assert train.main([*command, "--minutes", "0"]) == 0 and "same command continues" in capsys.readouterr().out
     monkeypatch.setattr(train, "evaluate", lambda *a, evaluate=train.evaluate, **k: evaluate(*a, num_samples=100, **k))
