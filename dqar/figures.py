@@ -321,19 +321,20 @@ def slide10_architecture(run: Run) -> Figure:
     """The package as it is: modules by level, arrows from the code's own imports."""
     graph = architecture.import_graph()
     level = architecture.levels(graph)
-    core = {"config", "stats", "scheduler", "quantizer", "cache", "policy", "trace", "controller", "attention"}
+    core = {"plan", "config", "stats", "kernels", "scheduler", "quantizer", "cache", "policy", "trace", "controller"}
+    core |= {"attention"}
     rows = [
         sorted((n for n in graph if level[n] == i), key=lambda n: (n in core, n))
         for i in range(max(level.values()) + 1)
     ]
     place = {}
     for j, row in enumerate(rows):
-        stagger = 0.3 if len(row) > 6 else 0.0
+        lowered = 0.76 if len(row) > 6 else 0.0  # every second one of a row that would be too crowded
         for i, name in enumerate(row):
-            place[name] = ((i + 0.5) / len(row), j + stagger * (-1) ** i)
+            place[name] = ((i + 0.5) / len(row), j - lowered * (i % 2))
     figure, axes = plt.subplots()
     axes.axis("off")
-    axes.set(xlim=(-0.05, 1.05), ylim=(-0.7, len(rows) - 0.5))
+    axes.set(xlim=(-0.05, 1.05), ylim=(-1.3, len(rows) - 0.5))
     # An import that another one implies is left out, as in every layered picture.
     for name, imports in graph.items():
         implied = {deeper for other in imports for deeper in _below(graph, other)}
