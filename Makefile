@@ -37,5 +37,5 @@ clean:
 $(READY): pyproject.toml constraints.txt
 	test -x $(PYTHON) || python3 -m venv $(VENV)
 	$(PYTHON) -m pip install -q "$$(grep '^torch==' constraints.txt)"
-	$(PYTHON) -m pip install -q -c constraints.txt -e .[dev]
+	$(PYTHON) -m pip install -q -c constraints.txt -e .[dev,peers]
 	touch $@

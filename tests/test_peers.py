@@ -1,0 +1,478 @@
+import importlib.util
+import inspect
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import draw, embedded_pipeline
+from diffusers import DiTPipeline, DPMSolverMultistepScheduler
+from diffusers.hooks import (
+    FasterCacheConfig,
+    FirstBlockCacheConfig,
+    MagCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    SeaCacheConfig,
+    TaylorSeerCacheConfig,
+    TextKVCacheConfig,
+    apply_faster_cache,
+    apply_first_block_cache,
+    apply_mag_cache,
+    apply_pyramid_attention_broadcast,
+    apply_sea_cache,
+    apply_taylorseer_cache,
+    apply_text_kv_cache,
+)
+
+from dqar import apply_dqar, peers
+from dqar.metrics import count_macs
+from dqar.peers import ADAPTERS, SWEEPS, UNUSABLE, Peer, smoothcache_schedule
+
+STEPS = 12
+PACKAGES = {"DBCache": "cache_dit", "DBCache + TaylorSeer": "cache_dit", "SmoothCache": "SmoothCache"}
+DBCACHE = {"Fn_compute_blocks": 1, "residual_diff_threshold": 1.0, "max_warmup_steps": 4}
+# What a random model of 4 blocks needs for anything to be reused; the others' defaults do.
+SETTINGS = {
+    "First-Block-Cache": {"threshold": 1.0},
+    "MagCache": {"threshold": 1.0, "calibration_images": 2},
+    "DBCache": {**DBCACHE, "max_continuous_cached_steps": 2},
+    "DBCache + TaylorSeer": {**DBCACHE, "max_continuous_cached_steps": 2},
+    "SmoothCache": {"threshold": 0.9, "calibration_images": 2},
+}
+
+
+def peer(name, **settings):
+    if name in PACKAGES:
+        pytest.importorskip(PACKAGES[name])
+    return Peer(name, tuple({**SETTINGS.get(name, {}), **settings}.items()))
+
+
+def run(pipe, method, steps=STEPS, **options):
+    with method.attach(pipe, steps):
+        return draw(pipe, steps=steps, **options)
+
+
+def macs_of(call):
+    result = []
+    return count_macs(lambda: result.append(call())), result[0]
+
+
+def attributes(pipe):
+    """Everything that an adapter could leave behind on modules, scheduler and pipeline."""
+    modules = {name: (set(vars(module)), dict(module._modules)) for name, module in pipe.transformer.named_modules()}
+    hooks = {name: len(module._forward_pre_hooks) for name, module in pipe.transformer.named_modules()}
+    return modules, hooks, set(vars(pipe.scheduler)), set(vars(pipe)), set(vars(type(pipe)))
+
+
+@pytest.mark.filterwarnings("ignore:torch.meshgrid")
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_saves_macs_repeats_and_leaves_no_trace(name):
+    method, pipe = peer(name), embedded_pipeline()
+    full, untouched = macs_of(lambda: draw(pipe, steps=STEPS))
+    before = attributes(pipe)
+    with method.attach(pipe, STEPS):
+        saved, first = macs_of(lambda: draw(pipe, steps=STEPS))
+        other = draw(pipe, labels=(3,), seed=5, steps=STEPS)
+        second = draw(pipe, steps=STEPS)
+    assert saved < 0.9 * full
+    assert not torch.equal(first, untouched) and first.isfinite().all()
+    torch.testing.assert_close(first, untouched, rtol=0, atol=0.5 * untouched.abs().max().item())
+    assert torch.equal(first, second)
+    assert torch.equal(other, run(embedded_pipeline(), method, labels=(3,), seed=5))
+    assert attributes(pipe) == before
+    assert torch.equal(draw(pipe, steps=STEPS), untouched)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_run_that_was_cut_short_leaves_nothing_to_the_next_one(name):
+    method, pipe = peer(name), embedded_pipeline()
+    expected = run(pipe, method)
+
+    def fail(_module, _args, kwargs):
+        if kwargs["timestep"][0] < 500:
+            raise KeyboardInterrupt
+
+    with method.attach(pipe, STEPS):
+        handle = pipe.transformer.register_forward_pre_hook(fail, with_kwargs=True)
+        with pytest.raises(KeyboardInterrupt):
+            draw(pipe, labels=(7, 8, 9), seed=3, steps=STEPS)
+        handle.remove()
+        assert torch.equal(draw(pipe, steps=STEPS), expected)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_on_a_dit_pipeline_with_dpm_solver(name, dit_folder):
+    pipe = DiTPipeline.from_pretrained(dit_folder)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    full, untouched = macs_of(lambda: draw(pipe, steps=STEPS, output_type="pt"))
+    with peer(name).attach(pipe, STEPS):
+        saved, reused = macs_of(lambda: draw(pipe, steps=STEPS, output_type="pt"))
+    assert saved < full and not torch.equal(reused, untouched)
+    assert torch.equal(draw(pipe, steps=STEPS, output_type="pt"), untouched)
+
+
+@pytest.mark.parametrize("name", [name for name in ADAPTERS if name != "FasterCache"])
+def test_without_guidance(name):
+    pipe = embedded_pipeline()
+    full, untouched = macs_of(lambda: draw(pipe, steps=STEPS, guidance=1.0))
+    with peer(name).attach(pipe, STEPS):
+        saved, reused = macs_of(lambda: draw(pipe, steps=STEPS, guidance=1.0))
+    assert saved < full and not torch.equal(reused, untouched)
+
+
+def test_faster_cache_needs_guidance(pipe):
+    with pytest.raises(ValueError, match="needs guidance"):
+        run(pipe, peer("FasterCache"), guidance=1.0)
+    assert draw(pipe).isfinite().all()
+
+
+def test_faster_cache_leaves_out_the_unconditional_half(pipe):
+    labels = []
+    embedder = pipe.transformer.transformer_blocks[0].norm1.emb.class_embedder
+    embedder.register_forward_pre_hook(lambda _module, args: labels.append(args[0].tolist()))
+    run(pipe, peer("FasterCache"))
+    assert [1, 2] in labels and [10, 10] not in labels
+
+
+# --- against references ----------------------------------------------------------------------------------------------
+
+
+def reference(pipe, forecast, steps=STEPS, labels=(1, 2), guidance=3.0, seed=0):
+    """A run of DDIM with a DiT written out in plain Python; ``forecast(site, step, compute)`` gives a site's output."""
+    model, scheduler = pipe.transformer, pipe.scheduler
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(labels))]
+    x = torch.stack([torch.randn((1, 8, 8), generator=generator, dtype=model.dtype) for generator in generators])
+    classes = torch.tensor([*labels, *[10] * len(labels)])
+    scheduler.set_timesteps(steps)
+    for step, t in enumerate(scheduler.timesteps):
+        timestep = t.expand(len(classes))
+        h = model.pos_embed(torch.cat([x, x]))
+        for i, block in enumerate(model.transformer_blocks):
+            norm, gate, shift, scale, gate_ff = block.norm1(h, timestep, classes, hidden_dtype=h.dtype)
+            h = h + gate[:, None] * forecast((i, "attn"), step, lambda block=block, norm=norm: block.attn1(norm))
+            norm = block.norm3(h) * (1 + scale[:, None]) + shift[:, None]
+            h = h + gate_ff[:, None] * forecast((i, "ff"), step, lambda block=block, norm=norm: block.ff(norm))
+        emb = model.transformer_blocks[0].norm1.emb(timestep, classes, hidden_dtype=h.dtype)
+        shift, scale = model.proj_out_1(torch.nn.functional.silu(emb)).chunk(2, dim=1)
+        out = model.proj_out_2(model.norm_out(h) * (1 + scale[:, None]) + shift[:, None])
+        out = out.unflatten(1, (4, 4)).unflatten(-1, (2, 2)).permute(0, 1, 3, 2, 4).reshape(-1, 1, 8, 8)
+        cond, uncond = out.chunk(2)
+        x = scheduler.step(uncond + guidance * (cond - uncond), t, x).prev_sample
+    return x
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("from_end", [False, True])
+def test_static_interval_against_plain_python(from_end):
+    kept, computed = {}, set()
+
+    def forecast(site, step, compute):
+        counted = STEPS - 1 - step if from_end else step
+        if step == 0 or counted % 5 == 0:
+            computed.add(step)
+            kept[site] = compute()
+        return kept[site]
+
+    pipe = embedded_pipeline()
+    pipe.transformer.double()
+    drawn = run(pipe, Peer("static interval", (("interval", 5), ("from_end", from_end))))
+    torch.testing.assert_close(drawn, reference(pipe, forecast), rtol=1e-9, atol=1e-9)
+    assert computed == ({0, 1, 6, 11} if from_end else {0, 5, 10})
+
+
+@torch.no_grad()
+def test_taylorseer_against_plain_python():
+    """Order 2 written out: the last value, the last slope, and the change from the slope before to it."""
+    history = {}
+
+    def forecast(site, step, compute):
+        seen = history.setdefault(site, [])
+        if step in (0, 1) or (step - 1) % 3 == 0:
+            seen.append((step, compute()))
+            return seen[-1][1]
+        (last, value), x = seen[-1], step - seen[-1][0]
+        slopes = [(b - a) / (t - s) for (s, a), (t, b) in zip(seen, seen[1:], strict=False)]
+        forecast = value + x * slopes[-1]
+        if len(slopes) > 1:
+            forecast = forecast + x**2 / 2 * (slopes[-1] - slopes[-2]) / (last - seen[-2][0])
+        return forecast
+
+    pipe = embedded_pipeline()
+    pipe.transformer.double()
+    drawn = run(pipe, Peer("TaylorSeer", (("interval", 3), ("order", 2), ("first_enhance", 2))))
+    torch.testing.assert_close(drawn, reference(pipe, forecast), rtol=1e-9, atol=1e-9)
+
+
+def test_taylorseer_of_order_1_forecasts_a_line_exactly():
+    now, values = peers._Run(), []
+    forecast = peers._TaylorForecast(lambda: torch.tensor(float(now.step), dtype=torch.float64), now, 4, 1, 2)
+    for now.step in range(20):
+        values.append(forecast().item())
+    assert values == list(range(20))
+
+
+@pytest.mark.parametrize("interval", [2, 3, 5])
+def test_taylorseer_of_order_0_is_the_static_interval(pipe, interval):
+    static = run(pipe, Peer("static interval", (("interval", interval),)))
+    taylor = run(pipe, Peer("TaylorSeer", (("interval", interval), ("order", 0), ("first_enhance", 1))))
+    assert torch.equal(static, taylor)
+
+
+def test_interval_1_computes_everything(pipe):
+    untouched = draw(pipe, steps=STEPS)
+    for name in ("static interval", "TaylorSeer", "TaylorSeer, diffusers"):
+        assert torch.equal(run(pipe, Peer(name, (("interval", 1),))), untouched)
+
+
+def test_diffusers_taylorseer_has_the_published_formula_on_its_own_schedule(pipe):
+    """Warm-up 3 and interval 2 give both the same schedule: steps 0, 1, 2, then every second one."""
+    now = peers._Run()
+    sequence = torch.randn(STEPS, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    forecast = peers._TaylorForecast(lambda: sequence[now.step], now, 2, 1, 3)
+    theirs = torch.nn.Linear(1, 1)
+    theirs.forward = lambda: sequence[now.step]
+    holder = torch.nn.Module()
+    holder.attn = theirs
+    config = TaylorSeerCacheConfig(
+        cache_interval=2,
+        max_order=1,
+        disable_cache_before_step=3,
+        taylor_factors_dtype=torch.float64,
+        cache_identifiers=["attn"],
+    )
+    apply_taylorseer_cache(holder, config)
+    peers._set_cache_context(holder, peers.CacheContext("inference"))
+    for now.step in range(STEPS):
+        torch.testing.assert_close(holder.attn(), forecast())
+
+
+def test_smoothcache_schedule():
+    # From step 0, two steps may be skipped; from 3, one; from 5, none; 6 and 7 remain.
+    changes = [[0.1, 0.9, 0.9, 0.1, 0.9, 0.9, 0.9], [0.2, 0.9, 0.9, 0.9, 0.9, 0.9]]
+    assert smoothcache_schedule(changes, 0.3, 8) == [1, 0, 0, 1, 0, 1, 1, 1]
+    assert smoothcache_schedule(changes, 0.0, 8) == [1] * 8
+    # The last step is computed whatever its change.
+    assert smoothcache_schedule([[0.0] * 7, [0.0] * 6], 0.3, 8) == [1, 0, 0, 1, 0, 0, 1, 1]
+
+
+def test_smoothcache_measures_the_relative_l1_change():
+    outputs = iter(torch.tensor([[1.0, 1.0], [2.0, 2.0], [2.0, 4.0]]))
+    module = torch.nn.Identity()
+    module.forward = lambda: next(outputs)
+    meter = peers._ChangeMeter(module, 2)
+    for _ in range(3):
+        module()
+    assert meter.changes == [[pytest.approx(2 / 4), pytest.approx(2 / 6)], [pytest.approx(4 / 6)]]
+
+
+def test_calibration_is_done_once_per_model_and_sampler(pipe):
+    calls = []
+    pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
+    for threshold in (0.5, 1.0):
+        with peer("MagCache", threshold=threshold).attach(pipe, STEPS):
+            pass
+    assert len(calls) == STEPS
+
+
+def test_flow_sigma_has_the_signal_to_noise_ratio_of_the_step(pipe):
+    for timestep in (0, 500, 999):
+        sigma = peers._flow_sigma(pipe.scheduler, timestep)
+        alpha_bar = float(pipe.scheduler.alphas_cumprod[timestep])
+        assert ((1 - sigma) / sigma) ** 2 == pytest.approx(alpha_bar / (1 - alpha_bar), rel=1e-4)
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_names_and_settings():
+    pipe = embedded_pipeline()
+    with pytest.raises(ValueError, match="'TeaCache' is unknown: choose one of static interval"):
+        Peer("TeaCache").attach(pipe, STEPS)
+    for name in ADAPTERS:
+        with pytest.raises(ValueError, match="setting 'depth' of .* is unknown: choose from"):
+            Peer(name, (("depth", 3),)).attach(pipe, STEPS)
+    for name, reason in UNUSABLE.items():
+        assert name not in ADAPTERS
+        with pytest.raises(ValueError, match="can't run on DiT") as error:
+            Peer(name).attach(pipe, STEPS)
+        assert reason in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name, setting, value",
+    [
+        ("static interval", "interval", 0),
+        ("TaylorSeer", "order", -1),
+        ("TaylorSeer", "first_enhance", 0),
+        ("TaylorSeer, diffusers", "interval", "3"),
+        ("TaylorSeer-Lite, diffusers", "warmup", 0),
+        ("PAB", "skip_range", 0),
+        ("First-Block-Cache", "threshold", -0.1),
+        ("MagCache", "retention_ratio", 2),
+        ("SeaCache", "residual_order", 2),
+        ("FasterCache", "uncond_skip_range", 0),
+        ("DBCache", "Fn_compute_blocks", 5),
+        ("DBCache + TaylorSeer", "taylorseer_order", 0),
+        ("SmoothCache", "components", ("attn",)),
+    ],
+)
+def test_settings_out_of_range(pipe, name, setting, value):
+    untouched = draw(pipe)
+    with pytest.raises(ValueError, match=setting), peer(name, **{setting: value}).attach(pipe, STEPS):
+        pass
+    assert torch.equal(draw(pipe), untouched)
+
+
+def test_sweeps_are_settings_of_adapters():
+    assert SWEEPS.keys() == ADAPTERS.keys()
+    for name, sweep in SWEEPS.items():
+        assert 0 < len(sweep) <= 10 and len({tuple(settings.items()) for settings in sweep}) == len(sweep)
+        hash(Peer(name, tuple(sweep[0].items())))
+        for settings in sweep:
+            inspect.signature(ADAPTERS[name]).bind(None, STEPS, **settings)
+
+
+def test_another_number_of_steps(pipe):
+    with Peer("static interval").attach(pipe, STEPS), pytest.raises(ValueError, match="8 steps, but attached for 12"):
+        draw(pipe, steps=8)
+
+
+def test_one_thing_at_a_time(pipe):
+    untouched = draw(pipe, steps=STEPS)
+    with (
+        Peer("static interval").attach(pipe, STEPS),
+        pytest.raises(ValueError, match="take them off first"),
+        Peer("PAB").attach(pipe, STEPS),
+    ):
+        pass
+    with (
+        apply_dqar(pipe),
+        pytest.raises(ValueError, match="take them off first"),
+        Peer("PAB").attach(pipe, STEPS),
+    ):
+        pass
+    assert torch.equal(draw(pipe, steps=STEPS), untouched)
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_a_package_that_is_missing(pipe, name, monkeypatch):
+    monkeypatch.setitem(sys.modules, PACKAGES[name], None)
+    settings = tuple(SETTINGS[name].items())
+    with (
+        pytest.raises(ImportError, match=r"needs .*cache.*: pip install -e \.\[peers\]"),
+        Peer(name, settings).attach(pipe, STEPS),
+    ):
+        pass
+    assert draw(pipe).isfinite().all()
+
+
+def test_packages_say_nothing(pipe, capsys):
+    for name in PACKAGES:
+        run(pipe, peer(name))
+    assert capsys.readouterr() == ("", "")
+
+
+def test_nothing_optional_is_loaded_before_it_is_needed():
+    code = "import sys, dqar.peers; assert not {'cache_dit', 'SmoothCache'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- what the docstrings say of the methods as they come -------------------------------------------------------------
+
+
+def does_nothing(pipe, apply):
+    """Whether a cache that is applied leaves the images and MACs of a run as they are."""
+    full, untouched = macs_of(lambda: draw(pipe, steps=STEPS))
+    apply(pipe.transformer)
+    macs, images = macs_of(lambda: draw(pipe, steps=STEPS))
+    return macs == full and torch.equal(images, untouched)
+
+
+def test_unusable_taylorseer_as_it_comes_matches_nothing(pipe):
+    assert "TaylorSeer, diffusers' defaults" in UNUSABLE
+    assert does_nothing(pipe, lambda model: apply_taylorseer_cache(model, TaylorSeerCacheConfig()))
+
+
+def test_unusable_text_kv_cache_matches_nothing(pipe):
+    assert "Text KV cache" in UNUSABLE
+    assert does_nothing(pipe, lambda model: apply_text_kv_cache(model, TextKVCacheConfig()))
+
+
+def test_unusable_dbprune_raises(pipe):
+    cache_dit = pytest.importorskip("cache_dit")
+    assert "DBPrune" in UNUSABLE
+    config = cache_dit.DBPruneConfig(Fn_compute_blocks=1, max_warmup_steps=2, residual_diff_threshold=1.0)
+    with peers._quiet("CACHE_DIT"):
+        cache_dit.enable_cache(pipe.transformer, cache_config=config)
+        with pytest.raises(TypeError, match="_process_block_outputs"):
+            draw(pipe)
+
+
+def test_sea_cache_as_it_comes_computes_everything(pipe):
+    assert does_nothing(pipe, lambda model: apply_sea_cache(model, SeaCacheConfig()))
+
+
+@pytest.mark.parametrize(
+    "apply",
+    [
+        lambda model: apply_first_block_cache(model, FirstBlockCacheConfig()),
+        lambda model: apply_taylorseer_cache(
+            model, TaylorSeerCacheConfig(cache_identifiers=[r"transformer_blocks\.\d+\.attn1"])
+        ),
+    ],
+    ids=["First-Block-Cache", "TaylorSeer"],
+)
+def test_as_they_come_they_lack_a_cache_context(pipe, apply):
+    apply(pipe.transformer)
+    with pytest.raises(ValueError, match="No cache context is set"):
+        draw(pipe)
+
+
+def test_faster_cache_as_it_comes_halves_all_inputs_but_the_labels(pipe):
+    config = FasterCacheConfig(tensor_format="BCHW", current_timestep_callback=lambda: 300)
+    with peers._quiet("diffusers.hooks.faster_cache"):
+        apply_faster_cache(pipe.transformer, config)
+    with pytest.raises(RuntimeError, match="must match the size"):
+        draw(pipe)
+
+
+def test_pab_as_it_comes_keeps_what_the_run_before_left(pipe):
+    config = PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=3, current_timestep_callback=lambda: 300
+    )
+    apply_pyramid_attention_broadcast(pipe.transformer, config)
+    assert not torch.equal(draw(pipe), draw(pipe))
+
+
+def test_mag_cache_as_it_comes_needs_ratios(pipe):
+    with pytest.raises(ValueError, match="mag_ratios"):
+        apply_mag_cache(pipe.transformer, MagCacheConfig())
+
+
+def test_cache_dit_as_it_comes_fails_on_dit(pipe):
+    cache_dit = pytest.importorskip("cache_dit")
+    with peers._quiet("CACHE_DIT"):
+        with pytest.raises(ValueError, match="EmbeddedDiTPipeline is not officially supported"):
+            cache_dit.enable_cache(pipe, cache_config=cache_dit.DBCacheConfig())
+        adapter = cache_dit.BlockAdapter(
+            transformer=pipe.transformer,
+            blocks=pipe.transformer.transformer_blocks,
+            forward_pattern=cache_dit.ForwardPattern.Pattern_3,
+        )
+        cache_dit.enable_cache(adapter, cache_config=cache_dit.DBCacheConfig(Fn_compute_blocks=1))
+        with pytest.raises(AttributeError, match="norm1"):
+            draw(pipe)
+
+
+def test_smoothcache_comes_without_its_calibration():
+    pytest.importorskip("SmoothCache")
+    assert importlib.util.find_spec("SmoothCache.calibration") is None
+
+
+def test_dbcache_forecasts_with_its_calibrator(pipe):
+    method = peer("DBCache")
+    drawn = [run(pipe, method), *(run(pipe, peer("DBCache + TaylorSeer", taylorseer_order=order)) for order in (1, 2))]
+    assert not torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[1], drawn[2])
+    assert all(math.isfinite(images.norm()) for images in drawn)
