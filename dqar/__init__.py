@@ -9,7 +9,16 @@ for _name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.to
 from dqar.attention import DQARSession, apply_dqar, remove_dqar
 from dqar.config import DQARConfig
 from dqar.controller import Decision, DQARController
-from dqar.plan import ReusePlan
+from dqar.plan import ForecastPlan, ReusePlan
 
 __version__ = "0.1.0"
-__all__ = ["DQARConfig", "DQARController", "DQARSession", "Decision", "ReusePlan", "apply_dqar", "remove_dqar"]
+__all__ = [
+    "DQARConfig",
+    "DQARController",
+    "DQARSession",
+    "Decision",
+    "ForecastPlan",
+    "ReusePlan",
+    "apply_dqar",
+    "remove_dqar",
+]

@@ -1,7 +1,8 @@
-"""What the results slides compare: full compute, slide 11's baselines, and DQAR's gates."""
+"""What the results slides compare: full compute, slide 11's baselines, and DQAR's gates and plans."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from dataclasses import dataclass
@@ -14,8 +15,10 @@ from diffusers import DiffusionPipeline
 from dqar import ptq
 from dqar.config import DQARConfig, ReuseTarget
 from dqar.models import Profile, load_pipeline
+from dqar.peers import Peer
+from dqar.plan import ForecastPlan
 from dqar.policy import ReusePolicy
-from dqar.results import RECORDED
+from dqar.results import RECORDED, slug
 from dqar.sampling import OPEN, Samples, sample
 
 CALIBRATION_SEED = 300
@@ -24,27 +27,42 @@ CALIBRATION_SEED = 300
 
 @dataclass(frozen=True)
 class Method:
-    """One way to draw the same images: gated reuse, fewer steps, quantized linear layers, another dtype."""
+    """One way to draw the same images: gated or planned reuse, fewer steps, another spacing of them, a peer's cache,
+    quantized linear layers, another dtype."""
 
     config: DQARConfig | None = None
     num_inference_steps: int | None = None
     w8a8: Literal["plain", "balanced"] | None = None
     dtype: torch.dtype | None = None
+    scheduler: str | None = None
+    peer: Peer | None = None
 
     def pipeline(self, profile: Profile) -> DiffusionPipeline:
         """The pipeline that it draws with, DQAR not applied; loaded once."""
         # One pipeline for all batch sizes, so that hooks on it see every drawing.
-        return _pipeline(dataclasses.replace(profile, batch_size=1), self.w8a8, self.dtype or profile.dtype)
+        profile = dataclasses.replace(profile, batch_size=1, scheduler=self.scheduler or profile.scheduler)
+        return _pipeline(profile, self.w8a8, self.dtype or profile.dtype)
 
     def draw(self, profile: Profile, seed: int, **options) -> Samples:
         """``sample`` by this method; ``options`` as there."""
-        steps = self.num_inference_steps
-        return sample(self.pipeline(profile), profile, seed, self.config, num_inference_steps=steps, **options)
+        pipe, steps = self.pipeline(profile), self.num_inference_steps or profile.num_inference_steps
+        with contextlib.nullcontext() if self.peer is None else self.peer.attach(pipe, steps):
+            return sample(pipe, profile, seed, self.config, num_inference_steps=steps, **options)
 
 
 def policy_path(profile: Profile, target: ReuseTarget) -> Path:
     """Where the policy for a reuse target lies, beside the labels that it was trained on."""
     return RECORDED / profile.name / f"policy-{target}.safetensors"
+
+
+def computed_steps(profile: Profile, budget: float) -> int:
+    """The most steps that a plan may compute within a budget."""
+    return max(2, int(profile.num_inference_steps / budget))
+
+
+def plan_path(profile: Profile, sampler: str, target: str, num_computed: int) -> Path:
+    """Where a plan is kept."""
+    return RECORDED / profile.name / "plans" / f"{slug(sampler)}-{target}-{num_computed}.json"
 
 
 def methods(profile: Profile, gate: DQARConfig | None) -> dict[str, Method]:
@@ -75,6 +93,10 @@ def methods(profile: Profile, gate: DQARConfig | None) -> dict[str, Method]:
             policy = ReusePolicy.load(path)
             config = DQARConfig(policy=policy, schedule="all", reuse_target=target, max_reuse_streak=1)
             found[f"DQAR policy, {target}"] = Method(config)
+    for budget in (2, 3, 4):
+        path = plan_path(profile, profile.scheduler, "reference", computed_steps(profile, budget))
+        if path.exists():
+            found[f"DQAR plan, {budget}×"] = Method(DQARConfig(plan=ForecastPlan.load(path)))
     return found
 
 

@@ -27,9 +27,15 @@ from safetensors import SafetensorError
 from dqar.classifier import CLASSIFIERS, Classifier
 
 WEIGHTS = Path(__file__).parent / "weights"
+DPM_SOLVER = {"algorithm_type": "dpmsolver++", "solver_order": 2}
 SCHEDULERS = {
     "ddim": (DDIMScheduler, {"clip_sample": False}),
-    "dpm-solver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+    "dpm-solver++": (DPMSolverMultistepScheduler, DPM_SOLVER),
+    # Other spacings of the same steps: even in log-SNR (Lu et al. 2022), or Karras et al.'s (2022).
+    "dpm-solver++-lu": (DPMSolverMultistepScheduler, {**DPM_SOLVER, "use_lu_lambdas": True}),
+    "dpm-solver++3-lu": (DPMSolverMultistepScheduler, {**DPM_SOLVER, "use_lu_lambdas": True, "solver_order": 3}),
+    "dpm-solver++-karras": (DPMSolverMultistepScheduler, {**DPM_SOLVER, "use_karras_sigmas": True}),
+    "ddim-leading": (DDIMScheduler, {"clip_sample": False, "timestep_spacing": "leading", "steps_offset": 1}),
     "euler": (EulerDiscreteScheduler, {}),
 }
 CLASS_NAMES = {
@@ -74,7 +80,8 @@ class Profile:
 
     name: str
     model: Literal["digits", "cifar10", "dit-xl-2", "dit-xl-2-random", "pixart"]
-    scheduler: Literal["ddim", "dpm-solver++", "euler"] = "dpm-solver++"
+    scheduler: str = "dpm-solver++"
+    """A key of ``SCHEDULERS``."""
     num_inference_steps: int = 50
     guidance_scale: float = 2.0
     num_samples: int = 12
@@ -217,18 +224,24 @@ def guided_prediction(
     labels: torch.Tensor,
     guidance_scale: float,
 ) -> torch.Tensor:
-    """The noise ``[B, C, H, W]`` that the model predicts in ``latents``, guided if there are twice as many ``labels``.
+    """The noise ``[B, C, H, W]`` predicted in ``latents``, guided if there are twice as many ``labels``."""
+    model_input = scheduler.scale_model_input(latents, t)
+    cond, uncond = branch_predictions(transformer, model_input, t, labels)
+    return cond if uncond is None else uncond + guidance_scale * (cond - uncond)
+
+
+def branch_predictions(
+    transformer: DiTTransformer2DModel, model_input: torch.Tensor, t: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The noise ``[B, C, H, W]`` predicted in each branch; without guidance, ``None`` for the second.
 
     Guidance computes both branches in one batch: the first half of ``labels`` conditional, the second the null class.
     """
-    guided = len(labels) == 2 * len(latents)
-    model_input = scheduler.scale_model_input(torch.cat([latents, latents]) if guided else latents, t)
-    noise = transformer(model_input, timestep=t.to(latents.device).expand(len(model_input)), class_labels=labels).sample
-    noise = noise[:, : latents.shape[1]]  # DiT-XL/2 predicts variances too
-    if guided:
-        cond, uncond = noise.chunk(2)
-        noise = uncond + guidance_scale * (cond - uncond)
-    return noise
+    guided = len(labels) == 2 * len(model_input)
+    batch = torch.cat([model_input, model_input]) if guided else model_input
+    noise = transformer(batch, timestep=t.to(batch.device).expand(len(batch)), class_labels=labels).sample
+    noise = noise[:, : batch.shape[1]]  # DiT-XL/2 predicts variances too
+    return noise.chunk(2) if guided else (noise, None)
 
 
 def load_pipeline(profile: Profile) -> DiffusionPipeline:

@@ -1,11 +1,15 @@
-"""Reuse plans: which sites of a run are reused, decided beforehand, so that no step waits for a statistic."""
+"""Plans: what a run computes and what it takes from its cache, decided beforehand, so that no step waits for a number.
+
+``ReusePlan`` is about the layers' sites, ``ForecastPlan`` about the whole model's output.
+"""
 
 from __future__ import annotations
 
 import functools
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +17,7 @@ from typing import Any
 import pandas as pd
 
 BRANCHES = ("cond", "uncond")
-FORMAT = "dqar-plan-1"
+FORMAT, FORECAST_FORMAT = "dqar-plan-1", "dqar-forecast-1"
 
 Site = tuple[int, int, str]
 
@@ -107,13 +111,7 @@ class ReusePlan:
             for branch in BRANCHES
         }
         content = {"format": FORMAT, "scheduler": self.scheduler, "reuse": rows, "provenance": dict(self.provenance)}
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            temporary.write_text(json.dumps(content, indent=1) + "\n")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        _write(path, content)
 
     @classmethod
     def load(cls, path: str | Path) -> ReusePlan:
@@ -140,6 +138,155 @@ class ReusePlan:
             return cls(sites, layers, steps, content["scheduler"], content["provenance"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is truncated or no {FORMAT} file") from error
+
+
+@dataclass(frozen=True)
+class ForecastPlan:
+    """The steps at which the whole model is computed; at all others its guided output is forecast from the cache.
+
+    The forecast of a step is a weighted sum of what the cache holds, newest first, and of the latents:
+    ``Σ_k a_k cond_k + Σ_k b_k uncond_k + c x_t``, with a handful of numbers per step, fitted by ``dqar.planner``. A
+    computed step has weights too, by which its fresh output is corrected; without any, it passes as it is.
+
+    Attributes:
+        weights: one row per step: ``(a_1 ... a_K, b_1 ... b_K, c)``, or without guidance ``(a_1 ... a_K, c)``, with K
+            the number of outputs cached by then, ``history`` at most; ``()``: the fresh output as it is.
+        computed: the steps that compute.
+        timesteps: of the scheduler that it was made with.
+        guidance_scale: of the runs that it was made for; 1: without guidance.
+        history: outputs that are kept.
+        model: ``describe_model`` of the model that it was made for.
+        provenance: where it comes from, and with which errors; saved with it, not compared.
+
+    Raises:
+        ValueError: step 0 isn't computed as it is, or a row of the wrong length, naming it.
+    """
+
+    weights: tuple[tuple[float, ...], ...]
+    computed: frozenset[int]
+    timesteps: tuple[float, ...]
+    guidance_scale: float
+    history: int
+    model: str
+    provenance: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "weights", tuple(tuple(map(float, row)) for row in self.weights))
+        object.__setattr__(self, "computed", frozenset(self.computed))
+        object.__setattr__(self, "timesteps", tuple(map(float, self.timesteps)))
+        steps = len(self.timesteps)
+        if not _is_index(self.history, None) or self.history < 1:
+            raise ValueError(f"history={self.history!r} is not accepted: an int of 1 or more")
+        if len(self.weights) != steps or not all(_is_index(step, steps) for step in self.computed):
+            raise ValueError(f"{len(self.weights)} rows and computed steps {sorted(self.computed)} for {steps} steps")
+        if 0 not in self.computed or self.weights[0]:
+            raise ValueError("step 0 is not accepted: it has nothing to forecast from, and no weights")
+        for step, row in enumerate(self.weights):
+            length = (2 if self.guided else 1) * self.cached_at(step) + 1
+            if not all(map(math.isfinite, row)) or len(row) not in (
+                (0, length) if step in self.computed else (length,)
+            ):
+                raise ValueError(f"weights {row} of step {step} are not accepted: {length} finite numbers")
+
+    @property
+    def guided(self) -> bool:
+        """Whether there are two branches."""
+        return self.guidance_scale > 1
+
+    @property
+    def num_inference_steps(self) -> int:
+        """Denoising steps of the runs that it was made for."""
+        return len(self.timesteps)
+
+    @property
+    def macs_speedup(self) -> float:
+        """Steps over computed steps."""
+        return len(self.timesteps) / len(self.computed)
+
+    def cached_at(self, step: int) -> int:
+        """Outputs that a step's forecast can draw on, its own fresh one included."""
+        return min(self.history, sum(done <= step for done in self.computed))
+
+    def check_run(self, timesteps: Sequence[float]) -> None:
+        """Raises ``ValueError`` for a run with other timesteps, saying how they differ."""
+        if len(timesteps) != len(self.timesteps):
+            raise ValueError(
+                f"the plan was made for {len(self.timesteps)} steps, this run takes {len(timesteps)}: "
+                "make one for this number of steps"
+            )
+        for step, (wanted, given) in enumerate(zip(self.timesteps, timesteps, strict=True)):
+            if wanted != float(given):
+                raise ValueError(
+                    f"the plan was made for another spacing of the timesteps: step {step} is at {wanted:g}, "
+                    f"in this run at {float(given):g}"
+                )
+
+    def check_model(self, model: str) -> None:
+        """Raises ``ValueError`` for another model than the plan's."""
+        if model != self.model:
+            raise ValueError(f"the plan was made for {self.model}, this is {model}")
+
+    def save(self, path: str | Path) -> None:
+        """Writes JSON: a row of weights per step, and which are computed."""
+        content = {"format": FORECAST_FORMAT, **vars(self)}
+        _write(path, {**content, "computed": sorted(self.computed), "provenance": dict(self.provenance)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> ForecastPlan:
+        """Reads what ``save`` wrote.
+
+        Raises:
+            ValueError: truncated, or no plan.
+        """
+        try:
+            content = json.loads(Path(path).read_text())
+            if content.pop("format") != FORECAST_FORMAT:
+                raise ValueError
+            return cls(**content)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is truncated or no {FORECAST_FORMAT} file") from error
+
+
+def extrapolation(
+    computed: Collection[int], timesteps: Sequence[float], guidance_scale: float, model: str, order: int = 1
+) -> ForecastPlan:
+    """The plainest plan: the guided output continued in a straight line (``order=1``), or as it was last (0).
+
+    The polynomial is in the step's index, through the last ``order + 1`` computed outputs.
+    """
+    rows, done = [], []
+    for step in range(len(timesteps)):
+        if step in computed:
+            done.insert(0, step)
+            rows.append(())
+            continue
+        nodes = done[: order + 1]
+        line = [math.prod((step - b) / (a - b) for b in nodes if b != a) for a in nodes]
+        guided = guidance_scale > 1
+        row = [*(w * (guidance_scale if guided else 1) for w in line)]
+        rows.append((*row, *(w * (1 - guidance_scale) for w in line if guided), 0.0))
+    return ForecastPlan(rows, computed, timesteps, guidance_scale, order + 1, model)
+
+
+def describe_model(transformer: Any) -> str:
+    """What a plan must fit: class, depth, width, input size and number of parameters of a diffusers transformer."""
+    config = transformer.config
+    width = config.num_attention_heads * config.attention_head_dim
+    parameters = sum(parameter.numel() for parameter in transformer.parameters())
+    return (
+        f"{type(transformer).__name__} of {config.num_layers} layers, {width} wide, {config.sample_size} x "
+        f"{config.sample_size} inputs, {parameters:,} parameters"
+    )
+
+
+def _write(path: str | Path, content: dict[str, Any]) -> None:
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _is_index(value: Any, size: int | None) -> bool:

@@ -24,15 +24,17 @@ import torch
 from rich.console import Console
 from tqdm import tqdm
 
-from dqar import decisions, metrics, ptq, stats
+from dqar import decisions, metrics, pareto, ptq, stats
 from dqar.config import DQARConfig
 from dqar.experiments import reuse_saving
 from dqar.methods import Method, methods, policy_path
 from dqar.models import Profile, get_profile, load_classifier
+from dqar.plan import ForecastPlan
 from dqar.policy import ReusePolicy
 from dqar.results import RECORDED, load_table, provenance, save_table, slug
 from dqar.sampling import LOOK, OPEN, Samples, StateRecorder, class_labels
 from dqar.sensitivity import site_errors
+from dqar.trace import MODEL, SELF_ATTENTION
 
 # Other images than the notebooks' and the results' (seed 0): a policy mustn't be judged on what it was trained on.
 LABEL_SEED, SWEEP_SEED, RESULT_SEED = 100, 200, 0
@@ -47,9 +49,26 @@ class Sizes:
     sweep_images: int = 20
     samples: int = 1000
     part: int = 100
+    plan_images: int = 20
+    refinements: int = 4
+    pareto_images: int = 20
+    pareto_settings: int | None = None
+    """Of each family at most; ``None``: all."""
 
 
-SIZES = {"smoke": Sizes(label_images=10, sites_per_step=2, sweep_images=2, samples=6, part=3)}
+SIZES = {
+    "smoke": Sizes(
+        label_images=10,
+        sites_per_step=2,
+        sweep_images=2,
+        samples=6,
+        part=3,
+        plan_images=10,
+        refinements=1,
+        pareto_images=2,
+        pareto_settings=1,
+    )
+}
 
 
 class Recording:
@@ -234,6 +253,19 @@ class Recording:
 
         return self._table("overhead", {"all": measure}, RESULT_SEED)
 
+    def plans(self) -> None:
+        """The forecast plans of all samplers, targets and budgets; saved one by one."""
+        for sampler in pareto.SAMPLERS:
+            for target in ("reference", "converged"):
+                pareto.make_plans(self.profile, sampler, target, self.sizes.plan_images, self.sizes.refinements)
+
+    def pareto(self) -> None:
+        """Quality and MACs of every method at every setting, one table a sampler."""
+        self.plans()
+        sizes = self.sizes.pareto_images, self.sizes.pareto_settings
+        for sampler in pareto.SAMPLERS:
+            self._table(f"pareto-{slug(sampler)}", pareto.parts(self.profile, sampler, *sizes), pareto.PARETO_SEED)
+
     def _table(self, name: str, parts: dict[object, Callable[[], pd.DataFrame]], seed: int) -> pd.DataFrame:
         path = self.folder / f"{name}.parquet"
         if path.exists():
@@ -297,10 +329,12 @@ def draw(name: str, method: Method, profile: Profile, seed: int, first: int, ref
     costs = {"sites_reused": 0.0, "events": 0.0, "cache_bytes": 0.0}
     costs["macs_speedup"] = steps / (method.num_inference_steps or steps)
     if drawn.trace is not None:
-        trace = drawn.trace.to_pandas()
+        planned = isinstance(method.config.plan, ForecastPlan)
+        trace = drawn.trace.to_pandas(MODEL if planned else SELF_ATTENTION)
         saved = trace.decision != "compute"
         costs["sites_reused"], costs["events"] = saved.mean(), saved.sum() / trace.run.nunique()
-        costs["macs_speedup"] = 1 / (1 - saved.mean() * reuse_saving(profile, method.config.reuse_target))
+        share = 1.0 if planned else reuse_saving(profile, method.config.reuse_target)
+        costs["macs_speedup"] = 1 / (1 - saved.mean() * share)
         images = min(profile.batch_size, len(reference))
         costs["cache_bytes"] = trace.groupby(["run", "step"])["bytes"].sum().max() / images
     return table.assign(**costs)
@@ -318,7 +352,10 @@ def _memory(call: tuple[Profile, str, Method]) -> dict[str, object]:
     return {"method": name, "weight_bytes": ptq.weight_bytes(transformer), "added_bytes": peak - loaded}
 
 
-TABLES = ("labels", "oracle", "policy", "deciders", "speed", "memory", "overhead", "accumulation", "sharing", "samples")
+TABLES = (
+    *("labels", "oracle", "policy", "plans", "deciders", "speed", "memory", "overhead", "accumulation", "sharing"),
+    *("pareto", "samples"),
+)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -135,7 +135,7 @@ def _fingerprint(profile: Profile, seed: int) -> str:
 
 # A change of these can't change a measurement.
 _DRAWING = {
-    *("figures.py", "result_figures.py", "outcomes.py", "claims.py", "architecture.py"),
+    *("figures.py", "result_figures.py", "pareto_figures.py", "outcomes.py", "claims.py", "architecture.py"),
     *("workbook.py", "results.py", "record.py", "decisions.py"),
 }
 
@@ -154,7 +154,7 @@ def recorded_hash(profile: str) -> str:
     """A digest of a profile's recorded tables, and of the benchmarks, which belong to none."""
     digest = hashlib.sha256()
     for folder in (profile, "benchmarks"):
-        for path in sorted((RECORDED / folder).glob("*")):
+        for path in sorted(path for path in (RECORDED / folder).rglob("*") if path.is_file()):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 
 import torch
-from diffusers import DiffusionPipeline, PixArtAlphaPipeline
+from diffusers import DiffusionPipeline, PixArtAlphaPipeline, SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
 from tqdm import tqdm
 
 from dqar.attention import BRANCH_ORDER, apply_dqar
@@ -99,6 +100,15 @@ def _conditions(pipe: DiffusionPipeline, images: torch.Tensor) -> dict:
 def noise_generators(seed: int, images: torch.Tensor) -> list[torch.Generator]:
     """One generator for the noise of each image of a seed's set."""
     return [torch.Generator().manual_seed(seed * 1_000_003 + image) for image in images.tolist()]
+
+
+def first_latents(pipe: DiffusionPipeline, scheduler: SchedulerMixin, seed: int, images: torch.Tensor) -> torch.Tensor:
+    """The noise ``[N, C, H, W]`` that ``sample`` begins these images of a seed's set with."""
+    config = pipe.transformer.config
+    shape = (len(images), config.in_channels, config.sample_size, config.sample_size)
+    generators = noise_generators(seed, images)
+    noise = randn_tensor(shape, generator=generators, device=pipe.device, dtype=pipe.transformer.dtype)
+    return noise * scheduler.init_noise_sigma
 
 
 class ChangeRecorder:

@@ -11,13 +11,12 @@ from typing import Any
 import pandas as pd
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils.torch_utils import randn_tensor
 from tqdm import tqdm
 
 from dqar.config import ReuseTarget
 from dqar.models import Profile, guided_prediction
 from dqar.plan import BRANCHES
-from dqar.sampling import LOOK, class_labels, noise_generators, sample
+from dqar.sampling import LOOK, class_labels, first_latents, sample
 
 
 def site_errors(
@@ -49,7 +48,9 @@ def site_errors(
     known = _what_is_known(pipe, profile, seed, first_image, num_images)
     numbers = torch.arange(first_image, first_image + num_images)
     labels = class_labels(pipe, numbers)
-    states = [_first_state(pipe, steps, noise_generators(seed, numbers))]
+    scheduler = copy.deepcopy(pipe.scheduler)
+    scheduler.set_timesteps(steps)
+    states = [_State(first_latents(pipe, scheduler, seed, numbers), scheduler)]
     for _ in tqdm(range(steps), desc="reference", leave=False):
         states.append(states[-1].advance(pipe, labels, profile.guidance_scale))
     finished = _to_image(states[-1].latents)
@@ -154,21 +155,14 @@ def _replaced(blocks: torch.nn.ModuleList, target: ReuseTarget) -> Iterator[_Swa
     swap = _Swap(len(blocks))
     handles = []
     for layer, block in enumerate(blocks):
-        modules = (block.attn1,) if target == "output" else (block.attn1.to_k, block.attn1.to_v)
+        attn = block.attn1
+        modules = {"kv": (attn.to_k, attn.to_v), "output": (attn,), "block": (attn, block.ff)}[target]
         handles += [module.register_forward_hook(swap.hook(layer, part)) for part, module in enumerate(modules)]
     try:
         yield swap
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _first_state(pipe: DiffusionPipeline, num_inference_steps: int, generators: list[torch.Generator]) -> _State:
-    scheduler, config = copy.deepcopy(pipe.scheduler), pipe.transformer.config
-    scheduler.set_timesteps(num_inference_steps)
-    shape = (len(generators), config.in_channels, config.sample_size, config.sample_size)
-    noise = randn_tensor(shape, generator=generators, device=pipe.device, dtype=pipe.transformer.dtype)
-    return _State(noise * scheduler.init_noise_sigma, scheduler)
 
 
 def _to_image(latents: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-SELF_ATTENTION, CROSS_ATTENTION = "self_attention", "cross_attention"
+SELF_ATTENTION, CROSS_ATTENTION, MODEL = "self_attention", "cross_attention", "model"
 
 
 class Trace:
@@ -45,7 +45,8 @@ class Trace:
         """One row per site: run, step, timestep, layer, branch, decision, reason, entropy (nats), snr, bytes, ...
 
         Args:
-            module: ``"self_attention"``, which is what the gate decides about, or ``"cross_attention"``.
+            module: ``"self_attention"``, which is what the gate decides about, ``"cross_attention"``, or ``"model"``:
+                whether a ``ForecastPlan`` computed or forecast the whole output (layer -1).
         """
         self.resolve()
         columns = [name for name in self.rows[0] if name != "entropy_per_head"] if self.rows else []

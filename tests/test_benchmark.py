@@ -48,13 +48,14 @@ def test_a_whole_benchmark_of_one_layer(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "FOLDER", tmp_path)
     ((device, table),) = benchmark.recorded().items()
     assert device.endswith(", float32, 1 image") and set(table.part) == {"attention", "layer", "quantizer", "step"}
-    assert (table.seconds > 0).all() and len(benchmark.targets(table)) == 4
+    assert (table.seconds > 0).all() and len(benchmark.targets(table)) == 5
     steps = benchmark.summary(table).query("part == 'step'").set_index("method")
     # attention is 4 projections of 12 and the products with 256 keys; the rest of the model is small beside a block
     share = (4 * 1152 + 2 * 256) / (12 * 1152 + 2 * 256)
     assert steps.macs_speedup["plan: output, every 2nd step"] == pytest.approx(1 / (1 - share / 2), rel=0.02)
     assert steps.macs_speedup["plan: output, 3 of 4 steps"] == pytest.approx(1 / (1 - share * 3 / 4), rel=0.02)
     assert steps.macs_speedup["applied, closed"] == 1
+    assert steps.macs_speedup["plan: model's output forecast, every 2nd step"] == pytest.approx(2)
 
 
 def test_wrong_arguments_are_named(capsys):

@@ -1,0 +1,339 @@
+"""Makes forecast plans: which steps to compute, and the weights that forecast the others from them.
+
+1. **Trajectories** of a few calibration images: the run's own states (``target="reference"``), or those of the same
+   sampler with five times the steps (``"converged"``), at the run's timesteps.
+2. **Steps.** What is known at a computed step, its latents and the last two outputs of both branches, is fitted by
+   least squares to the latents at any later step. The residual of each such jump needs inner products of the
+   trajectories only, so that all jumps of all lengths are known at once; weighted by what an error made there does to
+   the finished image, they add up, and dynamic programming finds the best steps for a budget.
+3. **Weights.** The planned run is followed from step to step, and at each the output is fitted that would lead the
+   scheduler to the target's next latents. So a forecast also mends what those before it did wrong.
+4. **Refinement.** Neighbouring sets of steps are tried, and kept if the joint error of a run is smaller on images that
+   the weights were not fitted on.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from tqdm import tqdm
+
+from dqar.config import check, check_choice
+from dqar.models import Profile, branch_predictions
+from dqar.plan import ForecastPlan, describe_model
+from dqar.sampling import class_labels, first_latents
+
+PLAN_SEED = 500
+"""Of the calibration images: of none that is compared later."""
+HISTORY = 3
+FINER = 5
+"""Steps of the converged run for each one of the planned run."""
+RIDGE = 1e-9
+"""Of the least squares, relative to normalised columns: outputs of neighbouring steps are nearly parallel."""
+Target = Literal["reference", "converged"]
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """Denoisings of some images, at the timesteps of the planned run.
+
+    ``latents`` ``[steps + 1, images, C, H, W]``, and the model's predictions in them, ``[steps, images, C, H, W]``;
+    ``uncond`` is ``None`` without guidance.
+    """
+
+    latents: torch.Tensor
+    cond: torch.Tensor
+    uncond: torch.Tensor | None
+    labels: torch.Tensor
+    target: Target
+
+    @property
+    def num_steps(self) -> int:
+        """Denoising steps."""
+        return len(self.cond)
+
+    def first(self, images: int) -> Trajectories:
+        """Those of the first so many images."""
+        uncond = None if self.uncond is None else self.uncond[:, :images]
+        return Trajectories(self.latents[:, :images], self.cond[:, :images], uncond, self.labels[:images], self.target)
+
+
+def trajectories(
+    pipe: DiffusionPipeline, profile: Profile, target: Target, num_images: int = 20, seed: int = PLAN_SEED
+) -> Trajectories:
+    """Denoises calibration images of all classes in full compute.
+
+    Args:
+        pipe: with a class-conditional transformer, DQAR not applied.
+        profile: steps and guidance.
+        target: the run itself, or one with ``FINER`` times the steps.
+
+    Raises:
+        ValueError: an unknown target, or a scheduler whose finer steps don't include the coarse ones.
+    """
+    check_choice("target", target, ("reference", "converged"))
+    images = torch.arange(num_images)
+    labels = class_labels(pipe, images).to(pipe.device)
+    scheduler, every = _scheduler(pipe, profile.num_inference_steps), 1
+    if target == "converged":
+        scheduler, every = _finer(pipe, profile.num_inference_steps)
+    latents = first_latents(pipe, scheduler, seed, images)
+    states, conds, unconds = [], [], []
+    for step, t in enumerate(tqdm(scheduler.timesteps, desc=f"{target} trajectories", leave=False)):
+        cond, uncond = _predict(pipe, profile, scheduler.scale_model_input(latents, t), t, labels)
+        if step % every == 0:
+            states.append(latents)
+            conds.append(cond)
+            unconds.append(uncond)
+        latents = scheduler.step(_guided(cond, uncond, profile.guidance_scale), t, latents).prev_sample
+    both = None if unconds[0] is None else torch.stack(unconds)
+    return Trajectories(torch.stack([*states, latents]), torch.stack(conds), both, labels, target)
+
+
+class Jumps:
+    """How wrong the latents are after a jump from one computed step to a later one: all of them, by least squares."""
+
+    def __init__(self, known: Trajectories):
+        self.num_steps = known.num_steps
+        parts = [known.latents, known.cond, *([] if known.uncond is None else [known.uncond])]
+        vectors = torch.cat([part.flatten(1) for part in parts]).double()
+        self.gram, self.size = vectors @ vectors.T, vectors.shape[1]
+        offsets = np.cumsum([0, *map(len, parts)])[1:-1]
+        self._outputs = [int(offset) for offset in offsets]
+        self._known: dict[tuple[int, int | None], np.ndarray] = {}
+
+    def errors(self, step: int, before: int | None) -> np.ndarray:
+        """Mean squared error of the latents at steps ``step + 1 ...``, computed last at ``step`` and at ``before``."""
+        if (step, before) not in self._known:
+            columns = [step, *(offset + step for offset in self._outputs)]
+            columns += [] if before is None else [offset + before for offset in self._outputs]
+            later = torch.arange(step + 1, self.num_steps + 1)
+            norms = self.gram.diagonal()[columns].sqrt().clamp_min(1e-12)
+            system = self.gram[columns][:, columns] / norms / norms[:, None]
+            wanted = self.gram[columns][:, later] / norms[:, None]
+            weights = torch.linalg.solve(system + RIDGE * torch.eye(len(columns), dtype=system.dtype), wanted)
+            fitted = 2 * (weights * wanted).sum(0) - (weights * (system @ weights)).sum(0)
+            error = (self.gram.diagonal()[later] - fitted).clamp_min(0) / self.size
+            self._known[step, before] = error.numpy()
+        return self._known[step, before]
+
+
+def choose_steps(jumps: Jumps, num_computed: int, gains: np.ndarray) -> tuple[tuple[int, ...], float]:
+    """The steps to compute, so that the errors of all jumps, each times the gain where it lands, add up to the least.
+
+    Dynamic programming over the last two computed steps.
+
+    Args:
+        num_computed: how many; the first step always is.
+        gains: ``[steps + 1]``: what a squared error of the latents there is worth in the end.
+
+    Returns:
+        The steps, and the predicted mean squared error.
+    """
+    steps = jumps.num_steps
+    check("num_computed", num_computed, 2 <= num_computed <= steps, f"an int from 2 to {steps}")
+    longest = math.ceil(3 * steps / num_computed)
+    best: dict[tuple[int, int | None], tuple[float, tuple[int, ...]]] = {(0, None): (0.0, (0,))}
+    for count in range(1, num_computed):
+        longer: dict[tuple[int, int | None], tuple[float, tuple[int, ...]]] = {}
+        for (step, before), (cost, path) in best.items():
+            errors = jumps.errors(step, before)
+            for later in range(step + 1, min(steps - (num_computed - count) + 1, step + 1 + longest)):
+                total = cost + gains[later] * errors[later - step - 1]
+                if total < longer.get((later, step), (math.inf,))[0]:
+                    longer[later, step] = total, (*path, later)
+        best = longer
+    totals = [(cost + gains[steps] * jumps.errors(*last)[-1], path) for last, (cost, path) in best.items()]
+    error, path = min(totals)
+    return path, float(error)
+
+
+def measure_gains(pipe: DiffusionPipeline, profile: Profile, known: Trajectories, points: int = 10) -> np.ndarray:
+    """The squared error of the finished image for a squared error of the latents at each step, ``[steps + 1]``.
+
+    At ``points`` steps the latents are displaced by the error of a jump of the usual length, and the run is finished in
+    full compute; between the points, interpolated.
+    """
+    steps, jump = known.num_steps, max(1, known.num_steps // 16)
+    where = np.unique(np.linspace(jump, steps - 1, points).round().astype(int))
+    scheduler = _scheduler(pipe, steps)
+    measured = []
+    for step in tqdm(range(steps), desc="gains", leave=False):
+        t = scheduler.timesteps[step]
+        if step in where:
+            displaced = _jumped(known, step, max(0, step - jump))
+            latents, own = known.latents[step] + displaced, copy.deepcopy(scheduler)
+            for later in range(step, steps):
+                latents, _ = _full_step(pipe, profile, own, own.timesteps[later], latents, known.labels)
+            final = _finished(pipe, latents) - _finished(pipe, known.latents[-1])
+            measured.append(float(final.square().mean() / displaced.square().mean()))
+        uncond = None if known.uncond is None else known.uncond[step]
+        scheduler.step(_guided(known.cond[step], uncond, profile.guidance_scale), t, known.latents[step])
+    return np.interp(np.arange(steps + 1), where, measured)
+
+
+def fit(
+    pipe: DiffusionPipeline, profile: Profile, computed: tuple[int, ...], known: Trajectories, fitted_on: int
+) -> tuple[list[tuple[float, ...]], torch.Tensor]:
+    """Follows a run that computes only at ``computed``, and fits each step's weights as it comes by.
+
+    Args:
+        fitted_on: the first so many images of ``known`` are fitted on; all follow.
+
+    Returns:
+        The weights, as ``ForecastPlan`` has them, and each image's mean squared error when finished, ``[images]``.
+    """
+    scheduler, latents = _scheduler(pipe, known.num_steps), known.latents[0]
+    conds: list[torch.Tensor] = []
+    unconds: list[torch.Tensor] = []
+    rows: list[tuple[float, ...]] = []
+    for step, t in enumerate(scheduler.timesteps):
+        model_input = scheduler.scale_model_input(latents, t)
+        if step in computed:
+            cond, uncond = _predict(pipe, profile, model_input, t, known.labels)
+            conds = [cond, *conds][:HISTORY]
+            unconds = [] if uncond is None else [uncond, *unconds][:HISTORY]
+        newest = _guided(conds[0], unconds[0] if unconds else None, profile.guidance_scale)
+        if step == 0:
+            rows.append(())
+            output = newest
+        else:
+            columns = torch.stack([x.flatten(1) for x in (*conds, *unconds, model_input)], -1).double()
+            # The output that takes the scheduler to the target's next latents: they are affine in it.
+            nowhere = _copied_step(scheduler, torch.zeros_like(latents), t, latents)
+            slope = (_copied_step(scheduler, torch.ones_like(latents), t, latents) - nowhere).flatten()[0]
+            wanted = (known.latents[step + 1] - nowhere) / slope - newest
+            weights = _least_squares(columns[:fitted_on].flatten(0, 1), wanted[:fitted_on].flatten().double())
+            weights[0] += profile.guidance_scale if unconds else 1
+            if unconds:
+                weights[len(conds)] += 1 - profile.guidance_scale
+            rows.append(tuple(float(f"{w:.9g}") for w in weights.tolist()))
+            output = (columns @ weights).view_as(latents).to(latents.dtype)
+        latents = scheduler.step(output, t, latents).prev_sample
+    error = (_finished(pipe, latents) - _finished(pipe, known.latents[-1])).square().flatten(1).mean(1)
+    return rows, error
+
+
+def make_plan(
+    pipe: DiffusionPipeline,
+    profile: Profile,
+    num_computed: int,
+    known: Trajectories,
+    gains: np.ndarray,
+    refinements: int = 4,
+    seed: int = 0,
+) -> ForecastPlan:
+    """The best plan found that computes ``num_computed`` steps.
+
+    Its provenance has ``trials``, the sets of steps that were tried, each with its ``predicted`` and ``measured`` mean
+    squared error: the latter of finished images in [-1, 1] that the weights had not been fitted on.
+    """
+    jumps, half = Jumps(known), len(known.labels) // 2
+    trials: dict[tuple[int, ...], tuple[float, float]] = {}
+
+    def attempt(steps: tuple[int, ...]) -> None:
+        if steps not in trials:
+            error = fit(pipe, profile, steps, known, half)[1][half:].mean()
+            trials[steps] = _predicted(jumps, steps, gains), float(error)
+
+    for power in (0.0, 0.5, 1.0):
+        attempt(choose_steps(jumps, num_computed, gains**power)[0])
+    generator = np.random.default_rng(seed)
+    for _ in tqdm(range(refinements), desc=f"refining {num_computed} steps", leave=False):
+        best = min(trials, key=lambda steps: trials[steps][1])
+        attempt(_neighbour(best, known.num_steps, generator))
+    best = min(trials, key=lambda steps: trials[steps][1])
+    rows, _ = fit(pipe, profile, best, known, len(known.labels))
+    scheduler = _scheduler(pipe, known.num_steps)
+    source = {
+        "target": known.target,
+        "calibration_images": len(known.labels),
+        "trials": [{"computed": list(s), "predicted": p, "measured": m} for s, (p, m) in trials.items()],
+    }
+    guidance, model = max(1.0, profile.guidance_scale), describe_model(pipe.transformer)
+    return ForecastPlan(rows, best, scheduler.timesteps.tolist(), guidance, HISTORY, model, source)
+
+
+def _predicted(jumps: Jumps, computed: tuple[int, ...], gains: np.ndarray) -> float:
+    path = [None, *computed, jumps.num_steps]
+    landings = zip(path[:-2], path[1:-1], path[2:], strict=True)
+    return float(sum(gains[later] * jumps.errors(step, before)[later - step - 1] for before, step, later in landings))
+
+
+def _neighbour(computed: tuple[int, ...], num_steps: int, generator: np.random.Generator) -> tuple[int, ...]:
+    """One computed step, but not the first, moved by one or two."""
+    for _ in range(100):
+        moved = list(computed)
+        which = generator.integers(1, len(moved))
+        moved[which] += int(generator.choice([-2, -1, 1, 2]))
+        if 0 < moved[which] < num_steps and moved[which] not in computed:
+            return tuple(sorted(moved))
+    return computed  # nearly all steps are computed: there is no room
+
+
+def _jumped(known: Trajectories, step: int, start: int) -> torch.Tensor:
+    """The error of the latents at ``step`` if nothing is computed after ``start``."""
+    uncond = [] if known.uncond is None else [known.uncond[start]]
+    columns = torch.stack([x.flatten() for x in (known.latents[start], known.cond[start], *uncond)], 1).double()
+    wanted = known.latents[step].flatten().double()
+    return (columns @ _least_squares(columns, wanted) - wanted).view_as(known.latents[step]).to(known.latents.dtype)
+
+
+def _least_squares(columns: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    norms = columns.norm(dim=0).clamp_min(1e-12)
+    columns = columns / norms
+    system = columns.T @ columns + RIDGE * torch.eye(columns.shape[1], dtype=columns.dtype, device=columns.device)
+    return torch.linalg.solve(system, columns.T @ wanted) / norms
+
+
+def _scheduler(pipe: DiffusionPipeline, num_inference_steps: int) -> Any:
+    scheduler = copy.deepcopy(pipe.scheduler)
+    scheduler.set_timesteps(num_inference_steps)
+    return scheduler
+
+
+def _finer(pipe: DiffusionPipeline, num_inference_steps: int) -> tuple[Any, int]:
+    """A scheduler with about ``FINER`` times the steps, every ``FINER``-th of which is one of the coarse ones."""
+    coarse = _scheduler(pipe, num_inference_steps).timesteps
+    for steps in (FINER * num_inference_steps, FINER * (num_inference_steps - 1) + 1):  # without and with both ends
+        fine = _scheduler(pipe, steps)
+        if torch.equal(fine.timesteps[::FINER], coarse):
+            return fine, FINER
+    raise ValueError(
+        f"{type(pipe.scheduler).__name__} with {FINER} times {num_inference_steps} steps doesn't visit the same "
+        "timesteps: use timestep_spacing='trailing', or target='reference'"
+    )
+
+
+@torch.no_grad()
+def _predict(
+    pipe: DiffusionPipeline, profile: Profile, model_input: torch.Tensor, t: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if profile.guidance_scale > 1:
+        labels = torch.cat([labels, torch.full_like(labels, pipe.transformer.config.num_embeds_ada_norm)])
+    return branch_predictions(pipe.transformer, model_input, t, labels)
+
+
+def _full_step(pipe, profile, scheduler, t, latents, labels) -> tuple[torch.Tensor, torch.Tensor]:
+    cond, uncond = _predict(pipe, profile, scheduler.scale_model_input(latents, t), t, labels)
+    guided = _guided(cond, uncond, profile.guidance_scale)
+    return scheduler.step(guided, t, latents).prev_sample, guided
+
+
+def _copied_step(scheduler: Any, output: torch.Tensor, t: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    return copy.deepcopy(scheduler).step(output, t, latents).prev_sample
+
+
+def _guided(cond: torch.Tensor, uncond: torch.Tensor | None, guidance_scale: float) -> torch.Tensor:
+    return cond if uncond is None else uncond + guidance_scale * (cond - uncond)
+
+
+def _finished(pipe: DiffusionPipeline, latents: torch.Tensor) -> torch.Tensor:
+    """What is compared in the end: a pixel-space model's latents are the picture, which clips them."""
+    return latents if hasattr(pipe, "vae") else latents.clamp(-1, 1)

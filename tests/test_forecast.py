@@ -1,0 +1,218 @@
+import json
+
+import pytest
+import torch
+from conftest import draw, embedded_pipeline
+from diffusers import DiTPipeline, PixArtAlphaPipeline
+
+from dqar import DQARConfig, ForecastPlan, apply_dqar, metrics
+from dqar.models import make_scheduler
+from dqar.plan import describe_model, extrapolation
+
+COMPUTED = (0, 2, 3, 7)
+
+
+def plan_for(pipe, computed=COMPUTED, steps=8, guidance=3.0, order=1):
+    pipe.scheduler.set_timesteps(steps)
+    return extrapolation(computed, pipe.scheduler.timesteps.tolist(), guidance, describe_model(pipe.transformer), order)
+
+
+def by_hand(pipe, weights, labels=(1, 2), guidance=3.0, history=2):
+    """The planned run without dqar's session: a loop over the bare transformer, forecasts in float64."""
+    noise = [torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(len(labels))]
+    latents, labels = torch.cat(noise), torch.tensor(labels)
+    labels = torch.cat([labels, torch.full_like(labels, 10)])
+    pipe.scheduler.set_timesteps(len(weights))
+    conds, unconds = [], []
+    for step, t in enumerate(pipe.scheduler.timesteps):
+        if step in COMPUTED:
+            with torch.no_grad():
+                out = pipe.transformer(torch.cat([latents] * 2), timestep=t.expand(4), class_labels=labels).sample
+            cond, uncond = out.chunk(2)
+            conds, unconds = [cond, *conds][:history], [uncond, *unconds][:history]
+        guided = unconds[0] + guidance * (conds[0] - unconds[0])
+        if weights[step]:
+            columns = [*conds, *unconds, latents]
+            guided = sum(w * x.double() for w, x in zip(weights[step], columns, strict=True)).float()
+        latents = pipe.scheduler.step(guided, t, latents).prev_sample
+    return latents
+
+
+def test_a_plan_that_computes_every_step_changes_nothing(pipe):
+    untouched = draw(pipe)
+    with apply_dqar(pipe, DQARConfig(plan=plan_for(pipe, range(8)))):
+        assert torch.equal(draw(pipe), untouched)
+    assert torch.equal(draw(pipe), untouched)
+    assert not hasattr(pipe.transformer, "_diffusers_hook") and "forward" not in vars(pipe.transformer)
+    assert "step" not in vars(pipe.scheduler)
+
+
+def test_a_planned_run_is_what_it_says(pipe):
+    """Random weights for every step, computed ones too: the same as a plain loop."""
+    torch.manual_seed(0)
+    plan = plan_for(pipe)
+    rows = [()] + [
+        tuple((0.3 * torch.randn(2 * min(2, sum(c <= step for c in COMPUTED)) + 1)).tolist()) for step in range(1, 8)
+    ]
+    plan = ForecastPlan(rows, plan.computed, plan.timesteps, 3.0, 2, plan.model)
+    expected = by_hand(pipe, rows)
+    with apply_dqar(pipe, DQARConfig(plan=plan)) as session:
+        first, again = draw(pipe), draw(pipe)
+        other = draw(pipe, labels=(3,))
+        after = draw(pipe)
+    torch.testing.assert_close(first, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    assert torch.equal(first, again) and torch.equal(first, after) and len(other) == 1
+    trace = session.trace.to_pandas("model")
+    assert len(trace) == (2 + 2 + 2 + 2) * 8 and len(session.trace.to_pandas()) == 0
+    assert sorted(set(trace[trace.decision == "compute"].step)) == list(COMPUTED)
+    assert trace[trace.step == 7].bytes.iloc[0] == 2 * 2 * 64 * 4  # two outputs, two images a branch, float32
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_extrapolation_continues_a_polynomial(pipe, order):
+    plan = plan_for(pipe, (0, 1, 4, 6), order=order)
+    outputs = [1.0 + 2 * step - 0.5 * step**2 if order == 2 else 1.0 + 2 * step * (order > 0) for step in range(8)]
+    for step, row in enumerate(plan.weights):
+        done = [s for s in (6, 4, 1, 0) if s <= step][: order + 1]
+        if row and len(done) == order + 1:
+            cond, uncond = row[: len(done)], row[len(done) : -1]
+            assert sum(w * outputs[s] for w, s in zip(cond, done, strict=True)) == pytest.approx(3 * outputs[step])
+            assert sum(w * outputs[s] for w, s in zip(uncond, done, strict=True)) == pytest.approx(-2 * outputs[step])
+    assert plan.weights[6] == () and plan.macs_speedup == 2
+
+
+def test_orders_differ_and_skipped_steps_cost_nothing(pipe):
+    full = metrics.count_macs(lambda: draw(pipe))
+    images, macs = [], []
+    for order in (0, 1, 2):
+        with apply_dqar(pipe, DQARConfig(plan=plan_for(pipe, order=order))):
+            macs.append(metrics.count_macs(lambda: images.append(draw(pipe))))
+    assert macs == [full // 2] * 3
+    assert not torch.equal(images[0], images[1]) and not torch.equal(images[1], images[2])
+
+
+def test_without_guidance_there_is_one_branch(pipe):
+    untouched = draw(pipe, guidance=1.0)
+    with apply_dqar(pipe, DQARConfig(plan=plan_for(pipe, range(8), guidance=1.0))):
+        assert torch.equal(draw(pipe, guidance=1.0), untouched)
+    plan = plan_for(pipe, guidance=1.0)
+    assert [len(row) for row in plan.weights] == [0, 2, 0, 0, 3, 3, 3, 0]
+    with apply_dqar(pipe, DQARConfig(plan=plan)) as session:
+        assert not torch.equal(draw(pipe, guidance=1.0), untouched)
+    assert set(session.trace.to_pandas("model").branch) == {"cond"}
+
+
+def test_a_planned_step_waits_for_no_number(pipe, monkeypatch):
+    waits = []
+    for name in ("item", "tolist", "__bool__", "__float__"):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self, o=original, n=name: (waits.append(n), o(self))[1])
+
+    def count(steps):
+        with apply_dqar(pipe, DQARConfig(plan=plan_for(pipe, (0, 1, steps - 1), steps=steps))):
+            waits.clear()
+            draw(pipe, steps=steps)
+            planned = len(waits)
+        waits.clear()
+        draw(pipe, steps=steps)
+        return planned - len(waits)
+
+    assert count(6) == count(12)
+
+
+def test_a_saved_plan_is_the_same(pipe, tmp_path):
+    plan = plan_for(pipe)
+    plan.save(tmp_path / "plan.json")
+    assert ForecastPlan.load(tmp_path / "plan.json") == plan
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[:-20],
+        lambda text: text.replace("dqar-forecast-1", "dqar-plan-1"),
+        lambda text: text.replace('"weights"', '"heights"'),
+        lambda text: json.dumps({**json.loads(text), "computed": [0, 99]}),
+        lambda text: "[]",
+    ],
+)
+def test_a_damaged_file_is_named(pipe, tmp_path, damage):
+    path = tmp_path / "plan.json"
+    plan_for(pipe).save(path)
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(ValueError, match="plan.json is truncated or no dqar-forecast-1 file"):
+        ForecastPlan.load(path)
+
+
+def test_wrong_tables_are_named():
+    with pytest.raises(ValueError, match="step 0"):
+        ForecastPlan([(), ()], {1}, [9, 1], 1.0, 2, "model")
+    with pytest.raises(ValueError, match="step 1 are not accepted: 3 finite"):
+        ForecastPlan([(), (1.0,)], {0}, [9, 1], 2.0, 2, "model")
+    with pytest.raises(ValueError, match="step 1 are not accepted"):
+        ForecastPlan([(), (1.0, float("nan"))], {0}, [9, 1], 1.0, 2, "model")
+    with pytest.raises(ValueError, match="history=0"):
+        ForecastPlan([()], {0}, [9], 1.0, 0, "model")
+
+
+def test_a_run_that_the_plan_was_not_made_for_is_refused(pipe):
+    plan = plan_for(pipe)
+    with apply_dqar(pipe, DQARConfig(plan=plan)):
+        with pytest.raises(ValueError, match="made for 8 steps, this run takes 5"):
+            draw(pipe, steps=5)
+        with pytest.raises(ValueError, match="guidance_scale=3, this run has 2"):
+            draw(pipe, guidance=2.0)
+    with pytest.raises(ValueError, match="made for DiTTransformer2DModel of 4 layers.* this is .* of 3 layers"):
+        apply_dqar(embedded_pipeline(num_layers=3), DQARConfig(plan=plan))
+    with (
+        apply_dqar(pipe.transformer, DQARConfig(plan=plan)),
+        pytest.raises(ValueError, match="apply it to the pipelin"),
+    ):
+        draw(pipe)
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, timestep_spacing="leading")
+    with apply_dqar(pipe, DQARConfig(plan=plan)), pytest.raises(ValueError, match="another spacing.*step 0"):
+        draw(pipe)
+
+
+def test_nan_is_found_at_the_end_of_a_planned_run(pipe):
+    broken = plan_for(pipe)
+    pipe.transformer.transformer_blocks[2].attn1.to_v.weight.data[0, 0] = float("nan")
+    with apply_dqar(pipe, DQARConfig(plan=broken)), pytest.raises((FloatingPointError, ValueError), match="NaN|nan"):
+        draw(pipe)
+
+
+def test_through_the_real_dit_pipeline(dit_folder):
+    """Eight output channels, of which four are noise; the plan's guided forecast survives the pipeline's guidance."""
+    pipe = DiTPipeline.from_pretrained(dit_folder)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = make_scheduler("dpm-solver++", pipe.scheduler)
+
+    def images():
+        return pipe([1, 2], 4.0, torch.Generator().manual_seed(0), 6, output_type="np").images
+
+    untouched = images()
+    with apply_dqar(pipe, DQARConfig(plan=plan_for(pipe, range(6), 6, 4.0))):
+        assert (images() == untouched).all()
+    plan = plan_for(pipe, (0, 1, 3, 5), 6, 4.0)
+    with apply_dqar(pipe, DQARConfig(plan=plan)):
+        planned = images()
+        assert (planned == images()).all() and (planned != untouched).any()
+    assert (images() == untouched).all()
+
+
+def test_through_the_pixart_pipeline(pixart_folder):
+    pipe = PixArtAlphaPipeline.from_pretrained(pixart_folder)
+    pipe.set_progress_bar_config(disable=True)
+
+    def images():
+        options = {"clean_caption": False, "use_resolution_binning": False, "height": 8, "width": 8}
+        generator = torch.Generator().manual_seed(0)
+        return pipe("a cat", num_inference_steps=6, generator=generator, output_type="np", **options).images
+
+    untouched = images()
+    with apply_dqar(pipe, DQARConfig(plan=plan_for(pipe, range(6), 6, 4.5))):
+        assert (images() == untouched).all()
+    with apply_dqar(pipe, DQARConfig(plan=plan_for(pipe, (0, 1, 3, 5), 6, 4.5))):
+        assert (images() != untouched).any()
+    assert (images() == untouched).all()

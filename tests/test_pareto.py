@@ -1,0 +1,105 @@
+import math
+
+import pandas as pd
+import pytest
+
+from dqar import pareto
+from dqar.methods import Method, computed_steps
+from dqar.models import get_profile
+from dqar.peers import SWEEPS
+
+
+def points(rows):
+    """A recorded table with one image per contender: family, settings, MACs, PSNR to both targets."""
+    return pd.DataFrame(
+        {
+            "family": family,
+            "settings": settings,
+            "image": 0,
+            "mse_reference": 10 ** (-reference / 10),
+            "mse_converged": 10 ** (-converged / 10),
+            "predicted": 1,
+            "label": 1,
+            "macs": macs,
+            "cache_bytes": 0.0,
+        }
+        for family, settings, macs, reference, converged in rows
+    )
+
+
+TABLE = points(
+    [
+        ("full compute", "", 100, 120, 44),
+        ("fewer steps", "25", 50, 40, 41),
+        ("fewer steps", "10", 20, 30, 31),
+        ("output extrapolation", "a", 50, 45, 42),
+        ("output extrapolation", "b", 55, 39, 42),
+        ("DQAR plan, reference", "2", 50, 50, 40),
+        ("DQAR plan, reference", "3", 30, 46, 40),
+        ("DQAR plan, converged", "2", 50, 43, 41.5),
+        ("DQAR sites", "every 2", 50, 60, 60),
+    ]
+)
+
+
+def test_summary_has_speed_and_decibels():
+    found = pareto.summary(TABLE).set_index(["family", "settings"])
+    assert found.macs_speedup["fewer steps", "10"] == 5
+    assert found.psnr_reference["output extrapolation", "a"] == pytest.approx(45)
+    assert found.psnr_converged["full compute", ""] == pytest.approx(44)
+    assert found.accuracy.eq(1).all()
+
+
+def test_the_mean_is_of_errors_not_of_decibels():
+    two = pd.concat([TABLE, TABLE.assign(image=1, mse_reference=TABLE.mse_reference * 3)])
+    found = pareto.summary(two)
+    assert found.psnr_reference[1] == pytest.approx(40 - 10 * math.log10(2))
+
+
+def test_the_frontier_leaves_out_what_is_beaten():
+    own = pareto.summary(TABLE)
+    line = pareto.frontier(own[own.family == "output extrapolation"], "reference")
+    assert line.settings.tolist() == ["a"]
+    line = pareto.frontier(own[own.family == "fewer steps"], "reference")
+    assert line.settings.tolist() == ["25", "10"]
+
+
+def test_verdicts_name_the_best_peer_and_what_its_quality_takes():
+    verdicts = pareto.verdicts(pareto.summary(TABLE), (2, 4)).set_index(["target", "budget"])
+    row = verdicts.loc["reference", 2]
+    assert row.ours == pytest.approx(50) and row.peer == pytest.approx(45) and row.which == "output extrapolation: a"
+    assert row.macs_needed == pytest.approx(30 / 50)  # 46 dB are enough, at 30 of the peer's 50 MACs
+    row = verdicts.loc["converged", 2]
+    assert row.ours == pytest.approx(41.5) and row.peer == pytest.approx(42) and math.isnan(row.macs_needed)
+    row = verdicts.loc["reference", 4]
+    assert math.isnan(row.ours) and row.which == "fewer steps: 10"
+
+
+def test_the_best_of_each_family_at_a_budget():
+    best = pareto.best_of_families(TABLE, "reference", (2, 3))
+    assert best.loc["fewer steps"].tolist() == [40, 30]
+    assert best.loc["output extrapolation"].tolist()[0] == 45 and math.isnan(best.loc["output extrapolation"].iloc[1])
+
+
+@pytest.mark.parametrize("sampler", list(pareto.SAMPLERS))
+def test_every_contender_has_a_name_of_its_own_and_all_families_are_there(sampler):
+    found = pareto.contenders(get_profile("digits"), sampler)
+    assert len({contender.name for contender in found}) == len(found)
+    families = {contender.family for contender in found}
+    assert families >= {"full compute", "fewer steps", "output extrapolation", "DQAR sites", *SWEEPS}
+    assert len(
+        {(c.method.peer, c.method.config, c.method.scheduler, c.method.num_inference_steps) for c in found}
+    ) == len(found)
+
+
+def test_a_measurement_counts_what_runs():
+    """On the embedded model: the reference is its own target, and skipped steps cost no MACs."""
+    profile = get_profile("smoke", num_inference_steps=4, batch_size=2)
+    wanted = pareto.targets(profile, "ddim", 2)
+    full = pareto.measure(pareto.Contender("full compute", "", Method(scheduler="ddim")), profile, wanted)
+    assert full.mse_reference.eq(0).all() and full.mse_converged.gt(0).all() and len(full) == 2
+    found = {c.settings: c for c in pareto.contenders(profile, "ddim") if c.family == "output extrapolation"}
+    skipping = pareto.measure(found["every 3, last 1, order 1, ddim"], profile, wanted)
+    assert skipping.macs[0] == pytest.approx(full.macs[0] / 2) and skipping.mse_reference.gt(0).all()
+    assert skipping.cache_bytes[0] == 2 * 2 * 64 * 4  # two outputs, two branches
+    assert computed_steps(profile, 2) == 2 and computed_steps(profile, 4) == 2

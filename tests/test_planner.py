@@ -1,0 +1,122 @@
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from conftest import embedded_pipeline
+
+from dqar import DQARConfig, metrics
+from dqar.models import Profile, make_scheduler
+from dqar.plan import describe_model, extrapolation
+from dqar.planner import Jumps, Trajectories, choose_steps, fit, make_plan, measure_gains, trajectories
+from dqar.sampling import sample
+
+PROFILE = Profile("tiny", "digits", num_inference_steps=10, guidance_scale=3.0, batch_size=8)
+
+
+@pytest.fixture(params=["ddim", "dpm-solver++", "dpm-solver++-lu"])
+def pipe(request):
+    pipe = embedded_pipeline()
+    pipe.scheduler = make_scheduler(request.param, pipe.scheduler)
+    for parameter in pipe.transformer.parameters():
+        parameter.data *= 0.4  # tame enough for a run to converge
+    return pipe
+
+
+def test_trajectories_are_those_of_the_pipeline(pipe):
+    known = trajectories(pipe, PROFILE, "reference", 4, seed=5)
+    images = sample(pipe, PROFILE, 5, num_samples=4).images
+    torch.testing.assert_close((known.latents[-1] / 2 + 0.5).clamp(0, 1), images)
+    assert known.latents.shape == (11, 4, 1, 8, 8) and known.cond.shape == known.uncond.shape == (10, 4, 1, 8, 8)
+
+
+def test_converged_trajectories_are_of_the_same_timesteps(pipe):
+    coarse, fine = (trajectories(pipe, PROFILE, target, 4) for target in ("reference", "converged"))
+    assert torch.equal(coarse.latents[0], fine.latents[0]) and torch.equal(coarse.cond[0], fine.cond[0])
+    assert fine.latents.shape == coarse.latents.shape and not torch.equal(fine.latents[1], coarse.latents[1])
+
+
+def test_a_spacing_without_finer_steps_is_refused():
+    pipe = embedded_pipeline()
+    pipe.scheduler = make_scheduler("ddim-leading", pipe.scheduler)
+    with pytest.raises(ValueError, match="doesn't visit the same timesteps"):
+        trajectories(pipe, PROFILE, "converged", 2)
+    with pytest.raises(ValueError, match="target='best'"):
+        trajectories(pipe, PROFILE, "best", 2)
+
+
+def test_jumps_are_least_squares():
+    torch.manual_seed(0)
+    known = Trajectories(torch.randn(7, 3, 1, 4, 4), *torch.randn(2, 6, 3, 1, 4, 4), torch.arange(3), "reference")
+    jumps = Jumps(known)
+    for step, before in ((0, None), (3, 1), (5, 4)):
+        columns = [known.latents[step], known.cond[step], known.uncond[step]]
+        columns += [] if before is None else [known.cond[before], known.uncond[before]]
+        columns = np.stack([x.flatten().double() for x in columns], 1)
+        for later, error in enumerate(jumps.errors(step, before), step + 1):
+            wanted = known.latents[later].flatten().double().numpy()
+            rest = wanted - columns @ np.linalg.lstsq(columns, wanted, rcond=None)[0]
+            assert error == pytest.approx((rest**2).mean(), rel=1e-6)
+
+
+def test_chosen_steps_are_the_best_of_all():
+    torch.manual_seed(1)
+    known = Trajectories(torch.randn(8, 2, 1, 4, 4), *torch.randn(2, 7, 2, 1, 4, 4), torch.arange(2), "reference")
+    jumps, gains = Jumps(known), np.linspace(0.5, 2, 8)
+
+    def total(path):
+        ends = [None, *path, 7]
+        jumps_of = zip(ends[:-2], ends[1:-1], ends[2:], strict=True)
+        return sum(gains[c] * jumps.errors(b, a)[c - b - 1] for a, b, c in jumps_of)
+
+    best = min(((0, *rest) for rest in itertools.combinations(range(1, 7), 3)), key=total)
+    path, error = choose_steps(jumps, 4, gains)
+    assert path == best and error == pytest.approx(total(best))
+    other, _ = choose_steps(jumps, 4, gains[::-1] ** 6)
+    assert other != path  # gains matter
+    with pytest.raises(ValueError, match="num_computed=8 is not accepted"):
+        choose_steps(jumps, 8, gains)
+
+
+def test_computing_every_step_reaches_the_reference(pipe):
+    known = trajectories(pipe, PROFILE, "reference", 4)
+    _, error = fit(pipe, PROFILE, tuple(range(10)), known, 4)
+    assert error.max() < 1e-6
+
+
+def test_a_plan_beats_extrapolation_on_other_images(pipe):
+    known = trajectories(pipe, PROFILE, "reference", 8)
+    gains = measure_gains(pipe, PROFILE, known, points=4)
+    plan = make_plan(pipe, PROFILE, 5, known, gains, refinements=3)
+    assert len(plan.computed) == 5 and len(plan.provenance["trials"]) >= 3
+    best = min(plan.provenance["trials"], key=lambda trial: trial["measured"])
+    assert sorted(plan.computed) == best["computed"]
+    reference = sample(pipe, PROFILE, 77, num_samples=8).images
+    line = extrapolation(plan.computed, plan.timesteps, 3.0, describe_model(pipe.transformer))
+    ours, theirs = (
+        metrics.mean_psnr(sample(pipe, PROFILE, 77, DQARConfig(plan=p), num_samples=8).images, reference)
+        for p in (plan, line)
+    )
+    assert ours > theirs + 3
+
+
+def test_what_the_planner_follows_is_what_the_pipeline_runs(pipe):
+    """Weights fitted on one run, replayed through the session on the same images, give the error that was fitted."""
+    known = trajectories(pipe, PROFILE, "reference", 4, seed=5)
+    rows, error = fit(pipe, PROFILE, (0, 2, 3, 6, 9), known, 4)
+    plan = make_plan(pipe, PROFILE, 5, known, np.ones(11), refinements=0)
+    plan = dataclasses.replace(plan, weights=rows, computed={0, 2, 3, 6, 9})
+    drawn = sample(pipe, PROFILE, 5, DQARConfig(plan=plan), num_samples=4).images * 2 - 1
+    replayed = (drawn - known.latents[-1].clamp(-1, 1)).square().flatten(1).mean(1)
+    torch.testing.assert_close(replayed, error, rtol=0.02, atol=1e-8)
+
+
+def test_without_guidance():
+    pipe = embedded_pipeline()
+    profile = dataclasses.replace(PROFILE, guidance_scale=1.0)
+    known = trajectories(pipe, profile, "reference", 4)
+    assert known.uncond is None
+    plan = make_plan(pipe, profile, 5, known, np.ones(11), refinements=1)
+    assert not plan.guided
+    sample(pipe, profile, 3, DQARConfig(plan=plan), num_samples=2)
