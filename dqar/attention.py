@@ -1,7 +1,8 @@
 """DQAR on a diffusers transformer: one attention processor per self-attention layer, one hook on the model.
 
 Nothing of the model is edited or subclassed: processors are swapped with ``Attention.set_processor``, the hook sits in
-diffusers' ``HookRegistry``, and the scheduler's ``step`` is watched for the guided prediction while a run lasts.
+diffusers' ``HookRegistry``, and the scheduler's ``step`` is watched for the guided prediction while a run lasts. With
+``reuse_target="block"`` each block's feed-forward has a hook too, that follows its attention's decision.
 """
 
 from __future__ import annotations
@@ -9,17 +10,22 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch.nn import functional as F
 
 from dqar import stats
 from dqar.cache import CacheEntry
 from dqar.config import DQARConfig
 from dqar.controller import DQARController
+from dqar.forecast import OutputForecast
+from dqar.plan import ForecastPlan, describe_model
 from dqar.trace import Trace
 
 HOOK_NAME = "dqar"
@@ -27,6 +33,8 @@ HOOK_NAME = "dqar"
 BRANCH_ORDER = {"DiTTransformer2DModel": ("cond", "uncond"), "PixArtTransformer2DModel": ("uncond", "cond")}
 Condition = tuple[torch.Tensor | None, torch.Tensor | None]
 """Class labels or caption embeddings, and the caption's mask: what a run keeps to."""
+Sites = tuple[torch.Size, dict[str, slice], dict[str, CacheEntry], dict[str, slice]]
+"""A layer at a step: its ``[B, N]``, the branches that are computed, with their rows, those cached, and those shared."""
 
 
 def apply_dqar(pipe: Any, config: DQARConfig | None = None, prompt_length: int | None = None) -> DQARSession:
@@ -44,10 +52,12 @@ def apply_dqar(pipe: Any, config: DQARConfig | None = None, prompt_length: int |
         The session: its ``trace`` and ``controller`` stay readable after removal.
 
     Raises:
-        ValueError: no self-attention that DQAR can take over, or DQAR is there already.
+        ValueError: no self-attention that DQAR can take over, DQAR is there already, or a plan for another model.
     """
     transformer = getattr(pipe, "transformer", pipe)
     layers = _self_attention_layers(transformer)
+    if config is not None and isinstance(config.plan, ForecastPlan):
+        config.plan.check_model(describe_model(transformer))
     if _find_session(transformer) is not None:
         raise ValueError("DQAR is already applied to this transformer: call remove_dqar first")
     return DQARSession(pipe, transformer, layers, config or DQARConfig(), prompt_length)
@@ -74,20 +84,27 @@ class DQARSession:
         self.controller = DQARController(len(layers), config)
         self._pipe, self._transformer, self._prompt_length = pipe, transformer, prompt_length
         self._layers = layers
-        processors = [(layer, DQARAttnProcessor(self, layer_id)) for layer_id, layer in enumerate(layers)]
+        plan = self.controller.config.plan
+        self._forecast = OutputForecast(plan) if isinstance(plan, ForecastPlan) else None
+        attention = [DQARAttnProcessor(self, layer_id) for layer_id in range(len(layers))]
+        processors = list(zip(layers, attention, strict=True))
         for layer_id, block in enumerate(transformer.transformer_blocks):
             cross = getattr(block, "attn2", None)
             if isinstance(cross, Attention) and isinstance(cross.processor, AttnProcessor2_0):
                 processors.append((cross, DQARCrossAttnProcessor(self, layer_id, cross.processor)))
+        hooks = [(transformer, _DQARHook(self))]
+        if self.controller.config.reuse_target == "block":
+            blocks = zip(transformer.transformer_blocks, attention, strict=True)
+            hooks += [(_feed_forward(block, own.layer_id), _FeedForwardHook(own)) for block, own in blocks]
+        if self._forecast is not None:  # where the model runs at all, it runs untouched
+            processors, hooks = [], hooks[:1]
         self._originals = [(layer, layer.processor) for layer, _ in processors]
         self._argument_names = list(inspect.signature(type(transformer).forward).parameters)[1:]
-        self._had_registry = hasattr(transformer, "_diffusers_hook")
-        self._had_forward = "forward" in vars(transformer)  # of another library's hook
         self._watched: Any = None
         self._forget_run()
         for layer, processor in processors:
             layer.set_processor(processor)
-        HookRegistry.check_if_exists_or_initialize(transformer).register_hook(_DQARHook(self), HOOK_NAME)
+        self._detach = [_attach(module, hook) for module, hook in hooks]
 
     def __enter__(self) -> DQARSession:
         return self
@@ -106,12 +123,8 @@ class DQARSession:
             return
         for layer, original in self._originals:
             layer.set_processor(original)
-        registry = self._transformer._diffusers_hook
-        registry.remove_hook(HOOK_NAME, recurse=False)
-        if not self._had_registry and not registry.hooks:
-            del self._transformer._diffusers_hook
-            if not self._had_forward:
-                del self._transformer.forward  # the instance attribute; the class's method is underneath
+        for detach in self._detach:
+            detach()
         self._watch_scheduler(None)
         self._forget_run()
 
@@ -119,6 +132,8 @@ class DQARSession:
 
     def _forget_run(self) -> None:
         self.controller.reset()
+        if self._forecast is not None:
+            self._forecast.forget()
         self._step_index = -1
         self._timesteps: torch.Tensor | None = None
         self._run_condition: Condition = (None, None)
@@ -169,6 +184,23 @@ class DQARSession:
             latent_norm=norm,
             timestep=timestep,
         )
+
+    def forward(self, original: Callable, args: tuple, kwargs: dict) -> Any:
+        """The model's output: its own, or by a ``ForecastPlan`` with the guided noise forecast."""
+        if self._forecast is None:
+            return original(*args, **kwargs)
+        forecast, step, rows = self._forecast, self._step_index, self._slices["cond"]
+        fresh = step in forecast.plan.computed
+        if fresh:
+            computed = original(*args, **kwargs)
+            forecast.keep(computed[0], self._slices, self._latents.shape[1])
+        for branch in self._slices:
+            self.controller.record_output(branch, fresh, forecast.nbytes // len(self._slices))
+        if fresh and not forecast.plan.weights[step]:
+            return computed
+        sample = forecast.output(step, self._latents[rows])
+        named = dict(zip(self._argument_names, args, strict=False)) | kwargs
+        return Transformer2DModelOutput(sample=sample) if named.get("return_dict", True) else (sample,)
 
     def end_forward(self, output: Any) -> None:
         """Keeps an eye on the output: a run that is no longer finite is stopped, naming step and layer.
@@ -232,8 +264,13 @@ class DQARSession:
         if self._run_prompt_length is None and mask is not None and mask.ndim == 2:
             self._run_prompt_length = mask[self._slices["cond"]].sum(dim=1, dtype=torch.float32).mean().item()
         self._timesteps = getattr(scheduler, "timesteps", None)
-        if scheduler is not None and self.controller.config.plan is not None:
-            self.controller.config.plan.check_run(len(self._timesteps), type(scheduler).__name__)
+        plan = self.controller.config.plan
+        if isinstance(plan, ForecastPlan):
+            if scheduler is None:
+                raise ValueError("a ForecastPlan needs the timesteps: apply it to the pipeline, not to its transformer")
+            plan.check_run(self._timesteps.tolist())
+        elif scheduler is not None and plan is not None:
+            plan.check_run(len(self._timesteps), type(scheduler).__name__)
         if scheduler is None:
             if self.controller.config.gates_on_snr and self.controller.config.schedule != "none":
                 warnings.warn(
@@ -270,6 +307,8 @@ class DQARSession:
 
     def see_prediction(self, model_output: torch.Tensor) -> None:
         """Notes x0 and SNR by the guided prediction that this session's own run hands to the scheduler."""
+        if self._forecast is not None and self._step_index == 0 and self._watched.timesteps is self._timesteps:
+            self._forecast.check_guidance(model_output)
         if not self.controller.config.measures_latents:
             return
         if self._latents is None or self._watched.timesteps is not self._timesteps:
@@ -312,6 +351,9 @@ class DQARAttnProcessor:
     def __init__(self, session: DQARSession, layer_id: int):
         self.session, self.layer_id = session, layer_id
         self.original = session._layers[layer_id].processor
+        # Where the feed-forward is part of the site: what was decided, and what it is to be cached with.
+        self._decided: Sites | None = None
+        self._waiting: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
 
     @torch.compiler.disable  # decisions are Python's; a compiled block is compiled around them
     def __call__(
@@ -326,17 +368,19 @@ class DQARAttnProcessor:
             given = "attention_mask" if encoder_hidden_states is None else "encoder_hidden_states"
             raise ValueError(f"layer {self.layer_id} was given {given}: DQAR takes unmasked self-attention only")
         controller, layer_id = self.session.controller, self.layer_id
-        slices = self.session._slices
+        slices, step = self.session._slices, self.session._step_index
         decisions = {branch: controller.should_reuse(layer_id, branch) for branch in slices}
         cached = {branch: d.entry for branch, d in decisions.items() if d.use_cache}
         shared = {branch: rows for branch, rows in slices.items() if decisions[branch].shared}
         fresh = {branch: rows for branch, rows in slices.items() if branch not in cached and branch not in shared}
+        if controller.config.reuse_target == "block":
+            self._decided, self._waiting = (hidden_states.shape[:-1], fresh, cached, shared), {}
         if controller.config.reuse_target == "kv":
             output = self._with_keys_and_values(attn, hidden_states, fresh, cached, shared)
         elif not cached and not shared:
             output = self._compute(attn, hidden_states, slices)
         else:
-            parts = {branch: entry.output.dequantize() for branch, entry in cached.items()}
+            parts = {branch: entry.forecast(step) for branch, entry in cached.items()}
             for branch, rows in fresh.items():
                 parts[branch] = self._compute(attn, hidden_states[rows], {branch: slice(None)})
             for branch in shared:
@@ -345,6 +389,30 @@ class DQARAttnProcessor:
             output = torch.cat([parts[branch] for branch in slices]) if len(parts) > 1 else next(iter(parts.values()))
         for entry in cached.values():
             controller.reuse(entry)
+        return output
+
+    @torch.compiler.disable
+    def feed_forward(self, original: Callable, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The block's feed-forward: computed, forecast or shared where the attention just was."""
+        if self._decided is None:  # called by itself, not by its block
+            return original(hidden_states)
+        session, (shape, fresh, cached, shared), waiting = self.session, self._decided, self._waiting
+        self._decided, self._waiting = None, {}  # the cache's old entries must not stay alive here
+        if hidden_states.shape[:-1] != shape:
+            raise ValueError(
+                f"layer {self.layer_id}'s feed-forward was given {tuple(hidden_states.shape)} after an attention of "
+                f"{tuple(shape)}: DQAR takes it whole, without feed_forward_chunk_size"
+            )
+        if not cached and not shared:
+            output = original(hidden_states)
+            parts = {branch: output[rows] for branch, rows in fresh.items()}
+        else:
+            parts = {b: entry.forecast(session._step_index, "feed_forward") for b, entry in cached.items()}
+            parts |= {branch: original(hidden_states[rows]) for branch, rows in fresh.items()}
+            parts |= dict.fromkeys(shared, parts.get("cond"))
+            output = torch.cat([parts[b] for b in session._slices]) if len(parts) > 1 else next(iter(parts.values()))
+        for branch, (attention, entropy) in waiting.items():
+            self._keep(branch, entropy, output=attention, feed_forward=parts[branch])
         return output
 
     def _compute(self, attn: Attention, hidden_states: torch.Tensor, slices: dict[str, slice]) -> torch.Tensor:
@@ -414,13 +482,19 @@ class DQARAttnProcessor:
             measured = None if entropy is None else entropy[rows]
             if controller.wants_commit(self.layer_id):
                 kept = {name: tensor[rows] for name, tensor in tensors.items()}
-                try:
-                    controller.commit(self.layer_id, branch, entropy=measured, **kept)
-                except ValueError:  # the quantizer takes no NaN or inf
-                    self.session.check_finite(sum(tensor.sum(dtype=torch.float32).item() for tensor in kept.values()))
-                    raise
+                if controller.config.reuse_target == "block":
+                    self._waiting[branch] = kept["output"], measured
+                else:
+                    self._keep(branch, measured, **kept)
             else:
                 controller.record(self.layer_id, branch, measured, tokens)
+
+    def _keep(self, branch: str, entropy: torch.Tensor | None, **tensors: torch.Tensor) -> None:
+        try:
+            self.session.controller.commit(self.layer_id, branch, entropy=entropy, **tensors)
+        except ValueError:  # the quantizer takes no NaN or inf
+            self.session.check_finite(sum(tensor.sum(dtype=torch.float32).item() for tensor in tensors.values()))
+            raise
 
 
 class DQARCrossAttnProcessor:
@@ -486,9 +560,40 @@ class _DQARHook(ModelHook):
         self.session.begin_forward(args, kwargs)
         return args, kwargs
 
+    def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.session.forward(self.fn_ref.original_forward, args, kwargs)
+
     def post_forward(self, module: torch.nn.Module, output: Any) -> Any:
         self.session.end_forward(output)
         return output
+
+
+class _FeedForwardHook(ModelHook):
+    """Lets a block's feed-forward do what its attention does at the same step."""
+
+    def __init__(self, processor: DQARAttnProcessor):
+        super().__init__()
+        self.processor = processor
+
+    def new_forward(self, module: torch.nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.processor.feed_forward(lambda x: self.fn_ref.original_forward(x, *args, **kwargs), hidden_states)
+
+
+def _attach(module: torch.nn.Module, hook: ModelHook) -> Callable[[], None]:
+    """Registers a hook; what is returned takes it off again, and with it all that registering left behind."""
+    had_registry = hasattr(module, "_diffusers_hook")
+    had_forward = "forward" in vars(module)  # of another library's hook
+    registry = HookRegistry.check_if_exists_or_initialize(module)
+    registry.register_hook(hook, HOOK_NAME)
+
+    def detach() -> None:
+        registry.remove_hook(HOOK_NAME, recurse=False)
+        if not had_registry and not registry.hooks:
+            del module._diffusers_hook
+            if not had_forward:
+                del module.forward  # the instance attribute; the class's method is underneath
+
+    return detach
 
 
 def _watch(scheduler: Any, session: DQARSession) -> Any:
@@ -555,6 +660,12 @@ def _self_attention_layers(transformer: Any) -> list[Attention]:
                 "AttnProcessor2_0 only"
             )
     return layers
+
+
+def _feed_forward(block: torch.nn.Module, layer_id: int) -> FeedForward:
+    if not isinstance(getattr(block, "ff", None), FeedForward):
+        raise ValueError(f"layer {layer_id} has no diffusers `ff`: reuse_target='block' takes one in every block")
+    return block.ff
 
 
 def _find_session(transformer: Any) -> DQARSession | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -19,9 +21,9 @@ class StoredTensor:
     data: torch.Tensor
     dtype: torch.dtype
 
-    def dequantize(self) -> torch.Tensor:
-        """The tensor in its original dtype."""
-        return self.data.to(self.dtype)
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The tensor in its original dtype, unless another is given."""
+        return self.data.to(dtype or self.dtype)
 
     @property
     def nbytes(self) -> int:
@@ -34,7 +36,10 @@ Stored = QuantizedTensor | StoredTensor
 
 @dataclass
 class CacheEntry:
-    """What one layer computed at one step in one branch: ``k`` and ``v``, or ``output``; ``[B, N, C]`` each."""
+    """What one layer computed at one step in one branch, ``[B, N, C]`` each.
+
+    ``k`` and ``v``; or ``output``, of the attention; or that and ``feed_forward``: as ``reuse_target`` says.
+    """
 
     layer_id: int
     branch: str
@@ -43,22 +48,53 @@ class CacheEntry:
     k: Stored | None = None
     v: Stored | None = None
     output: Stored | None = None
+    feed_forward: Stored | None = None
     streak: int = 0
     """Steps in a row that this entry has served."""
+    history: tuple[CacheEntry, ...] = ()
+    """What the same site computed before, newest first: as many as a forecast of ``forecast_order`` draws on."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors of the entry."""
-        return sum(stored.nbytes for stored in (self.k, self.v, self.output) if stored is not None)
+        """Bytes of all tensors of the entry, history included."""
+        own = sum(stored.nbytes for stored in self._tensors if stored is not None)
+        return own + sum(past.nbytes for past in self.history)
 
     @property
     def empty(self) -> bool:
         """Whether there is nothing in it to reuse."""
-        return self.k is None and self.v is None and self.output is None
+        return all(stored is None for stored in self._tensors)
+
+    def forecast(self, step: int, name: Literal["output", "feed_forward"] = "output") -> torch.Tensor:
+        """A cached tensor ``[B, N, C]`` continued to ``step``, in its own dtype.
+
+        The polynomial in the step's index through this entry and its history, whatever the distances between them
+        (TaylorSeer, Liu et al. 2025, with Lagrange's form in place of finite differences). With no history: as cached.
+        """
+        newest: Stored = getattr(self, name)
+        if not self.history:
+            return newest.dequantize()
+        known = (self, *self.history)
+        weights = lagrange_weights([entry.row["step"] for entry in known], step)
+        # Weights of either sign cancel: half precision would lose what they leave.
+        dtype = torch.promote_types(newest.dtype, torch.float32)
+        total = newest.dequantize(dtype) * weights[0]
+        for entry, weight in zip(self.history, weights[1:], strict=True):
+            total.add_(getattr(entry, name).dequantize(dtype), alpha=weight)
+        return total.to(newest.dtype)
+
+    @property
+    def _tensors(self) -> tuple[Stored | None, ...]:
+        return self.k, self.v, self.output, self.feed_forward
+
+
+def lagrange_weights(steps: Sequence[int], step: int) -> list[float]:
+    """``∏_{b ≠ a} (step − b) / (a − b)`` for each of ``steps`` a: what each result weighs in a forecast of ``step``."""
+    return [math.prod((step - b) / (a - b) for b in steps if b != a) for a in steps]
 
 
 class QuantizedCache:
-    """Entries by ``(layer_id, branch)``; a new entry takes the place of the old one."""
+    """Entries by ``(layer_id, branch)``; a new entry takes the place of the old one, which joins its history if any."""
 
     def __init__(self, config: DQARConfig):
         self.config = config
@@ -76,14 +112,24 @@ class QuantizedCache:
         output: torch.Tensor | None = None,
         key_partner: torch.Tensor | None = None,
         value_partner: torch.Tensor | None = None,
+        feed_forward: torch.Tensor | None = None,
     ) -> None:
-        """Stores ``entry`` with those of the tensors that ``reuse_target`` reuses."""
+        """Stores ``entry`` with those of the tensors that ``reuse_target`` reuses; with all of them or none."""
         if self.config.reuse_target == "kv":
             if keys is not None and values is not None:
                 entry.k = self._half(keys) if self.config.mixed_precision else self._store(keys, key_partner)
                 entry.v = self._store(values, value_partner)
+        elif self.config.reuse_target == "block":
+            if output is not None and feed_forward is not None:
+                entry.output, entry.feed_forward = self._store(output), self._store(feed_forward)
         elif output is not None:
             entry.output = self._store(output)
+        last = self._entries.get((entry.layer_id, entry.branch))
+        if self.config.forecast_order and last is not None:
+            earlier = (dataclasses.replace(last, history=()), *last.history)  # a chain would never end
+            same = entry.row.get("step")  # computed twice at a step, the later result counts
+            earlier = [past for past in earlier if not past.empty and past.row.get("step") != same]
+            entry.history = tuple(earlier[: self.config.forecast_order])
         self._entries[entry.layer_id, entry.branch] = entry
 
     def clear(self) -> None:

@@ -6,14 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from dqar.plan import ReusePlan
+from dqar.plan import ForecastPlan, ReusePlan
 from dqar.quantizer import QuantizeMode
 from dqar.scheduler import ScheduleKind
 
 if TYPE_CHECKING:
     from dqar.policy import ReusePolicy
 
-ReuseTarget = Literal["kv", "output"]
+ReuseTarget = Literal["kv", "output", "block"]
 EntropyUnit = Literal["nats", "normalized"]
 SNRSource = Literal["predicted", "schedule"]
 
@@ -41,7 +41,8 @@ def _is_count(value: Any, least: int) -> bool:
 class DQARConfig:
     """When a site may be reused, what is reused, and in how many bits it is kept. Defaults are the deck's.
 
-    A *site* is one attention layer at one step in one CFG branch.
+    A *site* is one attention layer, with ``reuse_target="block"`` and its block's feed-forward, at one step in one CFG
+    branch.
 
     Attributes:
         entropy_threshold: reuse needs ``H < τ(p)``, with this as base; in ``entropy_unit`` (slide 5). ``inf`` leaves
@@ -50,14 +51,21 @@ class DQARConfig:
         quantize_bits: 8, 4 or 2, or 16 for no quantization: the cache keeps the model's own dtype.
         quantize_mode: what shares one scale (slide 6): the sample's whole tensor, a channel, or a token.
         mixed_precision: K in 16 bit, V quantized (slide 6); only with ``reuse_target="kv"``.
-        reuse_target: ``"kv"``: fresh Q on cached K and V (slide 9); ``"output"``: the attention layer's cached output.
+        reuse_target: ``"kv"``: fresh Q on cached K and V (slide 9); ``"output"``: the attention layer's cached output;
+            ``"block"``: that and the feed-forward's, by one decision. Their adaLN gates, and PixArt's cross-attention,
+            stay fresh.
+        forecast_order: 0: a cached result serves as it is; 1 or 2: it is continued to the open step by the line or
+            parabola through the last 2 or 3 computed ones (as TaylorSeer does; at a run's start, through as many as
+            there are). All of them are kept in the cache, in ``quantize_bits``. ``"output"`` and ``"block"`` only.
         schedule: which layers may reuse at a step (slide 8); see ``dqar.scheduler``.
         static_interval: n of the ``"static"`` schedule: every n-th step computes, the others may reuse.
         max_reuse_streak: steps in a row that one cached result may serve, before it is computed afresh.
         warmup: first steps that always compute.
+        cooldown: last steps that always compute.
         policy: a trained ``ReusePolicy`` that decides instead of the entropy and SNR rule (slide 7).
         policy_threshold: the least ``p_reuse`` that the policy reuses at.
         plan: which sites to reuse, decided beforehand: neither schedule, streak nor gate is asked, nothing is measured.
+            A ``ForecastPlan`` is about the whole model's output; attention and what is said of it here aren't touched.
         entropy_unit: ``"nats"`` as in the deck, or ``"normalized"``: H / ln N, between 0 and 1.
         snr_source: ``"predicted"``: against the scheduler's newest predicted x0; ``"schedule"``: ᾱ / (1 − ᾱ).
         balance: channel-wise salience balancing of cached K and V before they are quantized (slide 15); ``"kv"`` only.
@@ -79,13 +87,15 @@ class DQARConfig:
     quantize_mode: QuantizeMode = "per_channel"
     mixed_precision: bool = False
     reuse_target: ReuseTarget = "kv"
+    forecast_order: int = 0
     schedule: ScheduleKind = "depth_aware"
     static_interval: int = 2
     max_reuse_streak: int = 3
     warmup: int = 0
+    cooldown: int = 0
     policy: ReusePolicy | None = None
     policy_threshold: float = 0.5
-    plan: ReusePlan | None = None
+    plan: ReusePlan | ForecastPlan | None = None
     balance: bool = False
     keep_channels: int = 0
     share_below: float = 0.0
@@ -122,6 +132,14 @@ class DQARConfig:
         if self.balance:
             check("balance", True, self.reuse_target == "kv", "only with reuse_target='kv'")
             check("balance", True, self.quantize_bits < 16, "only with quantize_bits 8, 4 or 2")
+        order = self.forecast_order
+        check("forecast_order", order, _is_count(order, 0) and order <= 2, "an int from 0 to 2")
+        check(
+            "forecast_order",
+            order,
+            order == 0 or self.reuse_target != "kv",
+            "only with reuse_target 'output' or 'block'",
+        )
         kept = self.keep_channels
         check("keep_channels", kept, _is_count(kept, 0), "an int of 0 or more")
         check("keep_channels", kept, kept == 0 or self.quantize_bits < 16, "only with quantize_bits 8, 4 or 2")
@@ -132,10 +150,12 @@ class DQARConfig:
         check("static_interval", self.static_interval, _is_count(self.static_interval, 2), "an int of 2 or more")
         check("max_reuse_streak", self.max_reuse_streak, _is_count(self.max_reuse_streak, 1), "an int of 1 or more")
         check("warmup", self.warmup, _is_count(self.warmup, 0), "an int of 0 or more")
+        check("cooldown", self.cooldown, _is_count(self.cooldown, 0), "an int of 0 or more")
         queries = self.entropy_queries
         check("entropy_queries", queries, queries is None or _is_count(queries, 1), "None or an int of 1 or more")
         check("policy", self.policy, self.policy is None or callable(self.policy), "None or a ReusePolicy")
-        check("plan", self.plan, self.plan is None or isinstance(self.plan, ReusePlan), "None or a ReusePlan")
+        planned = self.plan is None or isinstance(self.plan, (ReusePlan, ForecastPlan))
+        check("plan", self.plan, planned, "None, a ReusePlan or a ForecastPlan")
 
     @property
     def gates_on_entropy(self) -> bool:

@@ -10,18 +10,19 @@ import torch
 from dqar import stats
 from dqar.cache import CacheEntry, QuantizedCache
 from dqar.config import DQARConfig, check, check_choice
-from dqar.plan import BRANCHES
+from dqar.plan import BRANCHES, ReusePlan
 from dqar.policy import policy_features
 from dqar.scheduler import eligible_layers
-from dqar.trace import CROSS_ATTENTION, SELF_ATTENTION, Trace
+from dqar.trace import CROSS_ATTENTION, MODEL, SELF_ATTENTION, Trace
 
 
 @dataclass(frozen=True)
 class Decision:
     """Whether a site is reused, from which entry, and why or why not.
 
-    ``reason`` is ``"reuse"``, or the first condition that failed: ``"warmup"``, ``"schedule"``, ``"no cache"``,
-    ``"streak"``, then ``"policy"``, or ``"snr"`` and ``"entropy"``; with a plan ``"plan"`` or ``"no cache"``.
+    ``reason`` is ``"reuse"``, or the first condition that failed: ``"warmup"``, ``"cooldown"``, ``"schedule"``,
+    ``"no cache"``, ``"streak"``, then ``"policy"``, or ``"snr"`` and ``"entropy"``; with a plan ``"plan"`` or
+    ``"no cache"``.
     ``"shared"``: the unconditional branch takes what the conditional one computes at this very step.
     """
 
@@ -48,7 +49,7 @@ class DQARController:
         self.num_layers = num_layers
         self.config = config or DQARConfig()
         plan = self.config.plan
-        if plan is not None and plan.num_layers != num_layers:
+        if isinstance(plan, ReusePlan) and plan.num_layers != num_layers:
             raise ValueError(f"the plan was made for {plan.num_layers} layers, this model has {num_layers}")
         self.cache = QuantizedCache(self.config)
         self.trace = Trace()
@@ -89,7 +90,7 @@ class DQARController:
         """
         if not 0 <= step_index < total_steps:
             raise ValueError(f"step_index={step_index} is not accepted: from 0 to total_steps - 1 = {total_steps - 1}")
-        if self.config.plan is not None:
+        if isinstance(self.config.plan, ReusePlan):
             self.config.plan.check_run(total_steps)
         if self._step is None or step_index <= self._step:
             self._run += 1
@@ -106,7 +107,9 @@ class DQARController:
         base = self.config.entropy_threshold
         self._threshold = base if prompt_length is None or base == math.inf else stats.tau(base, prompt_length)
         self._eligible = self._eligible_at(step_index)
-        self._eligible_next = self._eligible_at(step_index + 1)
+        # With a forecast of order n, a result is still drawn on after n newer ones.
+        coming = range(step_index + 1, step_index + 2 + self.config.forecast_order)
+        self._eligible_next = frozenset().union(*map(self._eligible_at, coming))
         self._reasons: dict[tuple[int, str], str] = {}
         self._scores: dict[tuple[int, str], float] | None = None
         self._first_row = len(self.trace)
@@ -133,7 +136,7 @@ class DQARController:
         return Decision(use_cache, entry if use_cache else None, reason)
 
     def wants_commit(self, layer_id: int) -> bool:
-        """Whether what the layer computes now may be reused at the next step; if not, it needn't be cached."""
+        """Whether what the layer computes now may be drawn on at a later step; if not, it needn't be cached."""
         return layer_id in self._eligible_next
 
     def wants_entropy(self, layer_id: int) -> bool:
@@ -161,6 +164,7 @@ class DQARController:
         output: torch.Tensor | None = None,
         key_partner: torch.Tensor | None = None,
         value_partner: torch.Tensor | None = None,
+        feed_forward: torch.Tensor | None = None,
     ) -> None:
         """Records a computed site and caches it for the next steps.
 
@@ -169,7 +173,8 @@ class DQARController:
             attn_map: attention map ``[B, H, Nq, Nk]``, for its entropy; or
             entropy: the entropy itself, in nats: ``[B, H]``, ``[H]`` or a number.
             keys, values: what ``reuse_target="kv"`` caches, ``[B, ..., channels]``.
-            output: what ``reuse_target="output"`` caches, ``[B, ..., channels]``.
+            output: what ``reuse_target="output"`` caches, ``[B, ..., channels]``; ``"block"`` caches it and
+            feed_forward: ``[B, ..., channels]``.
             key_partner, value_partner: for ``balance``: max |·| per channel of what keys and values are multiplied
                 with, ``[B, 1, channels]`` or ``[channels]``.
             clean_latent, noisy_latent: x0 and x_t, ``[B, ...]``, for the trace's SNR.
@@ -186,7 +191,7 @@ class DQARController:
         if clean_latent is not None and noisy_latent is not None:
             row["snr"] = stats.snr(clean_latent, noisy_latent).mean().item()
         entry = CacheEntry(layer_id, branch, row)
-        self.cache.put(entry, keys, values, output, key_partner, value_partner)
+        self.cache.put(entry, keys, values, output, key_partner, value_partner, feed_forward)
         row["bytes"] = entry.nbytes
 
     def record(
@@ -210,6 +215,10 @@ class DQARController:
         row = self._add_row(layer_id, branch, "compute" if fresh else "reuse", nbytes, module=CROSS_ATTENTION)
         row["entropy_per_head"], row["tokens"] = None if entropy is None else entropy.mean(0), tokens
 
+    def record_output(self, branch: str, fresh: bool, nbytes: int) -> None:
+        """Records whether a branch of the whole model was computed or forecast, and the bytes kept for it."""
+        self._add_row(-1, branch, "compute" if fresh else "reuse", nbytes, module=MODEL)
+
     def _add_computed(self, layer_id: int, branch: str, per_head: torch.Tensor | None, tokens: int | None) -> dict:
         shared = self._reasons.get((layer_id, branch)) == "shared"
         row = self._add_row(layer_id, branch, "share" if shared else "compute", 0)
@@ -228,8 +237,8 @@ class DQARController:
 
     def _eligible_at(self, step: int) -> range | frozenset[int]:
         if self.config.plan is not None:
-            return self.config.plan.layers_at.get(step, frozenset())
-        if not self.config.warmup <= step < self._total_steps:
+            return getattr(self.config.plan, "layers_at", {}).get(step, frozenset())
+        if not self.config.warmup <= step < self._total_steps - self.config.cooldown:
             return range(0)
         return eligible_layers(
             step, self._total_steps, self.num_layers, self.config.schedule, self.config.static_interval
@@ -243,6 +252,8 @@ class DQARController:
             return "no cache" if entry is None or entry.empty else "reuse"
         if self._step < config.warmup:
             return "warmup"
+        if self._step >= self._total_steps - config.cooldown:
+            return "cooldown"
         if layer_id not in self._eligible:
             return "schedule"
         if entry is None or entry.empty:
@@ -265,7 +276,8 @@ class DQARController:
     def _may_share(self, layer_id: int) -> bool:
         config = self.config
         computed = self._reasons.get((layer_id, "cond"), "reuse") != "reuse"
-        if not (config.share_below > 0 and computed and self._step >= config.warmup):
+        bounds = range(config.warmup, self._total_steps - config.cooldown)
+        if not (config.share_below > 0 and computed and self._step in bounds):
             return False
         if self._share_streaks.get(layer_id, 0) >= config.max_reuse_streak:
             return False
@@ -312,7 +324,8 @@ class DQARController:
         module: str = SELF_ATTENTION,
     ) -> dict:
         source = source or {}
-        reason = self._reasons.get((layer_id, branch), "not asked") if module == SELF_ATTENTION else "caption"
+        reason = {CROSS_ATTENTION: "caption", MODEL: "plan"}.get(module)
+        reason = reason or self._reasons.get((layer_id, branch), "not asked")
         return self.trace.add(
             run=self._run,
             step=self._step,

@@ -18,8 +18,8 @@ from dqar.methods import Method, computed_steps, plan_path
 from dqar.models import Profile, load_classifier
 from dqar.peers import SWEEPS, Peer
 from dqar.plan import ForecastPlan, describe_model, extrapolation
-from dqar.planner import FINER, PLAN_SEED, Target, make_plan, measure_gains, trajectories
-from dqar.results import Run, provenance, slug
+from dqar.planner import FINER, Target, make_plan, measure_gains, trajectories
+from dqar.results import Run, slug
 from dqar.sampling import OPEN
 
 PARETO_SEED = 700
@@ -45,14 +45,13 @@ def make_plans(
     missing = {path: number for path, number in wanted.items() if not path.exists()}
     if missing:
         scheduler = SAMPLERS[sampler] if target == "converged" else sampler
-        pipe = Method(scheduler=scheduler).pipeline(profile)
+        profile = dataclasses.replace(profile, scheduler=scheduler)
+        pipe = Method().pipeline(profile)
         known = trajectories(pipe, profile, target, num_images)
         gains = measure_gains(pipe, profile, known.first(8))
         for path, number in missing.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            plan = make_plan(pipe, profile, number, known, gains, refinements)
-            source = {**plan.provenance, **provenance(dataclasses.replace(profile, scheduler=scheduler), PLAN_SEED)}
-            dataclasses.replace(plan, provenance=source).save(path)
+            make_plan(pipe, profile, number, known, gains, refinements).save(path)
     return [ForecastPlan.load(path) for path in wanted]
 
 

@@ -14,19 +14,24 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import math
+import sys
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from rich.console import Console
 from tqdm import tqdm
 
 from dqar.config import check, check_choice
-from dqar.models import Profile, branch_predictions
+from dqar.models import SCHEDULERS, Profile, branch_predictions, get_profile, load_pipeline
 from dqar.plan import ForecastPlan, describe_model
+from dqar.results import provenance
 from dqar.sampling import class_labels, first_latents
 
 PLAN_SEED = 500
@@ -77,7 +82,7 @@ def trajectories(
     Raises:
         ValueError: an unknown target, or a scheduler whose finer steps don't include the coarse ones.
     """
-    check_choice("target", target, ("reference", "converged"))
+    check_choice("target", target, get_args(Target))
     images = torch.arange(num_images)
     labels = class_labels(pipe, images).to(pipe.device)
     scheduler, every = _scheduler(pipe, profile.num_inference_steps), 1
@@ -255,6 +260,7 @@ def make_plan(
         "target": known.target,
         "calibration_images": len(known.labels),
         "trials": [{"computed": list(s), "predicted": p, "measured": m} for s, (p, m) in trials.items()],
+        **provenance(profile, PLAN_SEED),
     }
     guidance, model = max(1.0, profile.guidance_scale), describe_model(pipe.transformer)
     return ForecastPlan(rows, best, scheduler.timesteps.tolist(), guidance, HISTORY, model, source)
@@ -337,3 +343,42 @@ def _guided(cond: torch.Tensor, uncond: torch.Tensor | None, guidance_scale: flo
 def _finished(pipe: DiffusionPipeline, latents: torch.Tensor) -> torch.Tensor:
     """What is compared in the end: a pixel-space model's latents are the picture, which clips them."""
     return latents if hasattr(pipe, "vae") else latents.clamp(-1, 1)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code: 0, or 2 for a wrong argument."""
+    parser = argparse.ArgumentParser(prog="python -m dqar.planner", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--profile", default="digits", help="see dqar/models.py (default: digits)")
+    parser.add_argument("--scheduler", help=f"in place of the profile's: one of {', '.join(SCHEDULERS)}")
+    parser.add_argument("--macs", type=float, default=3.0, help="full compute's over the plan's, at least (default: 3)")
+    parser.add_argument("--target", default="reference", help=f"{' or '.join(get_args(Target))} (default: reference)")
+    parser.add_argument("--images", type=int, default=20, help="calibration images (default: 20)")
+    parser.add_argument("--out", type=Path, default=Path("plan.json"))
+    options = parser.parse_args(arguments)
+    console = Console()
+    try:
+        changes = {"scheduler": options.scheduler} if options.scheduler else {}
+        profile = get_profile(options.profile, **changes)
+        check("--macs", options.macs, 1 <= options.macs <= profile.num_inference_steps / 2, "from 1 to half the steps")
+        check("--images", options.images, options.images >= 2, "2 or more")
+        pipe = load_pipeline(profile)
+        known = trajectories(pipe, profile, options.target, options.images)
+        gains = measure_gains(pipe, profile, known.first(8))
+        plan = make_plan(pipe, profile, int(profile.num_inference_steps / options.macs), known, gains)
+        plan.save(options.out)
+    except (ValueError, OSError, RuntimeError) as error:
+        console.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
+        return 2
+    error = min(trial["measured"] for trial in plan.provenance["trials"])
+    # Images in [-1, 1] have four times the squared error of those in [0, 1].
+    quality = f"{-10 * math.log10(max(error / 4, 1e-12)):.1f} dB to the {options.target} on images not fitted on"
+    console.print(
+        f"{options.out}: computes {len(plan.computed)} of {plan.num_inference_steps} steps, "
+        f"{plan.macs_speedup:.2f}× fewer MACs; {quality}",
+        highlight=False,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

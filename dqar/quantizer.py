@@ -30,15 +30,15 @@ class QuantizedTensor:
     """Salient channels, unquantized in 16 bit, ``[..., tokens, k]``, and their numbers:"""
     kept_channels: torch.Tensor | None = None
 
-    def dequantize(self) -> torch.Tensor:
-        """``q · scale`` in the shape and dtype of the original."""
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """``q · scale`` in the shape of the original, and in its dtype unless another is given."""
         integers = self.data if self.bits == 8 else _unpack(self.data, self.bits, self.shape)
         x = integers.float() * self.scale.float()
         if self.balance is not None:
             x = x * self.balance
         if self.kept is not None:
             x = x.scatter(-1, self.kept_channels.long().expand(self.kept.shape), self.kept.float())
-        return x.to(self.dtype)
+        return x.to(dtype or self.dtype)
 
     @property
     def nbytes(self) -> int:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from conftest import embedded_pipeline
 
-from dqar import DQARConfig, metrics
+from dqar import DQARConfig, ForecastPlan, metrics
 from dqar.models import Profile, make_scheduler
 from dqar.plan import describe_model, extrapolation
-from dqar.planner import Jumps, Trajectories, choose_steps, fit, make_plan, measure_gains, trajectories
+from dqar.planner import Jumps, Trajectories, choose_steps, fit, main, make_plan, measure_gains, trajectories
 from dqar.sampling import sample
 
 PROFILE = Profile("tiny", "digits", num_inference_steps=10, guidance_scale=3.0, batch_size=8)
@@ -120,3 +120,14 @@ def test_without_guidance():
     plan = make_plan(pipe, profile, 5, known, np.ones(11), refinements=1)
     assert not plan.guided
     sample(pipe, profile, 3, DQARConfig(plan=plan), num_samples=2)
+
+
+def test_the_command_line_saves_a_plan_and_names_wrong_arguments(tmp_path, capsys):
+    path = tmp_path / "plan.json"
+    options = ["--profile", "smoke", "--macs", "2", "--images", "2", "--out", str(path)]
+    assert main(options) == 0 and "4 of 8 steps, 2.00× fewer MACs" in capsys.readouterr().out
+    plan = ForecastPlan.load(path)
+    assert len(plan.computed) == 4 and plan.provenance["profile"]["name"] == "smoke"
+    for wrong in (["--macs", "0.5"], ["--target", "best"], ["--scheduler", "heun"], ["--profile", "x"]):
+        assert main([*options, *wrong]) == 2
+        assert wrong[1] in capsys.readouterr().out

@@ -1,0 +1,626 @@
+"""Sites of attention and feed-forward, and forecasts of them from a cached history."""
+
+import gc
+import math
+import weakref
+
+import pytest
+import torch
+from conftest import draw, embedded_pipeline
+from diffusers import PixArtAlphaPipeline
+from diffusers.hooks import HookRegistry, ModelHook
+from test_attention import state
+from test_pixart import draw as draw_pixart
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dqar import DQARConfig, DQARController, ReusePlan, apply_dqar, metrics, remove_dqar
+from dqar.cache import CacheEntry, QuantizedCache, lagrange_weights
+from dqar.experiments import _macs, reuse_saving
+from dqar.models import PROFILES, SCHEDULERS, make_scheduler
+
+OPEN = {"entropy_threshold": math.inf, "snr_range": (0, math.inf), "schedule": "all"}
+BLOCK = {**OPEN, "reuse_target": "block"}
+STATIC = {**BLOCK, "schedule": "static"}
+CLOSED = {
+    "by schedule, looking": {"schedule": "none", "record_entropy": True},
+    "by entropy": {"entropy_threshold": 0, "schedule": "all"},
+    "by snr": {**OPEN, "snr_range": (1e9, 1e9)},
+    "by warmup": {**OPEN, "warmup": 1000},
+    "by cooldown": {**OPEN, "cooldown": 1000},
+    "by warmup and cooldown": {**OPEN, "warmup": 3, "cooldown": 5},
+    "by an empty plan": {"plan": ReusePlan((), 4, 8)},
+    "by branches too different to share": {"schedule": "none", "share_below": 1e-12},
+}
+UNEVEN = {(step, layer, "cond") for step in (1, 4, 6, 7) for layer in (0, 2)} | {
+    (step, layer, "uncond") for step in (2, 5, 6) for layer in (1, 2, 3)
+}
+"""Step, layer and branch of sites that leave histories with gaps."""
+
+
+def parts(block, target):
+    return {"output": (block.attn1,), "block": (block.attn1, block.ff)}[target]
+
+
+class Naive:
+    """Forward hooks that put a polynomial, solved for in float64, in the place of what the modules computed."""
+
+    def __init__(self, transformer, sites, target, order, branches=("cond", "uncond")):
+        self.sites, self.order, self.branches = sites, order, branches
+        for layer, block in enumerate(transformer.transformer_blocks):
+            for module in parts(block, target):
+                module.register_forward_hook(self.hook(layer))
+
+    def hook(self, layer):
+        known = {branch: [] for branch in self.branches}
+        steps = iter(range(1000))
+
+        def replace(_module, _args, output):
+            step, halves = next(steps), list(output.chunk(2))
+            for i, branch in enumerate(self.branches):
+                if (step, layer, branch) in self.sites:
+                    halves[i] = self.polynomial(known[branch][-self.order - 1 :], step).to(output.dtype)
+                else:
+                    known[branch].append((step, halves[i].double()))
+            return torch.cat(halves)
+
+        return replace
+
+    @staticmethod
+    def polynomial(known, step):
+        powers = torch.arange(len(known))
+        steps = torch.tensor([float(step) for step, _ in known], dtype=torch.float64)
+        values = torch.stack([value for _, value in known])
+        coefficients = torch.linalg.solve(steps[:, None] ** powers, values.flatten(1))
+        return (float(step) ** powers @ coefficients.to(values)).view_as(values[0])
+
+
+def sites_of(table):
+    reused = table[table.decision == "reuse"]
+    return set(zip(reused.step, reused.layer, reused.branch, strict=True))
+
+
+# --- whole runs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [0, 2])
+@pytest.mark.parametrize("labels, guidance", [((1, 2, 3), 3.0), ((4,), 1.0)])
+@pytest.mark.parametrize("gate", CLOSED)
+def test_closed_gate_is_bit_identical(pipe, labels, guidance, gate, order):
+    expected = draw(pipe, labels, guidance=guidance)
+    with apply_dqar(pipe, DQARConfig(**CLOSED[gate], reuse_target="block", forecast_order=order)) as session:
+        assert torch.equal(draw(pipe, labels, guidance=guidance), expected)
+    table = session.trace.to_pandas()
+    assert set(table.decision) == {"compute"} and len(table) == 4 * 8 * (2 if guidance > 1 else 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(pipe, dtype):
+    pipe.transformer.to(dtype)
+    expected = draw(pipe)
+    with apply_dqar(pipe, DQARConfig(schedule="none", reuse_target="block")):
+        assert torch.equal(draw(pipe), expected)
+    for bits in (16, 8):
+        with apply_dqar(pipe, DQARConfig(**STATIC, forecast_order=1, quantize_bits=bits)):
+            got = draw(pipe)
+        assert got.dtype == expected.dtype and got.isfinite().all() and not torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("target", ["output", "block"])
+@pytest.mark.parametrize("how", ["plan", "every third step", "streaks"])
+def test_reuse_equals_a_naive_one(target, order, how):
+    """In float64, with an unquantized cache."""
+    config = {
+        "plan": {"plan": ReusePlan(UNEVEN, 4, 12)},
+        "every third step": {**OPEN, "schedule": "static", "static_interval": 3, "warmup": 2, "cooldown": 2},
+        "streaks": {**OPEN, "schedule": "depth_aware", "max_reuse_streak": 2},
+    }[how]
+    pipe = embedded_pipeline()
+    pipe.transformer.to(torch.float64)
+    plain = draw(pipe, steps=12)
+    with apply_dqar(pipe, DQARConfig(**config, reuse_target=target, forecast_order=order, quantize_bits=16)) as session:
+        got, again = draw(pipe, steps=12), draw(pipe, steps=12)
+    assert torch.equal(got, again) and not torch.equal(got, plain)
+    sites = sites_of(session.trace.to_pandas())
+    assert sites == UNEVEN if how == "plan" else len(sites) > 8
+    Naive(pipe.transformer, sites, target, order)
+    torch.testing.assert_close(got, draw(pipe, steps=12), rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_quantized_forecasts_stay_close(scheduler):
+    pipe = embedded_pipeline()
+    pipe.scheduler = make_scheduler(scheduler, pipe.scheduler)
+
+    def image(bits):
+        with apply_dqar(pipe, DQARConfig(**STATIC, forecast_order=1, quantize_bits=bits)):
+            return draw(pipe).double()
+
+    exact, plain = image(16), draw(pipe).double()
+    errors = [(image(bits) - exact).norm() / (exact - plain).norm() for bits in (8, 4)]
+    assert 0 < errors[0] < 0.2 * errors[1]
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ({}, {"reuse_target": "output"}),
+        ({}, {"reuse_target": "kv"}),
+        ({}, {"forecast_order": 1}),
+        ({"forecast_order": 1}, {"forecast_order": 2}),
+        ({"forecast_order": 1}, {"forecast_order": 1, "reuse_target": "output"}),
+        ({"forecast_order": 1, "quantize_bits": 8}, {"forecast_order": 1, "quantize_bits": 4}),
+        ({"forecast_order": 1, "quantize_mode": "per_tensor"}, {"forecast_order": 1}),
+        ({"quantize_bits": 16}, {"quantize_bits": 8}),
+        ({"cooldown": 0}, {"cooldown": 1}),
+        ({"cooldown": 4}, {"cooldown": 1}),
+        ({"cooldown": 4}, {"warmup": 4}),
+    ],
+)
+def test_configurations_that_must_differ_do(pipe, one, other):
+    images = []
+    for options in (one, other):
+        with apply_dqar(pipe, DQARConfig(**{**STATIC, "max_reuse_streak": 1, **options})):
+            images.append(draw(pipe))
+    assert not torch.equal(*images)
+
+
+@pytest.mark.parametrize("order", [0, 2])
+def test_removal_leaves_nothing(pipe, order):
+    before, expected = state(pipe), draw(pipe)
+    with apply_dqar(pipe, DQARConfig(**STATIC, forecast_order=order)) as session:
+        draw(pipe)
+        assert all(hasattr(block.ff, "_diffusers_hook") for block in pipe.transformer.transformer_blocks)
+        cached = [weakref.ref(entry.feed_forward.data) for entry in session.controller.cache]
+        cached += [weakref.ref(past.output.data) for entry in session.controller.cache for past in entry.history]
+        assert len(cached) == 8 * (1 + order)
+    gc.collect()
+    assert state(pipe) == before and all(ref() is None for ref in cached)
+    assert not any(hasattr(block.ff, "_diffusers_hook") for block in pipe.transformer.transformer_blocks)
+    assert torch.equal(draw(pipe), expected)
+    remove_dqar(pipe)
+    with apply_dqar(pipe, DQARConfig(**OPEN, reuse_target="output")):
+        assert not any(hasattr(block.ff, "_diffusers_hook") for block in pipe.transformer.transformer_blocks)
+
+
+def test_what_a_history_no_longer_needs_is_freed(pipe):
+    with apply_dqar(pipe, DQARConfig(**STATIC, forecast_order=1, cooldown=1)) as session:
+        seen = []
+        handle = pipe.transformer.register_forward_hook(
+            lambda *_: seen.append(weakref.ref(session.controller.cache.get(0, "cond").feed_forward.data))
+        )
+        draw(pipe, steps=10)
+        handle.remove()
+        gc.collect()
+        alive = [step for step, ref in enumerate(seen) if ref() is not None]
+    assert {id(ref()) for ref in seen if ref()} and alive == [6, 7, 8, 9]  # computed at 6 and 8
+
+
+def test_hooks_of_others_outlive_dqar(pipe):
+    class Count(ModelHook):
+        calls = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            self.calls += 1
+            return args, kwargs
+
+    hook, ff = Count(), pipe.transformer.transformer_blocks[1].ff
+    HookRegistry.check_if_exists_or_initialize(ff).register_hook(hook, "count")
+    with apply_dqar(pipe, DQARConfig(**STATIC)):
+        draw(pipe, steps=4)
+    draw(pipe, steps=4)
+    assert hook.calls == 2 + 4 and list(ff._diffusers_hook.hooks) == ["count"]
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("change", [{"labels": (5, 6, 7)}, {"labels": (3, 4)}, {"steps": 5}, {"guidance": 1.0}])
+def test_nothing_leaks_into_the_next_run(pipe, change, order):
+    config = DQARConfig(**STATIC, forecast_order=order)
+    with apply_dqar(pipe, config):
+        expected = draw(pipe, **change)
+    with apply_dqar(pipe, config):
+        first = draw(pipe)
+        assert torch.equal(draw(pipe, **change), expected)
+        assert torch.equal(draw(pipe), first)
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_an_image_does_not_depend_on_its_batch(pipe, bits):
+    with apply_dqar(pipe, DQARConfig(**STATIC, forecast_order=2, quantize_bits=bits)):
+        together, alone = draw(pipe, (1, 2)), draw(pipe, (1,))
+    torch.testing.assert_close(together[:1], alone, rtol=1e-3, atol=1e-3)
+
+
+def test_an_exception_leaves_the_model_usable(pipe):
+    plain, config = draw(pipe), DQARConfig(**STATIC, forecast_order=1)
+    with apply_dqar(pipe, config):
+        expected = draw(pipe)
+        calls = []
+
+        def fail(*_args):
+            calls.append(1)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+
+        handle = pipe.transformer.transformer_blocks[2].norm3.register_forward_hook(fail)  # between the two
+        with pytest.raises(KeyboardInterrupt):
+            draw(pipe)
+        handle.remove()
+        assert torch.equal(draw(pipe), expected)
+    assert torch.equal(draw(pipe), plain)
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_shared_sites_share_the_feed_forward(order):
+    pipe = embedded_pipeline()
+    config = DQARConfig(
+        schedule="none", share_below=math.inf, reuse_target="block", forecast_order=order, record_entropy=True
+    )
+    with apply_dqar(pipe, config) as session:
+        got = draw(pipe)
+    table = session.trace.to_pandas()
+    assert set(table.step[table.decision == "share"]) == {1, 2, 3, 5, 6, 7}
+    calls = {}
+
+    def hook(module, _args, output):
+        step = calls[module] = calls.get(module, -1) + 1
+        return torch.cat([output[:2], output[:2]]) if step not in (0, 4) else None
+
+    for block in pipe.transformer.transformer_blocks:
+        for module in parts(block, "block"):
+            module.register_forward_hook(hook)
+    torch.testing.assert_close(got, draw(pipe), rtol=1e-5, atol=1e-5)
+
+
+def test_what_was_shared_is_cached_for_its_own_branch(pipe):
+    with apply_dqar(pipe, DQARConfig(**BLOCK, share_below=math.inf, quantize_bits=16, forecast_order=1)) as session:
+        draw(pipe)
+        cond, uncond = (session.controller.cache.get(1, branch) for branch in ("cond", "uncond"))
+    assert uncond.row["decision"] == "share" and uncond.row["step"] == 4
+    for name in ("output", "feed_forward"):
+        one, other = getattr(cond, name).data, getattr(uncond, name).data
+        assert torch.equal(one, other) and one.data_ptr() != other.data_ptr()
+        assert not torch.equal(getattr(cond.history[0], name).data, getattr(uncond.history[0], name).data)
+        assert one.untyped_storage().nbytes() == one.nbytes  # not the whole batch's
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_a_run_can_be_planned_after_another(pipe, order):
+    options = {"reuse_target": "block", "forecast_order": order}
+    with apply_dqar(pipe, DQARConfig(**{**OPEN, "entropy_threshold": 2.65}, **options, cooldown=1)) as session:
+        expected = draw(pipe)
+    table = session.trace.to_pandas()
+    plan = ReusePlan.from_trace(table, "DDIMScheduler")
+    assert plan.sites == sites_of(table) and plan.sites
+    with apply_dqar(pipe, DQARConfig(plan=plan, **options)) as session:
+        assert torch.equal(draw(pipe), expected)
+    assert session.trace.to_pandas().decision.tolist() == table.decision.tolist()
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("weight", ["attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2"])
+@pytest.mark.parametrize("order", [0, 1])
+def test_nan_weights_name_step_and_layer(pipe, weight, bits, order):
+    plain = draw(pipe)
+    weights = pipe.transformer.transformer_blocks[1].get_submodule(weight).weight.data
+    good = weights[0, 0].item()
+    with apply_dqar(pipe, DQARConfig(**BLOCK, quantize_bits=bits, forecast_order=order)):
+        weights[0, 0] = math.nan
+        with pytest.raises(FloatingPointError, match="NaN or inf at step 0, first in layer 1"):
+            draw(pipe)
+    weights[0, 0] = good
+    assert torch.equal(draw(pipe), plain)
+
+
+def test_a_feed_forward_in_chunks_is_refused(pipe):
+    plain, block = draw(pipe), pipe.transformer.transformer_blocks[2]
+    block.set_chunk_feed_forward(8, 1)
+    with apply_dqar(pipe, DQARConfig(**STATIC)), pytest.raises(ValueError, match="layer 2's feed-forward .* whole"):
+        draw(pipe)
+    block.set_chunk_feed_forward(None, 0)
+    assert torch.equal(draw(pipe), plain)
+
+
+def test_a_feed_forward_called_by_itself_is_computed(pipe):
+    x, ff = torch.randn(2, 16, 16), pipe.transformer.transformer_blocks[0].ff
+    expected = ff(x)
+    with apply_dqar(pipe, DQARConfig(**STATIC)):
+        draw(pipe)
+        assert torch.equal(ff(x), expected)
+
+
+def test_a_block_without_feed_forward_is_refused(pipe):
+    pipe.transformer.transformer_blocks[3].ff = torch.nn.Identity()
+    with pytest.raises(ValueError, match="layer 3 has no diffusers `ff`"):
+        apply_dqar(pipe, DQARConfig(**STATIC))
+    assert not hasattr(pipe.transformer, "_diffusers_hook")
+    with apply_dqar(pipe, DQARConfig(**OPEN, reuse_target="output")):
+        draw(pipe, steps=2)
+
+
+# --- what it costs ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("cooldown, reused_steps", [(0, 4), (3, 2)])
+@pytest.mark.parametrize("target", ["output", "block"])
+def test_macs_drop_as_by_closed_form(pipe, target, cooldown, reused_steps, order):
+    full = metrics.count_macs(lambda: draw(pipe))
+    config = DQARConfig(**{**STATIC, "reuse_target": target}, cooldown=cooldown, forecast_order=order)
+    with apply_dqar(pipe, config):
+        got = metrics.count_macs(lambda: draw(pipe))
+    tokens = width = 16
+    site = 4 * tokens * width**2 + 2 * tokens**2 * width
+    site += 8 * tokens * width**2 if target == "block" else 0
+    assert full - got == reused_steps * 4 * 4 * site  # layers, two images in two branches
+
+
+def test_saving_of_a_profile():
+    smoke = PROFILES["smoke"]
+    tokens, width, layers = 64, 96, 28
+    block = 12 * tokens * width**2 + 2 * tokens**2 * width
+    assert _macs(smoke, None) - _macs(smoke, "block") == 2 * layers * block
+    assert reuse_saving(smoke, "output") < 0.4 < 0.9 < reuse_saving(smoke, "block") < 1
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("target", ["output", "block"])
+def test_bytes_of_the_history_are_counted(pipe, target, bits, order):
+    config = DQARConfig(**{**STATIC, "reuse_target": target}, quantize_bits=bits, forecast_order=order)
+    with apply_dqar(pipe, config) as session:
+        draw(pipe, steps=10)
+        table = session.trace.to_pandas()
+        kept = session.controller.cache.nbytes
+    # Two images of 16 tokens and 16 channels, float32; or with a float32 scale a channel and image.
+    one = {16: 2 * 256 * 4, 8: 2 * (256 + 16 * 4), 4: 2 * (128 + 16 * 4)}[bits] * (2 if target == "block" else 1)
+    entries = [min(step // 2, order) + 1 for step in range(10)]
+    site = table[(table.layer == 2) & (table.branch == "uncond")]
+    assert site.bytes.tolist() == [n * one for n in entries]
+    assert kept == table[table.step == 9].bytes.sum() == 8 * entries[-1] * one
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_an_entrys_bytes_are_those_of_its_tensors(bits):
+    cache = QuantizedCache(DQARConfig(reuse_target="block", forecast_order=2, quantize_bits=bits, keep_channels=2))
+    for step in range(5):
+        x = torch.randn(2, 16, 8)
+        cache.put(CacheEntry(0, "cond", {"step": step}), output=x, feed_forward=x)
+    entry = cache.get(0, "cond")
+    known = (entry, *entry.history)
+    tensors = [
+        part
+        for past in known
+        for stored in (past.output, past.feed_forward)
+        for part in (stored.data, stored.scale, stored.kept, stored.kept_channels)
+    ]
+    assert cache.nbytes == entry.nbytes == sum(tensor.nbytes for tensor in tensors)
+    assert [past.row["step"] for past in known] == [4, 3, 2]
+    assert entry.nbytes == 6 * (2 * 16 * 8 * bits // 8 + 2 * 8 * 4 + 2 * 16 * 2 * 2 + 2 * 2 * 2)
+
+
+# --- forecasts -------------------------------------------------------------------------------------------------------
+
+
+def cached(order, steps, function, bits=16, dtype=torch.float32):
+    """The newest entry of a cache that was given ``function(step)``, ``[2, 16, 8]``, at ``steps``."""
+    cache = QuantizedCache(DQARConfig(reuse_target="block", forecast_order=order, quantize_bits=bits))
+    for step in steps:
+        value = function(step).to(dtype)
+        cache.put(CacheEntry(3, "cond", {"step": step}), output=value, feed_forward=-value)
+    return cache.get(3, "cond")
+
+
+@pytest.mark.parametrize("steps", [(0, 1, 2), (0, 3, 4), (1, 2, 9), (4, 20, 21), (0, 1, 2, 3, 7)])
+@pytest.mark.parametrize("degree, order", [(0, 0), (0, 2), (1, 1), (1, 2), (2, 2)])
+def test_polynomials_in_the_step_are_forecast_exactly(steps, degree, order):
+    a, b, c = torch.randn(3, 2, 16, 8, dtype=torch.float64)
+
+    def function(step):
+        return a + (b * step if degree > 0 else 0) + (c * step**2 if degree > 1 else 0)
+
+    entry = cached(order, steps, function, dtype=torch.float64)
+    for ahead in (1, 2, 5):
+        step = steps[-1] + ahead
+        torch.testing.assert_close(entry.forecast(step), function(step), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(entry.forecast(step, "feed_forward"), -function(step), rtol=1e-9, atol=1e-9)
+
+
+def test_what_a_higher_degree_leaves():
+    x = torch.ones(1, 1, 1)
+    assert cached(1, (1, 3), lambda step: x * step**2).forecast(4).item() == 13  # the line through (1, 1) and (3, 9)
+    assert cached(0, (1, 3), lambda step: x * step**2).forecast(4).item() == 9
+    assert cached(2, (1, 2, 3), lambda step: x * step**3).forecast(4).item() == 58
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_a_history_grows_to_its_order(order):
+    for computed in range(1, 6):
+        entry = cached(order, range(0, 2 * computed, 2), lambda step: torch.full((1, 2, 2), float(step)))
+        assert [past.row["step"] for past in entry.history] == list(range(2 * computed - 4, -1, -2))[:order]
+        assert all(past.history == () for past in entry.history)
+
+
+def test_a_step_that_is_computed_twice_counts_once():
+    values = iter([0.0, 5.0, 1.0])
+    entry = cached(1, (2, 3, 3), lambda _step: torch.full((1, 1, 1), next(values)))
+    assert [past.row["step"] for past in entry.history] == [2]
+    assert entry.forecast(5).item() == 3.0
+
+
+def test_an_entry_without_tensors_is_no_part_of_a_history():
+    cache = QuantizedCache(DQARConfig(reuse_target="block", forecast_order=2))
+    x = torch.ones(1, 2, 2)
+    cache.put(CacheEntry(0, "cond", {"step": 0}), output=x, feed_forward=x)
+    cache.put(CacheEntry(0, "cond", {"step": 1}), output=x)  # half a site
+    assert cache.get(0, "cond").empty
+    cache.put(CacheEntry(0, "cond", {"step": 2}), output=3 * x, feed_forward=x)
+    entry = cache.get(0, "cond")
+    assert not entry.empty and [past.row["step"] for past in entry.history] == [0]
+    torch.testing.assert_close(entry.forecast(4), 5 * x)
+
+
+def test_histories_of_sites_are_apart():
+    cache = QuantizedCache(DQARConfig(reuse_target="output", forecast_order=1, quantize_bits=16))
+    for step in (0, 1):
+        for layer, branch, slope in ((0, "cond", 1.0), (0, "uncond", 2.0), (1, "cond", 3.0)):
+            cache.put(CacheEntry(layer, branch, {"step": step}), output=torch.full((1, 1, 1), slope * step))
+    assert [cache.get(*site).forecast(2).item() for site in ((0, "cond"), (0, "uncond"), (1, "cond"))] == [2, 4, 6]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_forecast_in_half_precision_is_rounded_once(dtype):
+    torch.manual_seed(0)
+    values = torch.randn(3, 2, 16, 8).to(dtype)
+    entry = cached(2, (0, 1, 4), lambda step: values[{0: 0, 1: 1, 4: 2}[step]], dtype=dtype)
+    exact = sum(w * v.double() for w, v in zip(lagrange_weights((0, 1, 4), 7), values, strict=True))
+    got = entry.forecast(7)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_a_forecast_leaves_the_cache_alone(order):
+    entry = cached(order, (0, 1, 2), lambda step: torch.full((1, 2, 2), float(step)))
+    first = entry.forecast(3)
+    entry.forecast(5).add_(7) if order else None
+    assert torch.equal(entry.forecast(3), first)
+
+
+def test_weights_add_up_to_one():
+    assert lagrange_weights((5,), 9) == [1]
+    assert lagrange_weights((5, 3), 7) == [2, -1]
+    assert lagrange_weights((2, 1, 0), 3) == [3, -3, 1]
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.__name__.split(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_forecast_is_one_sum_and_waits_for_nothing():
+    entry = cached(2, (0, 1, 2), lambda step: torch.full((2, 16, 8), float(step)))
+    with Operations() as seen:
+        entry.forecast(3)
+    assert seen.names == ["mul", "add_", "add_"]
+    quantized = cached(2, (0, 1, 2), lambda step: torch.full((2, 16, 8), float(step)), bits=4)
+    with Operations() as seen:
+        quantized.forecast(3)
+    assert not {"_local_scalar_dense", "equal", "nonzero"} & set(seen.names) and seen.names.count("add_") == 2
+
+
+# --- decisions -------------------------------------------------------------------------------------------------------
+
+
+def test_first_and_last_steps_compute(pipe):
+    with apply_dqar(pipe, DQARConfig(**BLOCK, warmup=2, cooldown=3, max_reuse_streak=9)) as session:
+        draw(pipe)
+    table = session.trace.to_pandas()
+    reasons = table.groupby("step").reason.unique()
+    assert [*map(list, reasons)] == [["warmup"]] * 2 + [["reuse"]] * 3 + [["cooldown"]] * 3
+    assert (table.bytes[table.step.isin([0, 4, 5, 6, 7])] > 0).tolist() == [False] * 8 + [True] * 8 + [False] * 24
+
+
+@pytest.mark.parametrize("schedule", ["all", "none"])
+def test_nothing_is_shared_in_the_cooldown(schedule):
+    controller = DQARController(1, DQARConfig(**{**OPEN, "schedule": schedule}, share_below=math.inf, cooldown=2))
+    for step in range(5):
+        controller.begin_step(step, 5)
+        decisions = [controller.should_reuse(0, branch) for branch in ("cond", "uncond")]
+        assert any(d.use_cache or d.shared for d in decisions) == (step in (1, 2))
+        assert ("cooldown" in [d.reason for d in decisions]) == (step > 2)
+        for branch, decision in zip(("cond", "uncond"), decisions, strict=True):
+            if not decision.use_cache:
+                controller.commit(0, branch, keys=torch.ones(1, 4, 2), values=torch.ones(1, 4, 2), entropy=1.0)
+
+
+@pytest.mark.parametrize(
+    "order, expected", [(0, {4: [0], 6: [1]}), (1, {3: [0], 4: [0], 5: [1], 6: [1]}), (2, {2: [0], 3: [0]})]
+)
+def test_only_what_a_forecast_draws_on_is_cached(order, expected):
+    plan = ReusePlan({(5, 0, "cond"), (7, 1, "uncond")}, 2, 9)
+    controller = DQARController(2, DQARConfig(plan=plan, reuse_target="output", forecast_order=order))
+    wanted = {}
+    for step in range(9):
+        controller.begin_step(step, 9)
+        wanted[step] = [layer for layer in (0, 1) if controller.wants_commit(layer)]
+    if order == 2:
+        assert wanted == {0: [], 1: [], 2: [0], 3: [0], 4: [0, 1], 5: [1], 6: [1], 7: [], 8: []}
+    else:
+        assert wanted == {step: expected.get(step, []) for step in range(9)}
+
+
+def test_a_site_is_committed_through_the_controller():
+    controller = DQARController(1, DQARConfig(**BLOCK, forecast_order=1, quantize_bits=16))
+    for step in range(3):
+        controller.begin_step(step, 5)
+        decision = controller.should_reuse(0)
+        if step < 2:
+            x = torch.full((1, 4, 2), float(step))
+            controller._reasons.clear()
+            controller.commit(0, output=x, feed_forward=10 * x)
+    assert decision.reason == "reuse" and decision.entry.nbytes == 4 * 8 * 4
+    assert decision.entry.forecast(2).unique().item() == 2
+    assert decision.entry.forecast(2, "feed_forward").unique().item() == 20
+
+
+# --- text models -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pixart(pixart_folder):
+    pipe = PixArtAlphaPipeline.from_pretrained(pixart_folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_pixart(pixart, order):
+    plain, names = draw_pixart(pixart), {name: set(vars(m)) for name, m in pixart.transformer.named_modules()}
+    options = {"reuse_target": "block", "forecast_order": order, "quantize_bits": 16}
+    with apply_dqar(pixart, DQARConfig(schedule="none", **options)):
+        assert torch.equal(draw_pixart(pixart), plain)
+    sites = {(step, layer, branch) for step, layer, branch in UNEVEN if step < 6 and layer < 3}
+    with apply_dqar(pixart, DQARConfig(plan=ReusePlan(sites, 3, 6), **options)) as session:
+        got, again = draw_pixart(pixart), draw_pixart(pixart)
+    assert torch.equal(got, again) and not torch.equal(got, plain)
+    assert sites_of(session.trace.to_pandas()) == sites
+    assert len(session.trace.to_pandas("cross_attention")) == len(session.trace.to_pandas()) == 2 * 6 * 3 * 2
+    assert {name: set(vars(module)) for name, module in pixart.transformer.named_modules()} == names
+    assert torch.equal(draw_pixart(pixart), plain)
+    Naive(pixart.transformer, sites, "block", order, ("uncond", "cond"))
+    torch.testing.assert_close(got, draw_pixart(pixart), rtol=1e-3, atol=1e-3)
+
+
+# --- configuration ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "field, value, accepted",
+    [
+        ("reuse_target", "blocks", "choose one of 'kv', 'output', 'block'"),
+        ("forecast_order", -1, "an int from 0 to 2"),
+        ("forecast_order", 3, "an int from 0 to 2"),
+        ("forecast_order", 1.0, "an int from 0 to 2"),
+        ("forecast_order", True, "an int from 0 to 2"),
+        ("forecast_order", 1, "only with reuse_target 'output' or 'block'"),
+        ("cooldown", -1, "an int of 0 or more"),
+        ("cooldown", 1.5, "an int of 0 or more"),
+        ("cooldown", None, "an int of 0 or more"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_field(field, value, accepted):
+    with pytest.raises(ValueError) as error:
+        DQARConfig(**{field: value})
+    assert str(error.value) == f"{field}={value!r} is not accepted: {accepted}"
+
+
+@pytest.mark.parametrize("option", ["mixed_precision", "balance"])
+def test_options_of_keys_and_values_need_them(option):
+    with pytest.raises(ValueError, match=f"{option}=True is not accepted: only with reuse_target='kv'"):
+        DQARConfig(reuse_target="block", **{option: True})
