@@ -32,6 +32,8 @@ SPACINGS = {
 ALONE = ("First-Block-Cache", "SeaCache", "DBCache", "DBCache + TaylorSeer")
 """Peers that decide by what they see, for a whole batch at once: they get every image by itself, which suits them."""
 CALIBRATED = ("SmoothCache", "MagCache")
+STRONGEST = ("SeaCache", "TaylorSeer")
+"""Of the peers, in a first look: tried with both spacings and at all settings; of the others, every second setting."""
 BUDGETS = (1.5, 2, 3, 4, 5)
 """Full compute's MACs over a plan's, at least."""
 OURS = "DQAR plan"
@@ -89,9 +91,9 @@ def contenders(profile: Profile, sampler: str) -> list[Contender]:
                     method = Method(DQARConfig(plan=plan), scheduler=grid)
                     found.append(Contender("output extrapolation", settings, method))
     for name, sweep in SWEEPS.items():
-        grids = (sampler, SAMPLERS[sampler]) if name in ("SeaCache", "TaylorSeer") else (sampler,)
+        grids = (sampler, SAMPLERS[sampler]) if name in STRONGEST else (sampler,)
         for grid in dict.fromkeys(grids):
-            for settings in sweep[:: 1 if grid == profile.scheduler else 2]:
+            for settings in sweep[:: 1 if name in STRONGEST and grid == profile.scheduler else 2]:
                 if name in CALIBRATED:
                     settings = {**settings, "guidance_scale": profile.guidance_scale}
                 text = ", ".join(f"{key} {value}" for key, value in settings.items() if key != "guidance_scale")
