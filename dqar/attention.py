@@ -34,7 +34,7 @@ BRANCH_ORDER = {"DiTTransformer2DModel": ("cond", "uncond"), "PixArtTransformer2
 Condition = tuple[torch.Tensor | None, torch.Tensor | None]
 """Class labels or caption embeddings, and the caption's mask: what a run keeps to."""
 Sites = tuple[torch.Size, dict[str, slice], dict[str, CacheEntry], dict[str, slice]]
-"""A layer at a step: its ``[B, N]``, the branches that are computed, with their rows, those cached, and those shared."""
+"""A layer at a step: its ``[B, N]``, the branches that are computed, with their rows, those cached, those shared."""
 
 
 def apply_dqar(pipe: Any, config: DQARConfig | None = None, prompt_length: int | None = None) -> DQARSession:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
 from dqar.config import DQARConfig
+from dqar.plan import lagrange_weights
 from dqar.quantizer import QuantizedTensor, quantize
 
 
@@ -86,11 +86,6 @@ class CacheEntry:
     @property
     def _tensors(self) -> tuple[Stored | None, ...]:
         return self.k, self.v, self.output, self.feed_forward
-
-
-def lagrange_weights(steps: Sequence[int], step: int) -> list[float]:
-    """``∏_{b ≠ a} (step − b) / (a − b)`` for each of ``steps`` a: what each result weighs in a forecast of ``step``."""
-    return [math.prod((step - b) / (a - b) for b in steps if b != a) for a in steps]
 
 
 class QuantizedCache:

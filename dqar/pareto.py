@@ -114,7 +114,7 @@ def contenders(profile: Profile, sampler: str) -> list[Contender]:
 def site_configs() -> dict[str, DQARConfig]:
     """DQAR inside the blocks: attention and feed-forward of all layers forecast from a quantized cache."""
     configs = {}
-    for interval in (2, 3, 4):
+    for interval in (2, 3):
         for order, bits in ((0, 16), (0, 8), (1, 16), (1, 8), (1, 4), (2, 16), (2, 8), (2, 4)):
             configs[f"every {interval}, order {order}, {bits} bit"] = dataclasses.replace(
                 OPEN,

@@ -252,7 +252,8 @@ def extrapolation(
 ) -> ForecastPlan:
     """The plainest plan: the guided output continued in a straight line (``order=1``), or as it was last (0).
 
-    The polynomial is in the step's index, through the last ``order + 1`` computed outputs.
+    The polynomial is in the step's index, through the last ``order + 1`` computed outputs. ``guidance_scale`` is 1 for
+    a run without guidance.
     """
     rows, done = [], []
     for step in range(len(timesteps)):
@@ -260,12 +261,15 @@ def extrapolation(
             done.insert(0, step)
             rows.append(())
             continue
-        nodes = done[: order + 1]
-        line = [math.prod((step - b) / (a - b) for b in nodes if b != a) for a in nodes]
-        guided = guidance_scale > 1
-        row = [*(w * (guidance_scale if guided else 1) for w in line)]
-        rows.append((*row, *(w * (1 - guidance_scale) for w in line if guided), 0.0))
+        line = lagrange_weights(done[: order + 1], step)
+        row = [w * guidance_scale for w in line]
+        rows.append((*row, *(w * (1 - guidance_scale) for w in line if guidance_scale > 1), 0.0))
     return ForecastPlan(rows, computed, timesteps, guidance_scale, order + 1, model)
+
+
+def lagrange_weights(steps: Sequence[int], step: int) -> list[float]:
+    """``∏_{b ≠ a} (step − b) / (a − b)`` for each of ``steps`` a: what each result weighs in a forecast of ``step``."""
+    return [math.prod((step - b) / (a - b) for b in steps if b != a) for a in steps]
 
 
 def describe_model(transformer: Any) -> str:
