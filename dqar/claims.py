@@ -6,7 +6,7 @@ import math
 
 import pandas as pd
 
-from dqar import decisions, experiments, outcomes, stats
+from dqar import decisions, experiments, outcomes, pareto, stats
 from dqar.results import Run
 
 
@@ -188,6 +188,11 @@ def future_work(run: Run) -> pd.DataFrame:
     if labels is not None and oracle is not None:
         runs = decisions.accepted_runs(oracle).set_index("share").psnr
         searched = f"sites chosen by measured error: {runs[0.4]:.1f} dB with 40 % of all sites reused (notebook 06)"
+    compared = pareto.recorded(run, run.profile.scheduler)
+    if compared is not None:
+        found_at = pareto.verdicts(pareto.summary(compared), (3,)).dropna(subset=["ours"])
+        for row in found_at[found_at.target == "reference"].itertuples():
+            searched += f"; planned steps: {row.ours:.1f} dB at 3× fewer MACs, best peer {row.peer:.1f} (notebook 11)"
     rows = [
         (
             "Lower bit-widths",

@@ -88,7 +88,7 @@ def trajectories(
     scheduler, every = _scheduler(pipe, profile.num_inference_steps), 1
     if target == "converged":
         scheduler, every = _finer(pipe, profile.num_inference_steps)
-    latents = first_latents(pipe, scheduler, seed, images)
+    latents = first_latents(pipe, scheduler, seed, images).float()  # a half-precision model runs between float32 states
     states, conds, unconds = [], [], []
     for step, t in enumerate(tqdm(scheduler.timesteps, desc=f"{target} trajectories", leave=False)):
         cond, uncond = _predict(pipe, profile, scheduler.scale_model_input(latents, t), t, labels)
@@ -108,7 +108,7 @@ class Jumps:
         self.num_steps = known.num_steps
         parts = [known.latents, known.cond, *([] if known.uncond is None else [known.uncond])]
         vectors = torch.cat([part.flatten(1) for part in parts]).double()
-        self.gram, self.size = vectors @ vectors.T, vectors.shape[1]
+        self.gram, self.size = (vectors @ vectors.T).cpu(), vectors.shape[1]
         offsets = np.cumsum([0, *map(len, parts)])[1:-1]
         self._outputs = [int(offset) for offset in offsets]
         self._known: dict[tuple[int, int | None], np.ndarray] = {}
@@ -175,7 +175,7 @@ def measure_gains(pipe: DiffusionPipeline, profile: Profile, known: Trajectories
             displaced = _jumped(known, step, max(0, step - jump))
             latents, own = known.latents[step] + displaced, copy.deepcopy(scheduler)
             for later in range(step, steps):
-                latents, _ = _full_step(pipe, profile, own, own.timesteps[later], latents, known.labels)
+                latents = _full_step(pipe, profile, own, own.timesteps[later], latents, known.labels)
             final = _finished(pipe, latents) - _finished(pipe, known.latents[-1])
             measured.append(float(final.square().mean() / displaced.square().mean()))
         uncond = None if known.uncond is None else known.uncond[step]
@@ -323,13 +323,20 @@ def _predict(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     if profile.guidance_scale > 1:
         labels = torch.cat([labels, torch.full_like(labels, pipe.transformer.config.num_embeds_ada_norm)])
-    return branch_predictions(pipe.transformer, model_input, t, labels)
+    cond, uncond = branch_predictions(pipe.transformer, model_input.to(pipe.transformer.dtype), t, labels)
+    return cond.float(), None if uncond is None else uncond.float()
 
 
-def _full_step(pipe, profile, scheduler, t, latents, labels) -> tuple[torch.Tensor, torch.Tensor]:
+def _full_step(
+    pipe: DiffusionPipeline,
+    profile: Profile,
+    scheduler: Any,
+    t: torch.Tensor,
+    latents: torch.Tensor,
+    labels: torch.Tensor,
+) -> torch.Tensor:
     cond, uncond = _predict(pipe, profile, scheduler.scale_model_input(latents, t), t, labels)
-    guided = _guided(cond, uncond, profile.guidance_scale)
-    return scheduler.step(guided, t, latents).prev_sample, guided
+    return scheduler.step(_guided(cond, uncond, profile.guidance_scale), t, latents).prev_sample
 
 
 def _copied_step(scheduler: Any, output: torch.Tensor, t: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
