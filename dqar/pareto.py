@@ -29,8 +29,8 @@ SPACINGS = {
     "dpm-solver++": ("dpm-solver++", "dpm-solver++-lu", "dpm-solver++3-lu", "dpm-solver++-karras"),
     "ddim": ("ddim", "ddim-leading"),
 }
-ALONE = ("First-Block-Cache", "SeaCache", "DBCache", "DBCache + TaylorSeer")
-"""Peers that decide by what they see, for a whole batch at once: they get every image by itself, which suits them."""
+SMALL_BATCHES = {"SeaCache": 5}
+"""Caches that decide by what they see decide for a whole batch at once; the strongest of them gets smaller ones."""
 CALIBRATED = ("SmoothCache", "MagCache")
 STRONGEST = ("SeaCache", "TaylorSeer")
 """Of the peers, in a first look: tried with both spacings and at all settings; of the others, every second setting."""
@@ -59,12 +59,12 @@ def make_plans(
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """A method in the comparison: its family and settings, and whether it draws its images one by one."""
+    """A method in the comparison: its family and settings, and how many images it draws at once (``None``: all)."""
 
     family: str
     settings: str
     method: Method
-    alone: bool = False
+    batch_size: int | None = None
 
     @property
     def name(self) -> str:
@@ -98,7 +98,7 @@ def contenders(profile: Profile, sampler: str) -> list[Contender]:
                     settings = {**settings, "guidance_scale": profile.guidance_scale}
                 text = ", ".join(f"{key} {value}" for key, value in settings.items() if key != "guidance_scale")
                 method = Method(scheduler=grid, peer=Peer(name, tuple(settings.items())))
-                found.append(Contender(name, f"{text}, {grid}", method, alone=name in ALONE))
+                found.append(Contender(name, f"{text}, {grid}", method, SMALL_BATCHES.get(name)))
     for name, config in site_configs().items():
         found.append(Contender("DQAR sites", name, Method(config, scheduler=sampler)))
     for target, grid in (("reference", sampler), ("converged", SAMPLERS[sampler])):
@@ -157,7 +157,7 @@ def measure(contender: Contender, profile: Profile, wanted: dict[Target, torch.T
         ``macs`` (an image, counted) and ``cache_bytes`` (an image, largest at any step; NaN for peers).
     """
     number = len(wanted["reference"])
-    own = dataclasses.replace(profile, batch_size=1 if contender.alone else number)
+    own = dataclasses.replace(profile, batch_size=contender.batch_size or number)
     if contender.method.peer is not None:  # calibrates some of them: not part of what drawing costs
         with contender.method.peer.attach(contender.method.pipeline(own), own.num_inference_steps):
             pass
