@@ -343,7 +343,7 @@ def test_traced_snr_is_that_of_the_predicted_clean_latents(pipe, scheduler):
 
     def step(model_output, t, sample, **kwargs):
         scaled = pipe.scheduler.scale_model_input(sample, t)
-        if scheduler == "dpm-solver++":
+        if scheduler.startswith("dpm-solver++"):
             if pipe.scheduler.step_index is None:
                 pipe.scheduler._init_step_index(t)
             clean = pipe.scheduler.convert_model_output(model_output, sample=sample)
@@ -361,8 +361,10 @@ def test_traced_snr_is_that_of_the_predicted_clean_latents(pipe, scheduler):
     with apply_dqar(pipe, DQARConfig(schedule="none")) as session:
         draw(pipe)
     table = session.trace.to_pandas()
-    assert table.groupby("step").snr.first().tolist() == pytest.approx(expected, rel=1e-3)
-    alpha_bar = pipe.scheduler.alphas_cumprod[999].item()
+    # At t = 0, where the other spacings end, noisy and clean differ by 1e-4: float32 leaves three digits of that.
+    tolerance = 5e-3 if pipe.scheduler.timesteps[-1] == 0 else 1e-3
+    assert table.groupby("step").snr.first().tolist() == pytest.approx(expected, rel=tolerance)
+    alpha_bar = pipe.scheduler.alphas_cumprod[int(pipe.scheduler.timesteps[0])].item()
     assert table.snr_schedule.iloc[0] == pytest.approx(alpha_bar / (1 - alpha_bar), rel=1e-3)
 
 

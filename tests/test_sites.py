@@ -184,6 +184,18 @@ def test_removal_leaves_nothing(pipe, order):
         assert not any(hasattr(block.ff, "_diffusers_hook") for block in pipe.transformer.transformer_blocks)
 
 
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_what_no_forecast_draws_on_is_freed(pipe, order):
+    with apply_dqar(pipe, DQARConfig(**STATIC, forecast_order=order)) as session:
+        newest = []
+        pipe.transformer.register_forward_hook(
+            lambda *_: newest.append(weakref.ref(session.controller.cache.get(0, "cond").feed_forward.data))
+        )
+        draw(pipe, steps=10)  # computed at every second step, of which order + 1 are kept
+        gc.collect()
+        assert [ref() is not None for ref in newest] == [step // 2 >= 4 - order for step in range(10)]
+
+
 def test_hooks_of_others_outlive_dqar(pipe):
     class Count(ModelHook):
         calls = 0
