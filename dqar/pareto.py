@@ -34,6 +34,8 @@ SMALL_BATCHES = {"SeaCache": 5}
 CALIBRATED = ("SmoothCache", "MagCache")
 STRONGEST = ("SeaCache", "TaylorSeer")
 """Of the peers, in a first look: tried with both spacings and at all settings; of the others, every second setting."""
+SITE_KINDS = {2: ((0, 8), (1, 16), (1, 8), (1, 4), (2, 16), (2, 8), (2, 4)), 3: ((1, 16), (1, 8), (2, 8))}
+"""Forecast orders and bits inside the blocks, by interval of the computed steps."""
 BUDGETS = (1.5, 2, 3, 4, 5)
 """Full compute's MACs over a plan's, at least."""
 OURS = "DQAR plan"
@@ -114,8 +116,8 @@ def contenders(profile: Profile, sampler: str) -> list[Contender]:
 def site_configs() -> dict[str, DQARConfig]:
     """DQAR inside the blocks: attention and feed-forward of all layers forecast from a quantized cache."""
     configs = {}
-    for interval in (2, 3):
-        for order, bits in ((0, 16), (0, 8), (1, 16), (1, 8), (1, 4), (2, 16), (2, 8), (2, 4)):
+    for interval, kinds in SITE_KINDS.items():
+        for order, bits in kinds:
             configs[f"every {interval}, order {order}, {bits} bit"] = dataclasses.replace(
                 OPEN,
                 schedule="static",
