@@ -71,11 +71,13 @@ def test_compiled_blocks_are_reused_around():
     expected = draw(pipe, steps=4)
     with apply_dqar(pipe, plan):
         planned = draw(pipe, steps=4)
-    assert not torch.equal(planned, expected)
+    # A compiler sums in another order, differently on every kind of processor: errors are in proportion to the largest.
+    tolerance = 1e-4 * expected.abs().max().item()
+    assert (planned - expected).abs().max() > 100 * tolerance
     for block in pipe.transformer.transformer_blocks:
         block.compile()
-    torch.testing.assert_close(draw(pipe, steps=4), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(draw(pipe, steps=4), expected, rtol=0, atol=tolerance)
     apply_dqar(pipe, plan)
-    torch.testing.assert_close(draw(pipe, steps=4), planned, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(draw(pipe, steps=4), planned, rtol=0, atol=tolerance)
     remove_dqar(pipe)
-    torch.testing.assert_close(draw(pipe, steps=4), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(draw(pipe, steps=4), expected, rtol=0, atol=tolerance)
