@@ -121,6 +121,7 @@ def slide08_plans(run: Run, plans: dict[str, list[ForecastPlan]]) -> Figure:
         right.scatter(trials.predicted**0.5, trials.measured**0.5, color=color, s=45, lw=0, alpha=0.8, label=name)
         pairs.append(trials)
     right.set(xscale="log", yscale="log", xlabel="predicted RMS (latents)", ylabel="measured RMS (images)")
+    right.set_ylim(top=0.1)  # room for the legend
     right.legend(fontsize=12, loc="upper left")
     right.set_title("Every set of steps tried", size=17)
     trials = pd.concat(pairs)
