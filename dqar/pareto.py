@@ -193,6 +193,18 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     return found.assign(macs_speedup=full / found.macs)
 
 
+def site_points(table: pd.DataFrame | None) -> pd.DataFrame | None:
+    """Forecasts inside the blocks: ``summary`` with ``interval``, ``order``, ``bits``; ``None`` if some are missing."""
+    if table is None:
+        return None
+    points = summary(table)
+    points = points[(points.family == "DQAR sites") & points.settings.str.startswith("every")]
+    parts = points.settings.str.extract(r"every (?P<interval>\d), order (?P<order>\d), (?P<bits>\d+) bit").astype(int)
+    points = points.join(parts)
+    points.attrs = table.attrs
+    return points if len(points) == sum(map(len, SITE_KINDS.values())) else None
+
+
 def frontier(points: pd.DataFrame, target: Target) -> pd.DataFrame:
     """The points that no other beats in both speed and quality, by rising speed."""
     points = points.sort_values(["macs_speedup", f"psnr_{target}"], ascending=False)
@@ -234,7 +246,7 @@ def verdicts(points: pd.DataFrame, budgets: Sequence[float] = (1.5, 2, 3, 4)) ->
                     "macs_needed": needed,
                 }
             )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=["target", "budget", "ours", "peer", "which", "macs_needed"])
 
 
 def parts(

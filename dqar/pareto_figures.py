@@ -132,12 +132,8 @@ def slide08_plans(run: Run, plans: dict[str, list[ForecastPlan]]) -> Figure:
 
 
 @recorded("quality and MACs of every method")
-def slide06_forecast_cache(run: Run, table: pd.DataFrame) -> Figure:
-    """DQAR inside the blocks: what forecast order and bits of the cache do to quality, against its bytes."""
-    points = pareto.summary(table)
-    points = points[(points.family == "DQAR sites") & points.settings.str.startswith("every")]
-    parts = points.settings.str.extract(r"every (?P<interval>\d), order (?P<order>\d), (?P<bits>\d+) bit")
-    points = points.join(parts.astype(int))
+def slide06_forecast_cache(run: Run, points: pd.DataFrame) -> Figure:
+    """DQAR inside the blocks (``pareto.site_points``): what forecast order and bits do to quality, against bytes."""
     figure, panels = plt.subplots(1, 2, width_ratios=(3, 2))
     markers, colors = {16: "o", 8: "s", 4: "^"}, {0: GREY, 1: ACCENT, 2: BLUE}
     for row in points[points.interval <= 3].itertuples():
@@ -164,7 +160,7 @@ def slide06_forecast_cache(run: Run, table: pd.DataFrame) -> Figure:
     panels[1].set(ylabel="PSNR lost against 32 bit (dB)")
     panels[1].set_title("Linear forecast, every 2nd step", size=16)
     headline(figure, f"Attention and feed-forward forecast from a cache in few bits: INT8 costs {losses[0]:.1f} dB")
-    return save(run, "slide06_forecast_cache", figure, table)
+    return save(run, "slide06_forecast_cache", figure, points)
 
 
 def slide12_cache_memory(run: Run) -> Figure:

@@ -71,6 +71,15 @@ def test_verdicts_name_the_best_peer_and_what_its_quality_takes():
     assert row.macs_needed == pytest.approx(30 / 50)  # 46 dB are enough, at 30 of the peer's 50 MACs
     row = verdicts.loc["converged", 2]
     assert row.ours == pytest.approx(41.5) and row.peer == pytest.approx(42) and math.isnan(row.macs_needed)
+    assert list(pareto.verdicts(pareto.summary(TABLE), (99,)).columns) == [
+        "target",
+        "budget",
+        "ours",
+        "peer",
+        "which",
+        "macs_needed",
+    ]
+    assert pareto.site_points(None) is None and pareto.site_points(TABLE) is None  # nothing to draw
     row = verdicts.loc["reference", 4]
     assert math.isnan(row.ours) and row.which == "fewer steps: 10"
 
