@@ -199,8 +199,8 @@ def site_points(table: pd.DataFrame | None) -> pd.DataFrame | None:
         return None
     points = summary(table)
     points = points[(points.family == "DQAR sites") & points.settings.str.startswith("every")]
-    parts = points.settings.str.extract(r"every (?P<interval>\d), order (?P<order>\d), (?P<bits>\d+) bit").astype(int)
-    points = points.join(parts)
+    parts = points.settings.str.extract(r"every (?P<interval>\d), order (?P<order>\d), (?P<bits>\d+) bit")
+    points = points.join(parts.dropna().astype(int), how="inner")
     points.attrs = table.attrs
     return points if len(points) == sum(map(len, SITE_KINDS.values())) else None
 
