@@ -226,7 +226,11 @@ def guided_prediction(
 ) -> torch.Tensor:
     """The noise ``[B, C, H, W]`` predicted in ``latents``, guided if there are twice as many ``labels``."""
     model_input = scheduler.scale_model_input(latents, t)
-    cond, uncond = branch_predictions(transformer, model_input, t, labels)
+    return guide(*branch_predictions(transformer, model_input, t, labels), guidance_scale)
+
+
+def guide(cond: torch.Tensor, uncond: torch.Tensor | None, guidance_scale: float) -> torch.Tensor:
+    """Classifier-free guidance: both branches' predictions as one; without a second one, the first."""
     return cond if uncond is None else uncond + guidance_scale * (cond - uncond)
 
 

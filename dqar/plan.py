@@ -287,7 +287,7 @@ def _write(path: str | Path, content: dict[str, Any]) -> None:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        temporary.write_text(json.dumps(content) + "\n")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ import argparse
 import copy
 import math
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -29,14 +30,14 @@ from rich.console import Console
 from tqdm import tqdm
 
 from dqar.config import check, check_choice
-from dqar.models import SCHEDULERS, Profile, branch_predictions, get_profile, load_pipeline
+from dqar.models import SCHEDULERS, Profile, branch_predictions, get_profile, guide, load_pipeline
 from dqar.plan import ForecastPlan, describe_model
 from dqar.results import provenance
 from dqar.sampling import class_labels, first_latents
 
 PLAN_SEED = 500
 """Of the calibration images: of none that is compared later."""
-HISTORY = 3
+HISTORY = 4
 FINER = 5
 """Steps of the converged run for each one of the planned run."""
 RIDGE = 1e-9
@@ -96,7 +97,7 @@ def trajectories(
             states.append(latents)
             conds.append(cond)
             unconds.append(uncond)
-        latents = scheduler.step(_guided(cond, uncond, profile.guidance_scale), t, latents).prev_sample
+        latents = scheduler.step(guide(cond, uncond, profile.guidance_scale), t, latents).prev_sample
     both = None if unconds[0] is None else torch.stack(unconds)
     return Trajectories(torch.stack([*states, latents]), torch.stack(conds), both, labels, target)
 
@@ -179,32 +180,60 @@ def measure_gains(pipe: DiffusionPipeline, profile: Profile, known: Trajectories
             final = _finished(pipe, latents) - _finished(pipe, known.latents[-1])
             measured.append(float(final.square().mean() / displaced.square().mean()))
         uncond = None if known.uncond is None else known.uncond[step]
-        scheduler.step(_guided(known.cond[step], uncond, profile.guidance_scale), t, known.latents[step])
+        scheduler.step(guide(known.cond[step], uncond, profile.guidance_scale), t, known.latents[step])
     return np.interp(np.arange(steps + 1), where, measured)
 
 
+@dataclass(frozen=True)
+class _State:
+    """What a step of a planned run begins with; the outputs newest first."""
+
+    scheduler: Any
+    latents: torch.Tensor
+    conds: tuple[torch.Tensor, ...] = ()
+    unconds: tuple[torch.Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A planned run that was followed: its ``weights``, as ``ForecastPlan`` has them, what each step began with, and
+    each image's mean squared error when finished, ``[images]``."""
+
+    computed: tuple[int, ...]
+    fitted_on: int
+    weights: tuple[tuple[float, ...], ...]
+    states: tuple[_State, ...]
+    error: torch.Tensor
+
+
 def fit(
-    pipe: DiffusionPipeline, profile: Profile, computed: tuple[int, ...], known: Trajectories, fitted_on: int
-) -> tuple[list[tuple[float, ...]], torch.Tensor]:
+    pipe: DiffusionPipeline,
+    profile: Profile,
+    computed: tuple[int, ...],
+    known: Trajectories,
+    fitted_on: int,
+    like: Fitted | None = None,
+) -> Fitted:
     """Follows a run that computes only at ``computed``, and fits each step's weights as it comes by.
 
     Args:
         fitted_on: the first so many images of ``known`` are fitted on; all follow.
-
-    Returns:
-        The weights, as ``ForecastPlan`` has them, and each image's mean squared error when finished, ``[images]``.
+        like: an earlier fit on the same images: what it did before the first step that differs is taken from it.
     """
-    scheduler, latents = _scheduler(pipe, known.num_steps), known.latents[0]
-    conds: list[torch.Tensor] = []
-    unconds: list[torch.Tensor] = []
-    rows: list[tuple[float, ...]] = []
-    for step, t in enumerate(scheduler.timesteps):
+    start = 0
+    if like is not None and like.fitted_on == fitted_on:
+        start = min(set(computed) ^ set(like.computed), default=known.num_steps - 1)
+    states = list(like.states[: start + 1]) if start else [_State(_scheduler(pipe, known.num_steps), known.latents[0])]
+    rows = list(like.weights[:start]) if start else []
+    for step in range(start, known.num_steps):
+        state, scheduler = states[step], copy.deepcopy(states[step].scheduler)
+        t, latents, conds, unconds = scheduler.timesteps[step], state.latents, state.conds, state.unconds
         model_input = scheduler.scale_model_input(latents, t)
         if step in computed:
             cond, uncond = _predict(pipe, profile, model_input, t, known.labels)
-            conds = [cond, *conds][:HISTORY]
-            unconds = [] if uncond is None else [uncond, *unconds][:HISTORY]
-        newest = _guided(conds[0], unconds[0] if unconds else None, profile.guidance_scale)
+            conds = (cond, *conds)[:HISTORY]
+            unconds = () if uncond is None else (uncond, *unconds)[:HISTORY]
+        newest = guide(conds[0], unconds[0] if unconds else None, profile.guidance_scale)
         if step == 0:
             rows.append(())
             output = newest
@@ -221,8 +250,9 @@ def fit(
             rows.append(tuple(float(f"{w:.9g}") for w in weights.tolist()))
             output = (columns @ weights).view_as(latents).to(latents.dtype)
         latents = scheduler.step(output, t, latents).prev_sample
+        states.append(_State(scheduler, latents, conds, unconds))
     error = (_finished(pipe, latents) - _finished(pipe, known.latents[-1])).square().flatten(1).mean(1)
-    return rows, error
+    return Fitted(computed, fitted_on, tuple(rows), tuple(states), error)
 
 
 def make_plan(
@@ -231,7 +261,7 @@ def make_plan(
     num_computed: int,
     known: Trajectories,
     gains: np.ndarray,
-    refinements: int = 4,
+    refinements: int = 24,
     seed: int = 0,
 ) -> ForecastPlan:
     """The best plan found that computes ``num_computed`` steps.
@@ -241,20 +271,21 @@ def make_plan(
     """
     jumps, half = Jumps(known), len(known.labels) // 2
     trials: dict[tuple[int, ...], tuple[float, float]] = {}
-
-    def attempt(steps: tuple[int, ...]) -> None:
-        if steps not in trials:
-            error = fit(pipe, profile, steps, known, half)[1][half:].mean()
-            trials[steps] = _predicted(jumps, steps, gains), float(error)
-
-    for power in (0.0, 0.5, 1.0):
-        attempt(choose_steps(jumps, num_computed, gains**power)[0])
+    best: Fitted | None = None
     generator = np.random.default_rng(seed)
-    for _ in tqdm(range(refinements), desc=f"refining {num_computed} steps", leave=False):
-        best = min(trials, key=lambda steps: trials[steps][1])
-        attempt(_neighbour(best, known.num_steps, generator))
-    best = min(trials, key=lambda steps: trials[steps][1])
-    rows, _ = fit(pipe, profile, best, known, len(known.labels))
+    for trial in tqdm(range(3 + refinements), desc=f"refining {num_computed} steps", leave=False):
+        if trial < 3:
+            steps, _ = choose_steps(jumps, num_computed, gains ** (0.5 * trial))
+        else:
+            steps = _neighbour(best.computed, known.num_steps, trials, generator)
+        if steps in trials:
+            continue
+        fitted = fit(pipe, profile, steps, known, half, like=best)
+        error = fitted.error[half:].mean().item()
+        if not trials or error < min(measured for _, measured in trials.values()):
+            best = fitted
+        trials[steps] = _predicted(jumps, steps, gains), error
+    weights = fit(pipe, profile, best.computed, known, len(known.labels)).weights
     scheduler = _scheduler(pipe, known.num_steps)
     source = {
         "target": known.target,
@@ -263,7 +294,7 @@ def make_plan(
         **provenance(profile, PLAN_SEED),
     }
     guidance, model = max(1.0, profile.guidance_scale), describe_model(pipe.transformer)
-    return ForecastPlan(rows, best, scheduler.timesteps.tolist(), guidance, HISTORY, model, source)
+    return ForecastPlan(weights, best.computed, scheduler.timesteps.tolist(), guidance, HISTORY, model, source)
 
 
 def _predicted(jumps: Jumps, computed: tuple[int, ...], gains: np.ndarray) -> float:
@@ -272,15 +303,17 @@ def _predicted(jumps: Jumps, computed: tuple[int, ...], gains: np.ndarray) -> fl
     return float(sum(gains[later] * jumps.errors(step, before)[later - step - 1] for before, step, later in landings))
 
 
-def _neighbour(computed: tuple[int, ...], num_steps: int, generator: np.random.Generator) -> tuple[int, ...]:
-    """One computed step, but not the first, moved by one or two."""
+def _neighbour(
+    computed: tuple[int, ...], num_steps: int, tried: Collection[tuple[int, ...]], generator: np.random.Generator
+) -> tuple[int, ...]:
+    """One computed step, but not the first, moved by one or two, so that the set is new."""
     for _ in range(100):
         moved = list(computed)
         which = generator.integers(1, len(moved))
         moved[which] += int(generator.choice([-2, -1, 1, 2]))
-        if 0 < moved[which] < num_steps and moved[which] not in computed:
+        if 0 < moved[which] < num_steps and moved[which] not in computed and tuple(sorted(moved)) not in tried:
             return tuple(sorted(moved))
-    return computed  # nearly all steps are computed: there is no room
+    return computed  # nearly all steps are computed, or all neighbours tried
 
 
 def _jumped(known: Trajectories, step: int, start: int) -> torch.Tensor:
@@ -336,15 +369,11 @@ def _full_step(
     labels: torch.Tensor,
 ) -> torch.Tensor:
     cond, uncond = _predict(pipe, profile, scheduler.scale_model_input(latents, t), t, labels)
-    return scheduler.step(_guided(cond, uncond, profile.guidance_scale), t, latents).prev_sample
+    return scheduler.step(guide(cond, uncond, profile.guidance_scale), t, latents).prev_sample
 
 
 def _copied_step(scheduler: Any, output: torch.Tensor, t: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
     return copy.deepcopy(scheduler).step(output, t, latents).prev_sample
-
-
-def _guided(cond: torch.Tensor, uncond: torch.Tensor | None, guidance_scale: float) -> torch.Tensor:
-    return cond if uncond is None else uncond + guidance_scale * (cond - uncond)
 
 
 def _finished(pipe: DiffusionPipeline, latents: torch.Tensor) -> torch.Tensor:

@@ -50,7 +50,7 @@ class Sizes:
     samples: int = 1000
     part: int = 100
     plan_images: int = 20
-    refinements: int = 4
+    refinements: int = 24
     pareto_images: int = 20
     pareto_settings: int | None = None
     """Of each family at most; ``None``: all."""

@@ -81,8 +81,20 @@ def test_chosen_steps_are_the_best_of_all():
 
 def test_computing_every_step_reaches_the_reference(pipe):
     known = trajectories(pipe, PROFILE, "reference", 4)
-    _, error = fit(pipe, PROFILE, tuple(range(10)), known, 4)
-    assert error.max() < 1e-6
+    assert fit(pipe, PROFILE, tuple(range(10)), known, 4).error.max() < 1e-6
+
+
+def test_a_fit_goes_on_from_a_like_one(pipe):
+    known = trajectories(pipe, PROFILE, "reference", 4)
+    like = fit(pipe, PROFILE, (0, 2, 3, 6, 9), known, 2)
+    computed = []
+    handle = pipe.transformer.register_forward_hook(lambda *_: computed.append(1))
+    again = fit(pipe, PROFILE, (0, 2, 3, 7, 9), known, 2, like)
+    handle.remove()
+    anew = fit(pipe, PROFILE, (0, 2, 3, 7, 9), known, 2)
+    assert len(computed) == 2 and again.weights == anew.weights and torch.equal(again.error, anew.error)
+    assert again.weights[:6] == like.weights[:6] and again.weights[6] != like.weights[6]
+    assert fit(pipe, PROFILE, like.computed, known, 4, like).weights != like.weights  # fitted on other images
 
 
 def test_a_plan_beats_extrapolation_on_other_images(pipe):
@@ -104,12 +116,12 @@ def test_a_plan_beats_extrapolation_on_other_images(pipe):
 def test_what_the_planner_follows_is_what_the_pipeline_runs(pipe):
     """Weights fitted on one run, replayed through the session on the same images, give the error that was fitted."""
     known = trajectories(pipe, PROFILE, "reference", 4, seed=5)
-    rows, error = fit(pipe, PROFILE, (0, 2, 3, 6, 9), known, 4)
+    fitted = fit(pipe, PROFILE, (0, 2, 3, 6, 9), known, 4)
     plan = make_plan(pipe, PROFILE, 5, known, np.ones(11), refinements=0)
-    plan = dataclasses.replace(plan, weights=rows, computed={0, 2, 3, 6, 9})
+    plan = dataclasses.replace(plan, weights=fitted.weights, computed={0, 2, 3, 6, 9})
     drawn = sample(pipe, PROFILE, 5, DQARConfig(plan=plan), num_samples=4).images * 2 - 1
     replayed = (drawn - known.latents[-1].clamp(-1, 1)).square().flatten(1).mean(1)
-    torch.testing.assert_close(replayed, error, rtol=0.02, atol=1e-8)
+    torch.testing.assert_close(replayed, fitted.error, rtol=0.02, atol=1e-8)
 
 
 def test_without_guidance():
