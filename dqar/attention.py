@@ -86,18 +86,16 @@ class DQARSession:
         self._layers = layers
         plan = self.controller.config.plan
         self._forecast = OutputForecast(plan) if isinstance(plan, ForecastPlan) else None
-        attention = [DQARAttnProcessor(self, layer_id) for layer_id in range(len(layers))]
-        processors = list(zip(layers, attention, strict=True))
-        for layer_id, block in enumerate(transformer.transformer_blocks):
-            cross = getattr(block, "attn2", None)
-            if isinstance(cross, Attention) and isinstance(cross.processor, AttnProcessor2_0):
-                processors.append((cross, DQARCrossAttnProcessor(self, layer_id, cross.processor)))
-        hooks = [(transformer, _DQARHook(self))]
-        if self.controller.config.reuse_target == "block":
-            blocks = zip(transformer.transformer_blocks, attention, strict=True)
-            hooks += [(_feed_forward(block, own.layer_id), _FeedForwardHook(own)) for block, own in blocks]
-        if self._forecast is not None:  # where the model runs at all, it runs untouched
-            processors, hooks = [], hooks[:1]
+        processors: list[tuple[Attention, Any]] = []
+        hooks: list[tuple[torch.nn.Module, ModelHook]] = [(transformer, _DQARHook(self))]
+        if self._forecast is None:  # otherwise, where the model runs at all, it runs untouched
+            for layer_id, (layer, block) in enumerate(zip(layers, transformer.transformer_blocks, strict=True)):
+                own, cross = DQARAttnProcessor(self, layer_id), getattr(block, "attn2", None)
+                processors.append((layer, own))
+                if isinstance(cross, Attention) and isinstance(cross.processor, AttnProcessor2_0):
+                    processors.append((cross, DQARCrossAttnProcessor(self, layer_id, cross.processor)))
+                if self.controller.config.reuse_target == "block":
+                    hooks.append((_feed_forward(block, layer_id), _FeedForwardHook(own)))
         self._originals = [(layer, layer.processor) for layer, _ in processors]
         self._argument_names = list(inspect.signature(type(transformer).forward).parameters)[1:]
         self._watched: Any = None

@@ -16,13 +16,16 @@ from dqar import ptq
 from dqar.config import DQARConfig, ReuseTarget
 from dqar.models import Profile, load_pipeline
 from dqar.peers import Peer
-from dqar.plan import ForecastPlan
+from dqar.plan import ForecastPlan, describe_model, extrapolation
 from dqar.policy import ReusePolicy
 from dqar.results import RECORDED, slug
 from dqar.sampling import OPEN, Samples, sample
 
 CALIBRATION_SEED = 300
 """Of the images that W8A8's salience is measured on: none that is compared later."""
+
+EXTRAPOLATIONS = {2: (4, 8, 1), 3: (4, 4, 2), 4: (6, 4, 2)}
+"""Interval, last computed steps and order of output extrapolation, the best at so many times fewer MACs (slide 13)."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,10 @@ def plan_path(profile: Profile, sampler: str, target: str, num_computed: int) ->
 
 
 def methods(profile: Profile, gate: DQARConfig | None) -> dict[str, Method]:
-    """Full compute, slide 11's baselines, and DQAR by the rule with a calibrated ``gate`` and by the policy.
+    """Full compute, slide 11's baselines, DQAR by the rule with a calibrated ``gate``, by the policy and by plans, and
+    beside each plan what saves as much.
 
-    Without a gate, or as long as no policy has been trained, the methods that need one are left out.
+    Without a gate, or as long as no policy has been trained or plan made, the methods that need one are left out.
     """
     steps = profile.num_inference_steps
     static = dataclasses.replace(OPEN, schedule="static")
@@ -93,11 +97,23 @@ def methods(profile: Profile, gate: DQARConfig | None) -> dict[str, Method]:
             policy = ReusePolicy.load(path)
             config = DQARConfig(policy=policy, schedule="all", reuse_target=target, max_reuse_streak=1)
             found[f"DQAR policy, {target}"] = Method(config)
-    for budget in (2, 3, 4):
-        path = plan_path(profile, profile.scheduler, "reference", computed_steps(profile, budget))
+    for budget, best in EXTRAPOLATIONS.items():
+        number = computed_steps(profile, budget)
+        path = plan_path(profile, profile.scheduler, "reference", number)
         if path.exists():
+            found[f"{number} steps"] = Method(num_inference_steps=number)
+            found[f"extrapolation, {budget}×"] = Method(DQARConfig(plan=extrapolated(profile, *best)))
             found[f"DQAR plan, {budget}×"] = Method(DQARConfig(plan=ForecastPlan.load(path)))
     return found
+
+
+def extrapolated(profile: Profile, interval: int, last: int, order: int) -> ForecastPlan:
+    """The output extrapolated from every ``interval``-th step; the ``last`` steps are all computed."""
+    pipe, steps = Method().pipeline(profile), profile.num_inference_steps
+    pipe.scheduler.set_timesteps(steps)
+    computed = {*range(0, steps, interval), *range(max(0, steps - last), steps)}
+    model, timesteps = describe_model(pipe.transformer), pipe.scheduler.timesteps.tolist()
+    return extrapolation(computed, timesteps, max(1.0, profile.guidance_scale), model, order)
 
 
 @functools.lru_cache(maxsize=8)

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from dqar import decisions, metrics
-from dqar.methods import Method, methods
+from dqar.methods import EXTRAPOLATIONS, Method, computed_steps, methods
 from dqar.record import RESULT_SEED, draw
 from dqar.results import Run, slug
 
@@ -67,6 +67,31 @@ def summary(run: Run, resamples: int = 200) -> pd.DataFrame:
         table = table.merge(memory, on="method", how="left")
     table = table.reindex(columns=["method", *COLUMNS])
     table.attrs = images.attrs
+    return table
+
+
+def beside_plans(run: Run, resamples: int = 200) -> pd.DataFrame | None:
+    """FD-digits at equal MACs: every plan, as many plain steps, and extrapolation; ``None`` if no plan is recorded.
+
+    Returns:
+        ``budget``, ``kind`` (plan, steps or extrapolation), ``psnr`` (dB to full compute), and ``fd``, ``fd_growth``
+        (over full compute, on the same seeds), with ``_low`` and ``_high`` as in ``frechet_intervals``.
+    """
+    kinds = {}
+    for budget in EXTRAPOLATIONS:
+        kinds[f"DQAR plan, {budget}×"] = budget, "DQAR plan"
+        kinds[f"{computed_steps(run.profile, budget)} steps"] = budget, "fewer steps"
+        kinds[f"extrapolation, {budget}×"] = budget, "output extrapolation"
+    images = samples(run)
+    source = images.attrs
+    images = images[images.method.isin([*kinds, "full compute"])]
+    if not images.method.str.startswith("DQAR plan").any():
+        return None
+    table = frechet_intervals(images, resamples).query("method != 'full compute'")
+    psnr = -10 * np.log10(images.groupby("method").mse.mean().clip(lower=1e-12))
+    table = table.assign(psnr=table.method.map(psnr), budget=[kinds[name][0] for name in table.method])
+    table = table.assign(kind=[kinds[name][1] for name in table.method])
+    table.attrs = source
     return table
 
 

@@ -14,10 +14,10 @@ import torch
 
 from dqar import metrics
 from dqar.config import DQARConfig
-from dqar.methods import Method, computed_steps, plan_path
+from dqar.methods import Method, computed_steps, extrapolated, plan_path
 from dqar.models import Profile, load_classifier
 from dqar.peers import SWEEPS, Peer
-from dqar.plan import ForecastPlan, describe_model, extrapolation
+from dqar.plan import ForecastPlan
 from dqar.planner import FINER, Target, make_plan, measure_gains, trajectories
 from dqar.results import Run, slug
 from dqar.sampling import OPEN
@@ -88,7 +88,7 @@ def contenders(profile: Profile, sampler: str) -> list[Contender]:
             for last in (1, 4, 8):
                 orders = (0, 1, 2) if last == 4 and grid == sampler else (1,)
                 for order in orders:
-                    plan = _extrapolation(profile, grid, interval, last, order)
+                    plan = extrapolated(dataclasses.replace(profile, scheduler=grid), interval, last, order)
                     settings = f"every {interval}, last {last}, order {order}, {grid}"
                     method = Method(DQARConfig(plan=plan), scheduler=grid)
                     found.append(Contender("output extrapolation", settings, method))
@@ -130,14 +130,6 @@ def site_configs() -> dict[str, DQARConfig]:
             )
     attention = dataclasses.replace(OPEN, schedule="static", reuse_target="output", forecast_order=1, cooldown=4)
     return {"attention only, every 2, order 1, 8 bit": attention, **configs}
-
-
-def _extrapolation(profile: Profile, grid: str, interval: int, last: int, order: int) -> ForecastPlan:
-    pipe, steps = Method(scheduler=grid).pipeline(profile), profile.num_inference_steps
-    pipe.scheduler.set_timesteps(steps)
-    computed = {*range(0, steps, interval), *range(max(0, steps - last), steps)}
-    model, timesteps = describe_model(pipe.transformer), pipe.scheduler.timesteps.tolist()
-    return extrapolation(computed, timesteps, max(1.0, profile.guidance_scale), model, order)
 
 
 def targets(profile: Profile, sampler: str, num_images: int) -> dict[Target, torch.Tensor]:

@@ -98,6 +98,37 @@ def slide12_pareto_verdicts(run: Run, tables: dict[str, pd.DataFrame]) -> Figure
     return save_table(run, "slide12_pareto_verdicts", title, shown, [14, 11, 9, 12, 12, 46, 16], source)
 
 
+@recorded("images of plans and their rivals")
+def slide13_plan_distances(run: Run, table: pd.DataFrame) -> Figure:
+    """Fréchet distance at equal MACs (``outcomes.beside_plans``): growth over full compute on the same seeds."""
+    figure, axes = plt.subplots()
+    budgets = sorted(table.budget.unique())
+    kinds = {"DQAR plan": (ACCENT, "D"), "output extrapolation": SHOWN["output extrapolation"]}
+    kinds["fewer steps"] = SHOWN["fewer steps"]
+    lowest = 0
+    for number, (kind, (color, marker)) in enumerate(kinds.items()):
+        own = table[table.kind == kind].set_index("budget").reindex(budgets)
+        spread = [own.fd_growth - own.fd_growth_low, own.fd_growth_high - own.fd_growth]
+        where = np.arange(len(own)) + 0.22 * (number - 1)
+        axes.errorbar(where, own.fd_growth, spread, fmt=marker, ms=12, color=color, capsize=6, lw=3, label=kind)
+        for x, row in zip(where, own.itertuples(), strict=True):
+            text = f"{row.psnr:.1f} dB"
+            axes.annotate(text, (x, row.fd_growth), (10, 0), textcoords="offset points", va="center", size=14)
+    for budget in budgets:
+        own = table[table.budget == budget]
+        lowest += own.loc[own.fd_growth.idxmin()].kind == "DQAR plan"
+    axes.axhline(0, color="#222222", ls="--", lw=2)
+    axes.set_xticks(range(len(budgets)), [f"{budget:g}× fewer MACs" for budget in budgets])
+    axes.set(xlim=(-0.5, len(budgets) - 0.3), ylabel="FD-digits over full compute's (95 %)")
+    axes.legend(fontsize=15)
+    headline(
+        figure,
+        f"Fréchet distance: a plan is lowest at {lowest} of {len(budgets)} budgets, grows at most "
+        f"{table[table.kind == 'DQAR plan'].fd_growth.max():+.2f}; dB: to full compute",
+    )
+    return save(run, "slide13_plan_distances", figure, table)
+
+
 def slide08_plans(run: Run, plans: dict[str, list[ForecastPlan]]) -> Figure:
     """The steps that each plan computes; and the error it was predicted to have against the one it has."""
     figure, (left, right) = plt.subplots(1, 2, width_ratios=(3, 2))

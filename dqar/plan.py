@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,12 +121,11 @@ class ReusePlan:
         Raises:
             ValueError: truncated, or no plan.
         """
-        try:
-            content = json.loads(Path(path).read_text())
+        with _reading(path, FORMAT) as content:
             rows = content["reuse"]
             sizes = {(len(rows[branch]), len(row)) for branch in BRANCHES for row in rows[branch]}
             digits = {digit for branch in BRANCHES for row in rows[branch] for digit in row}
-            if content["format"] != FORMAT or len(sizes) != 1 or not digits <= {"0", "1"}:
+            if len(sizes) != 1 or not digits <= {"0", "1"}:
                 raise ValueError("rows of one length, made of 0 and 1, were expected")
             [(steps, layers)] = sizes
             sites = frozenset(
@@ -136,8 +136,6 @@ class ReusePlan:
                 if digit == "1"
             )
             return cls(sites, layers, steps, content["scheduler"], content["provenance"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is truncated or no {FORMAT} file") from error
 
 
 @dataclass(frozen=True)
@@ -238,13 +236,8 @@ class ForecastPlan:
         Raises:
             ValueError: truncated, or no plan.
         """
-        try:
-            content = json.loads(Path(path).read_text())
-            if content.pop("format") != FORECAST_FORMAT:
-                raise ValueError
+        with _reading(path, FORECAST_FORMAT) as content:
             return cls(**content)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is truncated or no {FORECAST_FORMAT} file") from error
 
 
 def extrapolation(
@@ -281,6 +274,18 @@ def describe_model(transformer: Any) -> str:
         f"{type(transformer).__name__} of {config.num_layers} layers, {width} wide, {config.sample_size} x "
         f"{config.sample_size} inputs, {parameters:,} parameters"
     )
+
+
+@contextlib.contextmanager
+def _reading(path: str | Path, form: str) -> Iterator[dict[str, Any]]:
+    """The content of a JSON file of this format; whatever is wrong with it is a ``ValueError`` that names the file."""
+    try:
+        content = json.loads(Path(path).read_text())
+        if content.pop("format") != form:
+            raise ValueError(f"format {form} was expected")
+        yield content
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is truncated or no {form} file") from error
 
 
 def _write(path: str | Path, content: dict[str, Any]) -> None:
