@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import sys
+from typing import get_args
 
 import pandas as pd
 from diffusers import DiffusionPipeline
@@ -14,7 +15,7 @@ from rich.console import Console
 from tqdm import tqdm
 
 from dqar import metrics
-from dqar.config import DQARConfig, check
+from dqar.config import DQARConfig, ReuseTarget, check
 from dqar.models import Profile, get_profile, load_pipeline
 from dqar.sampling import LOOK, ChangeRecorder, sample
 
@@ -130,7 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
     goal = parser.add_mutually_exclusive_group(required=True)
     goal.add_argument("--share", type=float, help="wanted share of sites reused, in (0, 1)")
     goal.add_argument("--psnr", type=float, help="wanted PSNR to full compute, dB")
-    parser.add_argument("--reuse-target", choices=["kv", "output"], default="output")
+    parser.add_argument("--reuse-target", choices=get_args(ReuseTarget), default="output")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num-samples", type=int, default=4, help="images of the trace and of each trial")
     options = parser.parse_args(arguments)

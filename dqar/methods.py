@@ -7,7 +7,7 @@ import dataclasses
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from diffusers import DiffusionPipeline
@@ -88,10 +88,10 @@ def methods(profile: Profile, gate: DQARConfig | None) -> dict[str, Method]:
         "W8A8": Method(w8a8="plain"),
         "W8A8 + CSB": Method(w8a8="balanced"),
     }
-    for target in ("kv", "output"):
+    for target in get_args(ReuseTarget):
         if gate is not None:
             found[f"DQAR rule, {target}"] = Method(dataclasses.replace(gate, reuse_target=target))
-    for target in ("kv", "output"):
+    for target in get_args(ReuseTarget):
         if (path := policy_path(profile, target)).exists():
             # Its labels say what a single reuse does, nothing about several in a row.
             policy = ReusePolicy.load(path)

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import pandas as pd
 import torch
@@ -25,7 +26,7 @@ from rich.console import Console
 from tqdm import tqdm
 
 from dqar import decisions, metrics, pareto, ptq, stats
-from dqar.config import DQARConfig
+from dqar.config import DQARConfig, ReuseTarget
 from dqar.experiments import reuse_saving
 from dqar.methods import Method, methods, policy_path
 from dqar.models import Profile, get_profile, load_classifier
@@ -140,7 +141,7 @@ class Recording:
 
     def methods(self) -> dict[str, Method]:
         """All methods of the results slides."""
-        for target in ("output", "kv"):
+        for target in get_args(ReuseTarget):
             self.policy(target)
         return methods(self.profile, decisions.rule_gate(self.labels("output")))
 
@@ -378,7 +379,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for name in chosen:
             if name in ("labels", "policy"):
-                for target in ("output", "kv"):
+                for target in get_args(ReuseTarget):
                     getattr(recording, name)(target)
             else:
                 getattr(recording, name)()
