@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from dqar import pareto
-from dqar.methods import Method, computed_steps
+from dqar.methods import EXTRAPOLATIONS, Method, computed_steps, extrapolated
 from dqar.models import get_profile
 from dqar.peers import SWEEPS
 
@@ -112,3 +112,9 @@ def test_a_measurement_counts_what_runs():
     assert skipping.macs[0] == pytest.approx(full.macs[0] / 2) and skipping.mse_reference.gt(0).all()
     assert skipping.cache_bytes[0] == 2 * 2 * 64 * 4  # two outputs, two branches
     assert computed_steps(profile, 2) == 2 and computed_steps(profile, 4) == 2
+
+
+@pytest.mark.parametrize("budget", list(EXTRAPOLATIONS))
+def test_extrapolation_beside_a_plan_saves_as_much(budget):
+    rival = extrapolated(get_profile("digits"), *EXTRAPOLATIONS[budget])
+    assert budget <= rival.macs_speedup < 1.5 * budget and 49 in rival.computed

@@ -154,6 +154,22 @@ def test_intervals_tell_a_shifted_set_from_the_same_one(monkeypatch):
     assert table.fd_growth_low["far"] > 0.5
 
 
+def test_distances_are_put_beside_plans(tmp_path, monkeypatch):
+    real = np.random.default_rng(0).normal(size=(300, 4))
+    monkeypatch.setattr(decisions, "held_out_features", lambda: torch.tensor(real))
+    errors = {"full compute": 0.0, "DQAR plan, 3×": 1e-5, "16 steps": 1e-4, "static, kv": 1e-3}
+    tables = [
+        pd.DataFrame({"method": name, "image": range(300), "mse": mse, "features": list(real + 3 * mse**0.25)})
+        for name, mse in errors.items()
+    ]
+    monkeypatch.setattr(outcomes, "samples", lambda run: pd.concat(tables, ignore_index=True))
+    table = outcomes.beside_plans(Run("digits", 0, tmp_path), resamples=20)
+    assert table.kind.tolist() == ["DQAR plan", "fewer steps"] and table.budget.tolist() == [3, 3]
+    assert table.psnr.tolist() == pytest.approx([50, 40]) and table.fd_growth.is_monotonic_increasing
+    del tables[1]
+    assert outcomes.beside_plans(Run("digits", 0, tmp_path)) is None
+
+
 # --- recording -------------------------------------------------------------------------------------------------------
 
 
