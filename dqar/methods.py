@@ -7,7 +7,7 @@ import dataclasses
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from diffusers import DiffusionPipeline
@@ -58,6 +58,11 @@ def policy_path(profile: Profile, target: ReuseTarget) -> Path:
     return RECORDED / profile.name / f"policy-{target}.safetensors"
 
 
+def policy_config(path: Path, target: ReuseTarget) -> DQARConfig:
+    """A trained policy decides; nothing twice in a row: its labels say what a single reuse does, and no more."""
+    return DQARConfig(policy=ReusePolicy.load(path), schedule="all", reuse_target=target, max_reuse_streak=1)
+
+
 def computed_steps(profile: Profile, budget: float) -> int:
     """The most steps that a plan may compute within a budget."""
     return max(2, int(profile.num_inference_steps / budget))
@@ -88,15 +93,12 @@ def methods(profile: Profile, gate: DQARConfig | None) -> dict[str, Method]:
         "W8A8": Method(w8a8="plain"),
         "W8A8 + CSB": Method(w8a8="balanced"),
     }
-    for target in get_args(ReuseTarget):
+    for target in ("kv", "output"):
         if gate is not None:
             found[f"DQAR rule, {target}"] = Method(dataclasses.replace(gate, reuse_target=target))
-    for target in get_args(ReuseTarget):
+    for target in ("kv", "output"):
         if (path := policy_path(profile, target)).exists():
-            # Its labels say what a single reuse does, nothing about several in a row.
-            policy = ReusePolicy.load(path)
-            config = DQARConfig(policy=policy, schedule="all", reuse_target=target, max_reuse_streak=1)
-            found[f"DQAR policy, {target}"] = Method(config)
+            found[f"DQAR policy, {target}"] = Method(policy_config(path, target))
     for budget, best in EXTRAPOLATIONS.items():
         number = computed_steps(profile, budget)
         path = plan_path(profile, profile.scheduler, "reference", number)

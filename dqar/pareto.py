@@ -12,14 +12,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-from dqar import metrics
+from dqar import decisions, metrics
 from dqar.config import DQARConfig
-from dqar.methods import Method, computed_steps, extrapolated, plan_path
+from dqar.methods import Method, computed_steps, extrapolated, plan_path, policy_config, policy_path
 from dqar.models import Profile, load_classifier
 from dqar.peers import SWEEPS, Peer
 from dqar.plan import ForecastPlan
 from dqar.planner import FINER, Target, make_plan, measure_gains, trajectories
-from dqar.results import Run, slug
+from dqar.results import RECORDED, Run, load_table, slug
 from dqar.sampling import OPEN
 
 PARETO_SEED = 700
@@ -101,7 +101,7 @@ def contenders(profile: Profile, sampler: str) -> list[Contender]:
                 text = ", ".join(f"{key} {value}" for key, value in settings.items() if key != "guidance_scale")
                 method = Method(scheduler=grid, peer=Peer(name, tuple(settings.items())))
                 found.append(Contender(name, f"{text}, {grid}", method, SMALL_BATCHES.get(name)))
-    for name, config in site_configs().items():
+    for name, config in {**site_configs(), **_deciding(profile)}.items():
         found.append(Contender("DQAR sites", name, Method(config, scheduler=sampler)))
     for target, grid in (("reference", sampler), ("converged", SAMPLERS[sampler])):
         for budget in BUDGETS:
@@ -130,6 +130,15 @@ def site_configs() -> dict[str, DQARConfig]:
             )
     attention = dataclasses.replace(OPEN, schedule="static", reuse_target="output", forecast_order=1, cooldown=4)
     return {"attention only, every 2, order 1, 8 bit": attention, **configs}
+
+
+def _deciding(profile: Profile) -> dict[str, DQARConfig]:
+    """Rule and policy over attention and feed-forward of all layers, as far as labels and policy are recorded."""
+    path, policy = RECORDED / profile.name / "labels-block.parquet", policy_path(profile, "block")
+    if not (path.exists() and policy.exists()):
+        return {}
+    rule = dataclasses.replace(decisions.rule_gate(load_table(path)), reuse_target="block")
+    return {"rule, 8 bit": rule, "policy, 8 bit": policy_config(policy, "block")}
 
 
 def targets(profile: Profile, sampler: str, num_images: int) -> dict[Target, torch.Tensor]:

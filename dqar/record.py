@@ -141,7 +141,7 @@ class Recording:
 
     def methods(self) -> dict[str, Method]:
         """All methods of the results slides."""
-        for target in get_args(ReuseTarget):
+        for target in ("output", "kv"):
             self.policy(target)
         return methods(self.profile, decisions.rule_gate(self.labels("output")))
 
