@@ -6,7 +6,9 @@ import pytest
 from dqar import pareto
 from dqar.methods import EXTRAPOLATIONS, Method, computed_steps, extrapolated
 from dqar.models import get_profile
+from dqar.pareto_figures import SAMPLER_NAMES
 from dqar.peers import SWEEPS
+from dqar.results import RECORDED, load_table, slug
 
 
 def points(rows):
@@ -118,3 +120,13 @@ def test_a_measurement_counts_what_runs():
 def test_extrapolation_beside_a_plan_saves_as_much(budget):
     rival = extrapolated(get_profile("digits"), *EXTRAPOLATIONS[budget])
     assert budget <= rival.macs_speedup < 1.5 * budget and 49 in rival.computed
+
+
+@pytest.mark.parametrize("sampler", list(pareto.SAMPLERS))
+def test_the_readme_says_what_was_recorded(sampler):
+    verdicts = pareto.verdicts(pareto.summary(load_table(RECORDED / "digits" / f"pareto-{slug(sampler)}.parquet")))
+    text = (RECORDED.parent / "README.md").read_text()
+    for target, where in (("reference", "50-step reference"), ("converged", "converged solution")):
+        own = verdicts[verdicts.target == target]
+        numbers = " | ".join(f"{row.ours:.1f} / {row.peer:.1f}" for row in own.itertuples())
+        assert f"| {SAMPLER_NAMES[sampler]}, to the {where} | {numbers} |" in text
