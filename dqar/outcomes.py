@@ -83,7 +83,6 @@ def beside_plans(run: Run, resamples: int = 200) -> pd.DataFrame | None:
         kinds[f"{computed_steps(run.profile, budget)} steps"] = budget, "fewer steps"
         kinds[f"extrapolation, {budget}×"] = budget, "output extrapolation"
     images = samples(run)
-    source = images.attrs
     images = images[images.method.isin([*kinds, "full compute"])]
     if not images.method.str.startswith("DQAR plan").any():
         return None
@@ -91,7 +90,8 @@ def beside_plans(run: Run, resamples: int = 200) -> pd.DataFrame | None:
     psnr = -10 * np.log10(images.groupby("method").mse.mean().clip(lower=1e-12))
     table = table.assign(psnr=table.method.map(psnr), budget=[kinds[name][0] for name in table.method])
     table = table.assign(kind=[kinds[name][1] for name in table.method])
-    table.attrs = source
+    plan = next(name for name in images.method if name.startswith("DQAR plan"))
+    table.attrs = run.recorded(f"samples-{slug(plan)}").attrs
     return table
 
 
