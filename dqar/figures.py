@@ -322,7 +322,7 @@ def slide10_architecture(run: Run) -> Figure:
     graph = architecture.import_graph()
     level = architecture.levels(graph)
     core = {"plan", "config", "stats", "kernels", "scheduler", "quantizer", "cache", "policy", "trace", "controller"}
-    core |= {"attention"}
+    core |= {"attention", "forecast"}
     rows = [
         sorted((n for n in graph if level[n] == i), key=lambda n: (n in core, n))
         for i in range(max(level.values()) + 1)
