@@ -36,13 +36,13 @@ STRONGEST = ("SeaCache", "TaylorSeer")
 """Of the peers, in a first look: tried with both spacings and at all settings; of the others, every second setting."""
 SITE_KINDS = {2: ((0, 8), (1, 16), (1, 8), (1, 4), (2, 16), (2, 8), (2, 4)), 3: ((1, 16), (1, 8), (2, 8))}
 """Forecast orders and bits inside the blocks, by interval of the computed steps."""
-BUDGETS = (1.5, 1.9, 2, 2.2, 2.5, 3, 3.3, 4, 5.5)
+BUDGETS = (1.5, 2, 2.5, 3, 3.8, 4, 5)
 """Full compute's MACs over a plan's, at least."""
 OURS = "DQAR plan"
 
 
 def make_plans(
-    profile: Profile, sampler: str, target: Target, num_images: int = 20, refinements: int = 24
+    profile: Profile, sampler: str, target: Target, num_images: int = 80, refinements: int = 12
 ) -> list[ForecastPlan]:
     """The plans of all budgets for one sampler and target, read where they have been made already."""
     wanted = {plan_path(profile, sampler, target, n): n for n in (computed_steps(profile, b) for b in BUDGETS)}

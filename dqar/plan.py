@@ -143,17 +143,20 @@ class ForecastPlan:
     """The steps at which the whole model is computed; at all others its guided output is forecast from the cache.
 
     The forecast of a step is a weighted sum of what the cache holds, newest first, and of the latents:
-    ``Σ_k a_k cond_k + Σ_k b_k uncond_k + c x_t``, with a handful of numbers per step, fitted by ``dqar.planner``. A
-    computed step has weights too, by which its fresh output is corrected; without any, it passes as it is.
+    ``Σ_k a_k cond_k + Σ_k b_k uncond_k + c x_t``, with weights fitted by ``dqar.planner``: small kernels by which the
+    tensors are convolved, the same for all channels. A computed step has weights too, by which its fresh output is
+    corrected; without any, it passes as it is.
 
     Attributes:
         weights: one row per step: ``(a_1 ... a_K, b_1 ... b_K, c)``, or without guidance ``(a_1 ... a_K, c)``, with K
-            the number of outputs cached by then, ``history`` at most; ``()``: the fresh output as it is.
+            the number of outputs cached by then, ``history`` at most, and each weight a kernel of ``kernel`` ×
+            ``kernel`` numbers, row by row; ``()``: the fresh output as it is.
         computed: the steps that compute.
         timesteps: of the scheduler that it was made with.
         guidance_scale: of the runs that it was made for; 1: without guidance.
         history: outputs that are kept.
         model: ``describe_model`` of the model that it was made for.
+        kernel: side of the kernels, odd; 1: each weight is one number.
         provenance: where it comes from, and with which errors; saved with it, not compared.
 
     Raises:
@@ -166,6 +169,7 @@ class ForecastPlan:
     guidance_scale: float
     history: int
     model: str
+    kernel: int = 1
     provenance: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self):
@@ -175,16 +179,18 @@ class ForecastPlan:
         steps = len(self.timesteps)
         if not _is_index(self.history, None) or self.history < 1:
             raise ValueError(f"history={self.history!r} is not accepted: an int of 1 or more")
+        if not _is_index(self.kernel, None) or self.kernel % 2 == 0:
+            raise ValueError(f"kernel={self.kernel!r} is not accepted: an odd int of 1 or more")
         if len(self.weights) != steps or not all(_is_index(step, steps) for step in self.computed):
             raise ValueError(f"{len(self.weights)} rows and computed steps {sorted(self.computed)} for {steps} steps")
         if 0 not in self.computed or self.weights[0]:
             raise ValueError("step 0 is not accepted: it has nothing to forecast from, and no weights")
         for step, row in enumerate(self.weights):
-            length = (2 if self.guided else 1) * self.cached_at(step) + 1
+            length = ((2 if self.guided else 1) * self.cached_at(step) + 1) * self.kernel**2
             if not all(map(math.isfinite, row)) or len(row) not in (
                 (0, length) if step in self.computed else (length,)
             ):
-                raise ValueError(f"weights {row} of step {step} are not accepted: {length} finite numbers")
+                raise ValueError(f"the {len(row)} weights of step {step} are not accepted: {length} finite numbers")
 
     @property
     def guided(self) -> bool:

@@ -50,8 +50,8 @@ class Sizes:
     sweep_images: int = 20
     samples: int = 1000
     part: int = 100
-    plan_images: int = 20
-    refinements: int = 24
+    plan_images: int = 80
+    refinements: int = 12
     pareto_images: int = 20
     pareto_settings: int | None = None
     """Of each family at most; ``None``: all."""

@@ -87,7 +87,7 @@ def test_orders_differ_and_skipped_steps_cost_nothing(pipe):
     for order in (0, 1, 2):
         with apply_dqar(pipe, DQARConfig(plan=plan_for(pipe, order=order))):
             macs.append(metrics.count_macs(lambda: images.append(draw(pipe))))
-    assert macs == [full // 2] * 3
+    assert macs == pytest.approx([full / 2] * 3, rel=2e-3)  # what a forecast takes counts too
     assert not torch.equal(images[0], images[1]) and not torch.equal(images[1], images[2])
 
 
