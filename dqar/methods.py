@@ -73,6 +73,15 @@ def plan_path(profile: Profile, sampler: str, target: str, num_computed: int) ->
     return RECORDED / profile.name / "plans" / f"{slug(sampler)}-{target}-{num_computed}.json"
 
 
+def names_at(profile: Profile, budget: float) -> dict[str, str]:
+    """The names in ``methods`` of what is compared at one budget, by kind."""
+    return {
+        "DQAR plan": f"DQAR plan, {budget}×",
+        "fewer steps": f"{computed_steps(profile, budget)} steps",
+        "output extrapolation": f"extrapolation, {budget}×",
+    }
+
+
 def methods(profile: Profile, gate: DQARConfig | None) -> dict[str, Method]:
     """Full compute, slide 11's baselines, DQAR by the rule with a calibrated ``gate``, by the policy and by plans, and
     beside each plan what saves as much.
@@ -103,9 +112,10 @@ def methods(profile: Profile, gate: DQARConfig | None) -> dict[str, Method]:
         number = computed_steps(profile, budget)
         path = plan_path(profile, profile.scheduler, "reference", number)
         if path.exists():
-            found[f"{number} steps"] = Method(num_inference_steps=number)
-            found[f"extrapolation, {budget}×"] = Method(DQARConfig(plan=extrapolated(profile, *best)))
-            found[f"DQAR plan, {budget}×"] = Method(DQARConfig(plan=ForecastPlan.load(path)))
+            names = names_at(profile, budget)
+            found[names["fewer steps"]] = Method(num_inference_steps=number)
+            found[names["output extrapolation"]] = Method(DQARConfig(plan=extrapolated(profile, *best)))
+            found[names["DQAR plan"]] = Method(DQARConfig(plan=ForecastPlan.load(path)))
     return found
 
 

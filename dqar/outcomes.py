@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from dqar import decisions, metrics
-from dqar.methods import EXTRAPOLATIONS, Method, computed_steps, methods
+from dqar.methods import EXTRAPOLATIONS, Method, methods, names_at
 from dqar.record import RESULT_SEED, draw
 from dqar.results import Run, slug
 
@@ -77,21 +77,18 @@ def beside_plans(run: Run, resamples: int = 200) -> pd.DataFrame | None:
         ``budget``, ``kind`` (plan, steps or extrapolation), ``psnr`` (dB to full compute), and ``fd``, ``fd_growth``
         (over full compute, on the same seeds), with ``_low`` and ``_high`` as in ``frechet_intervals``.
     """
-    kinds = {}
-    for budget in EXTRAPOLATIONS:
-        kinds[f"DQAR plan, {budget}×"] = budget, "DQAR plan"
-        kinds[f"{computed_steps(run.profile, budget)} steps"] = budget, "fewer steps"
-        kinds[f"extrapolation, {budget}×"] = budget, "output extrapolation"
+    names = {b: names_at(run.profile, b) for b in EXTRAPOLATIONS}
+    kinds = {name: (budget, kind) for budget, named in names.items() for kind, name in named.items()}
     images = samples(run)
     images = images[images.method.isin([*kinds, "full compute"])]
-    if not images.method.str.startswith("DQAR plan").any():
+    plans = [name for name in images.method.unique() if kinds.get(name, ("", ""))[1] == "DQAR plan"]
+    if not plans:
         return None
     table = frechet_intervals(images, resamples).query("method != 'full compute'")
     psnr = -10 * np.log10(images.groupby("method").mse.mean().clip(lower=1e-12))
     table = table.assign(psnr=table.method.map(psnr), budget=[kinds[name][0] for name in table.method])
     table = table.assign(kind=[kinds[name][1] for name in table.method])
-    plan = next(name for name in images.method if name.startswith("DQAR plan"))
-    table.attrs = run.recorded(f"samples-{slug(plan)}").attrs
+    table.attrs = run.recorded(f"samples-{slug(plans[0])}").attrs
     return table
 
 

@@ -1,9 +1,12 @@
 import json
+import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import draw, embedded_pipeline
 from diffusers import DiTPipeline, PixArtAlphaPipeline
+from scipy.ndimage import correlate
 
 from dqar import DQARConfig, ForecastPlan, apply_dqar, metrics
 from dqar.models import make_scheduler
@@ -33,9 +36,17 @@ def by_hand(pipe, weights, labels=(1, 2), guidance=3.0, history=2):
         guided = unconds[0] + guidance * (conds[0] - unconds[0])
         if weights[step]:
             columns = [*conds, *unconds, latents]
-            guided = sum(w * x.double() for w, x in zip(weights[step], columns, strict=True)).float()
+            side = math.isqrt(len(weights[step]) // len(columns))
+            kernels = torch.tensor(weights[step]).double().view(len(columns), side, side)
+            guided = sum(blurred(x, kernel) for kernel, x in zip(kernels, columns, strict=True)).float()
         latents = pipe.scheduler.step(guided, t, latents).prev_sample
     return latents
+
+
+def blurred(x, kernel):
+    """SciPy's correlation of each image with a kernel, zeros beyond the edges."""
+    images = [correlate(image.double().numpy(), kernel.numpy(), mode="constant") for image in x[:, 0]]
+    return torch.tensor(np.stack(images))[:, None]
 
 
 def test_a_plan_that_computes_every_step_changes_nothing(pipe):
@@ -47,14 +58,14 @@ def test_a_plan_that_computes_every_step_changes_nothing(pipe):
     assert "step" not in vars(pipe.scheduler)
 
 
-def test_a_planned_run_is_what_it_says(pipe):
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_planned_run_is_what_it_says(pipe, kernel):
     """Random weights for every step, computed ones too: the same as a plain loop."""
     torch.manual_seed(0)
     plan = plan_for(pipe)
-    rows = [()] + [
-        tuple((0.3 * torch.randn(2 * min(2, sum(c <= step for c in COMPUTED)) + 1)).tolist()) for step in range(1, 8)
-    ]
-    plan = ForecastPlan(rows, plan.computed, plan.timesteps, 3.0, 2, plan.model)
+    tensors = [2 * min(2, sum(c <= step for c in COMPUTED)) + 1 for step in range(1, 8)]
+    rows = [(), *(tuple((0.3 / kernel * torch.randn(n * kernel**2)).tolist()) for n in tensors)]
+    plan = ForecastPlan(rows, plan.computed, plan.timesteps, 3.0, 2, plan.model, kernel)
     expected = by_hand(pipe, rows)
     with apply_dqar(pipe, DQARConfig(plan=plan)) as session:
         first, again = draw(pipe), draw(pipe)
@@ -154,6 +165,10 @@ def test_wrong_tables_are_named():
         ForecastPlan([(), (1.0, float("nan"))], {0}, [9, 1], 1.0, 2, "model")
     with pytest.raises(ValueError, match="history=0"):
         ForecastPlan([()], {0}, [9], 1.0, 0, "model")
+    with pytest.raises(ValueError, match="kernel=2"):
+        ForecastPlan([()], {0}, [9], 1.0, 1, "model", 2)
+    with pytest.raises(ValueError, match="the 2 weights of step 1 are not accepted: 18 finite"):
+        ForecastPlan([(), (1.0, 0.0)], {0}, [9, 1], 1.0, 1, "model", 3)
 
 
 def test_a_run_that_the_plan_was_not_made_for_is_refused(pipe):
