@@ -2,7 +2,8 @@
 
 Nothing of the model is edited or subclassed: processors are swapped with ``Attention.set_processor``, the hook sits in
 diffusers' ``HookRegistry``, and the scheduler's ``step`` is watched for the guided prediction while a run lasts. With
-``reuse_target="block"`` each block's feed-forward has a hook too, that follows its attention's decision.
+``reuse_target="block"`` each block's feed-forward has a hook too, that follows its attention's decision; with
+``"residual"`` so has the block, which decides for both.
 """
 
 from __future__ import annotations
@@ -94,8 +95,11 @@ class DQARSession:
                 processors.append((layer, own))
                 if isinstance(cross, Attention) and isinstance(cross.processor, AttnProcessor2_0):
                     processors.append((cross, DQARCrossAttnProcessor(self, layer_id, cross.processor)))
-                if self.controller.config.reuse_target == "block":
-                    hooks.append((_feed_forward(block, layer_id), _FeedForwardHook(own)))
+                target = self.controller.config.reuse_target
+                if target in ("block", "residual"):
+                    hooks.append((_feed_forward(block, layer_id, target), _Follower(own.feed_forward)))
+                if target == "residual":
+                    hooks.append((block, _Follower(own.block)))
         self._originals = [(layer, layer.processor) for layer, _ in processors]
         self._argument_names = list(inspect.signature(type(transformer).forward).parameters)[1:]
         self._watched: Any = None
@@ -349,7 +353,7 @@ class DQARAttnProcessor:
     def __init__(self, session: DQARSession, layer_id: int):
         self.session, self.layer_id = session, layer_id
         self.original = session._layers[layer_id].processor
-        # Where the feed-forward is part of the site: what was decided, and what it is to be cached with.
+        # Where the site is more than the attention: what was decided, and what it is to be cached with.
         self._decided: Sites | None = None
         self._waiting: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
 
@@ -365,20 +369,23 @@ class DQARAttnProcessor:
         if encoder_hidden_states is not None or attention_mask is not None:
             given = "attention_mask" if encoder_hidden_states is None else "encoder_hidden_states"
             raise ValueError(f"layer {self.layer_id} was given {given}: DQAR takes unmasked self-attention only")
-        controller, layer_id = self.session.controller, self.layer_id
-        slices, step = self.session._slices, self.session._step_index
-        decisions = {branch: controller.should_reuse(layer_id, branch) for branch in slices}
-        cached = {branch: d.entry for branch, d in decisions.items() if d.use_cache}
-        shared = {branch: rows for branch, rows in slices.items() if decisions[branch].shared}
-        fresh = {branch: rows for branch, rows in slices.items() if branch not in cached and branch not in shared}
-        if controller.config.reuse_target == "block":
-            self._decided, self._waiting = (hidden_states.shape[:-1], fresh, cached, shared), {}
-        if controller.config.reuse_target == "kv":
+        controller = self.session.controller
+        slices, step, target = self.session._slices, self.session._step_index, controller.config.reuse_target
+        if target == "residual" and self._decided is None:  # called by itself, not by its block
+            return self.original(attn, hidden_states)
+        decided = self._decided if target == "residual" else self._decide(hidden_states.shape[:-1])
+        _, fresh, cached, shared = decided
+        if target == "block":
+            self._decided, self._waiting = decided, {}
+        if target == "kv":
             output = self._with_keys_and_values(attn, hidden_states, fresh, cached, shared)
         elif not cached and not shared:
             output = self._compute(attn, hidden_states, slices)
         else:
-            parts = {branch: entry.forecast(step) for branch, entry in cached.items()}
+            if target == "residual":
+                parts = {branch: torch.zeros_like(hidden_states[slices[branch]]) for branch in cached}
+            else:
+                parts = {branch: entry.forecast(step) for branch, entry in cached.items()}
             for branch, rows in fresh.items():
                 parts[branch] = self._compute(attn, hidden_states[rows], {branch: slice(None)})
             for branch in shared:
@@ -395,7 +402,9 @@ class DQARAttnProcessor:
         if self._decided is None:  # called by itself, not by its block
             return original(hidden_states)
         session, (shape, fresh, cached, shared), waiting = self.session, self._decided, self._waiting
-        self._decided, self._waiting = None, {}  # the cache's old entries must not stay alive here
+        whole = session.controller.config.reuse_target == "residual"
+        if not whole:
+            self._decided, self._waiting = None, {}  # the cache's old entries must not stay alive here
         if hidden_states.shape[:-1] != shape:
             raise ValueError(
                 f"layer {self.layer_id}'s feed-forward was given {tuple(hidden_states.shape)} after an attention of "
@@ -405,13 +414,52 @@ class DQARAttnProcessor:
             output = original(hidden_states)
             parts = {branch: output[rows] for branch, rows in fresh.items()}
         else:
-            parts = {b: entry.forecast(session._step_index, "feed_forward") for b, entry in cached.items()}
+            if whole:
+                parts = {branch: torch.zeros_like(hidden_states[session._slices[branch]]) for branch in cached}
+            else:
+                parts = {b: entry.forecast(session._step_index, "feed_forward") for b, entry in cached.items()}
             parts |= {branch: original(hidden_states[rows]) for branch, rows in fresh.items()}
             parts |= dict.fromkeys(shared, parts.get("cond"))
             output = torch.cat([parts[b] for b in session._slices]) if len(parts) > 1 else next(iter(parts.values()))
-        for branch, (attention, entropy) in waiting.items():
+        for branch, (attention, entropy) in {} if whole else waiting.items():
             self._keep(branch, entropy, output=attention, feed_forward=parts[branch])
         return output
+
+    @torch.compiler.disable
+    def block(self, original: Callable, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The whole block: computed, or its input with the change that is cached or shared.
+
+        Where only one branch computes, attention and feed-forward leave the other out, and its rows are dropped.
+        """
+        session, slices = self.session, self.session._slices
+        decided = _, fresh, cached, shared = self._decide(hidden_states.shape[:-1])
+        changes = {branch: entry.forecast(session._step_index) for branch, entry in cached.items()}
+        if not fresh:
+            for entry in cached.values():
+                session.controller.reuse(entry)
+            return hidden_states + torch.cat([changes[branch] for branch in slices])
+        self._decided, self._waiting = decided, {}
+        try:
+            output, waiting = original(hidden_states), self._waiting
+        finally:
+            self._decided, self._waiting = None, {}
+        change = output - hidden_states
+        changes |= {branch: change[rows] for branch, rows in fresh.items()}
+        changes |= dict.fromkeys(shared, changes.get("cond"))
+        for branch, (_attention, entropy) in waiting.items():
+            self._keep(branch, entropy, output=changes[branch])
+        if not cached and not shared:
+            return output
+        return torch.cat([output[r] if b in fresh else hidden_states[r] + changes[b] for b, r in slices.items()])
+
+    def _decide(self, shape: torch.Size) -> Sites:
+        """Asks the controller about every branch of this layer at the open step."""
+        slices = self.session._slices
+        decisions = {branch: self.session.controller.should_reuse(self.layer_id, branch) for branch in slices}
+        cached = {branch: d.entry for branch, d in decisions.items() if d.use_cache}
+        shared = {branch: rows for branch, rows in slices.items() if decisions[branch].shared}
+        fresh = {branch: rows for branch, rows in slices.items() if branch not in cached and branch not in shared}
+        return shape, fresh, cached, shared
 
     def _compute(self, attn: Attention, hidden_states: torch.Tensor, slices: dict[str, slice]) -> torch.Tensor:
         """Full attention for the whole of ``hidden_states``, entropy if wanted, output committed by branch."""
@@ -480,7 +528,7 @@ class DQARAttnProcessor:
             measured = None if entropy is None else entropy[rows]
             if controller.wants_commit(self.layer_id):
                 kept = {name: tensor[rows] for name, tensor in tensors.items()}
-                if controller.config.reuse_target == "block":
+                if controller.config.reuse_target in ("block", "residual"):
                     self._waiting[branch] = kept["output"], measured
                 else:
                     self._keep(branch, measured, **kept)
@@ -566,15 +614,15 @@ class _DQARHook(ModelHook):
         return output
 
 
-class _FeedForwardHook(ModelHook):
-    """Lets a block's feed-forward do what its attention does at the same step."""
+class _Follower(ModelHook):
+    """Lets a layer's processor decide what its feed-forward, or its whole block, computes."""
 
-    def __init__(self, processor: DQARAttnProcessor):
+    def __init__(self, decide: Callable):
         super().__init__()
-        self.processor = processor
+        self.decide = decide
 
     def new_forward(self, module: torch.nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self.processor.feed_forward(lambda x: self.fn_ref.original_forward(x, *args, **kwargs), hidden_states)
+        return self.decide(lambda x: self.fn_ref.original_forward(x, *args, **kwargs), hidden_states)
 
 
 def _attach(module: torch.nn.Module, hook: ModelHook) -> Callable[[], None]:
@@ -660,9 +708,9 @@ def _self_attention_layers(transformer: Any) -> list[Attention]:
     return layers
 
 
-def _feed_forward(block: torch.nn.Module, layer_id: int) -> FeedForward:
+def _feed_forward(block: torch.nn.Module, layer_id: int, target: str) -> FeedForward:
     if not isinstance(getattr(block, "ff", None), FeedForward):
-        raise ValueError(f"layer {layer_id} has no diffusers `ff`: reuse_target='block' takes one in every block")
+        raise ValueError(f"layer {layer_id} has no diffusers `ff`: reuse_target={target!r} takes one in every block")
     return block.ff
 
 

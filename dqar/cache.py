@@ -38,7 +38,8 @@ Stored = QuantizedTensor | StoredTensor
 class CacheEntry:
     """What one layer computed at one step in one branch, ``[B, N, C]`` each.
 
-    ``k`` and ``v``; or ``output``, of the attention; or that and ``feed_forward``: as ``reuse_target`` says.
+    ``k`` and ``v``; or ``output``, of the attention; or that and ``feed_forward``; or, as ``output``, what the whole
+    block adds to its input: as ``reuse_target`` says.
     """
 
     layer_id: int

@@ -13,7 +13,7 @@ from dqar.scheduler import ScheduleKind
 if TYPE_CHECKING:
     from dqar.policy import ReusePolicy
 
-ReuseTarget = Literal["kv", "output", "block"]
+ReuseTarget = Literal["kv", "output", "block", "residual"]
 EntropyUnit = Literal["nats", "normalized"]
 SNRSource = Literal["predicted", "schedule"]
 
@@ -41,8 +41,8 @@ def _is_count(value: Any, least: int) -> bool:
 class DQARConfig:
     """When a site may be reused, what is reused, and in how many bits it is kept. Defaults are the deck's.
 
-    A *site* is one attention layer, with ``reuse_target="block"`` and its block's feed-forward, at one step in one CFG
-    branch.
+    A *site* is one attention layer, with ``reuse_target="block"`` and its block's feed-forward, with ``"residual"`` the
+    whole block, at one step in one CFG branch.
 
     Attributes:
         entropy_threshold: reuse needs ``H < τ(p)``, with this as base; in ``entropy_unit`` (slide 5). ``inf`` leaves
@@ -53,10 +53,10 @@ class DQARConfig:
         mixed_precision: K in 16 bit, V quantized (slide 6); only with ``reuse_target="kv"``.
         reuse_target: ``"kv"``: fresh Q on cached K and V (slide 9); ``"output"``: the attention layer's cached output;
             ``"block"``: that and the feed-forward's, by one decision. Their adaLN gates, and PixArt's cross-attention,
-            stay fresh.
+            stay fresh. ``"residual"``: all that the block adds to its input, gates and cross-attention included.
         forecast_order: 0: a cached result serves as it is; 1 or 2: it is continued to the open step by the line or
             parabola through the last 2 or 3 computed ones (as TaylorSeer does; at a run's start, through as many as
-            there are). All of them are kept in the cache, in ``quantize_bits``. ``"output"`` and ``"block"`` only.
+            there are). All of them are kept in the cache, in ``quantize_bits``. Not with ``"kv"``.
         schedule: which layers may reuse at a step (slide 8); see ``dqar.scheduler``.
         static_interval: n of the ``"static"`` schedule: every n-th step computes, the others may reuse.
         max_reuse_streak: steps in a row that one cached result may serve, before it is computed afresh.
@@ -138,7 +138,7 @@ class DQARConfig:
             "forecast_order",
             order,
             order == 0 or self.reuse_target != "kv",
-            "only with reuse_target 'output' or 'block'",
+            "only with reuse_target 'output', 'block' or 'residual'",
         )
         kept = self.keep_channels
         check("keep_channels", kept, _is_count(kept, 0), "an int of 0 or more")

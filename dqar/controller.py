@@ -173,7 +173,8 @@ class DQARController:
             attn_map: attention map ``[B, H, Nq, Nk]``, for its entropy; or
             entropy: the entropy itself, in nats: ``[B, H]``, ``[H]`` or a number.
             keys, values: what ``reuse_target="kv"`` caches, ``[B, ..., channels]``.
-            output: what ``reuse_target="output"`` caches, ``[B, ..., channels]``; ``"block"`` caches it and
+            output: what ``reuse_target="output"`` caches, ``[B, ..., channels]``; ``"residual"`` the block's change;
+                ``"block"`` the attention's and
             feed_forward: ``[B, ..., channels]``.
             key_partner, value_partner: for ``balance``: max |·| per channel of what keys and values are multiplied
                 with, ``[B, 1, channels]`` or ``[channels]``.

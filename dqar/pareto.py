@@ -114,7 +114,7 @@ def contenders(profile: Profile, sampler: str) -> list[Contender]:
 
 
 def site_configs() -> dict[str, DQARConfig]:
-    """DQAR inside the blocks: attention and feed-forward of all layers forecast from a quantized cache."""
+    """DQAR inside the blocks: attention and feed-forward of all layers, or all of a block, from a quantized cache."""
     configs = {}
     for interval, kinds in SITE_KINDS.items():
         for order, bits in kinds:
@@ -128,8 +128,12 @@ def site_configs() -> dict[str, DQARConfig]:
                 quantize_bits=bits,
                 cooldown=4,
             )
-    attention = dataclasses.replace(OPEN, schedule="static", reuse_target="output", forecast_order=1, cooldown=4)
-    return {"attention only, every 2, order 1, 8 bit": attention, **configs}
+    linear = {f"every {n}": configs[f"every {n}, order 1, 8 bit"] for n in SITE_KINDS}
+    others = {"attention only, every 2, order 1, 8 bit": dataclasses.replace(linear["every 2"], reuse_target="output")}
+    for interval, config in linear.items():
+        name = f"whole blocks, {interval}, order 1, 8 bit"
+        others[name] = dataclasses.replace(config, reuse_target="residual")
+    return {**others, **configs}
 
 
 def _deciding(profile: Profile) -> dict[str, DQARConfig]:

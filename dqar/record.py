@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 import pandas as pd
 import torch
@@ -39,6 +38,10 @@ from dqar.trace import MODEL, SELF_ATTENTION
 
 # Other images than the notebooks' and the results' (seed 0): a policy mustn't be judged on what it was trained on.
 LABEL_SEED, SWEEP_SEED, RESULT_SEED = 100, 200, 0
+
+
+LABELLED: tuple[ReuseTarget, ...] = ("kv", "output", "block")
+"""What policies are trained for."""
 
 
 @dataclass(frozen=True)
@@ -379,7 +382,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for name in chosen:
             if name in ("labels", "policy"):
-                for target in get_args(ReuseTarget):
+                for target in LABELLED:
                     getattr(recording, name)(target)
             else:
                 getattr(recording, name)()

@@ -129,23 +129,25 @@ class _Swap:
         self.rows = [(source[layers == i], destination[layers == i]) for i in range(self.num_layers)]
         self.changes = torch.zeros(len(images))
 
-    def hook(self, layer: int, part: int):
-        """For the ``part``-th reused module of a layer."""
+    def hook(self, layer: int, part: int, whole: bool):
+        """For the ``part``-th reused module of a layer; ``whole``: a block, of which its input's change is reused."""
 
-        def see(_module, _args, output):
+        def see(_module, args, output):
+            result = output
+            output = output - args[0] if whole else output
             if self.rows is None:
                 self.kept[layer, part] = output
-                return output
+                return result
             source, destination = self.rows[layer]
             if len(source) == 0:
-                return output
+                return result
             old, new = self.kept[layer, part][source], output[destination]
             error = (new - old).flatten(1).norm(dim=1) / new.flatten(1).norm(dim=1)
             items = destination % len(self.changes)
             self.changes[items] = torch.maximum(self.changes[items], error)
-            output = output.clone()
-            output[destination] = old
-            return output
+            result = result.clone()
+            result[destination] = old + args[0][destination] if whole else old
+            return result
 
         return see
 
@@ -156,8 +158,9 @@ def _replaced(blocks: torch.nn.ModuleList, target: ReuseTarget) -> Iterator[_Swa
     handles = []
     for layer, block in enumerate(blocks):
         attn = block.attn1
-        modules = {"kv": (attn.to_k, attn.to_v), "output": (attn,), "block": (attn, block.ff)}[target]
-        handles += [module.register_forward_hook(swap.hook(layer, part)) for part, module in enumerate(modules)]
+        modules = {"kv": (attn.to_k, attn.to_v), "output": (attn,), "block": (attn, block.ff), "residual": (block,)}
+        for part, module in enumerate(modules[target]):
+            handles.append(module.register_forward_hook(swap.hook(layer, part, target == "residual")))
     try:
         yield swap
     finally:

@@ -8,7 +8,7 @@ from dqar.sampling import sample
 from dqar.sensitivity import site_errors
 
 
-@pytest.mark.parametrize("target", ["kv", "output", "block"])
+@pytest.mark.parametrize("target", ["kv", "output", "block", "residual"])
 @pytest.mark.parametrize("scheduler", ["ddim", "dpm-solver++", "euler"])
 def test_a_trial_is_what_a_run_with_that_one_reuse_does(target, scheduler):
     profile = get_profile("digits", num_inference_steps=6, batch_size=1, scheduler=scheduler)

@@ -38,7 +38,7 @@ UNEVEN = {(step, layer, "cond") for step in (1, 4, 6, 7) for layer in (0, 2)} | 
 
 
 def parts(block, target):
-    return {"output": (block.attn1,), "block": (block.attn1, block.ff)}[target]
+    return {"output": (block.attn1,), "block": (block.attn1, block.ff), "residual": (block,)}[target]
 
 
 class Naive:
@@ -48,20 +48,21 @@ class Naive:
         self.sites, self.order, self.branches = sites, order, branches
         for layer, block in enumerate(transformer.transformer_blocks):
             for module in parts(block, target):
-                module.register_forward_hook(self.hook(layer))
+                module.register_forward_hook(self.hook(layer, target == "residual"))
 
-    def hook(self, layer):
+    def hook(self, layer, whole):
         known = {branch: [] for branch in self.branches}
         steps = iter(range(1000))
 
-        def replace(_module, _args, output):
-            step, halves = next(steps), list(output.chunk(2))
+        def replace(_module, args, output):
+            base = args[0] if whole else 0
+            step, halves = next(steps), list((output - base).chunk(2))
             for i, branch in enumerate(self.branches):
                 if (step, layer, branch) in self.sites:
                     halves[i] = self.polynomial(known[branch][-self.order - 1 :], step).to(output.dtype)
                 else:
                     known[branch].append((step, halves[i].double()))
-            return torch.cat(halves)
+            return torch.cat(halves) + base
 
         return replace
 
@@ -86,9 +87,10 @@ def sites_of(table):
 @pytest.mark.parametrize("order", [0, 2])
 @pytest.mark.parametrize("labels, guidance", [((1, 2, 3), 3.0), ((4,), 1.0)])
 @pytest.mark.parametrize("gate", CLOSED)
-def test_closed_gate_is_bit_identical(pipe, labels, guidance, gate, order):
+@pytest.mark.parametrize("target", ["block", "residual"])
+def test_closed_gate_is_bit_identical(pipe, labels, guidance, gate, order, target):
     expected = draw(pipe, labels, guidance=guidance)
-    with apply_dqar(pipe, DQARConfig(**CLOSED[gate], reuse_target="block", forecast_order=order)) as session:
+    with apply_dqar(pipe, DQARConfig(**CLOSED[gate], reuse_target=target, forecast_order=order)) as session:
         assert torch.equal(draw(pipe, labels, guidance=guidance), expected)
     table = session.trace.to_pandas()
     assert set(table.decision) == {"compute"} and len(table) == 4 * 8 * (2 if guidance > 1 else 1)
@@ -107,7 +109,7 @@ def test_half_precision(pipe, dtype):
 
 
 @pytest.mark.parametrize("order", [0, 1, 2])
-@pytest.mark.parametrize("target", ["output", "block"])
+@pytest.mark.parametrize("target", ["output", "block", "residual"])
 @pytest.mark.parametrize("how", ["plan", "every third step", "streaks"])
 def test_reuse_equals_a_naive_one(target, order, how):
     """In float64, with an unquantized cache."""
@@ -147,6 +149,8 @@ def test_quantized_forecasts_stay_close(scheduler):
     [
         ({}, {"reuse_target": "output"}),
         ({}, {"reuse_target": "kv"}),
+        ({}, {"reuse_target": "residual"}),
+        ({"reuse_target": "residual"}, {"reuse_target": "residual", "forecast_order": 1}),
         ({}, {"forecast_order": 1}),
         ({"forecast_order": 1}, {"forecast_order": 2}),
         ({"forecast_order": 1}, {"forecast_order": 1, "reuse_target": "output"}),
@@ -164,6 +168,18 @@ def test_configurations_that_must_differ_do(pipe, one, other):
         with apply_dqar(pipe, DQARConfig(**{**STATIC, "max_reuse_streak": 1, **options})):
             images.append(draw(pipe))
     assert not torch.equal(*images)
+
+
+def test_whole_blocks_come_off_again(pipe):
+    before, expected = state(pipe), draw(pipe)
+    x = torch.randn(4, 16, 16)
+    with apply_dqar(pipe, DQARConfig(**{**STATIC, "reuse_target": "residual"})):
+        first = draw(pipe)
+        assert torch.equal(draw(pipe), first) and not torch.equal(first, expected)
+        attention = pipe.transformer.transformer_blocks[0].attn1  # called by itself, it computes
+        assert torch.equal(attention(x), attention.processor.original(attention, x))
+    assert state(pipe) == before and torch.equal(draw(pipe), expected)
+    assert not any(hasattr(block, "_diffusers_hook") for block in pipe.transformer.transformer_blocks)
 
 
 @pytest.mark.parametrize("order", [0, 2])
@@ -251,10 +267,11 @@ def test_an_exception_leaves_the_model_usable(pipe):
 
 
 @pytest.mark.parametrize("order", [0, 1])
-def test_shared_sites_share_the_feed_forward(order):
+@pytest.mark.parametrize("target", ["block", "residual"])
+def test_shared_sites_share_the_feed_forward(order, target):
     pipe = embedded_pipeline()
     config = DQARConfig(
-        schedule="none", share_below=math.inf, reuse_target="block", forecast_order=order, record_entropy=True
+        schedule="none", share_below=math.inf, reuse_target=target, forecast_order=order, record_entropy=True
     )
     with apply_dqar(pipe, config) as session:
         got = draw(pipe)
@@ -262,12 +279,14 @@ def test_shared_sites_share_the_feed_forward(order):
     assert set(table.step[table.decision == "share"]) == {1, 2, 3, 5, 6, 7}
     calls = {}
 
-    def hook(module, _args, output):
+    def hook(module, args, output):
         step = calls[module] = calls.get(module, -1) + 1
-        return torch.cat([output[:2], output[:2]]) if step not in (0, 4) else None
+        base = args[0] if target == "residual" else torch.zeros_like(output)
+        change = output - base
+        return base + torch.cat([change[:2], change[:2]]) if step not in (0, 4) else None
 
     for block in pipe.transformer.transformer_blocks:
-        for module in parts(block, "block"):
+        for module in parts(block, target):
             module.register_forward_hook(hook)
     torch.testing.assert_close(got, draw(pipe), rtol=1e-5, atol=1e-5)
 
@@ -300,11 +319,13 @@ def test_a_run_can_be_planned_after_another(pipe, order):
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("weight", ["attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2"])
 @pytest.mark.parametrize("order", [0, 1])
-def test_nan_weights_name_step_and_layer(pipe, weight, bits, order):
+@pytest.mark.parametrize("target", ["block", "residual"])
+def test_nan_weights_name_step_and_layer(pipe, weight, bits, order, target):
     plain = draw(pipe)
     weights = pipe.transformer.transformer_blocks[1].get_submodule(weight).weight.data
     good = weights[0, 0].item()
-    with apply_dqar(pipe, DQARConfig(**BLOCK, quantize_bits=bits, forecast_order=order)):
+    config = DQARConfig(**{**BLOCK, "reuse_target": target}, quantize_bits=bits, forecast_order=order)
+    with apply_dqar(pipe, config):
         weights[0, 0] = math.nan
         with pytest.raises(FloatingPointError, match="NaN or inf at step 0, first in layer 1"):
             draw(pipe)
@@ -343,7 +364,7 @@ def test_a_block_without_feed_forward_is_refused(pipe):
 
 @pytest.mark.parametrize("order", [0, 1])
 @pytest.mark.parametrize("cooldown, reused_steps", [(0, 4), (3, 2)])
-@pytest.mark.parametrize("target", ["output", "block"])
+@pytest.mark.parametrize("target", ["output", "block", "residual"])
 def test_macs_drop_as_by_closed_form(pipe, target, cooldown, reused_steps, order):
     full = metrics.count_macs(lambda: draw(pipe))
     config = DQARConfig(**{**STATIC, "reuse_target": target}, cooldown=cooldown, forecast_order=order)
@@ -351,7 +372,9 @@ def test_macs_drop_as_by_closed_form(pipe, target, cooldown, reused_steps, order
         got = metrics.count_macs(lambda: draw(pipe))
     tokens = width = 16
     site = 4 * tokens * width**2 + 2 * tokens**2 * width
-    site += 8 * tokens * width**2 if target == "block" else 0
+    site += 0 if target == "output" else 8 * tokens * width**2
+    if target == "residual":  # adaLN: the block's own embedding of the timestep, and six modulations
+        site += 256 * width + width**2 + 6 * width**2
     assert full - got == reused_steps * 4 * 4 * site  # layers, two images in two branches
 
 
@@ -365,7 +388,7 @@ def test_saving_of_a_profile():
 
 @pytest.mark.parametrize("order", [0, 1, 2])
 @pytest.mark.parametrize("bits", [16, 8, 4])
-@pytest.mark.parametrize("target", ["output", "block"])
+@pytest.mark.parametrize("target", ["output", "block", "residual"])
 def test_bytes_of_the_history_are_counted(pipe, target, bits, order):
     config = DQARConfig(**{**STATIC, "reuse_target": target}, quantize_bits=bits, forecast_order=order)
     with apply_dqar(pipe, config) as session:
@@ -580,20 +603,22 @@ def pixart(pixart_folder):
 
 
 @pytest.mark.parametrize("order", [0, 1, 2])
-def test_pixart(pixart, order):
+@pytest.mark.parametrize("target", ["block", "residual"])
+def test_pixart(pixart, order, target):
     plain, names = draw_pixart(pixart), {name: set(vars(m)) for name, m in pixart.transformer.named_modules()}
-    options = {"reuse_target": "block", "forecast_order": order, "quantize_bits": 16}
+    options = {"reuse_target": target, "forecast_order": order, "quantize_bits": 16}
     with apply_dqar(pixart, DQARConfig(schedule="none", **options)):
         assert torch.equal(draw_pixart(pixart), plain)
-    sites = {(step, layer, branch) for step, layer, branch in UNEVEN if step < 6 and layer < 3}
+    sites = {(step, layer, branch) for step, layer, branch in UNEVEN if step < 6 and layer < 3} | {(5, 1, "cond")}
     with apply_dqar(pixart, DQARConfig(plan=ReusePlan(sites, 3, 6), **options)) as session:
         got, again = draw_pixart(pixart), draw_pixart(pixart)
     assert torch.equal(got, again) and not torch.equal(got, plain)
     assert sites_of(session.trace.to_pandas()) == sites
-    assert len(session.trace.to_pandas("cross_attention")) == len(session.trace.to_pandas()) == 2 * 6 * 3 * 2
+    crossed, own = (len(session.trace.to_pandas(module)) for module in ("cross_attention", "self_attention"))
+    assert own == 2 * 6 * 3 * 2 and own - crossed == (4 if target == "residual" else 0)  # both branches reused
     assert {name: set(vars(module)) for name, module in pixart.transformer.named_modules()} == names
     assert torch.equal(draw_pixart(pixart), plain)
-    Naive(pixart.transformer, sites, "block", order, ("uncond", "cond"))
+    Naive(pixart.transformer, sites, target, order, ("uncond", "cond"))
     torch.testing.assert_close(got, draw_pixart(pixart), rtol=1e-3, atol=1e-3)
 
 
@@ -603,12 +628,12 @@ def test_pixart(pixart, order):
 @pytest.mark.parametrize(
     "field, value, accepted",
     [
-        ("reuse_target", "blocks", "choose one of 'kv', 'output', 'block'"),
+        ("reuse_target", "blocks", "choose one of 'kv', 'output', 'block', 'residual'"),
         ("forecast_order", -1, "an int from 0 to 2"),
         ("forecast_order", 3, "an int from 0 to 2"),
         ("forecast_order", 1.0, "an int from 0 to 2"),
         ("forecast_order", True, "an int from 0 to 2"),
-        ("forecast_order", 1, "only with reuse_target 'output' or 'block'"),
+        ("forecast_order", 1, "only with reuse_target 'output', 'block' or 'residual'"),
         ("cooldown", -1, "an int of 0 or more"),
         ("cooldown", 1.5, "an int of 0 or more"),
         ("cooldown", None, "an int of 0 or more"),
