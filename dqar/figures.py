@@ -320,33 +320,42 @@ def slide09_controller(run: Run, gated: pd.DataFrame) -> Figure:
 def slide10_architecture(run: Run) -> Figure:
     """The package as it is: modules by level, arrows from the code's own imports."""
     graph = architecture.import_graph()
-    level = architecture.levels(graph)
     core = {"plan", "config", "stats", "kernels", "scheduler", "quantizer", "cache", "policy", "trace", "controller"}
     core |= {"attention", "forecast"}
-    rows = [
-        sorted((n for n in graph if level[n] == i), key=lambda n: (n in core, n))
-        for i in range(max(level.values()) + 1)
-    ]
-    place = {}
-    for j, row in enumerate(rows):
-        lowered = 0.76 if len(row) > 6 else 0.0  # every second one of a row that would be too crowded
-        for i, name in enumerate(row):
-            place[name] = ((i + 0.5) / len(row), j - lowered * (i % 2))
-    figure, axes = plt.subplots()
-    axes.axis("off")
-    axes.set(xlim=(-0.05, 1.05), ylim=(-1.3, len(rows) - 0.5))
-    # An import that another one implies is left out, as in every layered picture.
-    for name, imports in graph.items():
-        implied = {deeper for other in imports for deeper in _below(graph, other)}
-        for other in imports - implied:
-            arrow = {"arrowstyle": "->", "color": GREY, "lw": 1.4, "shrinkA": 20, "shrinkB": 20}
-            axes.annotate("", place[other], place[name], zorder=1, arrowprops=arrow)
-    for name, (x, y) in place.items():
-        color = ACCENT if name in core else BLUE
-        axes.text(x, y, name, ha="center", va="center", size=17, weight="bold", zorder=2, color="white",
-                  bbox={"boxstyle": "round,pad=0.4", "fc": color, "ec": "white"})  # fmt: skip
-    axes.set_title(f"{len(graph)} modules, no circle: the core (orange) knows neither notebooks nor figures")
+    inner = {name: graph[name] & core for name in sorted(core)}
+    outer = {name: graph[name] - core for name in graph.keys() - core}
+    figure, panels = plt.subplots(1, 2, width_ratios=(3, 4))
+    for axes, own, color, size in zip(panels, (inner, outer), (ACCENT, BLUE), (17, 14), strict=True):
+        place = _places(architecture.levels(own))
+        axes.axis("off")
+        axes.set(xlim=(0, 1), ylim=(-0.8, max(y for _, y in place.values()) + 0.5))
+        for name, (x, y) in place.items():
+            axes.text(x, y, name, ha="center", va="center", size=size, weight="bold", zorder=2, color="white",
+                      bbox={"boxstyle": "round,pad=0.4", "fc": color, "ec": "white"})  # fmt: skip
+        if own is inner:  # the others' arrows would hide more than they show
+            for name, imports in inner.items():
+                # An import that another one implies is left out, as in every layered picture.
+                implied = {deeper for other in imports for deeper in _below(inner, other)}
+                for other in imports - implied:
+                    arrow = {"arrowstyle": "->", "color": GREY, "lw": 2, "shrinkA": 20, "shrinkB": 20}
+                    axes.annotate("", place[other], place[name], zorder=1, arrowprops=arrow)
+    panels[0].set_title(f"The core: {len(inner)} modules", size=18)
+    panels[1].set_title(f"Around it: {len(outer)}, importing only downwards", size=18)
+    known = sorted(name for name, imports in graph.items() if name in core and imports - core)
+    text = f"but for {', '.join(known)} " if known else ""
+    headline(figure, f"{len(graph)} modules, no circle: {text}the core imports nothing that measures, draws or trains")
     return save(run, "slide10_architecture", figure, pd.DataFrame())
+
+
+def _places(levels: dict[str, int]) -> dict[str, tuple[float, float]]:
+    """x from 0 to 1, and the level as y; every second one of a crowded row, and of lone ones, makes room."""
+    place = {}
+    for j in range(max(levels.values()) + 1):
+        row = sorted(name for name in levels if levels[name] == j)
+        for i, name in enumerate(row):
+            aside = 0.17 * (-1) ** j if len(row) == 1 else 0
+            place[name] = ((i + 0.5) / len(row) + aside, j - 0.5 * (i % 2 and len(row) > 4))
+    return place
 
 
 def slide11_configuration(run: Run) -> Figure:
