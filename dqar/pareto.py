@@ -44,7 +44,11 @@ OURS = "DQAR plan"
 def make_plans(
     profile: Profile, sampler: str, target: Target, num_images: int = 80, refinements: int = 12
 ) -> list[ForecastPlan]:
-    """The plans of all budgets for one sampler and target, read where they have been made already."""
+    """The plans of all budgets for one sampler and target, read where they have been made already.
+
+    Args:
+        refinements: neighbours tried for the slowest of them; the others get more, as they take less time.
+    """
     wanted = {plan_path(profile, sampler, target, n): n for n in (computed_steps(profile, b) for b in BUDGETS)}
     missing = {path: number for path, number in wanted.items() if not path.exists()}
     if missing:
@@ -55,7 +59,8 @@ def make_plans(
         gains = measure_gains(pipe, profile, known.first(8))
         for path, number in missing.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            make_plan(pipe, profile, number, known, gains, refinements).save(path)
+            tries = refinements * max(wanted.values()) // number  # what takes the same time at every budget
+            make_plan(pipe, profile, number, known, gains, tries).save(path)
     return [ForecastPlan.load(path) for path in wanted]
 
 
