@@ -54,7 +54,7 @@ class Sizes:
     samples: int = 1000
     part: int = 100
     plan_images: int = 80
-    refinements: int = 12
+    refinements: int = 24
     pareto_images: int = 20
     pareto_settings: int | None = None
     """Of each family at most; ``None``: all."""

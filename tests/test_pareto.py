@@ -111,7 +111,7 @@ def test_a_measurement_counts_what_runs():
     assert full.mse_reference.eq(0).all() and full.mse_converged.gt(0).all() and len(full) == 2
     found = {c.settings: c for c in pareto.contenders(profile, "ddim") if c.family == "output extrapolation"}
     skipping = pareto.measure(found["every 3, last 1, order 1, ddim"], profile, wanted)
-    assert skipping.macs[0] == pytest.approx(full.macs[0] / 2) and skipping.mse_reference.gt(0).all()
+    assert skipping.macs[0] == pytest.approx(full.macs[0] / 2, rel=1e-4) and skipping.mse_reference.gt(0).all()
     assert skipping.cache_bytes[0] == 2 * 2 * 64 * 4  # two outputs, two branches
     assert computed_steps(profile, 2) == 2 and computed_steps(profile, 4) == 2
 
