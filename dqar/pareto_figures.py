@@ -92,7 +92,7 @@ def slide12_pareto_verdicts(run: Run, tables: dict[str, pd.DataFrame]) -> Figure
             "MACs for the peer's quality": verdicts.macs_needed.map(lambda x: "–" if np.isnan(x) else f"{x:.2f} of it"),
         }
     )
-    won, enough = int((verdicts.ours > verdicts.peer).sum()), int((verdicts.macs_needed <= 0.8).sum())
+    won, enough = int((verdicts.ours > verdicts.peer).sum()), int((verdicts.macs_needed.round(2) <= 0.8).sum())
     title = f"Ahead at {won} of {len(verdicts)} budgets; at {enough} the peer's quality takes at most 0.8 of its MACs"
     source = next(iter(tables.values()))
     return save_table(run, "slide12_pareto_verdicts", title, shown, [14, 11, 9, 12, 12, 46, 16], source)
