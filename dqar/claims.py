@@ -7,6 +7,7 @@ import math
 import pandas as pd
 
 from dqar import decisions, experiments, outcomes, pareto, stats
+from dqar.methods import names_at
 from dqar.results import Run
 
 
@@ -108,9 +109,10 @@ def verdicts(run: Run) -> pd.DataFrame:
     summary = outcomes.summary(run).set_index("method")
     most = experiments.bounds().set_index(["target", "sites"]).speedup_bound
     half = f"{run.profile.num_inference_steps // 2} steps"
-    full, kv, output, fewer = (
+    plan_name = names_at(run.profile, 2)["DQAR plan"]
+    full, kv, output, fewer, plan = (
         summary.loc[name] if name in summary.index else pd.Series(math.nan, index=summary.columns)
-        for name in ("full compute", "DQAR rule, kv", "DQAR rule, output", half)
+        for name in ("full compute", "DQAR rule, kv", "DQAR rule, output", half, plan_name)
     )
     full_bytes, kv_bytes = (row.weight_bytes + row.added_bytes for row in (full, kv))
     labels = run.recorded("labels-output")
@@ -128,7 +130,8 @@ def verdicts(run: Run) -> pd.DataFrame:
             kv.speedup,
             kv.speedup >= 1.23,
             f"K/V reuse ran at {kv.speedup:.2f}× of full compute's speed here, output reuse at {output.speedup:.2f}×; "
-            f"47 of 1400 sites can save {1 - 1 / most['kv', 47]:.1%}, all of them {1 - 1 / most['kv', 1400]:.0%}.",
+            f"47 of 1400 sites can save {1 - 1 / most['kv', 47]:.1%}, all of them {1 - 1 / most['kv', 1400]:.0%}."
+            + ("" if math.isnan(plan.speedup) else f" A plan of the steps: {plan.speedup:.2f}× at {plan.psnr:.0f} dB."),
         ),
         (
             "18 % less memory",

@@ -29,11 +29,12 @@ SPACINGS = {
     "dpm-solver++": ("dpm-solver++", "dpm-solver++-lu", "dpm-solver++3-lu", "dpm-solver++-karras"),
     "ddim": ("ddim", "ddim-leading"),
 }
-SMALL_BATCHES = {"SeaCache": 5}
-"""Caches that decide by what they see decide for a whole batch at once; the strongest of them gets smaller ones."""
+DECIDING = ("First-Block-Cache", "SeaCache", "DBCache", "DBCache + TaylorSeer")
+"""Caches that decide by what they see, for a whole batch at once: they get small ones."""
+SMALL_BATCH = 5
 CALIBRATED = ("SmoothCache", "MagCache")
 STRONGEST = ("SeaCache", "TaylorSeer")
-"""Of the peers, in a first look: tried with both spacings and at all settings; of the others, every second setting."""
+"""Of the peers, in a first look: tried with both spacings of the steps."""
 SITE_KINDS = {2: ((0, 8), (1, 16), (1, 8), (1, 4), (2, 16), (2, 8), (2, 4)), 3: ((1, 16), (1, 8), (2, 8))}
 """Forecast orders and bits inside the blocks, by interval of the computed steps."""
 BUDGETS = (1.5, 2, 2.5, 3, 3.8, 4, 5, 5.5)
@@ -100,12 +101,12 @@ def contenders(profile: Profile, sampler: str) -> list[Contender]:
     for name, sweep in SWEEPS.items():
         grids = (sampler, SAMPLERS[sampler]) if name in STRONGEST else (sampler,)
         for grid in dict.fromkeys(grids):
-            for settings in sweep[:: 1 if name in STRONGEST and grid == profile.scheduler else 2]:
+            for settings in sweep:
                 if name in CALIBRATED:
                     settings = {**settings, "guidance_scale": profile.guidance_scale}
                 text = ", ".join(f"{key} {value}" for key, value in settings.items() if key != "guidance_scale")
                 method = Method(scheduler=grid, peer=Peer(name, tuple(settings.items())))
-                found.append(Contender(name, f"{text}, {grid}", method, SMALL_BATCHES.get(name)))
+                found.append(Contender(name, f"{text}, {grid}", method, SMALL_BATCH if name in DECIDING else None))
     for name, config in {**site_configs(), **_deciding(profile)}.items():
         found.append(Contender("DQAR sites", name, Method(config, scheduler=sampler)))
     for target, grid in (("reference", sampler), ("converged", SAMPLERS[sampler])):
