@@ -3,8 +3,8 @@ import math
 import pandas as pd
 import pytest
 
-from dqar import pareto
-from dqar.methods import EXTRAPOLATIONS, Method, computed_steps, extrapolated
+from dqar import metrics, pareto
+from dqar.methods import EXTRAPOLATIONS, Method, computed_steps, extrapolated, names_at
 from dqar.models import get_profile
 from dqar.pareto_figures import SAMPLER_NAMES
 from dqar.peers import SWEEPS
@@ -130,3 +130,11 @@ def test_the_readme_says_what_was_recorded(sampler):
         own = verdicts[verdicts.target == target]
         numbers = " | ".join(f"{row.ours:.1f} / {row.peer:.1f}" for row in own.itertuples())
         assert f"| {SAMPLER_NAMES[sampler]}, to the {where} | {numbers} |" in text
+
+
+def test_the_readme_says_what_the_plans_save_in_time():
+    profile, speed = get_profile("digits"), load_table(RECORDED / "digits" / "speed.parquet")
+    speedups = metrics.speedups(speed, "full compute").speedup
+    numbers = " | ".join(f"{speedups[names_at(profile, budget)['DQAR plan']]:.2f}×" for budget in EXTRAPOLATIONS)
+    row = f"| speedup by DPM-Solver++'s plans to the reference, two cores | {numbers} |"
+    assert row in (RECORDED.parent / "README.md").read_text()
