@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -90,14 +91,11 @@ def contenders(profile: Profile, sampler: str) -> list[Contender]:
             method = Method(scheduler=spacing, num_inference_steps=count)
             found.append(Contender("fewer steps", f"{count} of {spacing}", method))
     for grid in dict.fromkeys((sampler, SAMPLERS[sampler])):
-        for interval in (2, 3, 4, 6):
-            for last in (1, 4, 8):
-                orders = (0, 1, 2) if last == 4 and grid == sampler else (1,)
-                for order in orders:
-                    plan = extrapolated(dataclasses.replace(profile, scheduler=grid), interval, last, order)
-                    settings = f"every {interval}, last {last}, order {order}, {grid}"
-                    method = Method(DQARConfig(plan=plan), scheduler=grid)
-                    found.append(Contender("output extrapolation", settings, method))
+        for interval, last, order in itertools.product((2, 3, 4, 5, 6), (1, 4, 8), (0, 1, 2)):
+            plan = extrapolated(dataclasses.replace(profile, scheduler=grid), interval, last, order)
+            settings = f"every {interval}, last {last}, order {order}, {grid}"
+            method = Method(DQARConfig(plan=plan), scheduler=grid)
+            found.append(Contender("output extrapolation", settings, method))
     for name, sweep in SWEEPS.items():
         grids = (sampler, SAMPLERS[sampler]) if name in STRONGEST else (sampler,)
         for grid in dict.fromkeys(grids):
