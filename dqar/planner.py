@@ -19,7 +19,7 @@ import argparse
 import copy
 import math
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -272,9 +272,13 @@ def make_plan(
     known: Trajectories,
     gains: np.ndarray,
     refinements: int = 12,
-    seed: int = 0,
+    starts: Sequence[tuple[int, ...]] = (),
 ) -> ForecastPlan:
     """The best plan found that computes ``num_computed`` steps.
+
+    Args:
+        refinements: neighbours to try.
+        starts: sets of steps to begin with, beside the predicted ones: of an earlier plan that is to be improved.
 
     Its provenance has ``trials``, the sets of steps that were tried, each with its ``predicted`` and ``measured`` mean
     squared error: the latter of finished images in [-1, 1] that the weights had not been fitted on.
@@ -282,12 +286,10 @@ def make_plan(
     jumps, half = Jumps(known), len(known.labels) // 2
     trials: dict[tuple[int, ...], tuple[float, float]] = {}
     best: Fitted | None = None
-    generator = np.random.default_rng(seed)
-    for trial in tqdm(range(3 + refinements), desc=f"refining {num_computed} steps", leave=False):
-        if trial < 3:
-            steps, _ = choose_steps(jumps, num_computed, gains ** (0.5 * trial))
-        else:
-            steps = _neighbour(best.computed, known.num_steps, trials, generator)
+    generator = np.random.default_rng(len(starts))
+    starts = [*starts, *(choose_steps(jumps, num_computed, gains**power)[0] for power in (0, 0.5, 1))]
+    for trial in tqdm(range(len(starts) + refinements), desc=f"refining {num_computed} steps", leave=False):
+        steps = starts[trial] if trial < len(starts) else _neighbour(best.computed, known.num_steps, trials, generator)
         if steps in trials:
             continue
         fitted = fit(pipe, profile, steps, known, half, like=best)
@@ -407,6 +409,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--macs", type=float, default=3.0, help="full compute's over the plan's, at least (default: 3)")
     parser.add_argument("--target", default="reference", help=f"{' or '.join(get_args(Target))} (default: reference)")
     parser.add_argument("--images", type=int, default=80, help="calibration images (default: 80)")
+    parser.add_argument("--refinements", type=int, default=12, help="neighbouring sets of steps to try (default: 12)")
+    parser.add_argument("--start", type=Path, help="an earlier plan with as many computed steps, to be improved")
     parser.add_argument("--out", type=Path, default=Path("plan.json"))
     options = parser.parse_args(arguments)
     console = Console()
@@ -415,10 +419,15 @@ def main(arguments: list[str] | None = None) -> int:
         profile = get_profile(options.profile, **changes)
         check("--macs", options.macs, 1 <= options.macs <= profile.num_inference_steps / 2, "from 1 to half the steps")
         check("--images", options.images, options.images >= 2, "2 or more")
+        check("--refinements", options.refinements, options.refinements >= 0, "0 or more")
+        number = int(profile.num_inference_steps / options.macs)
+        starts = [] if options.start is None else [tuple(sorted(ForecastPlan.load(options.start).computed))]
+        if starts and len(starts[0]) != number:
+            raise ValueError(f"{options.start} computes {len(starts[0])} steps, {number} are wanted")
         pipe = load_pipeline(profile)
         known = trajectories(pipe, profile, options.target, options.images)
         gains = measure_gains(pipe, profile, known.first(8))
-        plan = make_plan(pipe, profile, int(profile.num_inference_steps / options.macs), known, gains)
+        plan = make_plan(pipe, profile, number, known, gains, options.refinements, starts)
         plan.save(options.out)
     except (ValueError, OSError, RuntimeError) as error:
         console.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
