@@ -113,6 +113,14 @@ def test_a_plan_beats_extrapolation_on_other_images(pipe):
     assert ours > theirs + 3
 
 
+def test_an_earlier_plan_is_where_a_better_one_starts(pipe):
+    known, steps = trajectories(pipe, PROFILE, "reference", 4), (0, 1, 5, 6, 8)
+    plan = make_plan(pipe, PROFILE, 5, known, np.ones(11), 2, [steps])
+    trials = plan.provenance["trials"]
+    assert trials[0]["computed"] == list(steps) and len(trials) > 2
+    assert sorted(plan.computed) == min(trials, key=lambda trial: trial["measured"])["computed"]
+
+
 def test_what_the_planner_follows_is_what_the_pipeline_runs(pipe):
     """Weights fitted on one run, replayed through the session on the same images, give the error that was fitted."""
     known = trajectories(pipe, PROFILE, "reference", 4, seed=5)
@@ -140,6 +148,11 @@ def test_the_command_line_saves_a_plan_and_names_wrong_arguments(tmp_path, capsy
     assert main(options) == 0 and "4 of 8 steps, 2.00× fewer MACs" in capsys.readouterr().out
     plan = ForecastPlan.load(path)
     assert len(plan.computed) == 4 and plan.provenance["profile"]["name"] == "smoke"
-    for wrong in (["--macs", "0.5"], ["--target", "best"], ["--scheduler", "heun"], ["--profile", "x"]):
+    assert main([*options, "--start", str(path), "--refinements", "0"]) == 0
+    assert ForecastPlan.load(path).provenance["trials"][0]["computed"] == sorted(plan.computed)
+    assert main([*options, "--start", str(path), "--macs", "4"]) == 2
+    assert "computes 4 steps, 2 are wanted" in " ".join(capsys.readouterr().out.split())
+    wrongs = (["--refinements", "-1"], ["--macs", "0.5"], ["--target", "best"], ["--scheduler", "heun"])
+    for wrong in (*wrongs, ["--profile", "x"]):
         assert main([*options, *wrong]) == 2
         assert wrong[1] in capsys.readouterr().out
