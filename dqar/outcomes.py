@@ -67,6 +67,8 @@ def summary(run: Run, resamples: int = 200) -> pd.DataFrame:
         table = table.merge(memory, on="method", how="left")
     table = table.reindex(columns=["method", *COLUMNS])
     table.attrs = images.attrs
+    if speed is not None:  # the hardware on which time was measured, not the one that drew the images
+        table.attrs = {"provenance": {**speed.attrs["provenance"], "images": images.attrs.get("provenance")}}
     return table
 
 
