@@ -27,6 +27,28 @@ CALIBRATION_SEED = 300
 EXTRAPOLATIONS = {1.5: (2, 8, 2), 2: (4, 8, 2), 3: (4, 4, 2), 4: (6, 4, 2)}
 """Interval, last computed steps and order of output extrapolation, the best at so many times fewer MACs (slide 13)."""
 
+CACHES = {
+    **{
+        budget: Peer(
+            "DBCache + TaylorSeer",
+            (
+                *(("Fn_compute_blocks", blocks), ("residual_diff_threshold", 0.08)),
+                *(("max_warmup_steps", 4), ("max_continuous_cached_steps", 2)),
+            ),
+        )
+        for budget, blocks in ((1.5, 8), (2, 1))
+    },
+    **{
+        budget: Peer("SeaCache", (("threshold", threshold), ("max_consecutive_cached", cached), ("residual_order", 1)))
+        for budget, threshold, cached in ((3, 0.5, 3), (4, 1.0, 4))
+    },
+}
+"""The other caches with the highest PSNR to the reference at so many times fewer MACs (notebook 11)."""
+
+DECIDING = ("First-Block-Cache", "SeaCache", "DBCache", "DBCache + TaylorSeer")
+"""Caches that decide by what they see, for a whole batch at once: they get small ones."""
+SMALL_BATCH = 5
+
 
 @dataclass(frozen=True)
 class Method:
@@ -49,6 +71,8 @@ class Method:
     def draw(self, profile: Profile, seed: int, **options) -> Samples:
         """``sample`` by this method; ``options`` as there."""
         pipe, steps = self.pipeline(profile), self.num_inference_steps or profile.num_inference_steps
+        if self.peer is not None and self.peer.name in DECIDING:
+            profile = dataclasses.replace(profile, batch_size=min(profile.batch_size, SMALL_BATCH))
         with contextlib.nullcontext() if self.peer is None else self.peer.attach(pipe, steps):
             return sample(pipe, profile, seed, self.config, num_inference_steps=steps, **options)
 
@@ -79,6 +103,7 @@ def names_at(profile: Profile, budget: float) -> dict[str, str]:
         "DQAR plan": f"DQAR plan, {budget}×",
         "fewer steps": f"{computed_steps(profile, budget)} steps",
         "output extrapolation": f"extrapolation, {budget}×",
+        "best other cache": f"{CACHES[budget].name}, {budget}×",
     }
 
 
@@ -115,6 +140,7 @@ def methods(profile: Profile, gate: DQARConfig | None) -> dict[str, Method]:
             names = names_at(profile, budget)
             found[names["fewer steps"]] = Method(num_inference_steps=number)
             found[names["output extrapolation"]] = Method(DQARConfig(plan=extrapolated(profile, *best)))
+            found[names["best other cache"]] = Method(peer=CACHES[budget])
             found[names["DQAR plan"]] = Method(DQARConfig(plan=ForecastPlan.load(path)))
     return found
 

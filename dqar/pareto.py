@@ -30,9 +30,6 @@ SPACINGS = {
     "dpm-solver++": ("dpm-solver++", "dpm-solver++-lu", "dpm-solver++3-lu", "dpm-solver++-karras"),
     "ddim": ("ddim", "ddim-leading"),
 }
-DECIDING = ("First-Block-Cache", "SeaCache", "DBCache", "DBCache + TaylorSeer")
-"""Caches that decide by what they see, for a whole batch at once: they get small ones."""
-SMALL_BATCH = 5
 CALIBRATED = ("SmoothCache", "MagCache")
 STRONGEST = ("SeaCache", "TaylorSeer")
 """Of the peers, in a first look: tried with both spacings of the steps."""
@@ -68,12 +65,11 @@ def make_plans(
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """A method in the comparison: its family and settings, and how many images it draws at once (``None``: all)."""
+    """A method in the comparison, with its family and settings."""
 
     family: str
     settings: str
     method: Method
-    batch_size: int | None = None
 
     @property
     def name(self) -> str:
@@ -104,7 +100,7 @@ def contenders(profile: Profile, sampler: str) -> list[Contender]:
                     settings = {**settings, "guidance_scale": profile.guidance_scale}
                 text = ", ".join(f"{key} {value}" for key, value in settings.items() if key != "guidance_scale")
                 method = Method(scheduler=grid, peer=Peer(name, tuple(settings.items())))
-                found.append(Contender(name, f"{text}, {grid}", method, SMALL_BATCH if name in DECIDING else None))
+                found.append(Contender(name, f"{text}, {grid}", method))
     for name, config in {**site_configs(), **_deciding(profile)}.items():
         found.append(Contender("DQAR sites", name, Method(config, scheduler=sampler)))
     for target, grid in (("reference", sampler), ("converged", SAMPLERS[sampler])):
@@ -168,7 +164,7 @@ def measure(contender: Contender, profile: Profile, wanted: dict[Target, torch.T
         ``macs`` (an image, counted) and ``cache_bytes`` (an image, largest at any step; NaN for peers).
     """
     number = len(wanted["reference"])
-    own = dataclasses.replace(profile, batch_size=contender.batch_size or number)
+    own = dataclasses.replace(profile, batch_size=number)
     if contender.method.peer is not None:  # calibrates some of them: not part of what drawing costs
         with contender.method.peer.attach(contender.method.pipeline(own), own.num_inference_steps):
             pass

@@ -316,7 +316,10 @@ def draw(name: str, method: Method, profile: Profile, seed: int, first: int, ref
     if method == Method():  # the reference itself: drawn twice, it is the same to the bit
         drawn = Samples(reference, class_labels(method.pipeline(profile), torch.arange(first, first + len(reference))))
     else:
-        drawn = method.draw(profile, seed, first_image=first, num_samples=len(reference), description=name)
+        wanted = {"first_image": first, "num_samples": len(reference), "description": name}
+        results: list[Samples] = []
+        macs = metrics.count_macs(lambda: results.append(method.draw(profile, seed, **wanted)))
+        drawn = results[0]
     predicted, features = metrics.classify(load_classifier(), drawn.images)
     table = pd.DataFrame(
         {
@@ -332,6 +335,9 @@ def draw(name: str, method: Method, profile: Profile, seed: int, first: int, ref
     steps = profile.num_inference_steps
     costs = {"sites_reused": 0.0, "events": 0.0, "cache_bytes": 0.0}
     costs["macs_speedup"] = steps / (method.num_inference_steps or steps)
+    if method.peer is not None:  # what it saves depends on the images
+        full = metrics.count_macs(lambda: Method().draw(profile, seed, first_image=first, num_samples=1))
+        costs = {"macs_speedup": full * len(reference) / macs}
     if drawn.trace is not None:
         planned = isinstance(method.config.plan, ForecastPlan)
         trace = drawn.trace.to_pandas(MODEL if planned else SELF_ATTENTION)
