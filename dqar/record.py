@@ -27,7 +27,7 @@ from tqdm import tqdm
 from dqar import decisions, metrics, pareto, ptq, stats
 from dqar.config import DQARConfig, ReuseTarget
 from dqar.experiments import reuse_saving
-from dqar.methods import Method, methods, policy_path
+from dqar.methods import SMALL_BATCH, Method, methods, policy_path
 from dqar.models import Profile, get_profile, load_classifier
 from dqar.plan import ForecastPlan
 from dqar.policy import ReusePolicy
@@ -310,16 +310,13 @@ def draw(name: str, method: Method, profile: Profile, seed: int, first: int, ref
 
     Returns:
         One row an image: ``method``, ``image``, ``label``, ``predicted``, ``mse``, ``ssim``, ``features``; and what all
-        images of a method have in common: ``sites_reused`` (share), ``events`` (a run), ``macs_speedup``,
-        ``cache_bytes`` (an image, at most).
+        images of a method have in common: ``sites_reused`` (share), ``events`` (a run), ``macs_speedup``
+        (a peer's: counted on the first five), ``cache_bytes`` (an image, at most).
     """
     if method == Method():  # the reference itself: drawn twice, it is the same to the bit
         drawn = Samples(reference, class_labels(method.pipeline(profile), torch.arange(first, first + len(reference))))
     else:
-        wanted = {"first_image": first, "num_samples": len(reference), "description": name}
-        results: list[Samples] = []
-        macs = metrics.count_macs(lambda: results.append(method.draw(profile, seed, **wanted)))
-        drawn = results[0]
+        drawn = method.draw(profile, seed, first_image=first, num_samples=len(reference), description=name)
     predicted, features = metrics.classify(load_classifier(), drawn.images)
     table = pd.DataFrame(
         {
@@ -336,8 +333,11 @@ def draw(name: str, method: Method, profile: Profile, seed: int, first: int, ref
     costs = {"sites_reused": 0.0, "events": 0.0, "cache_bytes": 0.0}
     costs["macs_speedup"] = steps / (method.num_inference_steps or steps)
     if method.peer is not None:  # what it saves depends on the images
-        full = metrics.count_macs(lambda: Method().draw(profile, seed, first_image=first, num_samples=1))
-        costs = {"macs_speedup": full * len(reference) / macs}
+        few = {"first_image": first, "num_samples": min(SMALL_BATCH, len(reference))}
+        step, macs = (
+            metrics.count_macs(lambda m=m: m.draw(profile, seed, **few)) for m in (Method(num_inference_steps=1), method)
+        )
+        costs = {"macs_speedup": steps * step / macs}
     if drawn.trace is not None:
         planned = isinstance(method.config.plan, ForecastPlan)
         trace = drawn.trace.to_pandas(MODEL if planned else SELF_ATTENTION)
