@@ -25,7 +25,7 @@ from dqar import stats
 from dqar.cache import CacheEntry
 from dqar.config import DQARConfig
 from dqar.controller import DQARController
-from dqar.forecast import OutputForecast
+from dqar.forecast import FinalHiddenStates, OutputForecast
 from dqar.plan import ForecastPlan, describe_model
 from dqar.trace import Trace
 
@@ -107,6 +107,10 @@ class DQARSession:
         for layer, processor in processors:
             layer.set_processor(processor)
         self._detach = [_attach(module, hook) for module, hook in hooks]
+        self._hidden_states: FinalHiddenStates | None = None
+        if self._forecast is not None and any(plan.readouts):
+            self._hidden_states = FinalHiddenStates(transformer)
+            self._detach.append(self._hidden_states.remove)
 
     def __enter__(self) -> DQARSession:
         return self
@@ -196,6 +200,9 @@ class DQARSession:
         if fresh:
             computed = original(*args, **kwargs)
             forecast.keep(computed[0], self._slices, self._latents.shape[1])
+            if self._hidden_states is not None:
+                states, size = self._hidden_states.take(), self._latents[rows].shape
+                forecast.read_out(step, states, self._slices, size)
         for branch in self._slices:
             self.controller.record_output(branch, fresh, forecast.nbytes // len(self._slices))
         if fresh and not forecast.plan.weights[step]:

@@ -35,7 +35,7 @@ STRONGEST = ("SeaCache", "TaylorSeer")
 """Of the peers, in a first look: tried with both spacings of the steps."""
 SITE_KINDS = {2: ((0, 8), (1, 16), (1, 8), (1, 4), (2, 16), (2, 8), (2, 4)), 3: ((1, 16), (1, 8), (2, 8))}
 """Forecast orders and bits inside the blocks, by interval of the computed steps."""
-BUDGETS = (1.5, 2, 2.5, 3, 3.8, 4, 5, 5.5)
+BUDGETS = (1.5, 2, 2.15, 2.5, 3, 3.8, 4, 5, 5.5)
 """Full compute's MACs over a plan's, at least."""
 OURS = "DQAR plan"
 

@@ -147,6 +147,9 @@ class ForecastPlan:
     tensors are convolved, the same for all channels. A computed step has weights too, by which its fresh output is
     corrected; without any, it passes as it is.
 
+    To that a step may add a read-out of the hidden states that the newest computed step gave to the model's last layer:
+    that layer only reads the output from them, but they tell more of where it goes.
+
     Attributes:
         weights: one row per step: ``(a_1 ... a_K, b_1 ... b_K, c)``, or without guidance ``(a_1 ... a_K, c)``, with K
             the number of outputs cached by then, ``history`` at most, and each weight a kernel of ``kernel`` ×
@@ -157,6 +160,8 @@ class ForecastPlan:
         history: outputs that are kept.
         model: ``describe_model`` of the model that it was made for.
         kernel: side of the kernels, odd; 1: each weight is one number.
+        readouts: one row per step: a matrix from a token's hidden states of both branches, cond first, to what is added
+            to the forecast of its patch (rows, columns and channels of it), row by row; ``()``: nothing is added.
         provenance: where it comes from, and with which errors; saved with it, not compared.
 
     Raises:
@@ -171,9 +176,12 @@ class ForecastPlan:
     model: str
     kernel: int = 1
     provenance: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    readouts: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self):
-        object.__setattr__(self, "weights", tuple(tuple(map(float, row)) for row in self.weights))
+        for name in ("weights", "readouts"):
+            object.__setattr__(self, name, tuple(tuple(map(float, row)) for row in getattr(self, name)))
+        object.__setattr__(self, "readouts", self.readouts or ((),) * len(self.weights))
         object.__setattr__(self, "computed", frozenset(self.computed))
         object.__setattr__(self, "timesteps", tuple(map(float, self.timesteps)))
         steps = len(self.timesteps)
@@ -191,6 +199,14 @@ class ForecastPlan:
                 (0, length) if step in self.computed else (length,)
             ):
                 raise ValueError(f"the {len(row)} weights of step {step} are not accepted: {length} finite numbers")
+        sizes = {len(row) for row in self.readouts}
+        if len(self.readouts) != steps or len(sizes - {0}) > 1 or not all(map(math.isfinite, sum(self.readouts, ()))):
+            raise ValueError(
+                f"{len(self.readouts)} readouts of {sorted(sizes)} numbers are not accepted: one size, finite"
+            )
+        for step, row in enumerate(self.readouts):
+            if row and not self.weights[step]:
+                raise ValueError(f"step {step} is not accepted: a readout, but no weights that it adds to")
 
     @property
     def guided(self) -> bool:

@@ -8,7 +8,8 @@
    the finished image, they add up, and dynamic programming finds the best steps for a budget.
 3. **Weights.** The planned run is followed from step to step, and at each the output is fitted that would lead the
    scheduler to the target's next latents. So a forecast also mends what those before it did wrong. Each cached tensor
-   is weighted by a small kernel: what a pixel's neighbours did tells where the output bends.
+   is weighted by a small kernel: what a pixel's neighbours did tells where the output bends. So do the hidden states
+   that the last layer was given at the newest computed step, of which a matrix reads what to add.
 4. **Refinement.** Neighbouring sets of steps are tried, and kept if the joint error of a run is smaller on images that
    the weights were not fitted on.
 """
@@ -32,6 +33,7 @@ from rich.console import Console
 from tqdm import tqdm
 
 from dqar.config import check, check_choice
+from dqar.forecast import FinalHiddenStates, from_patches, to_patches
 from dqar.models import SCHEDULERS, Profile, branch_predictions, get_profile, guide, load_pipeline
 from dqar.plan import ForecastPlan, describe_model
 from dqar.results import provenance
@@ -48,6 +50,8 @@ RIDGE = 1e-9
 """Of the least squares, relative to normalised columns: outputs of neighbouring steps are nearly parallel."""
 NEIGHBOURS_RIDGE = 1e-5
 """The same for the weights of a pixel's neighbours, the many of which would else fit noise."""
+READOUT_RIDGE = 3e-3
+"""The same for what is read from the hidden states."""
 Target = Literal["reference", "converged"]
 
 
@@ -198,16 +202,19 @@ class _State:
     latents: torch.Tensor
     conds: tuple[torch.Tensor, ...] = ()
     unconds: tuple[torch.Tensor, ...] = ()
+    hidden_states: torch.Tensor | None = None
+    """Both branches' in one, ``[images, tokens, width]``."""
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A planned run that was followed: its ``weights``, as ``ForecastPlan`` has them, what each step began with, and
-    each image's mean squared error when finished, ``[images]``."""
+    """A planned run that was followed: its ``weights`` and ``readouts``, as ``ForecastPlan`` has them, what each step
+    began with, and each image's mean squared error when finished, ``[images]``."""
 
     computed: tuple[int, ...]
     fitted_on: int
     weights: tuple[tuple[float, ...], ...]
+    readouts: tuple[tuple[float, ...], ...]
     states: tuple[_State, ...]
     error: torch.Tensor
 
@@ -230,18 +237,21 @@ def fit(
     if like is not None and like.fitted_on == fitted_on:
         start = min(set(computed) ^ set(like.computed), default=known.num_steps - 1)
     states = list(like.states[: start + 1]) if start else [_State(_scheduler(pipe, known.num_steps), known.latents[0])]
-    rows = list(like.weights[:start]) if start else []
+    rows, readouts = (list(like.weights[:start]), list(like.readouts[:start])) if start else ([], [])
     for step in range(start, known.num_steps):
         state, scheduler = states[step], copy.deepcopy(states[step].scheduler)
         t, latents, conds, unconds = scheduler.timesteps[step], state.latents, state.conds, state.unconds
-        model_input = scheduler.scale_model_input(latents, t)
+        model_input, hidden_states = scheduler.scale_model_input(latents, t), state.hidden_states
         if step in computed:
-            cond, uncond = _predict(pipe, profile, model_input, t, known.labels)
+            with FinalHiddenStates(pipe.transformer) as seen:
+                cond, uncond = _predict(pipe, profile, model_input, t, known.labels)
             conds = (cond, *conds)[:HISTORY]
             unconds = () if uncond is None else (uncond, *unconds)[:HISTORY]
+            hidden_states = torch.cat(seen.take().split(len(latents)), -1)
         newest = guide(conds[0], unconds[0] if unconds else None, profile.guidance_scale)
         if step == 0:
             rows.append(())
+            readouts.append(())
             output = newest
         else:
             columns = torch.cat([_neighbourhoods(x) for x in (*conds, *unconds, model_input)], -1)
@@ -249,20 +259,19 @@ def fit(
             nowhere = _copied_step(scheduler, torch.zeros_like(latents), t, latents)
             slope = (_copied_step(scheduler, torch.ones_like(latents), t, latents) - nowhere).flatten()[0]
             wanted = (known.latents[step + 1] - nowhere) / slope - newest
-            ridge = torch.full((KERNEL**2,), NEIGHBOURS_RIDGE, dtype=columns.dtype, device=columns.device)
-            ridge[KERNEL**2 // 2] = RIDGE
-            ridge = ridge.repeat(columns.shape[-1] // len(ridge))
-            weights = _least_squares(columns[:fitted_on].flatten(0, 1), wanted[:fitted_on].flatten().double(), ridge)
+            weights, matrix = _fit_step(columns[:fitted_on], hidden_states[:fitted_on], wanted[:fitted_on])
             centers = weights.view(-1, KERNEL**2)[:, KERNEL**2 // 2]
             centers[0] += profile.guidance_scale if unconds else 1
             if unconds:
                 centers[len(conds)] += 1 - profile.guidance_scale
             rows.append(tuple(float(f"{w:.7g}") for w in weights.tolist()))
-            output = (columns @ weights).view_as(latents).to(latents.dtype)
+            readouts.append(tuple(float(f"{w:.5g}") for w in matrix.flatten().tolist()))
+            read = from_patches(hidden_states.double() @ matrix, latents.shape)
+            output = ((columns @ weights).view_as(latents) + read).to(latents.dtype)
         latents = scheduler.step(output, t, latents).prev_sample
-        states.append(_State(scheduler, latents, conds, unconds))
+        states.append(_State(scheduler, latents, conds, unconds, hidden_states))
     error = (_finished(pipe, latents) - _finished(pipe, known.latents[-1])).square().flatten(1).mean(1)
-    return Fitted(computed, fitted_on, tuple(rows), tuple(states), error)
+    return Fitted(computed, fitted_on, tuple(rows), tuple(readouts), tuple(states), error)
 
 
 def make_plan(
@@ -278,7 +287,7 @@ def make_plan(
 
     Args:
         refinements: neighbours to try.
-        starts: sets of steps to begin with, beside the predicted ones: of an earlier plan that is to be improved.
+        starts: sets of steps to begin with, in place of the predicted ones: of an earlier plan that is to be improved.
 
     Its provenance has ``trials``, the sets of steps that were tried, each with its ``predicted`` and ``measured`` mean
     squared error: the latter of finished images in [-1, 1] that the weights had not been fitted on.
@@ -287,7 +296,7 @@ def make_plan(
     trials: dict[tuple[int, ...], tuple[float, float]] = {}
     best: Fitted | None = None
     generator = np.random.default_rng(len(starts))
-    starts = [*starts, *(choose_steps(jumps, num_computed, gains**power)[0] for power in (0, 0.5, 1))]
+    starts = starts or [choose_steps(jumps, num_computed, gains**power)[0] for power in (0, 0.5, 1)]
     for trial in tqdm(range(len(starts) + refinements), desc=f"refining {num_computed} steps", leave=False):
         steps = starts[trial] if trial < len(starts) else _neighbour(best.computed, known.num_steps, trials, generator)
         if steps in trials:
@@ -297,7 +306,7 @@ def make_plan(
         if not trials or error < min(measured for _, measured in trials.values()):
             best = fitted
         trials[steps] = _predicted(jumps, steps, gains), error
-    weights = fit(pipe, profile, best.computed, known, len(known.labels)).weights
+    final = fit(pipe, profile, best.computed, known, len(known.labels))
     scheduler = _scheduler(pipe, known.num_steps)
     source = {
         "target": known.target,
@@ -307,7 +316,9 @@ def make_plan(
     }
     guidance, model = max(1.0, profile.guidance_scale), describe_model(pipe.transformer)
     timesteps = scheduler.timesteps.tolist()
-    return ForecastPlan(weights, best.computed, timesteps, guidance, HISTORY, model, KERNEL, source)
+    return ForecastPlan(
+        final.weights, best.computed, timesteps, guidance, HISTORY, model, KERNEL, source, final.readouts
+    )
 
 
 def _predicted(jumps: Jumps, computed: tuple[int, ...], gains: np.ndarray) -> float:
@@ -343,11 +354,51 @@ def _neighbourhoods(x: torch.Tensor) -> torch.Tensor:
     return seen.transpose(1, 2).reshape(len(x), -1, KERNEL**2)
 
 
-def _least_squares(columns: torch.Tensor, wanted: torch.Tensor, ridge: float | torch.Tensor = RIDGE) -> torch.Tensor:
+def _fit_step(
+    columns: torch.Tensor, hidden_states: torch.Tensor, wanted: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kernels and the matrix of the hidden states that together come closest to what is wanted.
+
+    The kernels are the same for all pixels, while the matrix has a column for each of a patch's. It is eliminated
+    first, which leaves a small system for the kernels.
+
+    Args:
+        columns: ``[images, C * H * W, K]``, what the kernels see.
+        hidden_states: ``[images, tokens, width]``.
+        wanted: ``[images, C, H, W]``.
+
+    Returns:
+        ``[K]`` and ``[width, size of a patch]``, float64.
+    """
+    tokens, kernels = hidden_states.shape[1], columns.shape[2]
+    maps = columns.transpose(1, 2).reshape(-1, *wanted.shape[1:])
+    maps = to_patches(maps, tokens).view(len(wanted), kernels, tokens, -1).permute(0, 2, 3, 1)
+    maps, goal = maps.flatten(0, 1), to_patches(wanted.double(), tokens).flatten(0, 1)  # [rows, size, K], [rows, size]
+    norms, state_norms = maps.flatten(0, 1).norm(dim=0), hidden_states.double().flatten(0, 1).norm(dim=0)
+    maps, states = maps / norms.clamp_min(1e-12), hidden_states.double().flatten(0, 1) / state_norms.clamp_min(1e-12)
+
+    of_states = states.T @ states
+    of_states.diagonal().add_(READOUT_RIDGE)
+    factor = torch.linalg.cholesky(of_states)
+    by_maps, by_goal = states.T @ maps.flatten(1), states.T @ goal
+    for_maps, for_goal = torch.cholesky_solve(by_maps, factor), torch.cholesky_solve(by_goal, factor)
+    by_maps, for_maps = by_maps.view(-1, kernels), for_maps.reshape(-1, kernels)
+
+    ridge = torch.full((KERNEL**2,), NEIGHBOURS_RIDGE, dtype=maps.dtype, device=maps.device)
+    ridge[KERNEL**2 // 2] = RIDGE
+    flat = maps.flatten(0, 1)
+    system = flat.T @ flat - by_maps.T @ for_maps
+    system.diagonal().add_(ridge.repeat(kernels // len(ridge)))
+    weights = torch.linalg.solve(system, flat.T @ goal.flatten() - by_maps.T @ for_goal.flatten())
+    matrix = for_goal - (for_maps @ weights).view_as(for_goal)
+    return weights / norms.clamp_min(1e-12), matrix / state_norms.clamp_min(1e-12)[:, None]
+
+
+def _least_squares(columns: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     norms = columns.norm(dim=0).clamp_min(1e-12)
     columns = columns / norms
     system = columns.T @ columns
-    system.diagonal().add_(ridge)
+    system.diagonal().add_(RIDGE)
     return torch.linalg.solve(system, columns.T @ wanted) / norms
 
 

@@ -335,7 +335,8 @@ def draw(name: str, method: Method, profile: Profile, seed: int, first: int, ref
     if method.peer is not None:  # what it saves depends on the images
         few = {"first_image": first, "num_samples": min(SMALL_BATCH, len(reference))}
         step, macs = (
-            metrics.count_macs(lambda m=m: m.draw(profile, seed, **few)) for m in (Method(num_inference_steps=1), method)
+            metrics.count_macs(lambda m=m: m.draw(profile, seed, **few))
+            for m in (Method(num_inference_steps=1), method)
         )
         costs = {"macs_speedup": steps * step / macs}
     if drawn.trace is not None:

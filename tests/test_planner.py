@@ -126,7 +126,7 @@ def test_what_the_planner_follows_is_what_the_pipeline_runs(pipe):
     known = trajectories(pipe, PROFILE, "reference", 4, seed=5)
     fitted = fit(pipe, PROFILE, (0, 2, 3, 6, 9), known, 4)
     plan = make_plan(pipe, PROFILE, 5, known, np.ones(11), refinements=0)
-    plan = dataclasses.replace(plan, weights=fitted.weights, computed={0, 2, 3, 6, 9})
+    plan = dataclasses.replace(plan, weights=fitted.weights, readouts=fitted.readouts, computed={0, 2, 3, 6, 9})
     drawn = sample(pipe, PROFILE, 5, DQARConfig(plan=plan), num_samples=4).images * 2 - 1
     replayed = (drawn - known.latents[-1].clamp(-1, 1)).square().flatten(1).mean(1)
     torch.testing.assert_close(replayed, fitted.error, rtol=0.02, atol=1e-8)
