@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 
@@ -9,6 +10,7 @@ from diffusers import DiTPipeline, PixArtAlphaPipeline
 from scipy.ndimage import correlate
 
 from dqar import DQARConfig, ForecastPlan, apply_dqar, metrics
+from dqar.forecast import FinalHiddenStates, from_patches, to_patches
 from dqar.models import make_scheduler
 from dqar.plan import describe_model, extrapolation
 
@@ -20,8 +22,10 @@ def plan_for(pipe, computed=COMPUTED, steps=8, guidance=3.0, order=1):
     return extrapolation(computed, pipe.scheduler.timesteps.tolist(), guidance, describe_model(pipe.transformer), order)
 
 
-def by_hand(pipe, weights, labels=(1, 2), guidance=3.0, history=2):
+def by_hand(pipe, weights, readouts, labels=(1, 2), guidance=3.0, history=2):
     """The planned run without dqar's session: a loop over the bare transformer, forecasts in float64."""
+    states = []
+    handle = pipe.transformer.proj_out_2.register_forward_hook(lambda _module, args, _out: states.append(args[0]))
     noise = [torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(len(labels))]
     latents, labels = torch.cat(noise), torch.tensor(labels)
     labels = torch.cat([labels, torch.full_like(labels, 10)])
@@ -38,8 +42,15 @@ def by_hand(pipe, weights, labels=(1, 2), guidance=3.0, history=2):
             columns = [*conds, *unconds, latents]
             side = math.isqrt(len(weights[step]) // len(columns))
             kernels = torch.tensor(weights[step]).double().view(len(columns), side, side)
-            guided = sum(blurred(x, kernel) for kernel, x in zip(kernels, columns, strict=True)).float()
+            guided = sum(blurred(x, kernel) for kernel, x in zip(kernels, columns, strict=True))
+            if readouts[step]:
+                of_both = torch.cat(states[-1].chunk(2), -1).double()
+                read = of_both @ torch.tensor(readouts[step]).double().view(of_both.shape[-1], 4)
+                read = read.view(len(latents), 4, 4, 2, 2, 1)  # put together as DiTTransformer2DModel does
+                guided = guided + torch.einsum("nhwpqc->nchpwq", read).reshape(guided.shape)
+            guided = guided.float()
         latents = pipe.scheduler.step(guided, t, latents).prev_sample
+    handle.remove()
     return latents
 
 
@@ -58,15 +69,20 @@ def test_a_plan_that_computes_every_step_changes_nothing(pipe):
     assert "step" not in vars(pipe.scheduler)
 
 
-@pytest.mark.parametrize("kernel", [1, 3])
-def test_a_planned_run_is_what_it_says(pipe, kernel):
+@pytest.mark.parametrize(("kernel", "reads"), [(1, False), (3, False), (1, True), (3, True)])
+def test_a_planned_run_is_what_it_says(pipe, kernel, reads):
     """Random weights for every step, computed ones too: the same as a plain loop."""
     torch.manual_seed(0)
     plan = plan_for(pipe)
     tensors = [2 * min(2, sum(c <= step for c in COMPUTED)) + 1 for step in range(1, 8)]
     rows = [(), *(tuple((0.3 / kernel * torch.randn(n * kernel**2)).tolist()) for n in tensors)]
-    plan = ForecastPlan(rows, plan.computed, plan.timesteps, 3.0, 2, plan.model, kernel)
-    expected = by_hand(pipe, rows)
+    readouts = [
+        (),
+        *(tuple((0.05 * torch.randn(2 * 16 * 4)).tolist()) if reads and s != 4 else () for s in range(1, 8)),
+    ]
+    plan = ForecastPlan(rows, plan.computed, plan.timesteps, 3.0, 2, plan.model, kernel, readouts=readouts)
+    expected = by_hand(pipe, rows, readouts)
+    assert torch.equal(expected, by_hand(pipe, rows, [()] * 8)) != reads
     with apply_dqar(pipe, DQARConfig(plan=plan)) as session:
         first, again = draw(pipe), draw(pipe)
         other = draw(pipe, labels=(3,))
@@ -76,7 +92,24 @@ def test_a_planned_run_is_what_it_says(pipe, kernel):
     trace = session.trace.to_pandas("model")
     assert len(trace) == (2 + 2 + 2 + 2) * 8 and len(session.trace.to_pandas()) == 0
     assert sorted(set(trace[trace.decision == "compute"].step)) == list(COMPUTED)
-    assert trace[trace.step == 7].bytes.iloc[0] == 2 * 2 * 64 * 4  # two outputs, two images a branch, float32
+    outputs, steps_ahead = 2 * 2 * 64 * 4, 2 * 64 * 8  # two outputs, two images a branch, float32; a step's readout
+    assert trace[trace.step == 7].bytes.iloc[0] == outputs + reads * steps_ahead / 2
+    assert trace[trace.step == 4].bytes.iloc[0] == outputs + reads * 4 * steps_ahead / 2
+    assert not pipe.transformer.proj_out_2._forward_pre_hooks
+
+
+def test_patches_are_those_of_the_model(dit_folder):
+    """What the last layer makes of the hidden states, put together, is the output; four channels, patches of 2."""
+    transformer = DiTPipeline.from_pretrained(dit_folder).transformer
+    with torch.no_grad(), FinalHiddenStates(transformer) as seen:
+        latents, t = torch.randn(2, 4, 8, 8), torch.tensor([5, 5])
+        output = transformer(latents, timestep=t, class_labels=torch.tensor([1, 2])).sample
+        patches = transformer.proj_out_2(seen.take())
+    assert torch.equal(from_patches(patches, output.shape), output)
+    assert torch.equal(to_patches(output, patches.shape[1]), patches)
+    assert not transformer.proj_out_2._forward_pre_hooks
+    with pytest.raises(ValueError, match="Linear has no final linear layer"):
+        FinalHiddenStates(torch.nn.Linear(1, 1))
 
 
 @pytest.mark.parametrize("order", [0, 1, 2])
@@ -167,6 +200,11 @@ def test_wrong_tables_are_named():
         ForecastPlan([()], {0}, [9], 1.0, 0, "model")
     with pytest.raises(ValueError, match="kernel=2"):
         ForecastPlan([()], {0}, [9], 1.0, 1, "model", 2)
+    for readouts in ([(), (1.0,), (1.0, 2.0)], [(), (math.inf,), ()], [()]):
+        with pytest.raises(ValueError, match="readouts of .* are not accepted"):
+            ForecastPlan([(), (1.0, 0.0), (1.0, 0.0)], {0}, [9, 5, 1], 1.0, 1, "model", readouts=readouts)
+    with pytest.raises(ValueError, match="step 0 is not accepted: a readout"):
+        ForecastPlan([(), (1.0, 0.0)], {0}, [9, 1], 1.0, 1, "model", readouts=[(1.0,), ()])
     with pytest.raises(ValueError, match="the 2 weights of step 1 are not accepted: 18 finite"):
         ForecastPlan([(), (1.0, 0.0)], {0}, [9, 1], 1.0, 1, "model", 3)
 
@@ -187,6 +225,13 @@ def test_a_run_that_the_plan_was_not_made_for_is_refused(pipe):
         draw(pipe)
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, timestep_spacing="leading")
     with apply_dqar(pipe, DQARConfig(plan=plan)), pytest.raises(ValueError, match="another spacing.*step 0"):
+        draw(pipe)
+
+
+def test_readouts_of_another_size_are_refused(pipe):
+    plan = plan_for(pipe)
+    plan = dataclasses.replace(plan, readouts=tuple((1.0,) * 12 if row else () for row in plan.weights))
+    with apply_dqar(pipe, DQARConfig(plan=plan)), pytest.raises(ValueError, match="128 numbers a step fit this model"):
         draw(pipe)
 
 

@@ -9,7 +9,19 @@ from conftest import embedded_pipeline
 from dqar import DQARConfig, ForecastPlan, metrics
 from dqar.models import Profile, make_scheduler
 from dqar.plan import describe_model, extrapolation
-from dqar.planner import Jumps, Trajectories, choose_steps, fit, main, make_plan, measure_gains, trajectories
+from dqar.planner import (
+    READOUT_RIDGE,
+    RIDGE,
+    Jumps,
+    Trajectories,
+    _fit_step,
+    choose_steps,
+    fit,
+    main,
+    make_plan,
+    measure_gains,
+    trajectories,
+)
 from dqar.sampling import sample
 
 PROFILE = Profile("tiny", "digits", num_inference_steps=10, guidance_scale=3.0, batch_size=8)
@@ -77,6 +89,28 @@ def test_chosen_steps_are_the_best_of_all():
     assert other != path  # gains matter
     with pytest.raises(ValueError, match="num_computed=8 is not accepted"):
         choose_steps(jumps, 8, gains)
+
+
+def test_kernels_and_hidden_states_are_fitted_together(monkeypatch):
+    """Against one large system in NumPy: three columns for all pixels, and five hidden states for each of a patch."""
+    monkeypatch.setattr("dqar.planner.KERNEL", 1)
+    torch.manual_seed(0)
+    columns, states, wanted = torch.randn(6, 32, 3).double(), torch.randn(6, 4, 5), torch.randn(6, 2, 4, 4)
+    weights, matrix = _fit_step(columns, states, wanted)
+    size = 8  # 2 x 2 pixels of two channels
+    maps = columns.view(6, 2, 2, 2, 2, 2, 3).permute(0, 2, 4, 3, 5, 1, 6).reshape(-1, size, 3).numpy()
+    goal = wanted.view(6, 2, 2, 2, 2, 2).permute(0, 2, 4, 3, 5, 1).reshape(-1, size).double().numpy()
+    hidden = states.flatten(0, 1).double().numpy()
+    design = np.zeros((len(hidden), size, 3 + size * 5))
+    design[:, :, :3] = maps
+    for pixel in range(size):
+        design[:, pixel, 3 + 5 * pixel : 8 + 5 * pixel] = hidden
+    norms = np.sqrt((maps**2).sum((0, 1))), np.linalg.norm(hidden, axis=0)
+    ridge = np.concatenate([RIDGE * norms[0] ** 2, np.tile(READOUT_RIDGE * norms[1] ** 2, size)])
+    design = design.reshape(-1, 3 + size * 5)
+    expected = np.linalg.solve(design.T @ design + np.diag(ridge), design.T @ goal.flatten())
+    np.testing.assert_allclose(weights, expected[:3], rtol=1e-8)
+    np.testing.assert_allclose(matrix.T.flatten(), expected[3:], rtol=1e-8)
 
 
 def test_computing_every_step_reaches_the_reference(pipe):
