@@ -73,10 +73,10 @@ def summary(run: Run, resamples: int = 200) -> pd.DataFrame:
 
 
 def beside_plans(run: Run, resamples: int = 200) -> pd.DataFrame | None:
-    """FD-digits at equal MACs: every plan, as many plain steps, and extrapolation; ``None`` if no plan is recorded.
+    """FD-digits at equal MACs: every plan and its rivals (``methods.names_at``); ``None`` if no plan is recorded.
 
     Returns:
-        ``budget``, ``kind`` (plan, steps or extrapolation), ``psnr`` (dB to full compute), and ``fd``, ``fd_growth``
+        ``budget``, ``kind`` (of ``names_at``), ``psnr`` (dB to full compute), and ``fd``, ``fd_growth``
         (over full compute, on the same seeds), with ``_low`` and ``_high`` as in ``frechet_intervals``.
     """
     names = {b: names_at(run.profile, b) for b in EXTRAPOLATIONS}

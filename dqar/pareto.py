@@ -41,7 +41,7 @@ OURS = "DQAR plan"
 
 
 def make_plans(
-    profile: Profile, sampler: str, target: Target, num_images: int = 80, refinements: int = 24
+    profile: Profile, sampler: str, target: Target, num_images: int = 120, refinements: int = 24
 ) -> list[ForecastPlan]:
     """The plans of all budgets for one sampler and target, read where they have been made already.
 

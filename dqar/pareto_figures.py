@@ -104,12 +104,12 @@ def slide13_plan_distances(run: Run, table: pd.DataFrame) -> Figure:
     figure, axes = plt.subplots()
     budgets = sorted(table.budget.unique())
     kinds = {"DQAR plan": (ACCENT, "D"), "output extrapolation": SHOWN["output extrapolation"]}
-    kinds["fewer steps"] = SHOWN["fewer steps"]
+    kinds |= {"best other cache": SHOWN["SeaCache"], "fewer steps": SHOWN["fewer steps"]}
     lowest, box = 0, {"fc": "white", "ec": "none", "pad": 1}
     for number, (kind, (color, marker)) in enumerate(kinds.items()):
         own = table[table.kind == kind].set_index("budget").reindex(budgets)
         spread = [own.fd_growth - own.fd_growth_low, own.fd_growth_high - own.fd_growth]
-        where = np.arange(len(own)) + 0.28 * (number - 1)
+        where = np.arange(len(own)) + 0.23 * (number - 1.5)
         axes.errorbar(where, own.fd_growth, spread, fmt=marker, ms=12, color=color, capsize=6, lw=3, label=kind)
         for x, row in zip(where, own.itertuples(), strict=True):
             top, text = (x, row.fd_growth_high), f"{row.psnr:.1f} dB"

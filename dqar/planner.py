@@ -81,7 +81,7 @@ class Trajectories:
 
 
 def trajectories(
-    pipe: DiffusionPipeline, profile: Profile, target: Target, num_images: int = 80, seed: int = PLAN_SEED
+    pipe: DiffusionPipeline, profile: Profile, target: Target, num_images: int = 120, seed: int = PLAN_SEED
 ) -> Trajectories:
     """Denoises calibration images of all classes in full compute.
 
@@ -459,7 +459,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--scheduler", help=f"in place of the profile's: one of {', '.join(SCHEDULERS)}")
     parser.add_argument("--macs", type=float, default=3.0, help="full compute's over the plan's, at least (default: 3)")
     parser.add_argument("--target", default="reference", help=f"{' or '.join(get_args(Target))} (default: reference)")
-    parser.add_argument("--images", type=int, default=80, help="calibration images (default: 80)")
+    parser.add_argument("--images", type=int, default=120, help="calibration images (default: 120)")
     parser.add_argument("--refinements", type=int, default=12, help="neighbouring sets of steps to try (default: 12)")
     parser.add_argument("--start", type=Path, help="an earlier plan with as many computed steps, to be improved")
     parser.add_argument("--out", type=Path, default=Path("plan.json"))

@@ -53,7 +53,7 @@ class Sizes:
     sweep_images: int = 20
     samples: int = 1000
     part: int = 100
-    plan_images: int = 80
+    plan_images: int = 120
     refinements: int = 24
     pareto_images: int = 20
     pareto_settings: int | None = None

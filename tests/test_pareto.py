@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from dqar import metrics, pareto
-from dqar.methods import EXTRAPOLATIONS, Method, computed_steps, extrapolated, names_at
+from dqar.methods import CACHES, EXTRAPOLATIONS, Method, computed_steps, extrapolated, names_at
 from dqar.models import get_profile
 from dqar.pareto_figures import SAMPLER_NAMES
 from dqar.peers import SWEEPS
@@ -116,10 +116,16 @@ def test_a_measurement_counts_what_runs():
     assert computed_steps(profile, 2) == 2 and computed_steps(profile, 4) == 2
 
 
-@pytest.mark.parametrize("budget", list(EXTRAPOLATIONS))
-def test_extrapolation_beside_a_plan_saves_as_much(budget):
-    rival = extrapolated(get_profile("digits"), *EXTRAPOLATIONS[budget])
-    assert budget <= rival.macs_speedup < 1.5 * budget and 49 in rival.computed
+def test_what_is_drawn_beside_a_plan_is_the_best_that_was_recorded():
+    profile = get_profile("digits")
+    points = pareto.summary(load_table(RECORDED / "digits" / "pareto-dpm-solver.parquet"))
+    methods = {(c.family, c.settings): c.method for c in pareto.contenders(profile, "dpm-solver++")}
+    for budget, settings in EXTRAPOLATIONS.items():
+        within = points[points.macs_speedup >= budget * 0.999].sort_values("psnr_reference", ascending=False)
+        cache = within[within.family.isin(SWEEPS)].iloc[0]
+        assert methods[cache.family, cache.settings] == Method(peer=CACHES[budget], scheduler="dpm-solver++")
+        line = within[within.family == "output extrapolation"].iloc[0]
+        assert methods[line.family, line.settings].config.plan == extrapolated(profile, *settings)
 
 
 @pytest.mark.parametrize("sampler", list(pareto.SAMPLERS))
