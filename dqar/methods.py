@@ -27,21 +27,12 @@ CALIBRATION_SEED = 300
 EXTRAPOLATIONS = {1.5: (2, 8, 2), 2: (4, 8, 2), 3: (4, 4, 2), 4: (6, 4, 2)}
 """Interval, last computed steps and order of output extrapolation, the best at so many times fewer MACs (slide 13)."""
 
+_PATIENT = (("residual_diff_threshold", 0.08), ("max_warmup_steps", 4), ("max_continuous_cached_steps", 2))
 CACHES = {
-    **{
-        budget: Peer(
-            "DBCache + TaylorSeer",
-            (
-                *(("Fn_compute_blocks", blocks), ("residual_diff_threshold", 0.08)),
-                *(("max_warmup_steps", 4), ("max_continuous_cached_steps", 2)),
-            ),
-        )
-        for budget, blocks in ((1.5, 8), (2, 1))
-    },
-    **{
-        budget: Peer("SeaCache", (("threshold", threshold), ("max_consecutive_cached", cached), ("residual_order", 1)))
-        for budget, threshold, cached in ((3, 0.5, 3), (4, 1.0, 4))
-    },
+    1.5: Peer("DBCache + TaylorSeer", (("Fn_compute_blocks", 8), *_PATIENT)),
+    2: Peer("DBCache + TaylorSeer", (("Fn_compute_blocks", 1), *_PATIENT)),
+    3: Peer("SeaCache", (("threshold", 0.5), ("max_consecutive_cached", 3), ("residual_order", 1))),
+    4: Peer("SeaCache", (("threshold", 1.0), ("max_consecutive_cached", 4), ("residual_order", 1))),
 }
 """The other caches with the highest PSNR to the reference at so many times fewer MACs (notebook 11)."""
 

@@ -200,7 +200,8 @@ class ForecastPlan:
             ):
                 raise ValueError(f"the {len(row)} weights of step {step} are not accepted: {length} finite numbers")
         sizes = {len(row) for row in self.readouts}
-        if len(self.readouts) != steps or len(sizes - {0}) > 1 or not all(map(math.isfinite, sum(self.readouts, ()))):
+        finite = all(math.isfinite(number) for row in self.readouts for number in row)
+        if len(self.readouts) != steps or len(sizes - {0}) > 1 or not finite:
             raise ValueError(
                 f"{len(self.readouts)} readouts of {sorted(sizes)} numbers are not accepted: one size, finite"
             )
