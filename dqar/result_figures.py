@@ -231,8 +231,8 @@ def slide13_quality(run: Run, summary: pd.DataFrame | None) -> Figure:
     spread = [(table.fd - table.fd_low).clip(lower=0), (table.fd_high - table.fd).clip(lower=0)]
     left.barh(table.method, table.fd, xerr=spread, color=colors, capsize=4)
     left.invert_yaxis()
-    left.tick_params(axis="y", labelsize=15)
-    left.set(xlabel="FD-digits to held-out digits (95 % bootstrap interval)")
+    left.tick_params(axis="y", labelsize=13)
+    left.set(xlabel="FD-digits to held-out digits (95 %)")
     shown = table[np.isfinite(table.psnr)]
     right.barh(shown.method, shown.psnr, color=[colors[i] for i in shown.index])
     right.set(xlabel="PSNR to full compute (dB)", xlim=(0, 1.2 * shown.psnr.max() if len(shown) else 1))
