@@ -310,8 +310,8 @@ def draw(name: str, method: Method, profile: Profile, seed: int, first: int, ref
 
     Returns:
         One row an image: ``method``, ``image``, ``label``, ``predicted``, ``mse``, ``ssim``, ``features``; and what all
-        images of a method have in common: ``sites_reused`` (share), ``events`` (a run), ``macs_speedup``
-        (a peer's: counted on the first five), ``cache_bytes`` (an image, at most).
+        images of a method have in common: ``sites_reused`` (share), ``events`` (a run), ``macs_speedup``,
+        ``cache_bytes`` (an image, at most). A peer has ``macs_speedup`` only, counted on the first five images.
     """
     if method == Method():  # the reference itself: drawn twice, it is the same to the bit
         drawn = Samples(reference, class_labels(method.pipeline(profile), torch.arange(first, first + len(reference))))

@@ -116,6 +116,12 @@ def test_a_measurement_counts_what_runs():
     assert computed_steps(profile, 2) == 2 and computed_steps(profile, 4) == 2
 
 
+@pytest.mark.parametrize("budget", list(EXTRAPOLATIONS))
+def test_extrapolation_beside_a_plan_saves_as_much(budget):
+    rival = extrapolated(get_profile("digits"), *EXTRAPOLATIONS[budget])
+    assert budget <= rival.macs_speedup < 1.5 * budget and 49 in rival.computed
+
+
 def test_what_is_drawn_beside_a_plan_is_the_best_that_was_recorded():
     profile = get_profile("digits")
     points = pareto.summary(load_table(RECORDED / "digits" / "pareto-dpm-solver.parquet"))
