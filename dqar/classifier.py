@@ -23,14 +23,15 @@ class Classifier(nn.Module):
         return self.head(self.features(images))
 
     def save_pretrained(self, folder: Path, **card: object) -> None:
-        """Writes ``model.safetensors`` and ``card.json``."""
+        """Writes ``model.safetensors``, in FP16, and ``card.json``."""
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(self.state_dict(), folder / "model.safetensors")
+        weights = {name: x.half() if x.is_floating_point() else x for name, x in self.state_dict().items()}
+        save_file(weights, folder / "model.safetensors")
         (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, folder: Path) -> Classifier:
-        """Reads what ``save_pretrained`` wrote, in eval mode."""
+        """Reads what ``save_pretrained`` wrote, in eval mode and float32."""
         model = cls()
         model.load_state_dict(load_file(folder / "model.safetensors"))
         return model.eval()
@@ -57,16 +58,39 @@ class DigitClassifier(Classifier):
 
 
 class CifarClassifier(Classifier):
-    """Six convolutions with batch norm for ``[B, 3, 32, 32]`` images."""
+    """A residual net of a million parameters for ``[B, 3, 32, 32]`` images; most of it works on 8×8 and 4×4 pixels."""
 
     def __init__(self):
         super().__init__()
-        layers: list[nn.Module] = []
-        for channels, width, stride in ((3, 64, 1), (64, 128, 2), (128, 128, 1), (128, 256, 2), (256, 256, 1)):
-            layers += [nn.Conv2d(channels, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.GELU()]
-        layers += [nn.Conv2d(256, FEATURES, 1), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-        self.features = nn.Sequential(*layers)
+        self.features = nn.Sequential(
+            *_convolution(3, 32),
+            *_convolution(32, 64, stride=2),
+            *_convolution(64, 128, stride=2),
+            Residual(128),
+            *_convolution(128, 192, stride=2),
+            Residual(192),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(192, FEATURES),
+            nn.GELU(),
+        )
         self.head = nn.Linear(FEATURES, 10)
+
+
+class Residual(nn.Module):
+    """Adds what two convolutions make of ``[B, width, H, W]``."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.branch = nn.Sequential(*_convolution(width, width), *_convolution(width, width))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``[B, width, H, W]``, as ``hidden``."""
+        return hidden + self.branch(hidden)
+
+
+def _convolution(channels: int, width: int, stride: int = 1) -> tuple[nn.Module, ...]:
+    return nn.Conv2d(channels, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
 
 
 CLASSIFIERS = {"digits": DigitClassifier, "cifar10": CifarClassifier}

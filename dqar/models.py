@@ -318,24 +318,43 @@ def random_dit_xl_2(seed: int = 0, dtype: torch.dtype = torch.float32, **changes
     return DiTPipeline(transformer, vae, DDIMScheduler(clip_sample=False))
 
 
-def load_embedded(name: str, dtype: torch.dtype = torch.float32, folder: Path | None = None) -> EmbeddedDiTPipeline:
+PIPELINES = {"digits": EmbeddedDiTPipeline, "cifar10": DiTPipeline}
+"""Of the embedded models: one draws pixels, the other latents for an autoencoder, as DiT-XL/2 does."""
+
+
+def load_embedded(name: str, dtype: torch.dtype = torch.float32, folder: Path | None = None) -> DiffusionPipeline:
     """An embedded model, with the same code that loads DiT-XL/2.
+
+    Args:
+        name: a key of ``PIPELINES``.
+        dtype: of the weights once they are loaded.
+        folder: with a folder ``name`` in it; the package's own weights by default.
 
     Raises:
         OSError: missing or truncated weights, naming the folder.
     """
     path = (folder or WEIGHTS) / name
-    if not (path / EmbeddedDiTPipeline.config_name).exists():
+    if not (path / DiffusionPipeline.config_name).exists():
         raise OSError(f"the weights in {path} are missing: `python -m dqar.train {name}` makes them")
     try:
-        return EmbeddedDiTPipeline.from_pretrained(path, dtype=dtype)
+        return PIPELINES[name].from_pretrained(path, dtype=dtype)
     except (SafetensorError, OSError, ValueError) as error:
         raise OSError(f"the weights in {path} can't be read: {error}") from error
 
 
-def load_classifier(name: str = "digits") -> Classifier:
-    """The classifier behind ``FD-digits`` or ``FD-cifar10`` and class accuracy."""
-    return CLASSIFIERS[name].from_pretrained(WEIGHTS / f"{name}-classifier")
+def load_classifier(name: str = "digits", folder: Path | None = None) -> Classifier:
+    """The classifier behind ``FD-digits`` or ``FD-cifar10`` and class accuracy; ``folder`` as for ``load_embedded``.
+
+    Raises:
+        OSError: missing or truncated weights, naming the folder.
+    """
+    path = (folder or WEIGHTS) / f"{name}-classifier"
+    if not path.exists():
+        raise OSError(f"the weights in {path} are missing: `python -m dqar.train {name}-classifier` makes them")
+    try:
+        return CLASSIFIERS[name].from_pretrained(path)
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise OSError(f"the weights in {path} can't be read: {error}") from error
 
 
 def make_scheduler(name: str, like: SchedulerMixin) -> SchedulerMixin:

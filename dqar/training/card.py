@@ -1,0 +1,178 @@
+"""What a trained model is shipped with: the pipeline's folder, measurements, a grid of samples and a model card."""
+
+from __future__ import annotations
+
+import json
+import os
+import textwrap
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+from torch.nn import functional as F
+
+from dqar import metrics
+from dqar.classifier import Classifier
+from dqar.data import load_split
+from dqar.models import CLASS_NAMES, Profile, load_classifier, load_embedded, make_scheduler
+from dqar.sampling import noise_generators
+from dqar.training.latent_dit import NOISE_SCHEDULE
+
+
+def pipeline_parts(name: str) -> dict:
+    """Scheduler and class names of an embedded model's pipeline."""
+    # Guided sampling with clip_sample=True, DDIM's default, doesn't converge as steps are added.
+    scheduler = DDIMScheduler(**NOISE_SCHEDULE, clip_sample=False, timestep_spacing="trailing")
+    return {"scheduler": scheduler, "id2label": {str(i): label for i, label in enumerate(CLASS_NAMES[name])}}
+
+
+def training_facts(recipe: dict, parameters: int, images_seen: int, seconds: float, losses: list, device: str) -> dict:
+    """What ``training.json`` says of a run, its loss as the mean of each of about a hundred stretches."""
+    span = max(1, len(losses) // 100)
+    means = torch.tensor(losses)[: len(losses) // span * span].view(-1, span).mean(1)
+    return {
+        "recipe": recipe,
+        "parameters": parameters,
+        "images_seen": images_seen,
+        "hours": round(seconds / 3600, 2),
+        "hardware": torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} shared CPU cores",
+        "torch": torch.__version__,
+        "steps_a_loss": span,
+        "loss": [round(x, 5) for x in means.tolist()],
+    }
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Indented, with a newline at its end."""
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def saved_pipeline(profile: Profile, weights: Path) -> DiffusionPipeline:
+    """As ``load_pipeline``, but of the weights in another folder than the package's own."""
+    pipe = load_embedded(profile.model, profile.dtype, weights)
+    pipe.scheduler = make_scheduler(profile.scheduler, pipe.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(profile.device)
+
+
+def draw(
+    pipe: DiffusionPipeline, profile: Profile, number: int, seed: int, steps: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images ``[N, C, S, S]`` in [0, 1] and their classes ``[N]``: all classes in turn, as ``sample`` draws them."""
+    images, classes = [], torch.arange(number) % len(CLASS_NAMES[profile.model])
+    for part in torch.arange(number).split(profile.batch_size):
+        drawn = pipe(
+            classes[part].tolist(),
+            guidance_scale=profile.guidance_scale,
+            num_inference_steps=steps or profile.num_inference_steps,
+            generator=noise_generators(seed, part),
+            output_type="pt",
+        )
+        images.append(drawn.images.float().cpu())
+    return torch.cat(images), classes
+
+
+def quality(images: torch.Tensor, labels: torch.Tensor, name: str, classifier: Classifier) -> dict[str, float]:
+    """Class accuracy, Fréchet distances and, against memorising, the distances to the nearest training images."""
+    predicted, features = metrics.classify(classifier, images)
+    real = {split: load_split(name, split)[0] / 2 + 0.5 for split in ("train", "test")}
+    real_features = {
+        split: torch.cat([metrics.classify(classifier, part)[1] for part in x.split(1000)]) for split, x in real.items()
+    }
+    distance = {split: metrics.frechet_distance(features, x) for split, x in real_features.items()}
+
+    def nearest(x: torch.Tensor) -> float:
+        parts = (torch.cdist(part.flatten(1), real["train"].flatten(1)).min(1).values for part in x.split(200))
+        return torch.cat(list(parts)).median().item()
+
+    return {
+        "samples": len(images),
+        "class_accuracy": (predicted == labels).double().mean().item(),
+        f"FD-{name} to held-out": distance["test"],
+        f"FD-{name} to train": distance["train"],
+        f"FD-{name} of train to held-out": metrics.frechet_distance(real_features["train"], real_features["test"]),
+        "median distance to nearest training image": nearest(images),
+        "the same for held-out images": nearest(real["test"][:1000]),
+    }
+
+
+def convergence(pipe: DiffusionPipeline, profile: Profile, number: int = 20) -> dict[str, float]:
+    """PSNR in dB between images of the profile's steps and of five times as many, under DPM-Solver++ and DDIM."""
+    found, own = {}, pipe.scheduler
+    for name in ("dpm-solver++", "ddim"):
+        pipe.scheduler = make_scheduler(name, own)
+        steps = profile.num_inference_steps
+        coarse, fine = (draw(pipe, profile, number, 0, n)[0] for n in (steps, 5 * steps))
+        found[name] = metrics.mean_psnr(coarse, fine)
+    pipe.scheduler = own
+    return found
+
+
+def own_classifier(name: str, weights: Path) -> Classifier:
+    """The classifier beside the weights if there is one, else the package's own."""
+    return load_classifier(name, weights if (weights / f"{name}-classifier").exists() else None)
+
+
+def evaluate_digits(weights: Path, profile: Profile, num_samples: int = 500) -> dict[str, float]:
+    """Measures guided samples of the exported digits model; writes ``evaluation.json``, grid and model card."""
+    folder = weights / "digits"
+    images, labels = draw(saved_pipeline(profile, weights), profile, num_samples, seed=1)
+    results = quality(images, labels, "digits", own_classifier("digits", weights))
+    write_json(folder / "evaluation.json", results)
+    save_grid(images[:100], folder / "samples.png")
+    facts = json.loads((folder / "training.json").read_text())
+    recipe = facts["recipe"]
+    (folder / "README.md").write_text(f"""# digits
+
+Class-conditional Diffusion Transformer (diffusers `DiTTransformer2DModel`) on 8×8 handwritten digits, made to be looked
+into: {_shape(facts, recipe)}.
+
+![100 guided samples, one class a column](samples.png)
+
+- **Data:** 80 % of scikit-learn's `load_digits` (UCI Optical Recognition of Handwritten Digits, CC BY 4.0), 1,437
+  images; the other 20 % were not trained on. Weights: MIT, as the project.
+- **Training:** `python -m dqar.train digits --out dqar/weights`, {recipe["num_steps"]:,} steps of
+  {recipe["batch_size"]} images, noise prediction, min-SNR weighting, label dropout {recipe["label_dropout"]}, EMA
+  {recipe["ema_decay"]}, seed {recipe["seed"]}; {facts["hours"]} hours on {facts["hardware"]}, torch {facts["torch"]}.
+  Loss and recipe: `training.json`.
+- **Sampling:** {profile.num_inference_steps} steps of DPM-Solver++, guidance {profile.guidance_scale}, no clipping.
+{_quality_lines("digits", results)}
+""")
+    return results
+
+
+def _shape(facts: dict, recipe: dict) -> str:
+    tokens = (recipe["sample_size"] // recipe["patch_size"]) ** 2
+    heads, size = recipe["num_attention_heads"], recipe["attention_head_dim"]
+    blocks, parameters = recipe["num_layers"], facts["parameters"]
+    return f"{blocks} blocks, {heads} heads of {size}, {tokens} tokens, {parameters:,} parameters, FP16"
+
+
+def _quality_lines(name: str, results: dict[str, float]) -> str:
+    return _wrapped(
+        f"- **Quality** of {results['samples']:,} samples (`evaluation.json`): {results['class_accuracy']:.1%} are "
+        f"classified as asked by `{name}-classifier`; Fréchet distance in its features, FD-{name}, "
+        f"{results[f'FD-{name} to held-out']:.2f} to held-out images (training images: "
+        f"{results[f'FD-{name} of train to held-out']:.2f}).",
+        f"- **Not memorised:** a sample's nearest training image is "
+        f"{results['median distance to nearest training image']:.2f} away (median), a held-out image's "
+        f"{results['the same for held-out images']:.2f}.",
+    )
+
+
+def _wrapped(*items: str) -> str:
+    return "\n".join(
+        textwrap.fill(item, 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+        for item in items
+    )
+
+
+def save_grid(images: torch.Tensor, path: Path) -> None:
+    """100 images ``[100, C, S, S]``, ten a row, enlarged to about 600 pixels."""
+    padded = F.pad(images, (1, 1, 1, 1))
+    channels, size = padded.shape[1], padded.shape[2]
+    grid = padded.view(10, 10, channels, size, size).permute(0, 3, 1, 4, 2).reshape(10 * size, 10 * size, channels)
+    times = max(1, 60 // size)
+    grid = grid.repeat_interleave(times, 0).repeat_interleave(times, 1)
+    plt.imsave(path, grid.squeeze(-1).numpy(), cmap="gray_r", vmin=0, vmax=1)

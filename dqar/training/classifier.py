@@ -1,0 +1,115 @@
+"""The training of the classifiers behind ``FD-<model>`` and class accuracy."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers.optimization import get_cosine_schedule_with_warmup
+from torch.nn import functional as F
+
+from dqar import metrics
+from dqar.classifier import CLASSIFIERS, Classifier
+from dqar.data import load_split
+from dqar.training.checkpoints import load_checkpoint, save_checkpoint
+
+
+@dataclass(frozen=True)
+class ClassifierRecipe:
+    """Everything that decides a classifier's training."""
+
+    dataset: Literal["digits", "cifar10"]
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    noise: float
+    """Standard deviation of what is added to the images, which are in [-1, 1]."""
+    moved: bool
+    """Mirrors images, and shifts them by up to four pixels."""
+    seed: int = 0
+
+
+CLASSIFIER_RECIPES = {
+    "digits": ClassifierRecipe("digits", 60, 64, 2e-3, 1e-2, noise=0.1, moved=False),
+    "cifar10": ClassifierRecipe("cifar10", 25, 128, 4e-3, 5e-2, noise=0.0, moved=True),
+}
+
+
+def train_classifier(
+    recipe: ClassifierRecipe, out: Path, *, device: str = "cpu", checkpoint_seconds: float = 300
+) -> tuple[Classifier, float]:
+    """The classifier, in eval mode on the CPU, and its accuracy on the held-out images.
+
+    Goes on from the checkpoint in ``out``, which is written at the end of an epoch if the last is
+    ``checkpoint_seconds`` old. Convolutions compute in BF16.
+
+    Raises:
+        ValueError: the checkpoint is unreadable, or another recipe's.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint = out / "classifier-checkpoint.pt"
+    torch.manual_seed(recipe.seed)
+    images, labels = load_split(recipe.dataset, "train")
+    model = CLASSIFIERS[recipe.dataset]().to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    batches = -(-len(images) // recipe.batch_size)
+    rate = get_cosine_schedule_with_warmup(optimizer, batches, recipe.epochs * batches)
+    first = 0
+    if (state := load_checkpoint(checkpoint, asdict(recipe), device)) is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        rate.load_state_dict(state["rate"])
+        first = state["epoch"]
+    saved = time.monotonic()
+    for epoch in range(first, recipe.epochs):
+        generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + epoch)
+        total = 0.0
+        for chosen in torch.randperm(len(images), generator=generator).split(recipe.batch_size):
+            seen = _moved(images[chosen], generator) if recipe.moved else images[chosen]
+            seen = seen + recipe.noise * torch.randn(seen.shape, generator=generator)
+            with torch.autocast(torch.device(device).type, torch.bfloat16):
+                logits = model(seen.to(device, memory_format=torch.channels_last))
+            loss = F.cross_entropy(logits.float(), labels[chosen].to(device), label_smoothing=0.05)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            rate.step()
+            total += loss.item() * len(chosen)
+        if recipe.dataset != "digits":
+            print(f"classifier: epoch {epoch + 1} of {recipe.epochs}, loss {total / len(images):.4f}", flush=True)
+        if time.monotonic() - saved > checkpoint_seconds or epoch + 1 == recipe.epochs:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rate": rate.state_dict()}
+            save_checkpoint(checkpoint, {"recipe": asdict(recipe), "epoch": epoch + 1, **state})
+            saved = time.monotonic()
+    model = model.eval().to("cpu", memory_format=torch.contiguous_format)
+    return model, held_out_accuracy(model, recipe.dataset)
+
+
+def export_classifier(model: Classifier, accuracy: float, name: str, weights: Path) -> None:
+    """Writes the classifier and its card to ``weights/<name>-classifier``."""
+    data = {"digits": "scikit-learn digits, fixed 80/20 split", "cifar10": "CIFAR-10, its own split"}[name]
+    model.save_pretrained(weights / f"{name}-classifier", held_out_accuracy=accuracy, data=data)
+    print(f"held-out accuracy {accuracy:.4f}")
+
+
+def held_out_accuracy(model: Classifier, dataset: str) -> float:
+    """The share of the held-out images that a classifier puts into their class."""
+    images, labels = load_split(dataset, "test")
+    predicted = torch.cat([metrics.classify(model, part)[0] for part in (images / 2 + 0.5).split(500)])
+    return (predicted == labels).double().mean().item()
+
+
+def _moved(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Each of ``[B, C, H, W]`` mirrored at random, and shifted by up to 4 pixels."""
+    batch, _, height, width = images.shape
+    padded = F.pad(images, (4, 4, 4, 4), mode="reflect")
+    left, top = torch.randint(9, (2, batch), generator=generator)
+    columns = left[:, None] + torch.arange(width)
+    mirrored = torch.rand(batch, generator=generator) < 0.5
+    columns = torch.where(mirrored[:, None], columns.flip(1), columns)[:, None, :]
+    rows = (top[:, None] + torch.arange(height))[:, :, None]
+    return padded.permute(0, 2, 3, 1)[torch.arange(batch)[:, None, None], rows, columns].permute(0, 3, 1, 2)
