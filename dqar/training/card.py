@@ -126,7 +126,7 @@ def evaluate_digits(weights: Path, profile: Profile, num_samples: int = 500) -> 
     (folder / "README.md").write_text(f"""# digits
 
 Class-conditional Diffusion Transformer (diffusers `DiTTransformer2DModel`) on 8×8 handwritten digits, made to be looked
-into: {_shape(facts, recipe)}.
+into: {shape_words(facts, recipe)}.
 
 ![100 guided samples, one class a column](samples.png)
 
@@ -137,20 +137,22 @@ into: {_shape(facts, recipe)}.
   {recipe["ema_decay"]}, seed {recipe["seed"]}; {facts["hours"]} hours on {facts["hardware"]}, torch {facts["torch"]}.
   Loss and recipe: `training.json`.
 - **Sampling:** {profile.num_inference_steps} steps of DPM-Solver++, guidance {profile.guidance_scale}, no clipping.
-{_quality_lines("digits", results)}
+{wrapped(*quality_items("digits", results))}
 """)
     return results
 
 
-def _shape(facts: dict, recipe: dict) -> str:
+def shape_words(facts: dict, recipe: dict) -> str:
+    """Blocks, heads, tokens and parameters, for the first sentence of a card."""
     tokens = (recipe["sample_size"] // recipe["patch_size"]) ** 2
     heads, size = recipe["num_attention_heads"], recipe["attention_head_dim"]
     blocks, parameters = recipe["num_layers"], facts["parameters"]
     return f"{blocks} blocks, {heads} heads of {size}, {tokens} tokens, {parameters:,} parameters, FP16"
 
 
-def _quality_lines(name: str, results: dict[str, float]) -> str:
-    return _wrapped(
+def quality_items(name: str, results: dict) -> tuple[str, str]:
+    """What ``quality`` found, as two items of a card's list."""
+    return (
         f"- **Quality** of {results['samples']:,} samples (`evaluation.json`): {results['class_accuracy']:.1%} are "
         f"classified as asked by `{name}-classifier`; Fréchet distance in its features, FD-{name}, "
         f"{results[f'FD-{name} to held-out']:.2f} to held-out images (training images: "
@@ -161,7 +163,8 @@ def _quality_lines(name: str, results: dict[str, float]) -> str:
     )
 
 
-def _wrapped(*items: str) -> str:
+def wrapped(*items: str) -> str:
+    """Lines of 120 characters at most."""
     return "\n".join(
         textwrap.fill(item, 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
         for item in items
