@@ -39,9 +39,10 @@ def load_cifar10_split(split: Split) -> tuple[torch.Tensor, torch.Tensor]:
     Looked for as ``cifar10-jpeg-<split>.parquet`` in ``$DQAR_DATA``, ``../shared/data`` and ``shared/data``.
 
     Raises:
-        OSError: it is in none of them.
+        OSError: it is in none of them, or can't be read.
     """
     import numpy as np
+    import pyarrow as pa
     import pyarrow.parquet as pq
     from PIL import Image
 
@@ -49,7 +50,10 @@ def load_cifar10_split(split: Split) -> tuple[torch.Tensor, torch.Tensor]:
     path = next((folder / f"cifar10-jpeg-{split}.parquet" for folder in folders if folder.is_dir()), None)
     if path is None or not path.exists():
         raise OSError(f"cifar10-jpeg-{split}.parquet is in none of {', '.join(map(str, folders))}: set DQAR_DATA")
-    table = pq.read_table(path)
+    try:
+        table = pq.read_table(path)
+    except pa.ArrowInvalid as error:
+        raise OSError(f"{path} can't be read: {error}") from error
     pixels = np.stack([np.asarray(Image.open(io.BytesIO(jpeg))) for jpeg in table["image"].to_pylist()])
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
     return images, torch.tensor(table["label"].to_pylist(), dtype=torch.int64)

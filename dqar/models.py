@@ -335,11 +335,21 @@ def load_embedded(name: str, dtype: torch.dtype = torch.float32, folder: Path | 
     """
     path = (folder or WEIGHTS) / name
     if not (path / DiffusionPipeline.config_name).exists():
-        raise OSError(f"the weights in {path} are missing: `python -m dqar.train {name}` makes them")
+        raise OSError(
+            f"the weights in {path} are missing: `python -m dqar.train {name} --out {path.parent}` makes them"
+        )
     try:
         return PIPELINES[name].from_pretrained(path, dtype=dtype)
     except (SafetensorError, OSError, ValueError) as error:
         raise OSError(f"the weights in {path} can't be read: {error}") from error
+
+
+def num_classes(pipe: DiffusionPipeline) -> int:
+    """How many classes a class-conditional pipeline can be asked for: the named ones, or all that it embeds.
+
+    ``DiTPipeline``'s transformer embeds 1,000 classes and the null class, whatever number was trained.
+    """
+    return len(set(pipe.labels.values())) or pipe.transformer.config.num_embeds_ada_norm
 
 
 def load_classifier(name: str = "digits", folder: Path | None = None) -> Classifier:
@@ -350,7 +360,8 @@ def load_classifier(name: str = "digits", folder: Path | None = None) -> Classif
     """
     path = (folder or WEIGHTS) / f"{name}-classifier"
     if not path.exists():
-        raise OSError(f"the weights in {path} are missing: `python -m dqar.train {name}-classifier` makes them")
+        command = f"python -m dqar.train {path.name} --out {path.parent}"
+        raise OSError(f"the weights in {path} are missing: `{command}` makes them")
     try:
         return CLASSIFIERS[name].from_pretrained(path)
     except (SafetensorError, OSError, RuntimeError) as error:

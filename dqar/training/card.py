@@ -123,23 +123,28 @@ def evaluate_digits(weights: Path, profile: Profile, num_samples: int = 500) -> 
     save_grid(images[:100], folder / "samples.png")
     facts = json.loads((folder / "training.json").read_text())
     recipe = facts["recipe"]
-    (folder / "README.md").write_text(f"""# digits
-
-Class-conditional Diffusion Transformer (diffusers `DiTTransformer2DModel`) on 8×8 handwritten digits, made to be looked
-into: {shape_words(facts, recipe)}.
-
-![100 guided samples, one class a column](samples.png)
-
-- **Data:** 80 % of scikit-learn's `load_digits` (UCI Optical Recognition of Handwritten Digits, CC BY 4.0), 1,437
-  images; the other 20 % were not trained on. Weights: MIT, as the project.
-- **Training:** `python -m dqar.train digits --out dqar/weights`, {recipe["num_steps"]:,} steps of
-  {recipe["batch_size"]} images, noise prediction, min-SNR weighting, label dropout {recipe["label_dropout"]}, EMA
-  {recipe["ema_decay"]}, seed {recipe["seed"]}; {facts["hours"]} hours on {facts["hardware"]}, torch {facts["torch"]}.
-  Loss and recipe: `training.json`.
-- **Sampling:** {profile.num_inference_steps} steps of DPM-Solver++, guidance {profile.guidance_scale}, no clipping.
-{wrapped(*quality_items("digits", results))}
-""")
+    about = (
+        "Class-conditional Diffusion Transformer (diffusers `DiTTransformer2DModel`) on 8×8 handwritten digits, made "
+    )
+    items = wrapped(
+        "- **Data:** 80 % of scikit-learn's `load_digits` (UCI Optical Recognition of Handwritten Digits, CC BY 4.0), "
+        "1,437 images; the other 20 % were not trained on. Weights: MIT, as the project.",
+        f"- **Training:** `python -m dqar.train digits`, {recipe['num_steps']:,} steps of {recipe['batch_size']} "
+        f"images, noise prediction, min-SNR weighting, label dropout {recipe['label_dropout']}, EMA {recipe['ema_decay']}, "
+        f"seed {recipe['seed']}; {facts['hours']} hours on {facts['hardware']}, torch {facts['torch']}. Loss and recipe: "
+        "`training.json`.",
+        f"- **Sampling:** {profile.num_inference_steps} steps of DPM-Solver++, guidance {profile.guidance_scale:g}, no "
+        "clipping.",
+        *quality_items("digits", results),
+    )
+    write_card(folder, about + f"to be looked into: {shape_words(facts, recipe)}.", items)
     return results
+
+
+def write_card(folder: Path, about: str, items: str) -> None:
+    """``README.md``: a sentence, the grid of samples, and a list."""
+    text = f"# {folder.name}\n\n{textwrap.fill(about, 120, break_on_hyphens=False)}\n\n"
+    (folder / "README.md").write_text(f"{text}![100 guided samples, one class a column](samples.png)\n\n{items}\n")
 
 
 def shape_words(facts: dict, recipe: dict) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 from diffusers import AutoencoderKL, DiTPipeline
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dqar import metrics
@@ -28,6 +29,7 @@ from dqar.training.card import (
     shape_words,
     training_facts,
     wrapped,
+    write_card,
     write_json,
 )
 from dqar.training.checkpoints import load_checkpoint
@@ -54,7 +56,10 @@ def prepare_vae(work: Path, recipe: VaeRecipe, device: str = "cpu") -> Autoencod
 
 
 def _load_vae(folder: Path) -> AutoencoderKL:
-    return AutoencoderKL.from_pretrained(folder, dtype=torch.float32).eval()
+    try:
+        return AutoencoderKL.from_pretrained(folder, dtype=torch.float32).eval()
+    except (SafetensorError, OSError, ValueError) as error:
+        raise OSError(f"the autoencoder in {folder} can't be read ({error}): remove it to train another") from error
 
 
 def prepare_latents(work: Path, vae: AutoencoderKL) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,42 +70,48 @@ def prepare_latents(work: Path, vae: AutoencoderKL) -> tuple[torch.Tensor, torch
     path = work / "latents.safetensors"
     if not path.exists():
         images, labels = load_split("cifar10", "train")
-        latents = torch.stack([encode(vae, images).half(), encode(vae, images.flip(-1)).half()])
+        latents = torch.stack([encode(vae, images).half(), encode(vae, images.flip(-1)).half()]).contiguous()
         save_file({"latents": latents, "labels": labels}, path.with_suffix(".tmp"))
         path.with_suffix(".tmp").rename(path)
-    kept = load_file(path)
+    try:
+        kept = load_file(path)
+    except SafetensorError as error:
+        raise OSError(f"{path} can't be read ({error}): remove it to encode anew") from error
     return kept["latents"], kept["labels"]
 
 
 class Check:
-    """A look at a model in training: held-out loss, a grid of samples and, with a classifier, FD and accuracy.
+    """A look at a model in training: held-out loss, a grid of samples and, once there is a classifier, FD and accuracy.
 
     320 samples in 16 steps: as long as some 5,000 images of training take. The Fréchet distance of so few is higher
     than that of many, so it compares checkpoints only.
     """
 
-    def __init__(self, recipe: LatentRecipe, vae: AutoencoderKL, out: Path, classifier: Classifier | None):
-        self._recipe, self._vae, self._out, self._classifier = recipe, vae, out, classifier
+    def __init__(self, recipe: LatentRecipe, vae: AutoencoderKL, work: Path):
+        self._recipe, self._vae, self._work = recipe, vae, work
         images, labels = load_split("cifar10", "test")
         chosen = torch.arange(0, len(images), max(1, len(images) // 1024))[:1024]
         chosen = chosen[: len(chosen) // MICROBATCH * MICROBATCH]
         self._latents, self._labels = encode(vae, images[chosen]), labels[chosen]
-        if classifier is not None:
-            parts = (images / 2 + 0.5).split(500)
-            self._features = torch.cat([metrics.classify(classifier, part)[1] for part in parts])
 
     def __call__(self, model: StackedDiT, images: int) -> dict[str, float]:
         """What is logged after ``images`` images; the grid goes to ``samples-<images>.png``."""
         found = {"held_out_loss": held_out_loss(model, self._recipe, self._latents, self._labels)}
         labels = torch.arange(CHECK_SAMPLES) % self._recipe.num_classes
-        latents = draw_latents(model, labels, CHECK_GUIDANCE, CHECK_STEPS, seed=1)
-        drawn = _decode(self._vae, latents)
-        save_grid(drawn[:100], self._out / f"samples-{images:08d}.png")
-        if self._classifier is not None:
-            predicted, features = metrics.classify(self._classifier, drawn)
-            found["FD-cifar10"] = metrics.frechet_distance(features, self._features)
+        drawn = _decode(self._vae, draw_latents(model, labels, CHECK_GUIDANCE, CHECK_STEPS, seed=1))
+        save_grid(drawn[:100], self._work / f"samples-{images:08d}.png")
+        if (self._work / "weights/cifar10-classifier/card.json").exists():
+            classifier = load_classifier("cifar10", self._work / "weights")
+            predicted, features = metrics.classify(classifier, drawn)
+            found["FD-cifar10"] = metrics.frechet_distance(features, held_out_features(classifier))
             found["class_accuracy"] = (predicted == labels).double().mean().item()
         return {name: round(value, 5) for name, value in found.items()}
+
+
+def held_out_features(classifier: Classifier) -> torch.Tensor:
+    """Features ``[N, FEATURES]`` of the held-out images."""
+    parts = (load_split("cifar10", "test")[0] / 2 + 0.5).split(500)
+    return torch.cat([metrics.classify(classifier, part)[1] for part in parts])
 
 
 def train(
@@ -120,9 +131,6 @@ def train(
     latents, labels = prepare_latents(work, vae)
     if device == "cpu":
         torch.set_num_threads(1)
-    classifier = None
-    if (work / "weights/cifar10-classifier").exists():
-        classifier = load_classifier("cifar10", work / "weights")
     train_latent_dit(
         recipe,
         latents,
@@ -132,7 +140,7 @@ def train(
         device=device,
         workers=workers if device == "cpu" else 1,
         minutes=minutes,
-        check=Check(recipe, vae, work, classifier),
+        check=Check(recipe, vae, work),
     )
     return torch.load(work / "checkpoint.pt", weights_only=True)["step"] * recipe.batch_size
 
@@ -158,7 +166,9 @@ def export(recipe: LatentRecipe, work: Path, weights: Path, device: str = "cpu",
     folder = weights / "cifar10"
     parts = {"transformer": model.to_stock().half(), "vae": _load_vae(work / "vae").half()}
     parameters = {part: sum(p.numel() for p in module.parameters()) for part, module in parts.items()}
-    DiTPipeline(**parts, **pipeline_parts("cifar10")).save_pretrained(folder, max_shard_size="14MB")
+    pipe = DiTPipeline(**parts, **pipeline_parts("cifar10"))
+    pipe.register_to_config(id2label=pipeline_parts("cifar10")["id2label"])  # diffusers forgets the names otherwise
+    pipe.save_pretrained(folder, max_shard_size="14MB")
     losses = [json.loads(line)["loss"] for line in (work / "loss.jsonl").read_text().splitlines()][: state["step"]]
     facts = training_facts(
         asdict(recipe),
@@ -182,8 +192,7 @@ def evaluate(model: StackedDiT, weights: Path, profile: Profile, num_samples: in
     """
     folder, classifier = weights / "cifar10", load_classifier("cifar10", weights)
     pipe = saved_pipeline(profile, weights)
-    real = load_split("cifar10", "test")[0] / 2 + 0.5
-    real_features = torch.cat([metrics.classify(classifier, part)[1] for part in real.split(500)])
+    real_features = held_out_features(classifier)
     labels = torch.arange(min(512, num_samples) // MICROBATCH * MICROBATCH) % model.num_classes
     scales = {}
     for scale in GUIDANCE_SCALES:
@@ -204,7 +213,7 @@ def evaluate(model: StackedDiT, weights: Path, profile: Profile, num_samples: in
     facts = json.loads((folder / "training.json").read_text())
     save_curves(facts, folder / "training.png")
     card = json.loads((weights / "cifar10-classifier/card.json").read_text())
-    (folder / "README.md").write_text(_card(facts, results, card["held_out_accuracy"], profile))
+    _write_card(folder, facts, results, card["held_out_accuracy"], profile)
     return results
 
 
@@ -231,7 +240,7 @@ def save_curves(facts: dict, path: Path) -> None:
     plt.close(figure)
 
 
-def _card(facts: dict, results: dict, accuracy: float, profile: Profile) -> str:
+def _write_card(folder: Path, facts: dict, results: dict, accuracy: float, profile: Profile) -> None:
     recipe, vae, scales = facts["recipe"], facts["vae"], results["guidance scales"]
     rows = "\n".join(
         f"| {scale} | {found['FD-cifar10']:.2f} | {found['class_accuracy']:.1%} |"
@@ -257,22 +266,10 @@ def _card(facts: dict, results: dict, accuracy: float, profile: Profile) -> str:
         f"- **Guidance**, on {scales['samples']} samples of {scales['steps']} steps (of fewer samples the distance is "
         "higher):",
     )
-    return f"""# cifar10
-
-{
-        wrapped(
-            "Class-conditional latent Diffusion Transformer (diffusers `DiTPipeline`) on 32×32 photographs of ten "
-            "kinds of things, made to be looked into: " + shape_words(facts, recipe) + "."
-        ).removeprefix("  ")
-    }
-
-![100 guided samples, one class a column](samples.png)
-
-{items}
-
-| guidance | FD-cifar10 | classified as asked |
-| --- | --- | --- |
-{rows}
-
-![Loss and Fréchet distance against images seen](training.png)
-"""
+    about = (
+        "Class-conditional latent Diffusion Transformer (diffusers `DiTPipeline`) on 32×32 photographs of ten kinds of "
+    )
+    about += f"things, made to be looked into: {shape_words(facts, recipe)}."
+    table = f"| guidance | FD-cifar10 | classified as asked |\n| --- | --- | --- |\n{rows}"
+    curves = "![Loss and Fréchet distance against images seen](training.png)"
+    write_card(folder, about, f"{items}\n\n{table}\n\n{curves}")

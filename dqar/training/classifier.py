@@ -35,7 +35,7 @@ class ClassifierRecipe:
 
 CLASSIFIER_RECIPES = {
     "digits": ClassifierRecipe("digits", 60, 64, 2e-3, 1e-2, noise=0.1, moved=False),
-    "cifar10": ClassifierRecipe("cifar10", 25, 128, 4e-3, 5e-2, noise=0.0, moved=True),
+    "cifar10": ClassifierRecipe("cifar10", 16, 128, 4e-3, 5e-2, noise=0.0, moved=True),
 }
 
 
