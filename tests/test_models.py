@@ -4,14 +4,16 @@ import hashlib
 import io
 import json
 import math
+import shutil
 import zipfile
 
 import pytest
 import torch
+from diffusers import DiTPipeline
 
 from dqar import DQARConfig, apply_dqar, captions, experiments, metrics, models
 from dqar.captions import coco_captions
-from dqar.models import Weights, get_profile, load_pipeline
+from dqar.models import Weights, get_profile, load_classifier, load_pipeline, num_classes
 from dqar.results import Run
 from dqar.sampling import LOOK, OPEN, ChangeRecorder, sample
 
@@ -73,6 +75,23 @@ def test_weights_that_cannot_be_had_are_named(name, tmp_path):
     profile = get_profile(name, weights=Weights(str(tmp_path), "abc"), transformer=None, device="cpu")
     with pytest.raises(OSError, match=f"'{name}' needs {tmp_path} at revision abc from the Hugging Face hub"):
         load_pipeline(profile)
+
+
+def test_classes_are_those_with_names(dit_folder):
+    pipe = DiTPipeline.from_pretrained(dit_folder)
+    assert num_classes(pipe) == 1000  # without names, all that it embeds but the null class
+    named = DiTPipeline(**pipe.components, id2label={0: "tench, Tinca tinca", 1: "goldfish"})
+    assert num_classes(named) == 2
+    assert num_classes(load_pipeline(get_profile("digits"))) == 10
+
+
+def test_cut_classifier_weights_are_named(tmp_path):
+    folder = tmp_path / "digits-classifier"
+    shutil.copytree(models.WEIGHTS / "digits-classifier", folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(OSError, match=f"the weights in {folder} can't be read"):
+        load_classifier("digits", tmp_path)
 
 
 def test_a_full_gpu_is_named(monkeypatch):

@@ -213,6 +213,15 @@ def test_gradients_in_parts_are_those_of_the_batch(latents):
         torch.testing.assert_close(found.grad, expected, atol=1e-6, rtol=1e-3)
 
 
+def test_a_lost_process_is_named(latents):
+    gradients = Gradients(TINY, TINY.build(), *latents, dtype=torch.float32, compiled=False, workers=2)
+    (process,) = torch.multiprocessing.active_children()
+    process.kill()
+    process.join()
+    with pytest.raises(ChildProcessError, match="a process that computed gradients has ended"):
+        gradients.compute(0)
+
+
 def test_the_loss_falls(latents, tmp_path):
     recipe = dataclasses.replace(TINY, learning_rate=3e-3)
     checks = []

@@ -158,7 +158,7 @@ class Gradients:
         job = (recipe, latents, labels, dtype, size, self._losses, self._parts)
         self._next = torch.multiprocessing.get_context("spawn").Value("i", 0)
         self._work = partial(_compute_parts, *job, model, self._next)
-        self._pipes = []
+        self._pipes, self._processes = [], []
         if workers > 1:
             for tensor in (
                 latents,
@@ -172,33 +172,39 @@ class Gradients:
             context = torch.multiprocessing.get_context("spawn")
             for _ in range(workers - 1):
                 ours, theirs = context.Pipe()
-                context.Process(target=_serve, args=(theirs, job, shared, self._next, compiled), daemon=True).start()
+                process = context.Process(target=_serve, args=(theirs, job, shared, self._next, compiled), daemon=True)
+                process.start()
                 theirs.close()
                 self._pipes.append(ours)
+                self._processes.append(process)
 
     def compute(self, step: int) -> float:
         """Sets the parameters' gradients for a step; returns its loss.
 
         Raises:
-            RuntimeError: another process has ended.
+            ChildProcessError: another process has ended.
         """
         self._next.value = 0
-        for pipe in self._pipes:
-            pipe.send(step)
-        self._work(step)
         try:
             for pipe in self._pipes:
+                pipe.send(step)
+            self._work(step)
+            for pipe in self._pipes:
                 pipe.recv()
-        except EOFError as error:
-            raise RuntimeError("a process that computed gradients has ended: was it killed, for memory?") from error
+        except (EOFError, ConnectionError) as error:
+            raise ChildProcessError(
+                "a process that computed gradients has ended (was it killed, for memory?): the same command goes on "
+                "from the last checkpoint"
+            ) from error
         for i, parameter in enumerate(self._parameters):
             parameter.grad = torch.stack([part[i] for part in self._parts]).sum(0)
         return self._losses.sum().item()
 
     def close(self) -> None:
         """Ends the other processes."""
-        for pipe in self._pipes:
+        for pipe, process in zip(self._pipes, self._processes, strict=True):
             pipe.close()
+            process.join()
 
 
 def _compute_parts(recipe, latents, labels, dtype, size, losses, parts, model, counter, step: int) -> None:
