@@ -182,7 +182,7 @@ def export(recipe: LatentRecipe, work: Path, weights: Path, device: str = "cpu",
     vae = {"recipe": asdict(VaeRecipe()), "parameters": parameters["vae"]}
     vae |= json.loads((work / "vae-quality.json").read_text())
     write_json(folder / "training.json", {**facts, "checks": [json.loads(line) for line in checks], "vae": vae})
-    evaluate(model, weights, get_profile("cifar10", device=device, batch_size=50), num_samples)
+    evaluate(model.to(device), weights, get_profile("cifar10", device=device, batch_size=50), num_samples)
 
 
 def evaluate(model: StackedDiT, weights: Path, profile: Profile, num_samples: int) -> dict:
@@ -268,8 +268,8 @@ def _write_card(folder: Path, facts: dict, results: dict, accuracy: float, profi
     )
     about = (
         "Class-conditional latent Diffusion Transformer (diffusers `DiTPipeline`) on 32×32 photographs of ten kinds of "
+        f"things, made to be looked into: {shape_words(facts, recipe)}."
     )
-    about += f"things, made to be looked into: {shape_words(facts, recipe)}."
     table = f"| guidance | FD-cifar10 | classified as asked |\n| --- | --- | --- |\n{rows}"
     curves = "![Loss and Fréchet distance against images seen](training.png)"
     write_card(folder, about, f"{items}\n\n{table}\n\n{curves}")
