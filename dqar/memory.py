@@ -88,10 +88,10 @@ MODELS = (
 def site_bytes(tokens: int, width: int, bits: int, images: int = 1) -> int:
     """Bytes of one stored ``[images, tokens, width]``: in 16 bit as it is, else as ``quantize`` packs it.
 
-    That is ``quantize(x, bits, "per_channel", batch_dims=1)``: whole bytes of integers, and a float32 scale for each
-    sample and channel.
+    That is ``quantize(x, bits, "per_channel", batch_dims=1)``: whole bytes of each sample's integers, and a float32
+    scale for each sample and channel.
     """
-    integers = -(-images * tokens * width * bits // 8)
+    integers = images * -(-tokens * width * bits // 8)
     return integers if bits == 16 else integers + 4 * images * width
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -9,14 +11,16 @@ import torch
 from torch.nn import functional as F
 
 QuantizeMode = Literal["per_tensor", "per_channel", "per_token"]
+MODES = get_args(QuantizeMode)
 BITS = (8, 4, 2)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class QuantizedTensor:
     """A tensor kept as integers: ``x ≈ q · scale``.
 
-    ``data`` is int8 for 8 bits; below, uint8 with 2 or 4 values a byte, flattened and padded to whole bytes.
+    ``data`` is int8 for 8 bits; below, uint8 with 2 or 4 values a byte, flattened and padded to whole bytes, with
+    ``batch_dims`` sample by sample.
     """
 
     data: torch.Tensor
@@ -33,18 +37,31 @@ class QuantizedTensor:
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """``q · scale`` in the shape of the original, and in its dtype unless another is given."""
         integers = self.data if self.bits == 8 else _unpack(self.data, self.bits, self.shape)
-        x = integers.float() * self.scale.float()
+        x = integers * self.scale.float()  # one pass: the product of int8 and float32 is float32
         if self.balance is not None:
             x = x * self.balance
         if self.kept is not None:
             x = x.scatter(-1, self.kept_channels.long().expand(self.kept.shape), self.kept.float())
         return x.to(dtype or self.dtype)
 
+    def rows(self, rows: slice) -> QuantizedTensor:
+        """Some of the batch's samples, as views of the same memory; only of what ``batch_dims=1`` quantized."""
+        parts = {name: part if part is None else part[rows] for name, part in self._tensors().items()}
+        return dataclasses.replace(self, shape=torch.Size((len(parts["data"]), *self.shape[1:])), **parts)
+
+    def clone(self) -> QuantizedTensor:
+        """The same in memory of its own."""
+        parts = {name: part if part is None else part.clone() for name, part in self._tensors().items()}
+        return dataclasses.replace(self, **parts)
+
+    def _tensors(self) -> dict[str, torch.Tensor | None]:
+        return {name: getattr(self, name) for name in ("data", "scale", "balance", "kept", "kept_channels")}
+
     @property
     def nbytes(self) -> int:
         """Bytes of integers, scales and whatever else is stored."""
-        parts = (self.data, self.scale, self.balance, self.kept, self.kept_channels)
-        return sum(part.nbytes for part in parts if part is not None)
+        extras = (part.nbytes for part in (self.balance, self.kept, self.kept_channels) if part is not None)
+        return self.data.nbytes + self.scale.nbytes + sum(extras)
 
 
 def quantize(
@@ -78,15 +95,12 @@ def quantize(
     """
     if bits not in BITS:
         raise ValueError(f"bits={bits!r} is not accepted: choose one of {BITS}")
-    if mode not in get_args(QuantizeMode):
-        raise ValueError(f"mode={mode!r} is not accepted: choose one of {get_args(QuantizeMode)}")
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r} is not accepted: choose one of {MODES}")
     if not x.is_floating_point():
         raise ValueError(f"a tensor of dtype {x.dtype} is not accepted: needs a floating dtype")
-    shared = {
-        "per_tensor": range(batch_dims, x.ndim),
-        "per_channel": range(batch_dims, x.ndim - 1),
-        "per_token": range(max(x.ndim - 1, batch_dims), x.ndim),
-    }[mode]
+    first = batch_dims if mode != "per_token" else max(x.ndim - 1, batch_dims)
+    shared = range(first, x.ndim - 1 if mode == "per_channel" else x.ndim)
     largest = 2 ** (bits - 1) - 1
     values, extras = x.float(), {}
     if keep_channels or partner is not None:
@@ -95,7 +109,8 @@ def quantize(
         channels = salience.topk(min(keep_channels, x.shape[-1]), dim=-1).indices
         index = channels.expand(*x.shape[:-1], -1)
         half = torch.float16 if x.dtype == torch.float32 else x.dtype
-        extras = {"kept": values.gather(-1, index).to(half), "kept_channels": channels.to(torch.int16)}
+        numbers = torch.int16 if x.shape[-1] <= torch.iinfo(torch.int16).max else torch.int32
+        extras = {"kept": values.gather(-1, index).to(half), "kept_channels": channels.to(numbers)}
         values = values.scatter(-1, index, 0.0)
     if partner is not None:
         tiny = torch.finfo(torch.float32).tiny
@@ -110,23 +125,30 @@ def quantize(
     if check_finite and not (salience if keep_channels else peak).isfinite().all():
         raise ValueError(f"x of shape {tuple(x.shape)} holds NaN or inf: needs finite values")
     # An all-zero group keeps its zeros under any scale, and a scale must not round to zero.
-    limits = torch.finfo(scale_dtype)
-    scale = (peak / largest).clamp_(limits.tiny, limits.max).to(scale_dtype)
-    integers = (values / scale.float()).round_().clamp_(-largest, largest).to(torch.int8)
-    return QuantizedTensor(integers if bits == 8 else _pack(integers, bits), scale, bits, x.shape, x.dtype, **extras)
+    scale = (peak / largest).clamp_min_(torch.finfo(scale_dtype).tiny)
+    if scale_dtype == torch.float32:  # then |x| / scale rounds to `largest` at most, and needs no clamping
+        integers = (values / scale).round_().to(torch.int8)
+    else:
+        scale = scale.clamp_max_(torch.finfo(scale_dtype).max).to(scale_dtype)
+        integers = (values / scale.float()).round_().clamp_(-largest, largest).to(torch.int8)
+    if bits < 8:
+        integers = _pack(integers.flatten(batch_dims) if batch_dims < x.ndim else integers[..., None], bits)
+    return QuantizedTensor(integers, scale, bits, x.shape, x.dtype, **extras)
 
 
 def _pack(integers: torch.Tensor, bits: int) -> torch.Tensor:
+    """``[..., values]`` int8 as ``[..., bytes]`` uint8."""
     per_byte = 8 // bits
-    fields = (integers.flatten() + 2 ** (bits - 1)).to(torch.uint8)  # non-negative fields of `bits` bits
-    fields = F.pad(fields, (0, -len(fields) % per_byte)).view(-1, per_byte)
-    packed = fields[:, 0].clone()
+    fields = (integers + 2 ** (bits - 1)).to(torch.uint8)  # non-negative fields of `bits` bits
+    fields = F.pad(fields, (0, -fields.shape[-1] % per_byte)).unflatten(-1, (-1, per_byte))
+    packed = fields[..., 0].clone()
     for place in range(1, per_byte):
-        packed |= fields[:, place] << (place * bits)
+        packed |= fields[..., place] << (place * bits)
     return packed
 
 
 def _unpack(packed: torch.Tensor, bits: int, shape: torch.Size) -> torch.Tensor:
     places = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-    fields = (packed[:, None] >> places) & (2**bits - 1)
-    return (fields.flatten()[: shape.numel()].to(torch.int8) - 2 ** (bits - 1)).view(shape)
+    fields = ((packed[..., None] >> places) & (2**bits - 1)).flatten(-2)
+    values = math.prod(shape[packed.ndim - 1 :])  # a sample's; what is left of its last byte is padding
+    return (fields[..., :values].to(torch.int8) - 2 ** (bits - 1)).view(shape)

@@ -11,6 +11,9 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
+MAP_TOKENS = 128
+"""Keys up to which a map's few operations cost less than its tiles' many."""
+
 
 def attention_entropy(
     attn_map: torch.Tensor, eps: float = 1e-6, reduction: Literal["mean", "sum", "none"] = "mean"
@@ -39,9 +42,9 @@ def attention_entropy(
 def query_entropy(query: torch.Tensor, key: torch.Tensor, scale: float | None = None) -> torch.Tensor:
     """Exact entropy of each query's attention, ``[B, H, Nq]`` in nats, from ``[B, H, N, D]``; no map is kept.
 
-    Tile by tile of the scores, small enough for the processor's cache: with ``d = s - max s``, ``e = exp d`` and
-    ``Z = Σ e``, the entropy ``-Σ p log p`` is ``log Z - Σ e·d / Z``. Half precision is raised to float32. On a GPU one
-    Triton kernel does it, if Triton is there.
+    Up to ``MAP_TOKENS`` keys, whole maps are cheapest. Above, tile by tile of the scores, small enough for the
+    processor's cache: with ``d = s - max s``, ``e = exp d`` and ``Z = Σ e``, the entropy ``-Σ p log p`` is
+    ``log Z - Σ e·d / Z``. Half precision is raised to float32. On a GPU one Triton kernel does it, if Triton is there.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     kernel = _kernel(query.device)
@@ -49,6 +52,9 @@ def query_entropy(query: torch.Tensor, key: torch.Tensor, scale: float | None = 
         return kernel(query, key, scale)
     dtype = torch.promote_types(query.dtype, torch.float32)
     shape, num_keys = query.shape[:3], key.shape[2]
+    if num_keys <= MAP_TOKENS:
+        logs = ((query.to(dtype) * scale) @ key.to(dtype).mT).log_softmax(-1)
+        return torch.linalg.vecdot(logs.exp(), logs).neg_()
     query = (query.to(dtype) * scale).flatten(0, 1)
     key = key.to(dtype).flatten(0, 1).transpose(1, 2)
     entropy = query.new_empty(query.shape[:2])
@@ -116,7 +122,8 @@ def snr(clean: torch.Tensor, noisy: torch.Tensor, eps: float = 1e-6) -> torch.Te
     if clean.shape != noisy.shape:
         raise ValueError(f"clean {tuple(clean.shape)} and noisy {tuple(noisy.shape)} must have the same shape")
     clean, noisy = clean.flatten(1).float(), noisy.flatten(1).float()
-    return clean.square().sum(1) / ((noisy - clean).square().sum(1) + eps)
+    noise = noisy - clean
+    return torch.linalg.vecdot(clean, clean) / (torch.linalg.vecdot(noise, noise) + eps)
 
 
 def schedule_snr(alpha_bar: torch.Tensor | float) -> torch.Tensor | float:
