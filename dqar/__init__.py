@@ -9,7 +9,8 @@ for _name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.to
 from dqar.attention import DQARSession, apply_dqar, remove_dqar
 from dqar.config import DQARConfig
 from dqar.controller import Decision, DQARController
-from dqar.plan import ForecastPlan, ReusePlan
+from dqar.families import describe_model
+from dqar.plan import ForecastPlan, ReusePlan, extrapolation
 
 __version__ = "0.1.0"
 __all__ = [
@@ -20,5 +21,7 @@ __all__ = [
     "ForecastPlan",
     "ReusePlan",
     "apply_dqar",
+    "describe_model",
+    "extrapolation",
     "remove_dqar",
 ]

@@ -1,51 +1,57 @@
-"""DQAR on a diffusers transformer: one attention processor per self-attention layer, one hook on the model.
+"""DQAR on a diffusers transformer: takes over what it decides about, and nothing else.
 
-Nothing of the model is edited or subclassed: processors are swapped with ``Attention.set_processor``, the hook sits in
-diffusers' ``HookRegistry``, and the scheduler's ``step`` is watched for the guided prediction while a run lasts. With
-``reuse_target="block"`` each block's feed-forward has a hook too, that follows its attention's decision; with
-``"residual"`` so has the block, which decides for both.
+Nothing of the model is edited: modules are taken over as ``dqar.takeover`` says, attention processors stay where they
+are, and schedulers are watched without being touched.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
+import threading
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers.hooks import HookRegistry, ModelHook
-from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from torch.nn import functional as F
 
 from dqar import stats
-from dqar.cache import CacheEntry
 from dqar.config import DQARConfig
 from dqar.controller import DQARController
+from dqar.families import (
+    bare,
+    check_processor,
+    conditions,
+    describe_model,
+    family,
+    null_class,
+    self_attentions,
+)
 from dqar.forecast import FinalHiddenStates, OutputForecast
-from dqar.plan import ForecastPlan, describe_model
+from dqar.modulations import Modulations
+from dqar.plan import ForecastPlan, ReusePlan
+from dqar.run import Call, Run, RunFinder, Stream
+from dqar.sites import SITES, CrossAttention, OpenCall
+from dqar.takeover import WATCH, Handler, give_back, handler_of, take_over
 from dqar.trace import Trace
 
-HOOK_NAME = "dqar"
-# How the pipelines of each model stack the branches of classifier-free guidance in one batch.
-BRANCH_ORDER = {"DiTTransformer2DModel": ("cond", "uncond"), "PixArtTransformer2DModel": ("uncond", "cond")}
-Condition = tuple[torch.Tensor | None, torch.Tensor | None]
-"""Class labels or caption embeddings, and the caption's mask: what a run keeps to."""
-Sites = tuple[torch.Size, dict[str, slice], dict[str, CacheEntry], dict[str, slice]]
-"""A layer at a step: its ``[B, N]``, the branches that are computed, with their rows, those cached, those shared."""
+_SESSIONS: weakref.WeakSet[DQARSession] = weakref.WeakSet()
 
 
-def apply_dqar(pipe: Any, config: DQARConfig | None = None, prompt_length: int | None = None) -> DQARSession:
+def apply_dqar(
+    pipe: Any, config: DQARConfig | ReusePlan | ForecastPlan | None = None, prompt_length: int | None = None
+) -> DQARSession:
     """Attaches DQAR to a diffusers pipeline or transformer; use as context manager, or end with ``remove_dqar``.
 
     Args:
-        pipe: a pipeline with a DiT-like ``transformer``, or the transformer. A transformer alone has no scheduler to
-            predict x0 with, so that its SNR is unknown and only an SNR range of ``(0, inf)`` opens the gate; it tells
-            the number of steps from the first two timesteps, and reuses from the third step on.
-        config: the deck's defaults if left out.
+        pipe: a pipeline with a DiT-like ``transformer``, or the transformer; compiled, offloaded and wrapped ones too.
+            A transformer alone has no scheduler to predict x0 with, so that its SNR is unknown and only an SNR range of
+            ``(0, inf)`` opens the gate; it tells the number of steps from the first two timesteps, and reuses from the
+            third step on.
+        config: what decides; a plan alone is one with the defaults for all else. The deck's defaults if left out.
         prompt_length: words of the prompt or label, for slide 5's τ(p). ``None`` takes the caption's tokens (mean over
             the batch) where the model is given a caption with a mask, and else leaves the threshold as it is.
 
@@ -55,687 +61,446 @@ def apply_dqar(pipe: Any, config: DQARConfig | None = None, prompt_length: int |
     Raises:
         ValueError: no self-attention that DQAR can take over, DQAR is there already, or a plan for another model.
     """
-    transformer = getattr(pipe, "transformer", pipe)
-    layers = _self_attention_layers(transformer)
-    if config is not None and isinstance(config.plan, ForecastPlan):
-        config.plan.check_model(describe_model(transformer))
-    if _find_session(transformer) is not None:
-        raise ValueError("DQAR is already applied to this transformer: call remove_dqar first")
-    return DQARSession(pipe, transformer, layers, config or DQARConfig(), prompt_length)
+    if isinstance(config, (ReusePlan, ForecastPlan)):
+        config = DQARConfig(plan=config)
+    session = DQARSession(pipe, config or DQARConfig(), prompt_length)
+    session.attach()
+    return session
 
 
 def remove_dqar(pipe: Any) -> None:
-    """Takes DQAR off a pipeline or transformer and frees its cache; does nothing where it isn't applied."""
-    session = _find_session(getattr(pipe, "transformer", pipe))
-    if session is not None:
-        session.remove()
+    """Takes DQAR off a pipeline or transformer and frees its cache; does nothing where it isn't applied.
+
+    A pipeline's own session is found even if its transformer was exchanged meanwhile.
+    """
+    transformer = getattr(pipe, "transformer", pipe)
+    for session in list(_SESSIONS):
+        if session.pipe is pipe or (session.attached and session.transformer is transformer):
+            session.remove()
+
+
+class StreamState:
+    """What a session keeps for one stream of latents: reuse of its sites, and forecasts of its outputs."""
+
+    def __init__(self, num_layers: int, config: DQARConfig, trace: Trace):
+        self.controller = DQARController(num_layers, config, trace)
+        self.forecast = OutputForecast(config.plan) if isinstance(config.plan, ForecastPlan) else None
+        # Of the step before, still on the device until somebody asks.
+        self.clean: torch.Tensor | None = None
+
+    def forget(self) -> None:
+        """Drops what is kept: the run is over, or something else is to be drawn from here on."""
+        self.controller.reset()
+        self.clean = None
+        if self.forecast is not None:
+            self.forecast.forget()
 
 
 class DQARSession:
-    """DQAR on one model: the controller, its trace, and what has to be put back."""
+    """DQAR on one model: trace and controller, and what has to be put back.
 
-    def __init__(
-        self,
-        pipe: Any,
-        transformer: torch.nn.Module,
-        layers: list[Attention],
-        config: DQARConfig,
-        prompt_length: int | None,
-    ):
-        self.controller = DQARController(len(layers), config)
-        self._pipe, self._transformer, self._prompt_length = pipe, transformer, prompt_length
-        self._layers = layers
-        plan = self.controller.config.plan
-        self._forecast = OutputForecast(plan) if isinstance(plan, ForecastPlan) else None
-        processors: list[tuple[Attention, Any]] = []
-        hooks: list[tuple[torch.nn.Module, ModelHook]] = [(transformer, _DQARHook(self))]
-        if self._forecast is None:  # otherwise, where the model runs at all, it runs untouched
-            for layer_id, (layer, block) in enumerate(zip(layers, transformer.transformer_blocks, strict=True)):
-                own, cross = DQARAttnProcessor(self, layer_id), getattr(block, "attn2", None)
-                processors.append((layer, own))
-                if isinstance(cross, Attention) and isinstance(cross.processor, AttnProcessor2_0):
-                    processors.append((cross, DQARCrossAttnProcessor(self, layer_id, cross.processor)))
-                target = self.controller.config.reuse_target
-                if target in ("block", "residual"):
-                    hooks.append((_feed_forward(block, layer_id, target), _Follower(own.feed_forward)))
-                if target == "residual":
-                    hooks.append((block, _Follower(own.block)))
-        self._originals = [(layer, layer.processor) for layer, _ in processors]
-        self._argument_names = list(inspect.signature(type(transformer).forward).parameters)[1:]
-        self._watched: Any = None
-        self._forget_run()
-        for layer, processor in processors:
-            layer.set_processor(processor)
-        self._detach = [_attach(module, hook) for module, hook in hooks]
-        self._hidden_states: FinalHiddenStates | None = None
-        if self._forecast is not None and any(plan.readouts):
-            self._hidden_states = FinalHiddenStates(transformer)
-            self._detach.append(self._hidden_states.remove)
+    A context manager; entered again after it was left, it attaches again.
+
+    Attributes:
+        pipe: the pipeline or transformer it was made for.
+        transformer: the module whose calls it takes over, with the wrappers around it.
+        config: what decides.
+        trace: one row per site of every run since it was made.
+    """
+
+    def __init__(self, pipe: Any, config: DQARConfig, prompt_length: int | None):
+        self.pipe, self.config, self.trace = pipe, config, Trace()
+        self.transformer: torch.nn.Module = getattr(pipe, "transformer", pipe)
+        self.attached = False
+        self._model = bare(self.transformer)
+        self._prompt_length = prompt_length
+        self._plan = config.plan if isinstance(config.plan, ForecastPlan) else None
+        self._layers = self_attentions(self.transformer) if self._plan is None else []
+        self._num_layers = len(self._layers) or 1
+        if self._plan is not None:
+            self._plan.check_model(describe_model(self._model))
+        self._argument_names = list(inspect.signature(type(self._model).forward).parameters)[1:]
+        self._opened: dict[int, OpenCall] = {}
+        """The forward pass that is under way in each thread."""
+        self._state = StreamState(self._num_layers, config, self.trace)
+        self._finder = RunFinder(
+            family(self.transformer),
+            null_class(self.transformer),
+            lambda: getattr(self.pipe, "scheduler", None),
+            lambda: StreamState(self._num_layers, config, self.trace),
+            self.trace.begin_run,
+            self._end_run,
+        )
+        self._warned = False
+        self._sums: dict[int, torch.Tensor] = {}
+        """By run, the sum of all outputs that nobody has looked at yet."""
+        self._guidance: dict[int, list[torch.Tensor]] = {}
+        """By run, the guidance scales that nobody has looked at yet, and how far rounding may have moved each."""
+        self._hidden_states = (
+            FinalHiddenStates(self._model) if self._plan is not None and any(config.plan.readouts) else None
+        )
+        blocks = [] if self._plan is not None else list(self._model.transformer_blocks)
+        opened = lambda: self._opened.get(threading.get_ident())  # noqa: E731
+        self._modulations: Modulations | None = None
+        self._handlers: list[tuple[torch.nn.Module, Handler]] = [(self.transformer, self.forward)]
+        for layer_id, block in enumerate(blocks):
+            self._handlers += SITES[config.reuse_target](opened, layer_id, block, config).handlers()
+            cross = getattr(block, "attn2", None)
+            if isinstance(cross, Attention) and type(cross.processor) is AttnProcessor2_0:
+                self._handlers.append((cross, CrossAttention(opened, layer_id, cross, config).attend))
+        if config.keep_modulations and blocks and not _compiled(self.transformer, blocks):
+            self._modulations = Modulations(blocks, lambda: getattr(opened(), "constants", None))
+            self._handlers += self._modulations.handlers()
+        if self._hidden_states is not None:
+            self._handlers.append((self._hidden_states.layer, self._hidden_states.see))
 
     def __enter__(self) -> DQARSession:
+        if not self.attached:
+            self.attach()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.remove()
 
     @property
-    def trace(self) -> Trace:
-        """One row per site of every run since DQAR was applied."""
-        return self.controller.trace
+    def controller(self) -> DQARController:
+        """The controller of the latents that were last given to the model: its cache, its decisions."""
+        return self._state.controller
+
+    def attach(self) -> None:
+        """Takes the modules over, all or none.
+
+        Raises:
+            ValueError: DQAR is there already, or an attention processor was exchanged meanwhile.
+        """
+        for layer_id, layer in enumerate(self._layers):
+            check_processor(layer, layer_id)
+        if any(handler_of(module) is not None for module, _ in self._handlers):
+            raise ValueError("DQAR is already applied to this transformer: call remove_dqar first")
+        for module, handler in self._handlers:
+            take_over(module, handler)
+        self.attached = True
+        _SESSIONS.add(self)
+        WATCH.listen(self, getattr(self.pipe, "scheduler", None))
 
     def remove(self) -> None:
-        """Restores processors, hooks and scheduler, and empties the cache."""
-        if _find_session(self._transformer) is not self:
+        """Gives the modules back, and empties the cache."""
+        if not self.attached:
             return
-        for layer, original in self._originals:
-            layer.set_processor(original)
-        for detach in self._detach:
-            detach()
-        self._watch_scheduler(None)
-        self._forget_run()
+        self.attached = False
+        _SESSIONS.discard(self)
+        WATCH.leave(self)
+        for module, _ in self._handlers:
+            give_back(module)
+        self._finder.clear()
+        self._opened.clear()
+        self._state.controller.reset()
+        if self._modulations is not None:
+            self._modulations.clear()
 
-    # --- the run -----------------------------------------------------------------------------------------------------
+    def summary(self) -> dict[str, Any]:
+        """What the runs since it was made did, so far as the trace still has them.
 
-    def _forget_run(self) -> None:
-        self.controller.reset()
-        if self._forecast is not None:
-            self._forecast.forget()
-        self._step_index = -1
-        self._timesteps: torch.Tensor | None = None
-        self._run_condition: Condition = (None, None)
-        self._caption: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # K and V of each cross-attention
-        self._last_timestep = math.inf
-        self._inputs: tuple[tuple, dict] | None = None
-        self._latents: torch.Tensor | None = None
-        # Of the step before, still on the device until the next step brings all its numbers over at once.
-        self._output_sum: torch.Tensor | None = None
-        self._predicted_clean: torch.Tensor | None = None
-        self._predicted_snr: torch.Tensor | None = None
+        Returns:
+            ``runs``, ``steps``, ``sites_computed``, ``sites_reused``, ``sites_shared``, ``reused_share``,
+            ``forecast_steps``, and ``peak_cache_bytes``, of the cache of one step.
+        """
+        sites, outputs = self.trace.to_pandas(), self.trace.to_pandas("model")
+        table = outputs if self._plan is not None else sites
+        steps = 0 if table.empty else len(table.drop_duplicates(["run", "step"]))
+        counts = {} if sites.empty else sites.decision.value_counts().to_dict()
+        reused = int(counts.get("reuse", 0))
+        forecast = 0 if outputs.empty else len(outputs.query("decision == 'reuse'").drop_duplicates(["run", "step"]))
+        return {
+            "runs": self.trace.num_runs,
+            "steps": steps,
+            "sites_computed": int(counts.get("compute", 0)),
+            "sites_reused": reused,
+            "sites_shared": int(counts.get("share", 0)),
+            "reused_share": reused / max(1, len(sites)),
+            "forecast_steps": forecast,
+            "peak_cache_bytes": 0 if table.empty else int(table.groupby(["run", "step"]).bytes.sum().max()),
+        }
 
-    def begin_forward(self, args: tuple, kwargs: dict) -> None:
-        """Finds out which step of which run this forward pass is, and opens it in the controller."""
+    # --- the transformer's calls -------------------------------------------------------------------------------------
+
+    def forward(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Answers the transformer's calls: opens the step, lets the sites decide or forecasts, and closes it."""
         named = dict(zip(self._argument_names, args, strict=False)) | kwargs
-        latents, timestep = named.get("hidden_states"), named.get("timestep")
-        condition = (named.get("class_labels", named.get("encoder_hidden_states")), named.get("encoder_attention_mask"))
-        scheduler = getattr(self._pipe, "scheduler", None)
-        timesteps = getattr(scheduler, "timesteps", None)
-        if self._is_new_run(latents, condition, timesteps, timestep):
-            self._forget_run()
-            self._begin_run(latents, condition, scheduler)
-        norm, snr = self._close_step(latents) if self.controller.config.measures_latents else (None, None)
-        self._step_index += 1
-        step = self._step_index
-        if norm is not None and not math.isfinite(norm):
-            raise FloatingPointError(f"the latents hold NaN or inf at step {step}, before layer 0")
-        if self._timesteps is not None:
-            timestep, total_steps = self._timestep_values[step], len(self._timestep_values)
-            alpha_bar = self._alpha_bars[step]
-        else:
-            timestep = _first_value(timestep)
-            if step == 0:
-                self._first_timestep, self._guessed_steps = timestep, 1
-            elif step == 1:  # evenly spaced timesteps down to zero tell how many there are
-                self._guessed_steps = int(self._first_timestep / (self._first_timestep - timestep)) + 1
-            plan = self.controller.config.plan
-            total_steps = max(step + 1, self._guessed_steps) if plan is None else plan.num_inference_steps
-            alpha_bar = None
-        self._last_timestep = timestep
-        self._latents, self._inputs = latents, (args, kwargs)
-        self.controller.begin_step(
-            step,
-            total_steps,
-            snr=snr,
-            prompt_length=self._run_prompt_length,
-            snr_schedule=None if alpha_bar is None else float(stats.schedule_snr(alpha_bar)),
-            latent_norm=norm,
-            timestep=timestep,
-        )
-
-    def forward(self, original: Callable, args: tuple, kwargs: dict) -> Any:
-        """The model's output: its own, or by a ``ForecastPlan`` with the guided noise forecast."""
-        if self._forecast is None:
+        latents = named.get("hidden_states")
+        if not isinstance(latents, torch.Tensor) or self._trains(latents, named):
             return original(*args, **kwargs)
-        forecast, step, rows = self._forecast, self._step_index, self._slices["cond"]
-        fresh = step in forecast.plan.computed
+        thread = threading.get_ident()
+        condition = conditions(named)
+        run, call, first = self._finder.find(latents, named.get("timestep"), condition)
+        try:
+            if run.count == 1 and first:
+                self._begin_run(run, call, latents)
+            self._state = call.stream.state
+            if first:
+                self._begin_step(run, call, latents, condition)
+            if self._plan is not None:
+                output = self._forecast(original, args, kwargs, run, call, named)
+            else:
+                output = self._compute(original, args, kwargs, run, call, latents, condition)
+            self._look_at(output, run, call, lambda: original(*args, **kwargs))
+        except BaseException:
+            self._opened.pop(thread, None)
+            self._finder.give_up(run)
+            raise
+        return output
+
+    def _trains(self, latents: torch.Tensor, named: dict[str, Any]) -> bool:
+        """Whether gradients are wanted: what is kept would tie one backward pass to the next, so nothing is."""
+        if not torch.is_grad_enabled():
+            return False
+        given = (latents, *conditions(named))
+        trains = any(t is not None and t.requires_grad for t in given) or any(
+            p.requires_grad for p in self._model.parameters()
+        )
+        if trains and not self._warned and self.config.schedule != "none":
+            self._warned = True
+            warnings.warn("gradients are on, so DQAR reuses nothing: draw under torch.no_grad()", stacklevel=4)
+        return trains
+
+    def _compute(
+        self,
+        original: Callable,
+        args: tuple,
+        kwargs: dict,
+        run: Run,
+        call: Call,
+        latents: torch.Tensor,
+        condition: tuple,
+    ) -> Any:
+        thread, controller = threading.get_ident(), call.stream.state.controller
+        branches = tuple(call.slices)
+        choices = [] if controller.record_idle(branches) else controller.choices(branches)
+        opened = OpenCall(controller, call, len(latents), run.index, choices)
+        labels = None
+        if self._modulations is not None and condition[0] is not None:
+            labels = call.labels(condition[0])
+            opened.constants = self._modulations.open(run.number, run.timestep, labels, latents)
+        before = self._opened.get(thread)
+        self._opened[thread] = opened
+        try:
+            output = original(*args, **kwargs)
+        finally:
+            if before is None:
+                self._opened.pop(thread, None)
+            else:
+                self._opened[thread] = before
+        if opened.constants is not None:
+            self._modulations.close(run.timestep, labels, latents, opened.constants)
+        return output
+
+    def _forecast(
+        self, original: Callable, args: tuple, kwargs: dict, run: Run, call: Call, named: dict[str, Any]
+    ) -> Any:
+        """The model's output, computed and corrected, or forecast, as the plan says.
+
+        Raises:
+            ValueError: what a forecast draws on wasn't computed, as in a run that began late.
+        """
+        plan, state, step = self._plan, call.stream.state, run.index
+        forecast, latents, rows = state.forecast, named["hidden_states"], next(iter(call.slices.values()))
+        fresh, drawn_on = step in plan.computed, plan.drawn_on(step)
         if fresh:
-            computed = original(*args, **kwargs)
-            forecast.keep(computed[0], self._slices, self._latents.shape[1])
+            output = original(*args, **kwargs)
+            call.output = output[0]
+            forecast.keep(step, output[0], call.slices, latents.shape[1])
             if self._hidden_states is not None:
-                states, size = self._hidden_states.take(), self._latents[rows].shape
-                forecast.read_out(step, states, self._slices, size)
-        for branch in self._slices:
-            self.controller.record_output(branch, fresh, forecast.nbytes // len(self._slices))
-        if fresh and not forecast.plan.weights[step]:
-            return computed
-        sample = forecast.output(step, self._latents[rows])
-        named = dict(zip(self._argument_names, args, strict=False)) | kwargs
+                forecast.read_out(step, self._hidden_states.take(), call.slices, latents[rows].shape)
+        elif call.output is None or not forecast.usable(step):
+            raise ValueError(
+                f"at step {step} the plan draws on what steps {drawn_on} computed, which isn't there: the run began "
+                f"late, or changed what it draws; make a plan for such runs, or one that computes step {step}"
+            )
+        for branch in call.slices:
+            state.controller.record_output(branch, fresh, forecast.nbytes(call.output) // len(call.slices))
+        if fresh and not (plan.weights[step] and forecast.usable(step)):
+            return output
+        if fresh and plan.guided and len(call.slices) == 1:
+            raise ValueError(
+                f"the plan corrects what is computed at step {step}, for which it needs both branches of guidance in "
+                "one call, and this pipeline makes two: give it a plan without such weights"
+            )
+        sample = forecast.output(step, latents[rows], call.output, tuple(call.slices))
         return Transformer2DModelOutput(sample=sample) if named.get("return_dict", True) else (sample,)
 
-    def end_forward(self, output: Any) -> None:
+    # --- runs and steps ----------------------------------------------------------------------------------------------
+
+    def _begin_run(self, run: Run, call: Call, latents: torch.Tensor) -> None:
+        """Refuses what can't be followed, before the first image."""
+        for layer_id, layer in enumerate(self._layers):
+            check_processor(layer, layer_id)
+        scheduler = None if run.timesteps is None else run.timesteps.scheduler
+        WATCH.look_around(self, scheduler)
+        plan = self.config.plan
+        if self._plan is not None:
+            if run.timesteps is None:
+                own = getattr(self.pipe, "scheduler", None)
+                where = "to the pipeline, not to its transformer" if own is None else "and call scheduler.set_timesteps"
+                raise ValueError(f"a ForecastPlan needs the timesteps: apply it {where}")
+            self._plan.check_run(run.timesteps.values, type(scheduler).__name__)
+            self._plan.check_latents(latents.shape[1:], getattr(self._model.config, "sample_size", None))
+        elif plan is not None and run.timesteps is not None:
+            plan.check_run(len(run.timesteps.values), type(scheduler).__name__)
+        asks = self.config.gates_on_snr and self.config.schedule != "none" and self.config.snr_source == "predicted"
+        if asks and (run.timesteps is None or run.timesteps.levels is None):
+            if run.timesteps is not None:
+                raise ValueError(
+                    f"{type(scheduler).__name__} tells no noise levels, so that the SNR is unknown: set "
+                    "snr_range=(0, inf) and no policy, or use another scheduler"
+                )
+            warnings.warn(
+                "DQAR on a bare transformer knows no SNR, so the gate stays closed: apply it to the pipeline, "
+                "or set snr_range=(0, inf) and no policy",
+                stacklevel=4,
+            )
+
+    def _begin_step(self, run: Run, call: Call, latents: torch.Tensor, condition: tuple) -> None:
+        """Opens the step in the stream's controller, with the numbers that its gate asks for."""
+        config, stream = self.config, call.stream
+        state = stream.state
+        levels = None if run.timesteps is None else run.timesteps.levels
+        norm = snr = None
+        if config.asks_latents:
+            noisy = stream.latents if levels is None else levels.latents(run.index, stream.latents)
+            norm = stats.latent_norm(stream.latents).mean()
+            if state.clean is not None and state.clean.shape == noisy.shape:
+                snr = stats.snr(state.clean, noisy).mean()
+            if (
+                config.gates_on_snr or config.gates_on_entropy or latents.device.type == "cpu"
+            ):  # which waits for nothing
+                norm, *values = self.trace.resolve(norm, *(() if snr is None else (snr,)))
+                snr = values[0] if values else None
+                if not math.isfinite(norm):
+                    raise FloatingPointError(f"the latents hold NaN or inf at step {run.index}, before layer 0")
+        if stream.prompt_length is None:
+            stream.prompt_length = self._length_of_prompt(call, condition[2])
+        plan = config.plan
+        total_steps = run.total_steps
+        if run.timesteps is None and plan is not None:
+            total_steps = plan.num_inference_steps
+        state.controller.begin_step(
+            run.index,
+            total_steps,
+            snr=snr,
+            prompt_length=stream.prompt_length,
+            snr_schedule=None if levels is None else levels.snr(run.index),
+            latent_norm=norm,
+            timestep=run.timestep,
+            run=run.number,
+        )
+
+    def _length_of_prompt(self, call: Call, mask: torch.Tensor | None) -> float | None:
+        if self._prompt_length is not None or mask is None or mask.ndim != 2:
+            return self._prompt_length
+        rows = call.slices.get("cond", slice(None))
+        return mask[rows].sum(dim=1, dtype=torch.float32).mean().item()
+
+    def _end_run(self, run: Run) -> None:
+        """Frees what was kept for a run that is over."""
+        for stream in run.streams:
+            stream.state.forget()
+        run.streams.clear()
+        self.trace.resolve()
+        self._sums.pop(run.number, None)
+        self._guidance.pop(run.number, None)
+
+    # --- the scheduler -----------------------------------------------------------------------------------------------
+
+    def timesteps_set(self, scheduler: Any) -> None:
+        """See ``SchedulerWatch``."""
+        self._finder.timesteps_set(scheduler)
+
+    def before_step(self, scheduler: Any, model_output: Any, sample: Any) -> None:
+        """Notes what the guided prediction tells: the guidance scale, x0 and its SNR."""
+        run = self._finder.stepping(scheduler)
+        if run is None or len(run.streams) != 1 or not isinstance(model_output, torch.Tensor):
+            return
+        [stream] = run.streams
+        if self._plan is not None:
+            self._check_guidance(run, stream, model_output)
+        levels = run.timesteps.levels
+        if not self.config.measures_latents or levels is None or stream.latents is None:
+            return
+        latents = levels.latents(run.index, stream.latents)
+        guided = model_output[: len(latents)]  # DiTPipeline denoises both halves
+        if guided.shape == latents.shape:
+            stream.state.clean = levels.clean(run.index, latents, guided)
+            stream.state.controller.complete_step(stats.snr(stream.state.clean, latents).mean())
+
+    def after_step(self, scheduler: Any) -> None:
+        """See ``SchedulerWatch``: a run's last step ends it."""
+        run = self._finder.finishing(scheduler)
+        if run is None:
+            return
+        try:
+            self._check_scales(run)
+        finally:
+            self._finder.give_up(run)
+
+    def _check_guidance(self, run: Run, stream: Stream, guided: torch.Tensor) -> None:
+        scale = stream.state.forecast.guidance(run.index, guided)
+        if scale is None:
+            return
+        self._guidance.setdefault(run.number, []).append(scale)
+        if run.index == 0:  # waited for, so that a run isn't drawn in vain; the others only at its end
+            self._check_scales(run)
+
+    def _check_scales(self, run: Run) -> None:
+        scales = self._guidance.pop(run.number, None)
+        if scales:
+            for scale, noise in torch.stack(scales).tolist():
+                self._plan.check_guidance(scale, noise)
+
+    # --- NaN and inf -------------------------------------------------------------------------------------------------
+
+    def _look_at(self, output: Any, run: Run, call: Call, again: Callable) -> None:
         """Keeps an eye on the output: a run that is no longer finite is stopped, naming step and layer.
 
-        Where nothing else is measured, no step waits for that either: the sum goes on to the run's last step.
+        Where a step would have to wait for that, the sum goes on to the run's last step.
         """
-        total = output[0].sum(dtype=torch.float32)
-        waits = self.controller.config.measures_latents or self._output_sum is None
-        self._output_sum = total if waits else self._output_sum + total
-        if self._timesteps is None or self._step_index + 1 == len(self._timestep_values):
-            self.check_finite(self._output_sum.item())
-            self._output_sum = None
-
-    def _close_step(self, latents: torch.Tensor) -> tuple[float, float | None]:
-        """Brings over what the step before left on the device, with the norm and SNR of the new latents.
-
-        One transfer: ‖x_t‖₂ and SNR by the newest predicted x0 (means over the batch), the last output's sum and the
-        last step's SNR by its own prediction.
-        """
-        numbers = {"norm": stats.latent_norm(latents).mean()}
-        if self._predicted_clean is not None:
-            numbers["snr"] = stats.snr(self._predicted_clean, latents[: len(self._predicted_clean)]).mean()
-            numbers["last_snr"] = self._predicted_snr
-        if self._output_sum is not None:
-            numbers["output"] = self._output_sum
-        values = dict(zip(numbers, torch.stack(list(numbers.values())).tolist(), strict=True))
-        self.check_finite(values.get("output", 0.0))
-        if "last_snr" in values:
-            self.controller.complete_step(values["last_snr"])
-        return values["norm"], values.get("snr")
-
-    def check_finite(self, output_sum: float) -> None:
-        """Stops the run if a sum over the output, or over what is to be cached, is NaN or inf."""
-        if not math.isfinite(output_sum):
-            step = self._step_index
-            if not self._latents.isfinite().all():  # in a planned run nobody has looked since it began
-                raise FloatingPointError(f"NaN or inf before step {step}: a run without the plan tells where it begins")
-            layer = self._first_bad_layer()
-            raise FloatingPointError(f"the model's output holds NaN or inf at step {step}, {layer}")
-
-    def _is_new_run(self, latents, condition, timesteps, timestep) -> bool:
-        if self._latents is None or timesteps is not self._timesteps:
-            return True
-        if timesteps is not None and self._step_index + 1 >= len(timesteps):
-            return True
-        if not all(map(_same, condition, self._run_condition)):
-            return True
-        if timesteps is None and _first_value(timestep) >= self._last_timestep:
-            return True
-        if latents.shape != self._latents.shape:
-            raise ValueError(
-                f"the batch changed in mid-run: step {self._step_index + 1} has latents {tuple(latents.shape)}, "
-                f"the run began with {tuple(self._latents.shape)}; start a new run with scheduler.set_timesteps"
-            )
-        return False
-
-    def _begin_run(self, latents: torch.Tensor, condition: Condition, scheduler: Any) -> None:
-        self._run_condition = condition
-        self._slices = self._branch_slices(latents, condition[0])
-        self._run_prompt_length, mask = self._prompt_length, condition[1]
-        if self._run_prompt_length is None and mask is not None and mask.ndim == 2:
-            self._run_prompt_length = mask[self._slices["cond"]].sum(dim=1, dtype=torch.float32).mean().item()
-        self._timesteps = getattr(scheduler, "timesteps", None)
-        plan = self.controller.config.plan
-        if isinstance(plan, ForecastPlan):
-            if scheduler is None:
-                raise ValueError("a ForecastPlan needs the timesteps: apply it to the pipeline, not to its transformer")
-            plan.check_run(self._timesteps.tolist())
-        elif scheduler is not None and plan is not None:
-            plan.check_run(len(self._timesteps), type(scheduler).__name__)
-        if scheduler is None:
-            if self.controller.config.gates_on_snr and self.controller.config.schedule != "none":
-                warnings.warn(
-                    "DQAR on a bare transformer knows no SNR, so the gate stays closed: apply it to the pipeline, "
-                    "or set snr_range=(0, inf) and no policy",
-                    stacklevel=2,
-                )
+        total, before = output[0].sum(dtype=torch.float32), self._sums.pop(run.number, None)
+        total = total if before is None else before + total
+        at_once = total.device.type == "cpu" and self.config.measures_latents
+        if not (at_once or run.last or run.timesteps is None):
+            self._sums[run.number] = total
             return
-        self._timestep_values = [float(t) for t in self._timesteps.tolist()]
-        self._alpha_bars = _alpha_bars(scheduler, self._timestep_values)
-        self._watch_scheduler(scheduler)
-
-    def _branch_slices(self, latents: torch.Tensor, labels: torch.Tensor | None) -> dict[str, slice]:
-        """Which part of the batch is which branch; guidance doubles the batch, with equal latents in both halves."""
-        batch = len(latents)
-        half = batch // 2
-        if batch % 2 == 0 and torch.equal(latents[:half], latents[half:]):
-            order = BRANCH_ORDER.get(type(self._transformer).__name__, ("cond", "uncond"))
-            null = getattr(self._transformer.config, "num_embeds_ada_norm", None)
-            is_class_label = labels is not None and labels.ndim == 1
-            if not is_class_label or bool((labels[half:] == null).all()):
-                return {order[0]: slice(0, half), order[1]: slice(half, batch)}
-        return {"cond": slice(0, batch)}
-
-    def _watch_scheduler(self, scheduler: Any) -> None:
-        """Sees each guided prediction on its way into ``scheduler.step``; ``None`` stops watching."""
-        if self._watched is scheduler:
+        if math.isfinite(total.item()):
             return
-        if self._watched is not None:
-            _unwatch(self._watched, self, self._watched_step)
-        self._watched = scheduler
-        if scheduler is not None:
-            self._watched_step = _watch(scheduler, self)
+        step = run.index
+        if not call.stream.latents.isfinite().all():  # nobody has looked since it began
+            if self.config.plan is None:
+                raise FloatingPointError(f"the latents hold NaN or inf at step {step}, before layer 0")
+            raise FloatingPointError(f"NaN or inf before step {step}: a run without the plan tells where it begins")
+        raise FloatingPointError(f"the model's output holds NaN or inf at step {step}, {self._first_bad_layer(again)}")
 
-    def see_prediction(self, model_output: torch.Tensor) -> None:
-        """Notes x0 and SNR by the guided prediction that this session's own run hands to the scheduler."""
-        if self._forecast is not None and self._step_index == 0 and self._watched.timesteps is self._timesteps:
-            self._forecast.check_guidance(model_output)
-        if not self.controller.config.measures_latents:
-            return
-        if self._latents is None or self._watched.timesteps is not self._timesteps:
-            return
-        # What reaches the model is variance-preserving under every scheduler, after scale_model_input.
-        latents = self._latents[: len(model_output)]
-        alpha_bar = self._alpha_bars[self._step_index]
-        clean = predicted_clean(latents, model_output, alpha_bar, self._watched.config.prediction_type)
-        self._predicted_clean, self._predicted_snr = clean, stats.snr(clean, latents).mean()
-        if self._step_index + 1 == len(self._timestep_values):
-            self.controller.complete_step(self._predicted_snr.item())
-
-    def _first_bad_layer(self) -> str:
+    def _first_bad_layer(self, again: Callable) -> str:
         """Repeats the failed forward pass without DQAR and finds the first block whose output isn't finite."""
         bad: list[int] = []
 
-        def look(layer_id):
-            def hook(_module, _args, output):
+        def look(layer_id: int) -> Callable:
+            def hook(_module: torch.nn.Module, _args: tuple, output: torch.Tensor) -> None:
                 if not output.isfinite().all():
                     bad.append(layer_id)
 
             return hook
 
-        args, kwargs = self._inputs
-        transformer = self._transformer
-        handles = [b.register_forward_hook(look(i)) for i, b in enumerate(transformer.transformer_blocks)]
-        self.remove()
+        blocks = getattr(self._model, "transformer_blocks", ())
+        handles = [block.register_forward_hook(look(i)) for i, block in enumerate(blocks)]
         try:
             with torch.no_grad():
-                transformer(*args, **kwargs)
+                again()
         finally:
             for handle in handles:
                 handle.remove()
         return f"first in layer {bad[0]}" if bad else "after the last layer, or in a reused one"
 
 
-class DQARAttnProcessor:
-    """Takes the place of ``AttnProcessor2_0``: asks the controller, then computes, reuses, or both by branch."""
-
-    def __init__(self, session: DQARSession, layer_id: int):
-        self.session, self.layer_id = session, layer_id
-        self.original = session._layers[layer_id].processor
-        # Where the site is more than the attention: what was decided, and what it is to be cached with.
-        self._decided: Sites | None = None
-        self._waiting: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
-
-    @torch.compiler.disable  # decisions are Python's; a compiled block is compiled around them
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        if encoder_hidden_states is not None or attention_mask is not None:
-            given = "attention_mask" if encoder_hidden_states is None else "encoder_hidden_states"
-            raise ValueError(f"layer {self.layer_id} was given {given}: DQAR takes unmasked self-attention only")
-        controller = self.session.controller
-        slices, step, target = self.session._slices, self.session._step_index, controller.config.reuse_target
-        if target == "residual" and self._decided is None:  # called by itself, not by its block
-            return self.original(attn, hidden_states)
-        decided = self._decided if target == "residual" else self._decide(hidden_states.shape[:-1])
-        _, fresh, cached, shared = decided
-        if target == "block":
-            self._decided, self._waiting = decided, {}
-        if target == "kv":
-            output = self._with_keys_and_values(attn, hidden_states, fresh, cached, shared)
-        elif not cached and not shared:
-            output = self._compute(attn, hidden_states, slices)
-        else:
-            if target == "residual":
-                parts = {branch: torch.zeros_like(hidden_states[slices[branch]]) for branch in cached}
-            else:
-                parts = {branch: entry.forecast(step) for branch, entry in cached.items()}
-            for branch, rows in fresh.items():
-                parts[branch] = self._compute(attn, hidden_states[rows], {branch: slice(None)})
-            for branch in shared:
-                parts[branch] = parts["cond"]
-                self._commit({branch: slice(None)}, None, hidden_states.shape[1], output=parts["cond"])
-            output = torch.cat([parts[branch] for branch in slices]) if len(parts) > 1 else next(iter(parts.values()))
-        for entry in cached.values():
-            controller.reuse(entry)
-        return output
-
-    @torch.compiler.disable
-    def feed_forward(self, original: Callable, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The block's feed-forward: computed, forecast or shared where the attention just was."""
-        if self._decided is None:  # called by itself, not by its block
-            return original(hidden_states)
-        session, (shape, fresh, cached, shared), waiting = self.session, self._decided, self._waiting
-        whole = session.controller.config.reuse_target == "residual"
-        if not whole:
-            self._decided, self._waiting = None, {}  # the cache's old entries must not stay alive here
-        if hidden_states.shape[:-1] != shape:
-            raise ValueError(
-                f"layer {self.layer_id}'s feed-forward was given {tuple(hidden_states.shape)} after an attention of "
-                f"{tuple(shape)}: DQAR takes it whole, without feed_forward_chunk_size"
-            )
-        if not cached and not shared:
-            output = original(hidden_states)
-            parts = {branch: output[rows] for branch, rows in fresh.items()}
-        else:
-            if whole:
-                parts = {branch: torch.zeros_like(hidden_states[session._slices[branch]]) for branch in cached}
-            else:
-                parts = {b: entry.forecast(session._step_index, "feed_forward") for b, entry in cached.items()}
-            parts |= {branch: original(hidden_states[rows]) for branch, rows in fresh.items()}
-            parts |= dict.fromkeys(shared, parts.get("cond"))
-            output = torch.cat([parts[b] for b in session._slices]) if len(parts) > 1 else next(iter(parts.values()))
-        for branch, (attention, entropy) in {} if whole else waiting.items():
-            self._keep(branch, entropy, output=attention, feed_forward=parts[branch])
-        return output
-
-    @torch.compiler.disable
-    def block(self, original: Callable, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The whole block: computed, or its input with the change that is cached or shared.
-
-        Where only one branch computes, attention and feed-forward leave the other out, and its rows are dropped.
-        """
-        session, slices = self.session, self.session._slices
-        decided = _, fresh, cached, shared = self._decide(hidden_states.shape[:-1])
-        changes = {branch: entry.forecast(session._step_index) for branch, entry in cached.items()}
-        if not fresh:
-            for entry in cached.values():
-                session.controller.reuse(entry)
-            return hidden_states + torch.cat([changes[branch] for branch in slices])
-        self._decided, self._waiting = decided, {}
-        try:
-            output, waiting = original(hidden_states), self._waiting
-        finally:
-            self._decided, self._waiting = None, {}
-        change = output - hidden_states
-        changes |= {branch: change[rows] for branch, rows in fresh.items()}
-        changes |= dict.fromkeys(shared, changes.get("cond"))
-        for branch, (_attention, entropy) in waiting.items():
-            self._keep(branch, entropy, output=changes[branch])
-        if not cached and not shared:
-            return output
-        return torch.cat([output[r] if b in fresh else hidden_states[r] + changes[b] for b, r in slices.items()])
-
-    def _decide(self, shape: torch.Size) -> Sites:
-        """Asks the controller about every branch of this layer at the open step."""
-        slices = self.session._slices
-        decisions = {branch: self.session.controller.should_reuse(self.layer_id, branch) for branch in slices}
-        cached = {branch: d.entry for branch, d in decisions.items() if d.use_cache}
-        shared = {branch: rows for branch, rows in slices.items() if decisions[branch].shared}
-        fresh = {branch: rows for branch, rows in slices.items() if branch not in cached and branch not in shared}
-        return shape, fresh, cached, shared
-
-    def _compute(self, attn: Attention, hidden_states: torch.Tensor, slices: dict[str, slice]) -> torch.Tensor:
-        """Full attention for the whole of ``hidden_states``, entropy if wanted, output committed by branch."""
-        controller = self.session.controller
-        entropy = None
-        if controller.wants_entropy(self.layer_id):
-            query, key, value = (layer(hidden_states) for layer in (attn.to_q, attn.to_k, attn.to_v))
-            output, entropy = self._attend(attn, query, key, value)
-        else:
-            output = self.original(attn, hidden_states)
-        self._commit(slices, entropy, hidden_states.shape[1], output=output)
-        return output
-
-    def _with_keys_and_values(
-        self,
-        attn: Attention,
-        hidden_states: torch.Tensor,
-        fresh: dict[str, slice],
-        cached: dict[str, CacheEntry],
-        shared: dict[str, slice],
-    ) -> torch.Tensor:
-        """Fresh queries for all; keys and values from the cache where a branch is reused (slide 9)."""
-        controller = self.session.controller
-        if not cached and not shared and not controller.wants_commit(self.layer_id):
-            return self._compute(attn, hidden_states, fresh)
-        query = attn.to_q(hidden_states)
-        if not cached and not shared:
-            key, value = attn.to_k(hidden_states), attn.to_v(hidden_states)
-        else:
-            parts = {branch: (entry.k.dequantize(), entry.v.dequantize()) for branch, entry in cached.items()}
-            for branch, rows in fresh.items():
-                parts[branch] = (attn.to_k(hidden_states[rows]), attn.to_v(hidden_states[rows]))
-            parts |= dict.fromkeys(shared, parts.get("cond"))
-            keys, values = zip(*(parts[branch] for branch in self.session._slices), strict=True)
-            key, value = torch.cat(keys), torch.cat(values)
-        measure = bool(fresh) and controller.wants_entropy(self.layer_id)
-        output, entropy = self._attend(attn, query, key, value, measure)
-        kept = {"keys": key, "values": value}
-        if controller.config.balance:
-            kept["key_partner"] = query.abs().amax(dim=1, keepdim=True)
-            kept["value_partner"] = attn.to_out[0].weight.dequantize().abs().amax(dim=0).expand(len(value), 1, -1)
-        self._commit(fresh, entropy, hidden_states.shape[1], **kept)
-        self._commit(shared, None, hidden_states.shape[1], **kept)
-        return output
-
-    def _attend(
-        self, attn: Attention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, measure: bool = True
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """``AttnProcessor2_0``'s operations, bit for bit, on projections ``[B, N, C]``; and the entropy ``[B, H]``."""
-        query, key, value = (_by_head(x, attn) for x in (query, key, value))
-        query = query if attn.norm_q is None else attn.norm_q(query)
-        key = key if attn.norm_k is None else attn.norm_k(key)
-        if measure:
-            queries = self.session.controller.config.entropy_queries
-            output, entropy = stats.fused_attention_with_entropy(query, key, value, num_queries=queries)
-        else:
-            output, entropy = F.scaled_dot_product_attention(query, key, value), None
-        output = output.transpose(1, 2).flatten(2)
-        return attn.to_out[1](attn.to_out[0](output)), entropy
-
-    def _commit(
-        self, slices: dict[str, slice], entropy: torch.Tensor | None, tokens: int, **tensors: torch.Tensor
-    ) -> None:
-        controller = self.session.controller
-        for branch, rows in slices.items():
-            measured = None if entropy is None else entropy[rows]
-            if controller.wants_commit(self.layer_id):
-                kept = {name: tensor[rows] for name, tensor in tensors.items()}
-                if controller.config.reuse_target in ("block", "residual"):
-                    self._waiting[branch] = kept["output"], measured
-                else:
-                    self._keep(branch, measured, **kept)
-            else:
-                controller.record(self.layer_id, branch, measured, tokens)
-
-    def _keep(self, branch: str, entropy: torch.Tensor | None, **tensors: torch.Tensor) -> None:
-        try:
-            self.session.controller.commit(self.layer_id, branch, entropy=entropy, **tensors)
-        except ValueError:  # the quantizer takes no NaN or inf
-            self.session.check_finite(sum(tensor.sum(dtype=torch.float32).item() for tensor in tensors.values()))
-            raise
-
-
-class DQARCrossAttnProcessor:
-    """Takes the place of a cross-attention's ``AttnProcessor2_0``: its K and V are the caption's, the same all run.
-
-    With ``cache_cross_attention`` they are computed at the run's first step only, to the bit what they would be at any.
-    """
-
-    def __init__(self, session: DQARSession, layer_id: int, original: AttnProcessor2_0):
-        self.session, self.layer_id, self.original = session, layer_id, original
-
-    @torch.compiler.disable  # decisions are Python's; a compiled block is compiled around them
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        if encoder_hidden_states is None:  # attends to itself after all, which changes from step to step
-            return self.original(attn, hidden_states, None, attention_mask, **kwargs)
-        session, config = self.session, self.session.controller.config
-        fresh = self.layer_id not in session._caption
-        if fresh:
-            caption = (
-                attn.norm_encoder_hidden_states(encoder_hidden_states) if attn.norm_cross else encoder_hidden_states
-            )
-            key, value = (_by_head(layer(caption), attn) for layer in (attn.to_k, attn.to_v))
-            key = key if attn.norm_k is None else attn.norm_k(key)
-        else:
-            key, value = session._caption[self.layer_id]
-        if config.cache_cross_attention:
-            session._caption[self.layer_id] = key, value
-        query = _by_head(attn.to_q(hidden_states), attn)
-        query = query if attn.norm_q is None else attn.norm_q(query)
-        if attention_mask is not None:
-            attention_mask = attn.prepare_attention_mask(attention_mask, key.shape[2], len(key))
-            attention_mask = attention_mask.view(len(key), attn.heads, -1, attention_mask.shape[-1])
-        output = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
-        entropy = None
-        if config.record_entropy:
-            scores = query.float() @ key.float().transpose(-1, -2) * query.shape[-1] ** -0.5
-            weights = (scores if attention_mask is None else scores + attention_mask).softmax(-1)
-            entropy = stats.attention_entropy(weights, reduction="none")
-        for branch, rows in session._slices.items():
-            nbytes = key[rows].nbytes + value[rows].nbytes if config.cache_cross_attention else 0
-            measured = None if entropy is None else entropy[rows]
-            session.controller.record_cross_attention(
-                self.layer_id, branch, fresh, nbytes, measured, hidden_states.shape[1]
-            )
-        return attn.to_out[1](attn.to_out[0](output.transpose(1, 2).flatten(2)))
-
-
-class _DQARHook(ModelHook):
-    """Opens and closes a step around the transformer's forward pass."""
-
-    def __init__(self, session: DQARSession):
-        super().__init__()
-        self.session = session
-
-    def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
-        self.session.begin_forward(args, kwargs)
-        return args, kwargs
-
-    def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return self.session.forward(self.fn_ref.original_forward, args, kwargs)
-
-    def post_forward(self, module: torch.nn.Module, output: Any) -> Any:
-        self.session.end_forward(output)
-        return output
-
-
-class _Follower(ModelHook):
-    """Lets a layer's processor decide what its feed-forward, or its whole block, computes."""
-
-    def __init__(self, decide: Callable):
-        super().__init__()
-        self.decide = decide
-
-    def new_forward(self, module: torch.nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self.decide(lambda x: self.fn_ref.original_forward(x, *args, **kwargs), hidden_states)
-
-
-def _attach(module: torch.nn.Module, hook: ModelHook) -> Callable[[], None]:
-    """Registers a hook; what is returned takes it off again, and with it all that registering left behind."""
-    had_registry = hasattr(module, "_diffusers_hook")
-    had_forward = "forward" in vars(module)  # of another library's hook
-    registry = HookRegistry.check_if_exists_or_initialize(module)
-    registry.register_hook(hook, HOOK_NAME)
-
-    def detach() -> None:
-        registry.remove_hook(HOOK_NAME, recurse=False)
-        if not had_registry and not registry.hooks:
-            del module._diffusers_hook
-            if not had_forward:
-                del module.forward  # the instance attribute; the class's method is underneath
-
-    return detach
-
-
-def _watch(scheduler: Any, session: DQARSession) -> Any:
-    """Lets ``session`` see what goes into ``scheduler.step``; pipelines with one scheduler share one wrapper."""
-    original = scheduler.step
-    if not hasattr(original, "dqar_sessions"):
-
-        def step(model_output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            for watching in tuple(step.dqar_sessions):
-                watching.see_prediction(model_output)
-            return original(model_output, *args, **kwargs)
-
-        step.dqar_sessions, step.dqar_replaced = [], vars(scheduler).get("step")
-        scheduler.step = step
-    scheduler.step.dqar_sessions.append(session)
-    return scheduler.step
-
-
-def _unwatch(scheduler: Any, session: DQARSession, step: Any) -> None:
-    step.dqar_sessions.remove(session)
-    if step.dqar_sessions or scheduler.step is not step:  # someone else's wrapper on top stays, over an idle one
-        return
-    if step.dqar_replaced is None:
-        del scheduler.step
-    else:
-        scheduler.step = step.dqar_replaced
-
-
-def predicted_clean(
-    latents: torch.Tensor, model_output: torch.Tensor, alpha_bar: float, prediction_type: str
-) -> torch.Tensor:
-    """x0 as the model predicts it, from variance-preserving ``latents`` ``[B, C, H, W]`` at noise level ᾱ."""
-    signal, noise = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
-    if prediction_type == "epsilon":
-        return (latents - noise * model_output) / signal
-    if prediction_type == "v_prediction":
-        return signal * latents - noise * model_output
-    if prediction_type == "sample":
-        return model_output
-    raise ValueError(f"prediction_type={prediction_type!r} is not accepted: epsilon, v_prediction or sample")
-
-
-def _alpha_bars(scheduler: Any, timesteps: list[float]) -> list[float]:
-    """ᾱ at each step: from the scheduler's own sigmas where it has them, else at the (whole) timesteps."""
-    sigmas = getattr(scheduler, "sigmas", None)
-    if sigmas is not None and len(sigmas) == len(timesteps) + 1:
-        return [1 / (1 + sigma**2) for sigma in sigmas[:-1].tolist()]
-    return scheduler.alphas_cumprod[torch.tensor(timesteps).long()].tolist()
-
-
-def _self_attention_layers(transformer: Any) -> list[Attention]:
-    blocks = getattr(transformer, "transformer_blocks", None) or []
-    layers = [block.attn1 for block in blocks if isinstance(getattr(block, "attn1", None), Attention)]
-    if not layers or len(layers) != len(blocks):
-        raise ValueError(
-            f"{type(transformer).__name__} has no attention that DQAR can take over: needs `transformer_blocks` with a "
-            f"diffusers `attn1` each, as in {' or '.join(BRANCH_ORDER)}"
-        )
-    for layer_id, layer in enumerate(layers):
-        processor = layer.processor
-        if not isinstance(processor, (AttnProcessor2_0, DQARAttnProcessor)):
-            raise ValueError(
-                f"layer {layer_id} has the attention processor {type(processor).__name__}: DQAR takes the place of "
-                "AttnProcessor2_0 only"
-            )
-    return layers
-
-
-def _feed_forward(block: torch.nn.Module, layer_id: int, target: str) -> FeedForward:
-    if not isinstance(getattr(block, "ff", None), FeedForward):
-        raise ValueError(f"layer {layer_id} has no diffusers `ff`: reuse_target={target!r} takes one in every block")
-    return block.ff
-
-
-def _find_session(transformer: Any) -> DQARSession | None:
-    registry = getattr(transformer, "_diffusers_hook", None)
-    hook = registry.get_hook(HOOK_NAME) if registry is not None else None
-    return hook.session if hook is not None else None
-
-
-def _by_head(x: torch.Tensor, attn: Attention) -> torch.Tensor:
-    """``[B, N, C]`` as ``[B, H, N, C / H]``."""
-    return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-
-
-def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    # Pipelines pass the same tensors at every step; only another object has to be looked into.
-    return a is b or (a is not None and b is not None and a.shape == b.shape and torch.equal(a, b))
-
-
-def _first_value(timestep: torch.Tensor | float) -> float:
-    return float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
+def _compiled(transformer: torch.nn.Module, blocks: list[torch.nn.Module]) -> bool:
+    """Whether the model, or a block of it, is compiled: each module taken over would break its graph."""
+    wrapped = bare(transformer) is not transformer
+    return wrapped or any(vars(m).get("_compiled_call_impl") is not None for m in (transformer, *blocks))

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
 from dqar.config import DQARConfig
-from dqar.plan import lagrange_weights
+from dqar.plan import BRANCHES, lagrange_weights
 from dqar.quantizer import QuantizedTensor, quantize
+from dqar.trace import Entropies
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,19 @@ class StoredTensor:
         """The tensor in its original dtype, unless another is given."""
         return self.data.to(dtype or self.dtype)
 
+    def rows(self, rows: slice) -> StoredTensor:
+        """Some of the batch's samples, as a view of the same memory."""
+        return StoredTensor(self.data[rows], self.dtype)
+
+    def clone(self) -> StoredTensor:
+        """The same in memory of its own."""
+        return StoredTensor(self.data.clone(), self.dtype)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the tensor."""
+        return self.data.shape
+
     @property
     def nbytes(self) -> int:
         """Bytes, as stored."""
@@ -32,6 +47,7 @@ class StoredTensor:
 
 
 Stored = QuantizedTensor | StoredTensor
+Name = Literal["k", "v", "output", "feed_forward"]
 
 
 @dataclass
@@ -44,49 +60,110 @@ class CacheEntry:
 
     layer_id: int
     branch: str
-    row: dict[str, Any]
-    """The trace row of the step that computed it: when, at what entropy."""
-    k: Stored | None = None
-    v: Stored | None = None
-    output: Stored | None = None
-    feed_forward: Stored | None = None
+    step: int = 0
+    """When it was computed."""
+    entropies: Entropies | None = None
+    """Of the attention that computed it, if they were measured."""
+    decision: str = "compute"
+    """``"share"``: what the other branch computed."""
+    stored: dict[Name, Stored] = field(default_factory=dict)
+    """By name; of the branches that were computed together the same tensors, of which this entry has its rows."""
+    rows: slice | None = None
+    """``None``: all of them."""
     streak: int = 0
     """Steps in a row that this entry has served."""
     history: tuple[CacheEntry, ...] = ()
     """What the same site computed before, newest first: as many as a forecast of ``forecast_order`` draws on."""
 
+    own_bytes: int = 0
+    """Of the entry's own rows."""
+
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors of the entry, history included."""
-        own = sum(stored.nbytes for stored in self._tensors if stored is not None)
-        return own + sum(past.nbytes for past in self.history)
+        """Bytes of the entry's own rows of all its tensors, history included."""
+        return self.own_bytes + sum(past.own_bytes for past in self.history) if self.history else self.own_bytes
 
     @property
     def empty(self) -> bool:
         """Whether there is nothing in it to reuse."""
-        return all(stored is None for stored in self._tensors)
+        return not self.stored
 
-    def forecast(self, step: int, name: Literal["output", "feed_forward"] = "output") -> torch.Tensor:
-        """A cached tensor ``[B, N, C]`` continued to ``step``, in its own dtype.
+    def forecast(self, step: int, name: Name = "output") -> torch.Tensor:
+        """A cached tensor ``[B, N, C]`` continued to ``step``, in its own dtype."""
+        return recall([self], step, name)
 
-        The polynomial in the step's index through this entry and its history, whatever the distances between them
-        (TaylorSeer, Liu et al. 2025, with Lagrange's form in place of finite differences). With no history: as cached.
-        """
-        newest: Stored = getattr(self, name)
-        if not self.history:
-            return newest.dequantize()
-        known = (self, *self.history)
-        weights = lagrange_weights([entry.row["step"] for entry in known], step)
-        # Weights of either sign cancel: half precision would lose what they leave.
-        dtype = torch.promote_types(newest.dtype, torch.float32)
-        total = newest.dequantize(dtype) * weights[0]
-        for entry, weight in zip(self.history, weights[1:], strict=True):
-            total.add_(getattr(entry, name).dequantize(dtype), alpha=weight)
-        return total.to(newest.dtype)
+    @functools.cached_property
+    def k(self) -> Stored | None:
+        """The keys."""
+        return self._part("k")
 
-    @property
-    def _tensors(self) -> tuple[Stored | None, ...]:
-        return self.k, self.v, self.output, self.feed_forward
+    @functools.cached_property
+    def v(self) -> Stored | None:
+        """The values."""
+        return self._part("v")
+
+    @functools.cached_property
+    def output(self) -> Stored | None:
+        """The output."""
+        return self._part("output")
+
+    @functools.cached_property
+    def feed_forward(self) -> Stored | None:
+        """The feed-forward's output."""
+        return self._part("feed_forward")
+
+    def separate(self) -> None:
+        """Gives the entry memory of its own, where it shares some."""
+        if self.rows is not None:
+            self.stored = {name: stored.rows(self.rows).clone() for name, stored in self.stored.items()}
+            self.rows = None
+            for name in ("k", "v", "output", "feed_forward"):
+                vars(self).pop(name, None)
+
+    def _part(self, name: Name) -> Stored | None:
+        stored = self.stored.get(name)
+        return stored if stored is None or self.rows is None else stored.rows(self.rows)
+
+
+def recall(entries: Sequence[CacheEntry], step: int, name: Name) -> torch.Tensor:
+    """A cached tensor of one layer's entries, one below the other ``[B, N, C]``, continued to ``step``.
+
+    Branches that were stored as one tensor are read as one.
+    """
+    first = entries[0]
+    if len(entries) > 1 and all(_together(first, entry) for entry in entries[1:]):
+        chain = (first, *first.history)
+        return _continued([past.stored[name] for past in chain], [past.step for past in chain], step)
+    parts = []
+    for entry in entries:
+        chain = (entry, *entry.history)
+        parts.append(_continued([getattr(past, name) for past in chain], [past.step for past in chain], step))
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _together(one: CacheEntry, other: CacheEntry) -> bool:
+    """Whether two branches' entries and all their history were stored as one, ``one`` first."""
+    if one.stored is not other.stored or len(one.history) != len(other.history):
+        return False
+    return one.rows.stop == other.rows.start and all(map(_together, one.history, other.history))
+
+
+def _continued(stored: Sequence[Stored], steps: Sequence[int], step: int) -> torch.Tensor:
+    """The polynomial in the step's index through what was ``stored`` at ``steps``, newest first, at ``step``.
+
+    Whatever the distances between them (TaylorSeer, Liu et al. 2025, with Lagrange's form in place of finite
+    differences). One alone: as cached.
+    """
+    newest = stored[0]
+    if len(stored) == 1:
+        return newest.dequantize()
+    weights = lagrange_weights(steps, step)
+    # Weights of either sign cancel: half precision would lose what they leave.
+    dtype = torch.promote_types(newest.dtype, torch.float32)
+    total = newest.dequantize(dtype) * weights[0]
+    for past, weight in zip(stored[1:], weights[1:], strict=True):
+        total.add_(past.dequantize(dtype), alpha=weight)
+    return total.to(newest.dtype)
 
 
 class QuantizedCache:
@@ -109,24 +186,56 @@ class QuantizedCache:
         key_partner: torch.Tensor | None = None,
         value_partner: torch.Tensor | None = None,
         feed_forward: torch.Tensor | None = None,
+        check_finite: bool = True,
     ) -> None:
-        """Stores ``entry`` with those of the tensors that ``reuse_target`` reuses; with all of them or none."""
-        if self.config.reuse_target == "kv":
+        """Stores ``entry`` with those of the tensors that ``reuse_target`` reuses; with all of them or none.
+
+        Raises:
+            ValueError: NaN or inf, with ``check_finite``.
+        """
+        self.put_together(
+            [(entry, slice(None))], keys, values, output, key_partner, value_partner, feed_forward, check_finite
+        )
+
+    def put_together(
+        self,
+        entries: Sequence[tuple[CacheEntry, slice]],
+        keys: torch.Tensor | None = None,
+        values: torch.Tensor | None = None,
+        output: torch.Tensor | None = None,
+        key_partner: torch.Tensor | None = None,
+        value_partner: torch.Tensor | None = None,
+        feed_forward: torch.Tensor | None = None,
+        check_finite: bool = True,
+    ) -> None:
+        """``put`` for the branches of one layer, whose rows of the tensors are quantized and kept as one."""
+        config = self.config
+        stored: dict[Name, Stored] = {}
+        if config.reuse_target == "kv":
             if keys is not None and values is not None:
-                entry.k = self._half(keys) if self.config.mixed_precision else self._store(keys, key_partner)
-                entry.v = self._store(values, value_partner)
-        elif self.config.reuse_target == "block":
+                half = config.mixed_precision
+                stored["k"] = self._half(keys) if half else self._store(keys, key_partner, check_finite)
+                stored["v"] = self._store(values, value_partner, check_finite)
+        elif config.reuse_target == "block":
             if output is not None and feed_forward is not None:
-                entry.output, entry.feed_forward = self._store(output), self._store(feed_forward)
+                stored["output"] = self._store(output, None, check_finite)
+                stored["feed_forward"] = self._store(feed_forward, None, check_finite)
         elif output is not None:
-            entry.output = self._store(output)
-        last = self._entries.get((entry.layer_id, entry.branch))
-        if self.config.forecast_order and last is not None:
-            earlier = (dataclasses.replace(last, history=()), *last.history)  # a chain would never end
-            same = entry.row.get("step")  # computed twice at a step, the later result counts
-            earlier = [past for past in earlier if not past.empty and past.row.get("step") != same]
-            entry.history = tuple(earlier[: self.config.forecast_order])
-        self._entries[entry.layer_id, entry.branch] = entry
+            stored["output"] = self._store(output, None, check_finite)
+        layer_id, nbytes = entries[0][0].layer_id, sum(whole.nbytes for whole in stored.values())
+        batch = len(next(iter(stored.values())).data) if stored else 1
+        self._separate(layer_id, {entry.branch for entry, _ in entries})
+        for entry, rows in entries:
+            entry.stored, entry.own_bytes = stored, nbytes
+            if len(entries) > 1:
+                entry.rows, entry.own_bytes = rows, nbytes * (rows.stop - rows.start) // batch
+            last = self._entries.get((layer_id, entry.branch))
+            if config.forecast_order and last is not None:
+                earlier = (dataclasses.replace(last, history=()), *last.history)  # a chain would never end
+                # Computed twice at a step, the later result counts.
+                earlier = [past for past in earlier if not past.empty and past.step != entry.step]
+                entry.history = tuple(earlier[: config.forecast_order])
+            self._entries[layer_id, entry.branch] = entry
 
     def clear(self) -> None:
         """Forgets everything."""
@@ -143,10 +252,18 @@ class QuantizedCache:
     def __iter__(self) -> Iterator[CacheEntry]:
         return iter(self._entries.values())
 
+    def _separate(self, layer_id: int, replaced: set[str]) -> None:
+        """Gives what a branch keeps memory of its own, where the other branch's part of it is about to go."""
+        for branch in BRANCHES:
+            entry = self._entries.get((layer_id, branch))
+            if branch not in replaced and entry is not None:
+                for past in (entry, *entry.history):
+                    past.separate()
+
     def _half(self, x: torch.Tensor) -> Stored:
         return StoredTensor(x.detach().to(torch.float16 if x.dtype == torch.float32 else x.dtype, copy=True), x.dtype)
 
-    def _store(self, x: torch.Tensor, partner: torch.Tensor | None = None) -> Stored:
+    def _store(self, x: torch.Tensor, partner: torch.Tensor | None, check_finite: bool) -> Stored:
         if self.config.quantize_bits == 16:
             return StoredTensor(x.detach().clone(), x.dtype)  # a view would keep the whole batch's memory alive
         # batch_dims=1: a shared scale would let one image of a batch change another.
@@ -157,5 +274,5 @@ class QuantizedCache:
             batch_dims=1,
             partner=partner if self.config.balance else None,
             keep_channels=self.config.keep_channels,
-            check_finite=x.device.type == "cpu",
+            check_finite=check_finite and x.device.type == "cpu",
         )

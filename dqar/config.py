@@ -76,6 +76,8 @@ class DQARConfig:
         entropy_queries: estimate the entropy from so many evenly spread queries; ``None`` takes all of them.
         record_entropy: measure it for the trace even where the decision doesn't need it.
         cache_cross_attention: keep the caption's K and V, where there is cross-attention, for the whole run: exact.
+        keep_modulations: keep what DiT's blocks make of timestep and labels for the next run of the same, in 64 MB at
+            most, and compute it once where blocks have equal weights: exact.
 
     Raises:
         ValueError: names the field, the value and what is accepted.
@@ -105,6 +107,7 @@ class DQARConfig:
     entropy_queries: int | None = None
     record_entropy: bool = False
     cache_cross_attention: bool = True
+    keep_modulations: bool = True
 
     def __post_init__(self):
         threshold = self.entropy_threshold
@@ -124,7 +127,7 @@ class DQARConfig:
         check_choice("schedule", self.schedule, get_args(ScheduleKind))
         check_choice("entropy_unit", self.entropy_unit, get_args(EntropyUnit))
         check_choice("snr_source", self.snr_source, get_args(SNRSource))
-        for flag in ("mixed_precision", "record_entropy", "balance", "cache_cross_attention"):
+        for flag in ("mixed_precision", "record_entropy", "balance", "cache_cross_attention", "keep_modulations"):
             check_choice(flag, getattr(self, flag), (True, False))
         if self.mixed_precision:
             check("mixed_precision", True, self.reuse_target == "kv", "only with reuse_target='kv'")
@@ -177,5 +180,10 @@ class DQARConfig:
 
     @property
     def measures_latents(self) -> bool:
-        """Whether SNR and norm of the latents are computed; a plan needs neither, and then no step waits for them."""
+        """Whether the SNR by each step's own prediction is traced; a plan needs none, nor that a step waits for it."""
         return self.plan is None or self.measures_entropy
+
+    @property
+    def asks_latents(self) -> bool:
+        """Whether norm and SNR of the latents are to be known when a step begins: to the gate, or for the trace."""
+        return self.gates_on_snr or self.measures_entropy

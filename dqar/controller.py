@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from dqar import stats
 from dqar.cache import CacheEntry, QuantizedCache
 from dqar.config import DQARConfig, check, check_choice
+from dqar.gate import Step, make_gate
 from dqar.plan import BRANCHES, ReusePlan
-from dqar.policy import policy_features
 from dqar.scheduler import eligible_layers
-from dqar.trace import CROSS_ATTENTION, MODEL, SELF_ATTENTION, Trace
+from dqar.trace import CROSS_ATTENTION, MODEL, SELF_ATTENTION, Entropies, Rows, Trace
 
 
 @dataclass(frozen=True)
@@ -36,23 +38,36 @@ class Decision:
         return self.reason == "shared"
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What becomes of a layer's branches in one forward pass."""
+
+    fresh: tuple[str, ...]
+    cached: tuple[str, ...]
+    shared: tuple[str, ...]
+
+
 class DQARController:
     """Decides site by site, keeps the cache and the trace. Knows no model: ``dqar.attention`` connects it to one.
 
     Args:
         num_layers: attention layers of the model, numbered from 0.
         config: the deck's defaults if left out.
+        trace: to write to, if it is shared with others.
     """
 
-    def __init__(self, num_layers: int, config: DQARConfig | None = None):
+    def __init__(self, num_layers: int, config: DQARConfig | None = None, trace: Trace | None = None):
         check("num_layers", num_layers, isinstance(num_layers, int) and num_layers >= 1, "an int of 1 or more")
         self.num_layers = num_layers
         self.config = config or DQARConfig()
         plan = self.config.plan
         if isinstance(plan, ReusePlan) and plan.num_layers != num_layers:
-            raise ValueError(f"the plan was made for {plan.num_layers} layers, this model has {num_layers}")
+            raise ValueError(
+                f"the plan was made for {_layers(plan.num_layers)}, this model has {num_layers}: make one for it"
+            )
         self.cache = QuantizedCache(self.config)
-        self.trace = Trace()
+        self.trace = Trace() if trace is None else trace
+        self._gate = make_gate(self.config, num_layers)
         self._run = -1
         self._total_steps = 0
         self.reset()
@@ -60,8 +75,9 @@ class DQARController:
     def reset(self) -> None:
         """Forgets the cache and the position in the run; the next step begins a new one. The trace is kept."""
         self.cache.clear()
-        self._step = None
-        self._measured: dict[tuple[int, str], dict] = {}  # trace row of each site's last measured entropy
+        self._step: Step | None = None
+        self._measured: dict[tuple[int, str], Entropies] = {}
+        self._tokens: int | None = None
         self._share_streaks: dict[int, int] = {}
 
     def begin_step(
@@ -69,11 +85,12 @@ class DQARController:
         step_index: int,
         total_steps: int,
         snr: torch.Tensor | float | None = None,
-        prompt_length: int | None = None,
+        prompt_length: float | None = None,
         *,
         snr_schedule: float | None = None,
-        latent_norm: float | None = None,
+        latent_norm: torch.Tensor | float | None = None,
         timestep: float | None = None,
+        run: int | None = None,
     ) -> None:
         """Opens a denoising step. A step that doesn't follow the last one begins a new run with an empty cache.
 
@@ -87,37 +104,62 @@ class DQARController:
             snr_schedule: the noise schedule's ᾱ/(1 − ᾱ); decides instead if ``snr_source="schedule"``.
             latent_norm: ‖x_t‖₂, a feature of the policy.
             timestep: for the trace.
+            run: number of the run, where several share a trace.
         """
         if not 0 <= step_index < total_steps:
             raise ValueError(f"step_index={step_index} is not accepted: from 0 to total_steps - 1 = {total_steps - 1}")
-        if isinstance(self.config.plan, ReusePlan):
-            self.config.plan.check_run(total_steps)
-        if self._step is None or step_index <= self._step:
-            self._run += 1
+        config = self.config
+        if isinstance(config.plan, ReusePlan):
+            config.plan.check_run(total_steps)
+        if self._step is None or step_index <= self._step.index:
+            self._run = self.trace.begin_run() if run is None else run
             self.reset()
         elif total_steps != self._total_steps:
             self.reset()
-        self.trace.resolve()
-        self._step, self._total_steps = step_index, total_steps
-        if isinstance(snr, torch.Tensor):
+        self._total_steps = total_steps
+        if config.gates_on_entropy:
+            self.trace.resolve()
+        if isinstance(snr, torch.Tensor) and config.gates_on_snr and config.snr_source == "predicted":
             snr = snr.float().mean().item()
-        self._snr, self._snr_schedule = snr, snr_schedule
-        self._gate_snr = snr_schedule if self.config.snr_source == "schedule" else snr
-        self._prompt_length, self._latent_norm, self._timestep = prompt_length, latent_norm, timestep
-        base = self.config.entropy_threshold
-        self._threshold = base if prompt_length is None or base == math.inf else stats.tau(base, prompt_length)
-        self._eligible = self._eligible_at(step_index)
+        if isinstance(latent_norm, torch.Tensor) and config.policy is not None:
+            latent_norm = latent_norm.item()
+        gate_snr = snr_schedule if config.snr_source == "schedule" else snr
+        base = config.entropy_threshold
+        threshold = base if prompt_length is None or base == math.inf else stats.tau(base, prompt_length)
+        self._step = Step(
+            step_index,
+            total_steps,
+            self._eligible_at(step_index),
+            gate_snr,
+            latent_norm,
+            prompt_length,
+            threshold,
+            self.cache,
+            lambda layer_id, branch: self._measured.get((layer_id, branch)),
+        )
         # With a forecast of order n, a result is still drawn on after n newer ones.
-        coming = range(step_index + 1, step_index + 2 + self.config.forecast_order)
+        coming = range(step_index + 1, step_index + 2 + config.forecast_order)
         self._eligible_next = frozenset().union(*map(self._eligible_at, coming))
-        self._reasons: dict[tuple[int, str], str] = {}
-        self._scores: dict[tuple[int, str], float] | None = None
-        self._first_row = len(self.trace)
+        self._looks = config.measures_entropy and step_index % config.entropy_interval == 0
+        self._table: dict[str, Sequence[str]] = {}
+        self._rows: dict[str, Rows] = {}
+        self._shared: dict[str, Any] = {
+            "run": self._run,
+            "step": step_index,
+            "total_steps": total_steps,
+            "timestep": timestep,
+            "threshold": threshold,
+            "snr": snr,
+            "snr_gate": gate_snr,
+            "snr_schedule": snr_schedule,
+            "latent_norm": latent_norm,
+        }
 
-    def complete_step(self, snr: float) -> None:
+    def complete_step(self, snr: torch.Tensor | float) -> None:
         """Writes the SNR by the step's own prediction, known only after the model ran, to the step's trace rows."""
-        for row in self.trace.rows[self._first_row :]:
-            row["snr"] = snr
+        self._shared["snr"] = snr
+
+    # --- slide 9's calls ---------------------------------------------------------------------------------------------
 
     def should_reuse(self, layer_id: int, branch: str = "cond") -> Decision:
         """Decides for one layer and branch of the open step.
@@ -127,28 +169,17 @@ class DQARController:
             RuntimeError: before the first ``begin_step``.
         """
         self._check_site(layer_id, branch)
-        entry = self.cache.get(layer_id, branch)
-        reason = self._reason(layer_id, branch, entry)
-        if reason != "reuse" and branch == "uncond" and self._may_share(layer_id):
-            reason = "shared"
-        self._reasons[layer_id, branch] = reason
+        reason = self._reasons(branch, share="cond" in self._table)[layer_id]
         use_cache = reason == "reuse"
-        return Decision(use_cache, entry if use_cache else None, reason)
-
-    def wants_commit(self, layer_id: int) -> bool:
-        """Whether what the layer computes now may be drawn on at a later step; if not, it needn't be cached."""
-        return layer_id in self._eligible_next
-
-    def wants_entropy(self, layer_id: int) -> bool:
-        """Whether the layer's entropy is to be measured, if it is computed at the open step."""
-        config = self.config
-        due = self._step % config.entropy_interval == 0 or (layer_id, "cond") not in self._measured
-        return config.measures_entropy and due
+        return Decision(use_cache, self.cache.get(layer_id, branch) if use_cache else None, reason)
 
     def reuse(self, entry: CacheEntry) -> None:
         """Records that ``entry`` serves the open step."""
         entry.streak += 1
-        self._add_row(entry.layer_id, entry.branch, "reuse", entry.nbytes, entry.row)
+        age = self._step.index - entry.step
+        self._open(SELF_ATTENTION).add(
+            entry.layer_id, entry.branch, "reuse", "reuse", entry.nbytes, age, entry.entropies
+        )
 
     def commit(
         self,
@@ -179,56 +210,178 @@ class DQARController:
             key_partner, value_partner: for ``balance``: max |·| per channel of what keys and values are multiplied
                 with, ``[B, 1, channels]`` or ``[channels]``.
             clean_latent, noisy_latent: x0 and x_t, ``[B, ...]``, for the trace's SNR.
+
+        Raises:
+            ValueError: a layer or branch that doesn't exist, NaN or inf in what is cached.
+            RuntimeError: before the first ``begin_step``.
         """
         self._check_site(layer_id, branch)
-        per_head = None
         if attn_map is not None:
-            per_head = stats.attention_entropy(attn_map, reduction="none").mean(0)
+            entropy = stats.attention_entropy(attn_map, reduction="none")
         elif entropy is not None:
-            per_head = torch.as_tensor(entropy, dtype=torch.float32)
-            per_head = per_head.mean(0) if per_head.ndim == 2 else per_head.reshape(-1)
-        tokens = next((x.shape[-2] for x in (attn_map, keys, output) if x is not None and x.ndim > 1), None)
-        row = self._add_computed(layer_id, branch, per_head, tokens)
+            entropy = torch.as_tensor(entropy, dtype=torch.float32)
+            entropy = entropy if entropy.ndim == 2 else entropy.reshape(1, -1)
         if clean_latent is not None and noisy_latent is not None:
-            row["snr"] = stats.snr(clean_latent, noisy_latent).mean().item()
-        entry = CacheEntry(layer_id, branch, row)
-        self.cache.put(entry, keys, values, output, key_partner, value_partner, feed_forward)
-        row["bytes"] = entry.nbytes
+            self.complete_step(stats.snr(clean_latent, noisy_latent).mean())
+        tokens = next((x.shape[-2] for x in (attn_map, keys, output) if x is not None and x.ndim > 1), None)
+        tensors = {"keys": keys, "values": values, "output": output, "feed_forward": feed_forward}
+        self.commit_together(
+            layer_id,
+            {branch: slice(None)},
+            entropy,
+            tokens,
+            key_partner=key_partner,
+            value_partner=value_partner,
+            check_finite=True,
+            **tensors,
+        )
+
+    # --- the same for all branches of a layer ------------------------------------------------------------------------
+
+    def choices(self, branches: Sequence[str]) -> list[Choice]:
+        """What becomes of each layer, from 0 up, in a forward pass of these branches."""
+        table = {b: self._reasons(b, share="cond" in branches) for b in BRANCHES if b in branches}  # cond decides first
+        made: dict[tuple[str, ...], Choice] = {}
+        choices = []
+        for layer_id in range(self.num_layers):
+            reasons = tuple(table[branch][layer_id] for branch in branches)
+            if reasons not in made:
+                pairs = tuple(zip(branches, reasons, strict=True))
+                made[reasons] = Choice(
+                    tuple(b for b, reason in pairs if reason not in ("reuse", "shared")),
+                    tuple(b for b, reason in pairs if reason == "reuse"),
+                    tuple(b for b, reason in pairs if reason == "shared"),
+                )
+            choices.append(made[reasons])
+        return choices
+
+    def record_idle(self, branches: Sequence[str]) -> bool:
+        """Records all sites of a step at which every layer is computed, and nothing kept or measured; else ``False``.
+
+        So that no site has anything to look up.
+        """
+        if self._eligible_next or self._looks or self.config.share_below > 0:
+            return False
+        table = [self._reasons(branch, share=False) for branch in branches]
+        if any("reuse" in reasons for reasons in table) or (
+            self.config.measures_entropy and any(map(self.wants_entropy, range(self.num_layers)))
+        ):
+            return False
+        layers = [layer_id for layer_id in range(self.num_layers) for _ in branches]
+        reasons = [reason for together in zip(*table, strict=True) for reason in together]
+        self._open(SELF_ATTENTION).add_computed(layers, tuple(branches) * self.num_layers, reasons)
+        return True
+
+    def wants_commit(self, layer_id: int) -> bool:
+        """Whether what the layer computes now may be drawn on at a later step; if not, it needn't be cached."""
+        return layer_id in self._eligible_next
+
+    def wants_entropy(self, layer_id: int) -> bool:
+        """Whether the layer's entropy is to be measured, if it is computed at the open step."""
+        if self._looks or not self.config.measures_entropy:
+            return self._looks
+        return not any((layer_id, branch) in self._measured for branch in BRANCHES)
+
+    def commit_together(
+        self,
+        layer_id: int,
+        rows: dict[str, slice],
+        entropy: torch.Tensor | None,
+        tokens: int | None,
+        check_finite: bool = False,
+        **tensors: torch.Tensor | None,
+    ) -> None:
+        """``commit`` for several branches, whose ``rows`` of ``entropy`` ``[B, H]`` and of the tensors these are.
+
+        What one step leaves NaN or inf in is found in the model's output, so it isn't looked for here by default.
+        """
+        self._tokens = self._open(SELF_ATTENTION).tokens = tokens
+        entropies, step = self._entropies(layer_id, rows, entropy, tokens), self._step.index
+        entries = [
+            (CacheEntry(layer_id, branch, step, entropies, self._decision(layer_id, branch)), part)
+            for branch, part in rows.items()
+        ]
+        self.cache.put_together(entries, check_finite=check_finite, **tensors)
+        for entry, _ in entries:
+            self._add_computed(layer_id, entry.branch, entry.nbytes, entropies)
 
     def record(
         self, layer_id: int, branch: str, entropy: torch.Tensor | None = None, tokens: int | None = None
     ) -> None:
         """Records a computed site that no later step will reuse, so that nothing is cached; entropy ``[B, H]``."""
-        self._add_computed(layer_id, branch, None if entropy is None else entropy.mean(0), tokens)
+        self.record_together(layer_id, {branch: slice(None)}, entropy, tokens)
+
+    def record_together(
+        self, layer_id: int, rows: dict[str, slice], entropy: torch.Tensor | None, tokens: int | None
+    ) -> None:
+        """``record`` for several branches."""
+        self._tokens = self._open(SELF_ATTENTION).tokens = tokens
+        entropies = self._entropies(layer_id, rows, entropy, tokens)
+        for branch in rows:
+            self._add_computed(layer_id, branch, 0, entropies)
 
     def record_cross_attention(
-        self, layer_id: int, branch: str, fresh: bool, nbytes: int, entropy: torch.Tensor | None, tokens: int
+        self,
+        layer_id: int,
+        rows: dict[str, slice],
+        fresh: bool,
+        nbytes: int,
+        entropy: torch.Tensor | None,
+        tokens: int,
     ) -> None:
         """Records a cross-attention, whose K and V come from the caption alone; nothing is decided about it.
 
         Args:
-            layer_id, branch: where.
+            layer_id, rows: where: the branches, with their rows.
             fresh: whether K and V were computed at this step, rather than kept from the run's first.
-            nbytes: of the K and V kept.
+            nbytes: of the K and V kept for each branch.
             entropy: of its maps, ``[B, H]`` in nats, if measured.
             tokens: queries.
         """
-        row = self._add_row(layer_id, branch, "compute" if fresh else "reuse", nbytes, module=CROSS_ATTENTION)
-        row["entropy_per_head"], row["tokens"] = None if entropy is None else entropy.mean(0), tokens
+        entropies = None
+        if entropy is not None:
+            entropies = self.trace.measured(Entropies(self._step.index, entropy, rows, tokens))
+        self._open(CROSS_ATTENTION).tokens = tokens
+        for branch in rows:
+            self._open(CROSS_ATTENTION).add(
+                layer_id, branch, "compute" if fresh else "reuse", "caption", nbytes, 0, entropies
+            )
 
     def record_output(self, branch: str, fresh: bool, nbytes: int) -> None:
         """Records whether a branch of the whole model was computed or forecast, and the bytes kept for it."""
-        self._add_row(-1, branch, "compute" if fresh else "reuse", nbytes, module=MODEL)
+        self._open(MODEL).add(-1, branch, "compute" if fresh else "reuse", "plan", nbytes)
 
-    def _add_computed(self, layer_id: int, branch: str, per_head: torch.Tensor | None, tokens: int | None) -> dict:
-        shared = self._reasons.get((layer_id, branch)) == "shared"
-        row = self._add_row(layer_id, branch, "share" if shared else "compute", 0)
-        row["entropy_per_head"], row["tokens"] = per_head, tokens
-        if per_head is not None:
-            self._measured[layer_id, branch] = row
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _open(self, module: str) -> Rows:
+        rows = self._rows.get(module)
+        if rows is None:
+            rows = self._rows[module] = self.trace.open(module, self._shared)
+            if module == SELF_ATTENTION:
+                rows.tokens = self._tokens
+        return rows
+
+    def _entropies(
+        self, layer_id: int, rows: dict[str, slice], entropy: torch.Tensor | None, tokens: int | None
+    ) -> Entropies | None:
+        if entropy is None:
+            return None
+        entropies = self.trace.measured(Entropies(self._step.index, entropy, rows, tokens))
+        self._measured.update(((layer_id, branch), entropies) for branch in rows)
+        return entropies
+
+    def _decision(self, layer_id: int, branch: str) -> str:
+        reasons = self._table.get(branch)
+        return "share" if reasons is not None and reasons[layer_id] == "shared" else "compute"
+
+    def _add_computed(self, layer_id: int, branch: str, nbytes: int, entropies: Entropies | None) -> None:
+        decision = self._decision(layer_id, branch)
+        reasons = self._table.get(branch)
+        reason = "not asked" if reasons is None else reasons[layer_id]
+        self._open(SELF_ATTENTION).add(layer_id, branch, decision, reason, nbytes, 0, entropies)
         if branch == "uncond":
+            shared = decision == "share"
             self._share_streaks[layer_id] = self._share_streaks.get(layer_id, 0) + 1 if shared else 0
-        return row
 
     def _check_site(self, layer_id: int, branch: str) -> None:
         if self._step is None:
@@ -245,106 +398,30 @@ class DQARController:
             step, self._total_steps, self.num_layers, self.config.schedule, self.config.static_interval
         )
 
-    def _reason(self, layer_id: int, branch: str, entry: CacheEntry | None) -> str:
-        config = self.config
-        if config.plan is not None:
-            if (self._step, layer_id, branch) not in config.plan.sites:
-                return "plan"
-            return "no cache" if entry is None or entry.empty else "reuse"
-        if self._step < config.warmup:
-            return "warmup"
-        if self._step >= self._total_steps - config.cooldown:
-            return "cooldown"
-        if layer_id not in self._eligible:
-            return "schedule"
-        if entry is None or entry.empty:
-            return "no cache"
-        if entry.streak >= config.max_reuse_streak:
-            return "streak"
-        if config.policy is not None:
-            return "reuse" if self._policy_score(layer_id, branch) >= config.policy_threshold else "policy"
-        low, high = config.snr_range
-        if config.gates_on_snr and not (self._gate_snr is not None and low <= self._gate_snr <= high):
-            return "snr"
-        if config.gates_on_entropy:
-            entropy = self._entropy(layer_id, branch)
-            if config.entropy_unit == "normalized" and entropy is not None:
-                entropy /= math.log(self._measured[layer_id, branch]["tokens"])
-            if entropy is None or not entropy < self._threshold:
-                return "entropy"
-        return "reuse"
+    def _reasons(self, branch: str, share: bool) -> Sequence[str]:
+        """The open step's row of a branch; ``share``: the other branch is there to be shared."""
+        row = self._table.get(branch)
+        if row is None:
+            row = self._gate.row(self._step, branch)
+            if share and branch == "uncond" and self.config.share_below > 0:
+                cond = self._table["cond"]
+                shares = [
+                    own != "reuse" and other != "reuse" and self._may_share(layer_id)
+                    for layer_id, (own, other) in enumerate(zip(row, cond, strict=True))
+                ]
+                row = ["shared" if shared else own for shared, own in zip(shares, row, strict=True)]
+            self._table[branch] = row
+        return row
 
     def _may_share(self, layer_id: int) -> bool:
-        config = self.config
-        computed = self._reasons.get((layer_id, "cond"), "reuse") != "reuse"
-        bounds = range(config.warmup, self._total_steps - config.cooldown)
-        if not (config.share_below > 0 and computed and self._step in bounds):
+        config, step = self.config, self._step
+        if not config.warmup <= step.index < step.total - config.cooldown:
             return False
         if self._share_streaks.get(layer_id, 0) >= config.max_reuse_streak:
             return False
-        entropies = [self._entropy(layer_id, branch) for branch in BRANCHES]
+        entropies = [step.entropy(layer_id, branch) for branch in BRANCHES]
         return None not in entropies and abs(entropies[0] - entropies[1]) < config.share_below
 
-    def _entropy(self, layer_id: int, branch: str) -> float | None:
-        """The site's last measured entropy, averaged over heads."""
-        row = self._measured.get((layer_id, branch))
-        if row is not None and isinstance(row["entropy_per_head"], torch.Tensor):
-            self.trace.resolve()
-        return None if row is None else row["entropy"]
 
-    def _policy_score(self, layer_id: int, branch: str) -> float:
-        # All sites of the step in one pass on the host: no layer waits for the device.
-        if self._scores is None:
-            known = {(e.layer_id, e.branch): self._entropy(e.layer_id, e.branch) for e in self.cache}
-            known = {site: entropy for site, entropy in known.items() if entropy is not None}
-            if None in (self._gate_snr, self._latent_norm):
-                raise ValueError("the policy needs begin_step's snr and latent_norm from the second step on")
-            features = [
-                policy_features(
-                    entropy,
-                    self._gate_snr,
-                    self._latent_norm,
-                    self._step,
-                    self._total_steps,
-                    self._prompt_length or 1,
-                )
-                for entropy in known.values()
-            ]
-            with torch.no_grad():
-                scores = self.config.policy(torch.tensor(features)).tolist()
-            self._scores = dict(zip(known, scores, strict=True))
-        return self._scores.get((layer_id, branch), 0.0)
-
-    def _add_row(
-        self,
-        layer_id: int,
-        branch: str,
-        decision: str,
-        nbytes: int,
-        source: dict | None = None,
-        module: str = SELF_ATTENTION,
-    ) -> dict:
-        source = source or {}
-        reason = {CROSS_ATTENTION: "caption", MODEL: "plan"}.get(module)
-        reason = reason or self._reasons.get((layer_id, branch), "not asked")
-        return self.trace.add(
-            run=self._run,
-            step=self._step,
-            total_steps=self._total_steps,
-            timestep=self._timestep,
-            module=module,
-            layer=layer_id,
-            branch=branch,
-            decision=decision,
-            reason=reason,
-            entropy=source.get("entropy"),
-            entropy_per_head=source.get("entropy_per_head"),
-            age=self._step - source.get("step", self._step),
-            threshold=self._threshold,
-            snr=self._snr,
-            snr_gate=self._gate_snr,
-            snr_schedule=self._snr_schedule,
-            latent_norm=self._latent_norm,
-            tokens=source.get("tokens"),
-            bytes=nbytes,
-        )
+def _layers(count: int) -> str:
+    return f"{count} layer" + "s" * (count != 1)

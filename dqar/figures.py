@@ -321,7 +321,7 @@ def slide10_architecture(run: Run) -> Figure:
     """The package as it is: modules by level, arrows from the code's own imports."""
     graph = architecture.import_graph()
     core = {"plan", "config", "stats", "kernels", "scheduler", "quantizer", "cache", "policy", "trace", "controller"}
-    core |= {"attention", "forecast"}
+    core |= {"attention", "forecast", "families", "gate", "modulations", "noise", "run", "sites", "takeover"}
     inner = {name: graph[name] & core for name in sorted(core)}
     outer = {name: graph[name] - core for name in graph.keys() - core}
     figure, panels = plt.subplots(1, 2, width_ratios=(3, 4))

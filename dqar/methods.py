@@ -14,9 +14,10 @@ from diffusers import DiffusionPipeline
 
 from dqar import ptq
 from dqar.config import DQARConfig, ReuseTarget
+from dqar.families import describe_model
 from dqar.models import Profile, load_pipeline
 from dqar.peers import Peer
-from dqar.plan import ForecastPlan, describe_model, extrapolation
+from dqar.plan import ForecastPlan, extrapolation
 from dqar.policy import ReusePolicy
 from dqar.results import RECORDED, slug
 from dqar.sampling import OPEN, Samples, sample

@@ -41,6 +41,8 @@ from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from diffusers.hooks.mag_cache import _MAG_CACHE_LEADER_BLOCK_HOOK
 from diffusers.models.attention import BasicTransformerBlock
 
+from dqar.takeover import handler_of
+
 COMPONENTS = ("attn1", "ff")
 """The two modules of a DiT block that hold its work; what they return is not yet multiplied by the adaLN gate."""
 CALIBRATION_SEED = 400
@@ -110,7 +112,8 @@ def _watched(pipe: DiffusionPipeline, num_inference_steps: int) -> Iterator[_Run
     transformer, scheduler = pipe.transformer, pipe.scheduler
     modules = list(transformer.modules())
     registries = [vars(module).get("_diffusers_hook") for module in modules]
-    if "set_timesteps" in vars(scheduler) or any(registry and registry.hooks for registry in registries):
+    taken = any(map(handler_of, modules))
+    if taken or "set_timesteps" in vars(scheduler) or any(registry and registry.hooks for registry in registries):
         raise ValueError("the pipeline has a peer, DQAR or other diffusers hooks on it: take them off first")
     if any(hasattr(module, "_hf_hook") for module in modules):
         raise ValueError("the pipeline is offloaded by accelerate, which replaces the forward that a peer needs")

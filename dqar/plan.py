@@ -18,6 +18,7 @@ from typing import Any
 import pandas as pd
 
 BRANCHES = ("cond", "uncond")
+"""Of classifier-free guidance."""
 FORMAT, FORECAST_FORMAT = "dqar-plan-1", "dqar-forecast-1"
 
 Site = tuple[int, int, str]
@@ -75,6 +76,10 @@ class ReusePlan:
         steps = sorted(set(table.total_steps.tolist()))
         if len(steps) != 1:
             raise ValueError(f"the trace has runs of {steps or 'no'} steps: a plan is made of runs of one number")
+        whole = table.groupby("run").step.nunique() == steps[0]
+        if not whole.any():
+            raise ValueError(f"the trace has no run of all {steps[0]} steps: a plan is made of whole runs")
+        table = table[table.run.isin(whole.index[whole])]  # stopped runs and late starts say nothing of what they left
         share = (table.decision == "reuse").groupby([table.step, table.layer, table.branch]).sum() / table.run.nunique()
         sites = frozenset((int(step), int(layer), branch) for step, layer, branch in share[share >= 0.5].index)
         return cls(sites, int(table.layer.max()) + 1, int(steps[0]), scheduler, provenance or {})
@@ -96,7 +101,7 @@ class ReusePlan:
         """Raises ``ValueError`` for a run that the plan wasn't made for, saying what it was made for."""
         if num_inference_steps != self.num_inference_steps:
             raise ValueError(
-                f"the plan was made for {self.num_inference_steps} steps, this run takes {num_inference_steps}: "
+                f"the plan was made for {_steps(self.num_inference_steps)}, this run takes {num_inference_steps}: "
                 "make one for this number of steps"
             )
         if None not in (scheduler, self.scheduler) and scheduler != self.scheduler:
@@ -163,6 +168,7 @@ class ForecastPlan:
         readouts: one row per step: a matrix from a token's hidden states of both branches, cond first, to what is added
             to the forecast of its patch (rows, columns and channels of it), row by row; ``()``: nothing is added.
         provenance: where it comes from, and with which errors; saved with it, not compared.
+        scheduler: class name of the sampler that its weights were fitted under; ``None``: any, as of an extrapolation.
 
     Raises:
         ValueError: step 0 isn't computed as it is, or a row of the wrong length, naming it.
@@ -177,6 +183,7 @@ class ForecastPlan:
     kernel: int = 1
     provenance: Mapping[str, Any] = field(default_factory=dict, compare=False)
     readouts: tuple[tuple[float, ...], ...] = ()
+    scheduler: str | None = None
 
     def __post_init__(self):
         for name in ("weights", "readouts"):
@@ -228,11 +235,19 @@ class ForecastPlan:
         """Outputs that a step's forecast can draw on, its own fresh one included."""
         return min(self.history, sum(done <= step for done in self.computed))
 
-    def check_run(self, timesteps: Sequence[float]) -> None:
-        """Raises ``ValueError`` for a run with other timesteps, saying how they differ."""
+    def drawn_on(self, step: int) -> list[int]:
+        """The computed steps whose outputs a step's forecast draws on, newest first, its own included."""
+        return sorted((done for done in self.computed if done <= step), reverse=True)[: self.history]
+
+    def check_run(self, timesteps: Sequence[float], scheduler: str | None = None) -> None:
+        """Raises ``ValueError`` for a run with other timesteps or another sampler, saying how they differ."""
+        if None not in (scheduler, self.scheduler) and scheduler != self.scheduler:
+            raise ValueError(
+                f"the plan was fitted under {self.scheduler}, this run uses {scheduler}: make one for this sampler"
+            )
         if len(timesteps) != len(self.timesteps):
             raise ValueError(
-                f"the plan was made for {len(self.timesteps)} steps, this run takes {len(timesteps)}: "
+                f"the plan was made for {_steps(len(self.timesteps))}, this run takes {len(timesteps)}: "
                 "make one for this number of steps"
             )
         for step, (wanted, given) in enumerate(zip(self.timesteps, timesteps, strict=True)):
@@ -242,10 +257,27 @@ class ForecastPlan:
                     f"in this run at {float(given):g}"
                 )
 
+    def check_guidance(self, scale: float, noise: float) -> None:
+        """Raises ``ValueError`` for a run of another guidance scale, which rounding may have moved by ``noise``."""
+        if abs(scale - self.guidance_scale) > 1e-4 * self.guidance_scale + noise:
+            run = "is without guidance" if abs(scale - 1) < 1e-3 else f"has {scale:.4g}"
+            raise ValueError(
+                f"the plan was made for guidance_scale={self.guidance_scale:g}, this run {run}: make one for this "
+                "guidance"
+            )
+
+    def check_latents(self, shape: Sequence[int], sample_size: int | None) -> None:
+        """Raises ``ValueError`` for latents ``[C, H, W]`` of another size than the model was made for, as plans are."""
+        if sample_size is not None and any(side != sample_size for side in shape[-2:]):
+            raise ValueError(
+                f"the plan was made for {sample_size} x {sample_size} latents, these are {shape[-2]} x {shape[-1]}: "
+                "make one for this size"
+            )
+
     def check_model(self, model: str) -> None:
         """Raises ``ValueError`` for another model than the plan's."""
         if model != self.model:
-            raise ValueError(f"the plan was made for {self.model}, this is {model}")
+            raise ValueError(f"the plan was made for {self.model}, this is {model}: make one for this model")
 
     def save(self, path: str | Path) -> None:
         """Writes JSON: a row of weights per step, and which are computed."""
@@ -288,17 +320,6 @@ def lagrange_weights(steps: Sequence[int], step: int) -> list[float]:
     return [math.prod((step - b) / (a - b) for b in steps if b != a) for a in steps]
 
 
-def describe_model(transformer: Any) -> str:
-    """What a plan must fit: class, depth, width, input size and number of parameters of a diffusers transformer."""
-    config = transformer.config
-    width = config.num_attention_heads * config.attention_head_dim
-    parameters = sum(parameter.numel() for parameter in transformer.parameters())
-    return (
-        f"{type(transformer).__name__} of {config.num_layers} layers, {width} wide, {config.sample_size} x "
-        f"{config.sample_size} inputs, {parameters:,} parameters"
-    )
-
-
 @contextlib.contextmanager
 def _reading(path: str | Path, form: str) -> Iterator[dict[str, Any]]:
     """The content of a JSON file of this format; whatever is wrong with it is a ``ValueError`` that names the file."""
@@ -323,3 +344,7 @@ def _write(path: str | Path, content: dict[str, Any]) -> None:
 
 def _is_index(value: Any, size: int | None) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0 and (size is None or value < size)
+
+
+def _steps(count: int) -> str:
+    return f"{count} step" + "s" * (count != 1)

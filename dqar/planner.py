@@ -33,9 +33,10 @@ from rich.console import Console
 from tqdm import tqdm
 
 from dqar.config import check, check_choice
+from dqar.families import describe_model
 from dqar.forecast import FinalHiddenStates, from_patches, to_patches
 from dqar.models import SCHEDULERS, Profile, branch_predictions, get_profile, guide, load_pipeline
-from dqar.plan import ForecastPlan, describe_model
+from dqar.plan import ForecastPlan
 from dqar.results import provenance
 from dqar.sampling import class_labels, first_latents
 
@@ -317,7 +318,16 @@ def make_plan(
     guidance, model = max(1.0, profile.guidance_scale), describe_model(pipe.transformer)
     timesteps = scheduler.timesteps.tolist()
     return ForecastPlan(
-        final.weights, best.computed, timesteps, guidance, HISTORY, model, KERNEL, source, final.readouts
+        final.weights,
+        best.computed,
+        timesteps,
+        guidance,
+        HISTORY,
+        model,
+        KERNEL,
+        source,
+        final.readouts,
+        type(scheduler).__name__,
     )
 
 

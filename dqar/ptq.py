@@ -24,6 +24,7 @@ from torchao.utils import should_reduce_range
 
 from dqar.models import Profile
 from dqar.sampling import sample
+from dqar.takeover import handler_of
 
 # Not norm1.linear, the timestep and label embedders and proj_out_1: they run on one token per image, so that they take
 # hardly any time, and the salient channels that PTQ4DiT is about are in the layers that are named here. Nor pos_embed
@@ -48,7 +49,7 @@ def quantize_transformer(
             a copy would share with it), or another model's ``salience``.
     """
     _sites(transformer)
-    if "forward" in vars(transformer):
+    if "forward" in vars(transformer) or handler_of(transformer) is not None:
         raise ValueError("the transformer carries hooks (DQAR's, or of offloading): quantize it without, then add them")
     quantized = copy.deepcopy(transformer)
     if salience is not None:

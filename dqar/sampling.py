@@ -10,11 +10,11 @@ from diffusers import DiffusionPipeline, PixArtAlphaPipeline, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from tqdm import tqdm
 
-from dqar.attention import BRANCH_ORDER, apply_dqar
+from dqar.attention import apply_dqar
 from dqar.captions import NUM_CAPTIONS, coco_captions
 from dqar.config import DQARConfig
+from dqar.families import family
 from dqar.models import Profile
-from dqar.plan import BRANCHES
 from dqar.trace import Trace
 
 OPEN = DQARConfig(entropy_threshold=math.inf, snr_range=(0, math.inf))
@@ -122,7 +122,7 @@ class ChangeRecorder:
         self.rows: list[dict] = []
         self._last: dict[int, torch.Tensor] = {}
         self._forwards, self._num_inference_steps = 0, num_inference_steps
-        self._branches = BRANCH_ORDER.get(type(transformer).__name__, BRANCHES)
+        self._branches = family(transformer).branch_order
         blocks = transformer.transformer_blocks
         self._handles = [block.attn1.register_forward_hook(self._see(i)) for i, block in enumerate(blocks)]
 

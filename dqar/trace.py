@@ -1,45 +1,149 @@
-"""The trace: one row per site, tidy, filled without waiting for the device within a step."""
+"""The trace: what was decided and measured at every site, column by column, filled without waiting for the device."""
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
 import torch
 
 SELF_ATTENTION, CROSS_ATTENTION, MODEL = "self_attention", "cross_attention", "model"
+KEPT_RUNS = 1000
+"""The trace drops the oldest run when there are more; one of 28 layers and 50 steps takes about a quarter megabyte."""
+
+
+class Entropies:
+    """The entropies of one layer's attention at one step: ``[B, H]`` in nats, on the device until ``resolve``.
+
+    Attributes:
+        step: when they were measured.
+        tokens: keys that each query attends to.
+        per_head: once resolved, by branch, one number a head.
+        mean: once resolved, by branch.
+    """
+
+    __slots__ = ("mean", "per_head", "rows", "step", "tokens", "values")
+
+    def __init__(self, step: int, values: torch.Tensor, rows: dict[str, slice], tokens: int | None):
+        self.step, self.values, self.rows, self.tokens = step, values, rows, tokens
+        self.per_head: dict[str, list[float]] | None = None
+        self.mean: dict[str, float] = {}
+
+    def set(self, values: list[list[float]]) -> None:
+        """Takes the numbers ``[B][H]`` that were brought over, and lets the tensor go."""
+        self.per_head = {}
+        for branch, rows in self.rows.items():
+            images = values[rows]
+            heads = [sum(column) / len(images) for column in zip(*images, strict=True)]
+            self.per_head[branch], self.mean[branch] = heads, sum(heads) / len(heads)
+        self.values = None
+
+
+@dataclass(slots=True)
+class Rows:
+    """The sites of one module at one step: what they share, and one list a column."""
+
+    module: str
+    shared: dict[str, Any]
+    """Of the whole step: ``run``, ``step``, ``snr`` ...; a number still on the device is brought over when read."""
+    layer: list[int] = field(default_factory=list)
+    branch: list[str] = field(default_factory=list)
+    decision: list[str] = field(default_factory=list)
+    reason: list[str] = field(default_factory=list)
+    bytes: list[int] = field(default_factory=list)
+    age: list[int] = field(default_factory=list)
+    """Steps since the site was computed."""
+    entropies: list[Entropies | None] = field(default_factory=list)
+    """Measured when the site was computed."""
+    tokens: int | None = None
+    """Keys that each query attends to; ``None``: nobody looked."""
+
+    def add(
+        self,
+        layer: int,
+        branch: str,
+        decision: str,
+        reason: str,
+        nbytes: int,
+        age: int = 0,
+        entropies: Entropies | None = None,
+    ) -> None:
+        """Appends one site."""
+        self.layer.append(layer)
+        self.branch.append(branch)
+        self.decision.append(decision)
+        self.reason.append(reason)
+        self.bytes.append(nbytes)
+        self.age.append(age)
+        self.entropies.append(entropies)
+
+    def add_computed(self, layers: Sequence[int], branches: Sequence[str], reasons: Sequence[str]) -> None:
+        """Appends computed sites of which nothing is kept or measured, a column each."""
+        count = len(layers)
+        self.layer += layers
+        self.branch += branches
+        self.decision += ("compute",) * count
+        self.reason += reasons
+        self.bytes += (0,) * count
+        self.age += (0,) * count
+        self.entropies += (None,) * count
+
+    def __len__(self) -> int:
+        return len(self.layer)
 
 
 class Trace:
-    """Rows of plain values and, until ``resolve``, of tensors that still lie on the device."""
+    """Rows of every run, up to ``KEPT_RUNS``; entropies still on the device until ``resolve``."""
 
     def __init__(self):
-        self.rows: list[dict[str, Any]] = []
-        self._unresolved = 0
+        self._runs: deque[list[Rows]] = deque(maxlen=KEPT_RUNS)
+        self._unresolved: list[Entropies] = []
+        self._last_run: int | None = None
+        self.num_runs = 0
+        """Runs that were begun, whether they are still kept or not."""
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return sum(map(len, self._all()))
 
-    def add(self, **row: Any) -> dict[str, Any]:
-        """Appends a row and returns it, so that its maker can still complete it."""
-        self.rows.append(row)
-        return row
+    def begin_run(self) -> int:
+        """The number of a new run."""
+        self.num_runs += 1
+        return self.num_runs - 1
+
+    def open(self, module: str, shared: dict[str, Any]) -> Rows:
+        """Begins the rows of one module at one step."""
+        rows = Rows(module, shared)
+        if shared["run"] != self._last_run or not self._runs:
+            self._last_run = shared["run"]
+            self._runs.append([])
+        self._runs[-1].append(rows)
+        return rows
+
+    def measured(self, entropies: Entropies) -> Entropies:
+        """Notes entropies that ``resolve`` is to bring over."""
+        self._unresolved.append(entropies)
+        return entropies
 
     def clear(self) -> None:
-        """Forgets all rows."""
-        self.rows.clear()
-        self._unresolved = 0
+        """Forgets all rows; entropies that decisions wait for stay."""
+        self._runs.clear()
 
-    def resolve(self) -> None:
-        """Brings all entropies measured since the last call to the host, in one transfer."""
-        rows = [row for row in self.rows[self._unresolved :] if isinstance(row.get("entropy_per_head"), torch.Tensor)]
-        self._unresolved = len(self.rows)
-        if rows:
-            values = torch.cat([row["entropy_per_head"].flatten() for row in rows]).tolist()
-            for row in rows:
-                heads = row["entropy_per_head"].numel()
-                row["entropy_per_head"], values = values[:heads], values[heads:]
-                row["entropy"] = sum(row["entropy_per_head"]) / heads
+    def resolve(self, *scalars: torch.Tensor) -> list[float]:
+        """Brings all entropies measured since the last call to the host, and ``scalars`` with them: one transfer."""
+        pending, self._unresolved = self._unresolved, []
+        if not pending and not scalars:
+            return []
+        shapes = [entropies.values.shape for entropies in pending]
+        tensors = (*(entropies.values for entropies in pending), *scalars)
+        numbers = torch.cat([tensor.reshape(-1).float() for tensor in tensors]).tolist()
+        first = 0
+        for entropies, (images, heads) in zip(pending, shapes, strict=True):
+            entropies.set([numbers[first + image * heads : first + (image + 1) * heads] for image in range(images)])
+            first += images * heads
+        return numbers[first:]
 
     def to_pandas(self, module: str = SELF_ATTENTION) -> pd.DataFrame:
         """One row per site: run, step, timestep, layer, branch, decision, reason, entropy (nats), snr, bytes, ...
@@ -49,16 +153,48 @@ class Trace:
                 whether a ``ForecastPlan`` computed or forecast the whole output (layer -1).
         """
         self.resolve()
-        columns = [name for name in self.rows[0] if name != "entropy_per_head"] if self.rows else []
-        return pd.DataFrame((row for row in self.rows if row["module"] == module), columns=columns)
+        first = ("run", "step", "total_steps", "timestep")
+        last = ("threshold", "snr", "snr_gate", "snr_schedule", "latent_norm")
+        sites = ("module", "layer", "branch", "decision", "reason", "entropy", "age")
+        columns: dict[str, list] = {name: [] for name in (*first, *sites, *last, "tokens", "bytes")}
+        for rows in self._all():
+            if rows.module != module:
+                continue
+            columns["module"] += [module] * len(rows)
+            for name in (*first, *last):
+                columns[name] += [_number(rows.shared[name])] * len(rows)
+            for name in ("layer", "branch", "decision", "reason", "bytes", "age"):
+                columns[name] += getattr(rows, name)
+            columns["tokens"] += [rows.tokens] * len(rows)
+            for branch, entropies in zip(rows.branch, rows.entropies, strict=True):
+                columns["entropy"].append(None if entropies is None else entropies.mean.get(branch))
+        return pd.DataFrame(columns)
 
     def heads_to_pandas(self) -> pd.DataFrame:
         """One row per computed self-attention site and head: run, step, layer, branch, head, entropy (nats)."""
         self.resolve()
-        keys = ("run", "step", "layer", "branch")
         return pd.DataFrame(
-            {**{key: row[key] for key in keys}, "head": head, "entropy": value}
-            for row in self.rows
-            if row["decision"] == "compute" and row["module"] == SELF_ATTENTION
-            for head, value in enumerate(row["entropy_per_head"] or ())
+            {
+                "run": rows.shared["run"],
+                "step": rows.shared["step"],
+                "layer": layer,
+                "branch": branch,
+                "head": head,
+                "entropy": value,
+            }
+            for rows in self._all()
+            if rows.module == SELF_ATTENTION
+            for layer, branch, decision, entropies in zip(
+                rows.layer, rows.branch, rows.decision, rows.entropies, strict=True
+            )
+            if decision == "compute" and entropies is not None
+            for head, value in enumerate(entropies.per_head.get(branch, ()))
         )
+
+    def _all(self) -> Iterator[Rows]:
+        for run in self._runs:
+            yield from run
+
+
+def _number(value: Any) -> Any:
+    return value.item() if isinstance(value, torch.Tensor) else value

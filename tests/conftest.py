@@ -105,3 +105,16 @@ def draw(pipe, labels=(1, 2), steps=8, guidance=3.0, seed=0, output_type="latent
         generator=generators,
         output_type=output_type,
     ).images
+
+
+def entries_of(pipe, session):
+    """What the session's cache holds when the newest step's blocks are through: at a run's end it is emptied."""
+    entries = {}
+
+    def look(*_args):
+        entries.clear()
+        entries.update({(entry.layer_id, entry.branch): entry for entry in session.controller.cache})
+
+    last = getattr(pipe.transformer, "proj_out_2", None) or pipe.transformer.proj_out
+    last.register_forward_pre_hook(look)
+    return entries

@@ -123,7 +123,7 @@ def test_a_new_run_starts_from_an_empty_cache():
         controller = DQARController(2, DQARConfig(**OPEN))
         for step, total in ((0, 50), (1, 50), again):
             controller.begin_step(step, total)
-            if not controller.trace.rows:
+            if not len(controller.trace):
                 controller.commit(0, keys=keys(), values=keys(1))
         assert controller.should_reuse(0).reason == "no cache"
 

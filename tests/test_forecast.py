@@ -10,9 +10,10 @@ from diffusers import DiTPipeline, PixArtAlphaPipeline
 from scipy.ndimage import correlate
 
 from dqar import DQARConfig, ForecastPlan, apply_dqar, metrics
+from dqar.families import describe_model
 from dqar.forecast import FinalHiddenStates, from_patches, to_patches
 from dqar.models import make_scheduler
-from dqar.plan import describe_model, extrapolation
+from dqar.plan import extrapolation
 
 COMPUTED = (0, 2, 3, 7)
 
@@ -221,8 +222,9 @@ def test_a_run_that_the_plan_was_not_made_for_is_refused(pipe):
     with (
         apply_dqar(pipe.transformer, DQARConfig(plan=plan)),
         pytest.raises(ValueError, match="apply it to the pipelin"),
+        torch.no_grad(),
     ):
-        draw(pipe)
+        pipe.transformer(torch.randn(1, 1, 8, 8), timestep=torch.tensor([999]), class_labels=torch.tensor([1]))
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, timestep_spacing="leading")
     with apply_dqar(pipe, DQARConfig(plan=plan)), pytest.raises(ValueError, match="another spacing.*step 0"):
         draw(pipe)

@@ -93,7 +93,7 @@ def test_nothing_leaks_into_the_next_caption(pipe, others, config):
         assert torch.equal(draw(pipe, others), alone)
 
 
-def test_a_mask_alone_makes_another_run(pipe):
+def test_a_mask_alone_makes_another_condition(pipe):
     """The same embeddings, fewer of them attended to."""
     embeddings, mask, *_ = pipe.encode_prompt(PROMPTS[1], do_classifier_free_guidance=False)
     transformer, latents = pipe.transformer, torch.randn(1, 4, 8, 8)
@@ -109,7 +109,7 @@ def test_a_mask_alone_makes_another_run(pipe):
     expected = forward(mask), forward(shorter)
     with apply_dqar(transformer, DQARConfig(schedule="none")) as session:
         assert torch.equal(forward(mask), expected[0]) and torch.equal(forward(shorter), expected[1])
-    assert session.trace.to_pandas().run.tolist() == [0] * 3 + [1] * 3 and not torch.equal(*expected)
+    assert len(session.trace.to_pandas()) == 2 * 3 and not torch.equal(*expected)
 
 
 @pytest.mark.parametrize("target", ["kv", "output"])
@@ -142,11 +142,11 @@ def test_removal_leaves_the_model_as_before(pipe):
 
     expected = draw(pipe)
     before = state()
-    session = apply_dqar(pipe, DQARConfig(**OPEN))
+    apply_dqar(pipe, DQARConfig(**OPEN))
     assert state() != before
     draw(pipe)
     remove_dqar(pipe)
-    assert state() == before and not session._caption and torch.equal(draw(pipe), expected)
+    assert state() == before and torch.equal(draw(pipe), expected)
 
 
 @pytest.mark.parametrize("given, expected", [(None, (3 + 9) / 2), (64, 64)])

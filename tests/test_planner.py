@@ -7,8 +7,9 @@ import torch
 from conftest import embedded_pipeline
 
 from dqar import DQARConfig, ForecastPlan, metrics
+from dqar.families import describe_model
 from dqar.models import Profile, make_scheduler
-from dqar.plan import describe_model, extrapolation
+from dqar.plan import extrapolation
 from dqar.planner import (
     READOUT_RIDGE,
     RIDGE,

@@ -1,0 +1,115 @@
+"""What differs between model families, as data: how branches are stacked, which module comes last, what is kept to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+
+from dqar.takeover import original_class
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of diffusers transformers.
+
+    Attributes:
+        branch_order: how the family's pipelines stack the branches of guidance in one batch.
+        last_layer: the linear layer that reads the output from the last hidden states.
+    """
+
+    branch_order: tuple[str, str] = ("cond", "uncond")
+    last_layer: str = "proj_out"
+
+
+FAMILIES = {
+    "DiTTransformer2DModel": Family(last_layer="proj_out_2"),
+    "PixArtTransformer2DModel": Family(("uncond", "cond")),
+    "LatteTransformer3DModel": Family(("uncond", "cond")),
+}
+CONDITIONS = ("class_labels", "encoder_hidden_states", "encoder_attention_mask", "pooled_projections")
+"""Arguments of a transformer that say what is to be drawn: a run, and each of its branches, keeps to them."""
+
+
+def bare(transformer: torch.nn.Module) -> torch.nn.Module:
+    """The diffusers model itself, without the wrappers of ``torch.compile`` and PEFT."""
+    while True:
+        if isinstance(inside := vars(transformer).get("_modules", {}).get("_orig_mod"), torch.nn.Module):
+            transformer = inside
+        elif hasattr(type(transformer), "get_base_model"):
+            transformer = transformer.get_base_model()
+        else:
+            return transformer
+
+
+def family(transformer: torch.nn.Module) -> Family:
+    """The model's family; the defaults where it is none of the listed ones."""
+    return FAMILIES.get(original_class(bare(transformer)).__name__, Family())
+
+
+def last_layer(transformer: torch.nn.Module) -> torch.nn.Linear:
+    """The layer that reads the output from the last hidden states ``[B, tokens, width]``.
+
+    Raises:
+        ValueError: a model whose last layer isn't known, or is no linear layer.
+    """
+    model = bare(transformer)
+    name = family(model).last_layer
+    layer = getattr(model, name, None)
+    if not isinstance(layer, torch.nn.Linear):
+        raise ValueError(
+            f"{original_class(model).__name__} has no final linear layer {name}: plans without readouts need none"
+        )
+    return layer
+
+
+def self_attentions(transformer: torch.nn.Module) -> list[Attention]:
+    """The self-attention of every block.
+
+    Raises:
+        ValueError: blocks of another make, or a processor other than ``AttnProcessor2_0``, by name.
+    """
+    model = bare(transformer)
+    blocks = getattr(model, "transformer_blocks", None) or []
+    layers = [block.attn1 for block in blocks if isinstance(getattr(block, "attn1", None), Attention)]
+    if not layers or len(layers) != len(blocks):
+        raise ValueError(
+            f"{original_class(model).__name__} has no attention that DQAR can take over: needs `transformer_blocks` "
+            f"with a diffusers `attn1` each, as in {' or '.join(FAMILIES)}; a ForecastPlan needs none"
+        )
+    for layer_id, layer in enumerate(layers):
+        check_processor(layer, layer_id)
+    return layers
+
+
+def check_processor(layer: Attention, layer_id: int) -> None:
+    """Raises ``ValueError`` unless the layer's processor is exactly ``AttnProcessor2_0``, which DQAR stands for."""
+    if type(layer.processor) is not AttnProcessor2_0:
+        raise ValueError(
+            f"layer {layer_id} has the attention processor {type(layer.processor).__name__}: DQAR takes the place of "
+            "AttnProcessor2_0 only; set that, or remove_dqar first"
+        )
+
+
+def null_class(transformer: torch.nn.Module) -> int | None:
+    """The class of the unconditional branch, where the model has classes."""
+    return getattr(bare(transformer).config, "num_embeds_ada_norm", None)
+
+
+def conditions(named: dict[str, Any]) -> tuple[torch.Tensor | None, ...]:
+    """A call's ``CONDITIONS``, in that order."""
+    return tuple(value if isinstance(value := named.get(name), torch.Tensor) else None for name in CONDITIONS)
+
+
+def describe_model(transformer: Any) -> str:
+    """What a plan must fit: class, depth, width, input size and number of parameters of a diffusers transformer."""
+    model = bare(transformer)
+    config = model.config
+    width = config.num_attention_heads * config.attention_head_dim
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return (
+        f"{original_class(model).__name__} of {config.num_layers} layers, {width} wide, {config.sample_size} x "
+        f"{config.sample_size} inputs, {parameters:,} parameters"
+    )

@@ -1,0 +1,89 @@
+"""How much signal and noise the latents of a step hold, and the clean ones that the model predicts in them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class NoiseLevels:
+    """The noise schedule of one run: ``x_t = signal · x0 + noise · ε`` at each step, as ``latents`` gives ``x_t``.
+
+    Attributes:
+        signal, noise: one number a step.
+        prediction: what the model predicts: ``"epsilon"``, ``"v_prediction"``, ``"sample"`` or
+            ``"flow_prediction"`` (``ε − x0``); EDM models, whose scheduler preconditions them, ``"edm"``.
+        sigma_data: standard deviation of the data that EDM's preconditioning assumes.
+    """
+
+    signal: tuple[float, ...]
+    noise: tuple[float, ...]
+    prediction: str
+    sigma_data: float = 0.5
+
+    def snr(self, step: int) -> float:
+        """The schedule's own ``(signal / noise)²``."""
+        return (self.signal[step] / self.noise[step]) ** 2 if self.noise[step] else math.inf
+
+    def latents(self, step: int, model_input: torch.Tensor) -> torch.Tensor:
+        """``x_t`` from what the model is given, which EDM's schedulers scale to unit variance."""
+        if self.prediction != "edm":
+            return model_input
+        return model_input * math.sqrt(self.noise[step] ** 2 + self.sigma_data**2)
+
+    def clean(self, step: int, latents: torch.Tensor, model_output: torch.Tensor) -> torch.Tensor:
+        """x0 as the guided ``model_output`` predicts it in ``latents``, both ``[B, ...]``."""
+        signal, noise = self.signal[step], self.noise[step]
+        if self.prediction == "epsilon":
+            return (latents - noise * model_output) / signal
+        if self.prediction == "v_prediction":
+            return signal * latents - noise * model_output
+        if self.prediction == "flow_prediction":
+            return latents - noise * model_output
+        if self.prediction == "edm":  # Karras et al. 2022, table 1
+            variance = noise**2 + self.sigma_data**2
+            output = model_output * noise * self.sigma_data / math.sqrt(variance)
+            return self.sigma_data**2 / variance * latents + output
+        return model_output
+
+
+def noise_levels(scheduler: Any, timesteps: list[float]) -> NoiseLevels | None:
+    """The levels of a scheduler's current timesteps; ``None`` for a scheduler of no kind that is known here.
+
+    Variance-preserving schedulers take ᾱ from the scheduler's own sigmas where it has one a timestep, else from its
+    table at the (whole) timesteps. Variance-exploding ones (Euler, Heun, KDPM2 …) give the model variance-preserving
+    input, by ``scale_model_input``, so they are of this kind too. Flow-matching ones have
+    ``x_t = (1 − σ) x0 + σ ε``, EDM's ``x_t = x0 + σ ε``.
+    """
+    config = getattr(scheduler, "config", {})
+    name, prediction = type(scheduler).__name__, config.get("prediction_type", "epsilon")
+    sigmas = getattr(scheduler, "sigmas", None)
+    sigmas = sigmas.tolist() if isinstance(sigmas, torch.Tensor) and len(sigmas) in _lengths(timesteps) else None
+    flow = name.startswith("FlowMatch") or config.get("use_flow_sigmas") or prediction == "flow_prediction"
+    if flow or name.startswith("EDM"):
+        if sigmas is None:
+            return None
+        noise = tuple(sigmas[: len(timesteps)])
+        if flow:
+            return NoiseLevels(tuple(1 - sigma for sigma in noise), noise, "flow_prediction")
+        if prediction != "epsilon":
+            return None
+        return NoiseLevels((1.0,) * len(noise), noise, "edm", config.get("sigma_data", 0.5))
+    if prediction not in ("epsilon", "v_prediction", "sample"):
+        return None
+    table = getattr(scheduler, "alphas_cumprod", None)
+    if sigmas is not None:
+        alpha_bars = [1 / (1 + sigma**2) for sigma in sigmas[: len(timesteps)]]
+    elif isinstance(table, torch.Tensor) and all(0 <= t < len(table) for t in timesteps):
+        alpha_bars = table[torch.tensor(timesteps).long()].tolist()
+    else:
+        return None
+    return NoiseLevels(tuple(map(math.sqrt, alpha_bars)), tuple(math.sqrt(1 - a) for a in alpha_bars), prediction)
+
+
+def _lengths(timesteps: list[float]) -> tuple[int, int]:
+    return len(timesteps), len(timesteps) + 1

@@ -1,0 +1,161 @@
+"""Taking over a module's calls, and watching a scheduler's, so that whatever else is on them stays.
+
+Offloading, other caches and compilers exchange a module's ``forward`` and put it back as they found it, in any order.
+So ``forward`` isn't touched here: a module is taken over as PyTorch's own parametrizations do it, by a class derived
+from its own, of the same name, whose ``__call__`` comes before all of that. A copy or a pickle of it is of the
+original class, and nothing of it leads back.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from diffusers import SchedulerMixin
+
+HANDLER = "_dqar_handler"
+Handler = Callable[..., Any]
+"""Called as ``handler(original, *args, **kwargs)``; ``original`` is the module's call as it was."""
+
+
+class _TakenOver:
+    @torch.compiler.disable  # decisions are Python's; what is compiled is compiled around them
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        handler = self.__dict__.get(HANDLER)
+        if handler is None:
+            return super().__call__(*args, **kwargs)
+        return handler(super().__call__, *args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        make, arguments, *rest = super().__reduce_ex__(protocol)
+        taken, original = type(self), type(self).__bases__[1]
+        if make is copyreg.__newobj__:  # which checks that the class is the object's own
+            make, arguments = copyreg._reconstructor, (taken, object, None)
+        arguments = tuple(original if argument is taken else argument for argument in arguments)
+        if rest and isinstance(rest[0], dict):
+            rest[0] = {name: value for name, value in rest[0].items() if name != HANDLER}
+        return (original if make is taken else make, arguments, *rest)
+
+
+@functools.cache
+def _taken_over(cls: type) -> type:
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (_TakenOver, cls), names)
+
+
+def take_over(module: torch.nn.Module, handler: Handler) -> None:
+    """Lets ``handler`` answer ``module``'s calls until ``give_back``.
+
+    Raises:
+        ValueError: the module is taken over already.
+    """
+    if handler_of(module) is not None:
+        raise ValueError(f"this {type(module).__name__} is taken over by DQAR already")
+    if not isinstance(module, _TakenOver):
+        # Wrappers such as torch.compile's hand attributes on to the module inside: this one is their own.
+        object.__setattr__(module, "__class__", _taken_over(type(module)))
+    vars(module)[HANDLER] = handler
+
+
+def give_back(module: torch.nn.Module) -> None:
+    """Ends ``take_over``; does nothing where there was none."""
+    vars(module).pop(HANDLER, None)
+    if type(module).__bases__[0] is _TakenOver:  # else somebody derived another class from it meanwhile
+        object.__setattr__(module, "__class__", type(module).__bases__[1])
+
+
+def handler_of(module: torch.nn.Module) -> Handler | None:
+    """Who answers the module's calls, if not the module."""
+    return vars(module).get(HANDLER) if isinstance(module, _TakenOver) else None
+
+
+def original_class(module: torch.nn.Module) -> type:
+    """The module's class, as if it weren't taken over."""
+    return type(module).__bases__[1] if type(module).__bases__[0] is _TakenOver else type(module)
+
+
+class SchedulerWatch:
+    """Tells its listeners of every ``set_timesteps`` and ``step`` of every diffusers scheduler, whosever it is.
+
+    A transformer may serve several pipelines, each may get another scheduler or a copy for each request, and nothing of
+    a scheduler may change: not its attributes, not the signature of ``step`` that pipelines look at, not what a copy or
+    a pickle of it holds. So the methods of the classes are wrapped while anybody listens, and the schedulers stay as
+    they are; only where somebody has put a ``step`` on one scheduler alone, that is wrapped.
+
+    A listener has ``timesteps_set(scheduler)``, ``before_step(scheduler, model_output, sample)`` and
+    ``after_step(scheduler)``, which are called in the scheduler's own thread.
+    """
+
+    def __init__(self):
+        self._listeners: weakref.WeakSet[Any] = weakref.WeakSet()
+        # Whose, which, the original, the wrapper, and for whom, where it is one scheduler's.
+        self._wrapped: list[tuple[Any, str, Any, Any, Any]] = []
+        self._lock = threading.RLock()
+        self._inside = threading.local()
+
+    def listen(self, listener: Any, scheduler: Any = None) -> None:
+        """Adds a listener; ``scheduler``'s class is watched even if it is none of diffusers'."""
+        with self._lock:
+            self._listeners.add(listener)
+            self.look_around(listener, scheduler)
+
+    def look_around(self, listener: Any, scheduler: Any = None) -> None:
+        """Watches scheduler classes that were imported since, and a ``step`` that ``scheduler`` got since."""
+        with self._lock:
+            classes = (*_subclasses(SchedulerMixin), *(type(scheduler).__mro__ if scheduler is not None else ()))
+            for owner in (*classes, *(() if scheduler is None else (scheduler,))):
+                for name in ("set_timesteps", "step"):
+                    method = vars(owner).get(name)
+                    if callable(method) and not any(method is entry[3] for entry in self._wrapped):
+                        self._wrap(owner, name, method, listener if owner is scheduler else None)
+
+    def leave(self, listener: Any) -> None:
+        """Takes a listener off; after the last one, every class is as it was."""
+        with self._lock:
+            self._listeners.discard(listener)
+            for entry in tuple(self._wrapped):
+                owner, name, original, wrapper, for_whom = entry
+                if for_whom is listener or (for_whom is None and not self._listeners):
+                    self._wrapped.remove(entry)
+                    if vars(owner).get(name) is wrapper:  # else another's is on top: this one is idle below it
+                        setattr(owner, name, original)
+
+    def _wrap(self, owner: Any, name: str, original: Callable, for_whom: Any) -> None:
+        inside = self._inside
+        bound = owner if for_whom is not None else None
+
+        @functools.wraps(original)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if getattr(inside, "call", False) or not self._listeners:  # a class that calls its base's method
+                return original(*args, **kwargs)
+            scheduler, given = (args[0], args[1:]) if bound is None else (bound, args)
+            listeners = tuple(self._listeners)
+            inside.call = True
+            try:
+                if name == "step":
+                    named = dict(zip(("model_output", "timestep", "sample"), given, strict=False)) | kwargs
+                    for listener in listeners:
+                        listener.before_step(scheduler, named.get("model_output"), named.get("sample"))
+                result = original(*args, **kwargs)
+                for listener in listeners:
+                    (listener.after_step if name == "step" else listener.timesteps_set)(scheduler)
+            finally:
+                inside.call = False
+            return result
+
+        self._wrapped.append((owner, name, original, wrapper, for_whom))
+        setattr(owner, name, wrapper)
+
+
+def _subclasses(cls: type) -> Iterator[type]:
+    for derived in cls.__subclasses__():
+        yield derived
+        yield from _subclasses(derived)
+
+
+WATCH = SchedulerWatch()
