@@ -1,7 +1,8 @@
 """What the mechanism costs at DiT-XL/2's size: ``python -m dqar.benchmark`` (``make benchmarks``).
 
 Everything is timed in turn within one run and read as ratios. Each device has a table of its own in
-``recorded/benchmarks``: a GPU's stands beside a CPU's, and the two are never mixed.
+``recorded/benchmarks``: a GPU's stands beside a CPU's, and the two are never mixed. ``--overhead`` measures instead
+what deciding costs on the small digits model, beside hand-written floors (``dqar.overhead``).
 """
 
 from __future__ import annotations
@@ -19,15 +20,18 @@ import torch
 from rich.console import Console
 from torch.nn import functional as F
 
-from dqar import metrics, stats
+from dqar import metrics, overhead, stats
 from dqar.attention import apply_dqar
 from dqar.config import DQARConfig
-from dqar.models import EmbeddedDiTPipeline, get_profile, make_scheduler, random_dit_xl_2
-from dqar.plan import BRANCHES, ReusePlan, describe_model, extrapolation
+from dqar.families import describe_model
+from dqar.models import EmbeddedDiTPipeline, get_profile, load_pipeline, make_scheduler, random_dit_xl_2
+from dqar.plan import BRANCHES, ReusePlan, extrapolation
 from dqar.quantizer import quantize
 from dqar.results import RECORDED, load_table, provenance, save_table, slug
 
 FOLDER = RECORDED / "benchmarks"
+OVERHEAD = "overhead/digits-cpu.parquet"
+"""Of ``dqar.overhead``'s table, within the folder."""
 STEPS = 4
 """Denoising steps of a timed run: enough for reuse to alternate, few enough to take turns often."""
 GUIDANCE = 7.5
@@ -233,6 +237,19 @@ def recorded() -> dict[str, pd.DataFrame]:
     }
 
 
+def recorded_overhead() -> pd.DataFrame:
+    """The recorded table of ``dqar.overhead``."""
+    return load_table(FOLDER / OVERHEAD)
+
+
+def run_overhead(repeats: int, path: Path) -> pd.DataFrame:
+    """Measures ``dqar.overhead`` on the digits model and saves its table, which is returned."""
+    profile = get_profile("digits", batch_size=1, num_inference_steps=overhead.STEPS, num_samples=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_table(overhead.measure(load_pipeline(profile), repeats), path, provenance(profile, 0))
+    return load_table(path)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code: 0, or 2 for a wrong argument."""
     parser = argparse.ArgumentParser(prog="python -m dqar.benchmark", description=__doc__.split("\n\n")[0])
@@ -242,6 +259,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--num-layers", type=int, default=28, help="fewer for a trial")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the table (default: recorded/benchmarks)")
+    parser.add_argument("--overhead", action="store_true", help="what deciding costs on the digits model, on one CPU")
     options = parser.parse_args(arguments)
     console = Console()
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -251,6 +269,11 @@ def main(arguments: list[str] | None = None) -> int:
         console.print("--images, --repeats and --num-layers take 1 or more", style="red")
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
+    if options.overhead:
+        table = run_overhead(options.repeats, options.out / OVERHEAD)
+        console.print(overhead.summary(table).round(3).to_string(index=False), highlight=False)
+        console.print(f"saved: {options.out / OVERHEAD}")
+        return 0
     name = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
     path = options.out / f"{slug(name)}-{options.dtype}-batch-{options.images}.parquet"
     table = run(options.device, DTYPES[options.dtype], options.images, options.num_layers, options.repeats, path)

@@ -54,7 +54,8 @@ def test_a_whole_benchmark_of_one_layer(tmp_path, monkeypatch):
     share = (4 * 1152 + 2 * 256) / (12 * 1152 + 2 * 256)
     assert steps.macs_speedup["plan: output, every 2nd step"] == pytest.approx(1 / (1 - share / 2), rel=0.02)
     assert steps.macs_speedup["plan: output, 3 of 4 steps"] == pytest.approx(1 / (1 - share * 3 / 4), rel=0.02)
-    assert steps.macs_speedup["applied, closed"] == 1
+    # Block 0's embedder is asked twice a step, and answers once: 1.4 M of a forward's 4 G.
+    assert steps.macs_speedup["applied, closed"] == pytest.approx(1, rel=1e-3)
     assert steps.macs_speedup["plan: model's output forecast, every 2nd step"] == pytest.approx(2, rel=1e-4)
 
 

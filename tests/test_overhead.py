@@ -1,0 +1,56 @@
+import pandas as pd
+import pytest
+import torch
+from conftest import draw, embedded_pipeline
+
+from dqar import benchmark, overhead
+
+
+@pytest.mark.parametrize("kind", ["attention", "attention and feed-forward", "whole blocks"])
+def test_a_floor_is_reuse_at_every_second_step_and_nothing_else(pipe, kind):
+    """Against hooks of PyTorch's own."""
+    plain = draw(pipe)
+    modules = {name: set(vars(module)) for name, module in pipe.transformer.named_modules()}
+    with overhead.floor(pipe.transformer, kind):
+        got = draw(pipe)
+    assert {name: set(vars(module)) for name, module in pipe.transformer.named_modules()} == modules
+    assert torch.equal(draw(pipe), plain) and not torch.equal(got, plain)
+    kept, calls = {}, {}
+
+    def hook(module, given, output):
+        step = calls[module] = calls.get(module, -1) + 1
+        base = given[0] if kind == "whole blocks" else 0
+        if step % 2:
+            return base + kept[module]
+        kept[module] = output - base
+        return None
+
+    for block in pipe.transformer.transformer_blocks:
+        parts = {"attention": (block.attn1,), "whole blocks": (block,)}.get(kind, (block.attn1, block.ff))
+        for part in parts:
+            part.register_forward_hook(hook)
+    torch.testing.assert_close(got, draw(pipe), rtol=1e-5, atol=1e-5)
+
+
+def test_every_method_is_measured_and_compared_with_its_floor(monkeypatch):
+    monkeypatch.setattr(overhead, "STEPS", 2)
+    table = overhead.measure(embedded_pipeline(), repeats=2)
+    assert (table.seconds > 0).all() and set(table.groupby("method").size()) == {2}
+    summary = overhead.summary(table)
+    assert summary.method.tolist() == list(overhead.METHODS)
+    assert summary.floor.notna().sum() == 4
+
+
+def test_shares_are_of_the_floor_in_the_same_repeat():
+    seconds = {overhead.PLAIN: 4.0, "floor: attention": 2.0}
+    names = [*seconds, *(f"{name}{end}" for name in overhead.METHODS for end in ("", ", modulations anew"))]
+    names += ["floor: attention and feed-forward", "floor: whole blocks"]
+    rows = [{"method": n, "repeat": r, "seconds": seconds.get(n, 2.5) * (1 + r)} for n in names for r in (0, 1)]
+    row = overhead.summary(pd.DataFrame(rows)).set_index("method").loc["attention output, 16 bit"]
+    assert (row.anew, row.floor, row.share) == pytest.approx((1.6, 2.0, 0.8)) and not row.met
+
+
+def test_the_recorded_table_has_every_method():
+    table = benchmark.recorded_overhead()
+    assert overhead.summary(table).method.tolist() == list(overhead.METHODS)
+    assert table.groupby("method").size().min() >= 10
