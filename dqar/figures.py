@@ -325,7 +325,7 @@ def slide10_architecture(run: Run) -> Figure:
     inner = {name: graph[name] & core for name in sorted(core)}
     outer = {name: graph[name] - core for name in graph.keys() - core}
     figure, panels = plt.subplots(1, 2, width_ratios=(3, 4))
-    for axes, own, color, size in zip(panels, (inner, outer), (ACCENT, BLUE), (17, 14), strict=True):
+    for axes, own, color, size in zip(panels, (inner, outer), (ACCENT, BLUE), (14, 14), strict=True):
         place = _places(architecture.levels(own))
         axes.axis("off")
         axes.set(xlim=(0, 1), ylim=(-0.8, max(y for _, y in place.values()) + 0.5))
@@ -354,7 +354,7 @@ def _places(levels: dict[str, int]) -> dict[str, tuple[float, float]]:
         row = sorted(name for name in levels if levels[name] == j)
         for i, name in enumerate(row):
             aside = 0.17 * (-1) ** j if len(row) == 1 else 0
-            place[name] = ((i + 0.5) / len(row) + aside, j - 0.5 * (i % 2 and len(row) > 4))
+            place[name] = ((i + 0.5) / len(row) + aside, j - 0.5 * (i % 2 and len(row) > 3))
     return place
 
 

@@ -41,6 +41,7 @@ from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from diffusers.hooks.mag_cache import _MAG_CACHE_LEADER_BLOCK_HOOK
 from diffusers.models.attention import BasicTransformerBlock
 
+from dqar.models import num_classes
 from dqar.takeover import handler_of
 
 COMPONENTS = ("attn1", "ff")
@@ -235,7 +236,7 @@ def _calibrate(
 
     def draw():
         pipe(
-            class_labels=[image % pipe.transformer.config.num_embeds_ada_norm for image in range(images)],
+            class_labels=[image % num_classes(pipe) for image in range(images)],
             guidance_scale=guidance_scale,
             num_inference_steps=num_inference_steps,
             generator=[torch.Generator().manual_seed(CALIBRATION_SEED * 1_000_003 + i) for i in range(images)],

@@ -14,7 +14,7 @@ from dqar.attention import apply_dqar
 from dqar.captions import NUM_CAPTIONS, coco_captions
 from dqar.config import DQARConfig
 from dqar.families import family
-from dqar.models import Profile
+from dqar.models import Profile, num_classes
 from dqar.trace import Trace
 
 OPEN = DQARConfig(entropy_threshold=math.inf, snr_range=(0, math.inf))
@@ -83,7 +83,7 @@ def class_labels(pipe: DiffusionPipeline, images: torch.Tensor) -> torch.Tensor:
     """The classes, or numbers of captions, of the images with these numbers: all in turn."""
     if isinstance(pipe, PixArtAlphaPipeline):
         return images % NUM_CAPTIONS
-    return images % pipe.transformer.config.num_embeds_ada_norm
+    return images % num_classes(pipe)
 
 
 def _conditions(pipe: DiffusionPipeline, images: torch.Tensor) -> dict:
