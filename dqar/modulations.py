@@ -100,7 +100,7 @@ class Modulations:
         return handler
 
     def _look_at_weights(self) -> bool:
-        """Whether results may be kept; forgets those of other weights, in whatever way they were changed."""
+        """Whether results may be kept; forgets those of other weights."""
         modules = [module for norm in self._norms for module in norm.modules()]
         holders = [(m._parameters, name) for m in modules for name, p in m._parameters.items() if p is not None]
         parameters = [own[name] for own, name in holders]
@@ -115,9 +115,10 @@ class Modulations:
             self.clear()
             return False
         self._watched = [(*holder, p, p._version) for holder, p in zip(holders, parameters, strict=True)]
-        # Changes through `.data` leave no version: so the numbers are looked at, in one transfer a run.
-        hashes = torch.stack([torch.hash_tensor(p.detach()) for p in parameters]).tolist()
-        hashes += torch.stack([p.detach().sum(dtype=torch.float32) for p in parameters]).tolist()
+        # Changes through `.data` leave no version: so a few thousand numbers of each are looked at, once a run.
+        looks = [p.detach().flatten()[:: max(1, p.numel() // 4096)] for p in parameters]
+        hashes = torch.stack([torch.hash_tensor(look) for look in looks]).tolist()
+        hashes += torch.stack([look.sum(dtype=torch.float32) for look in looks]).tolist()
         if hashes != self._hashes:
             self._kept.clear()
             self._hashes = hashes
