@@ -33,6 +33,8 @@ class Modulations:
         self._norms = [n for n in norms if isinstance(n, AdaLayerNormZero) and n.emb is not None]
         self._constants = constants
         self._kept: OrderedDict[Hashable, dict[int, torch.Tensor]] = OrderedDict()
+        self._bytes = 0
+        """Of all kept results."""
         self._run: int | None = None
         self._usable = False
         self._watched: list[tuple[dict[str, Any], str, torch.Tensor, int]] = []
@@ -48,6 +50,7 @@ class Modulations:
     def clear(self) -> None:
         """Forgets everything kept."""
         self._kept.clear()
+        self._bytes = 0
         self._hashes, self._watched = [], []
 
     def open(self, run: int, timestep: float, labels: Hashable, like: torch.Tensor) -> dict[int, torch.Tensor] | None:
@@ -64,8 +67,7 @@ class Modulations:
             self._run, self._usable = run, self._look_at_weights()
         if not self._usable:
             return None
-        autocast = torch.is_autocast_enabled(like.device.type)
-        key = (timestep, labels, like.dtype, like.device, autocast)
+        key = _key(timestep, labels, like)
         kept = self._kept.get(key)
         if kept is None:
             return {}
@@ -74,15 +76,15 @@ class Modulations:
 
     def close(self, timestep: float, labels: Hashable, like: torch.Tensor, results: dict[int, torch.Tensor]) -> None:
         """Keeps a forward pass's results, if there is room; the longest unused make some."""
-        key = (timestep, labels, like.dtype, like.device, torch.is_autocast_enabled(like.device.type))
+        key = _key(timestep, labels, like)
         if key in self._kept or not results:
             return
-        size = sum(result.nbytes for result in results.values())
-        used = sum(result.nbytes for kept in self._kept.values() for result in kept.values())
-        while self._kept and used + size > MAX_BYTES and next(iter(self._kept))[1] != labels:
-            used -= sum(result.nbytes for result in self._kept.popitem(last=False)[1].values())
-        if used + size <= MAX_BYTES:
+        size = _nbytes(results)
+        while self._kept and self._bytes + size > MAX_BYTES and next(iter(self._kept))[1] != labels:
+            self._bytes -= _nbytes(self._kept.popitem(last=False)[1])
+        if self._bytes + size <= MAX_BYTES:
             self._kept[key] = results
+            self._bytes += size
 
     def _answers(self, module: torch.nn.Module) -> Handler:
         number = id(module)
@@ -121,9 +123,18 @@ class Modulations:
         hashes += torch.stack([look.sum(dtype=torch.float32) for look in looks]).tolist()
         if hashes != self._hashes:
             self._kept.clear()
+            self._bytes = 0
             self._hashes = hashes
             self._alike = _representatives([norm.emb for norm in self._norms])
         return True
+
+
+def _key(timestep: float, labels: Hashable, like: torch.Tensor) -> tuple:
+    return timestep, labels, like.dtype, like.device, torch.is_autocast_enabled(like.device.type)
+
+
+def _nbytes(results: dict[int, torch.Tensor]) -> int:
+    return sum(result.nbytes for result in results.values())
 
 
 def _representatives(modules: list[torch.nn.Module]) -> dict[int, int]:
