@@ -7,15 +7,15 @@ PROFILE ?= digits
 .PHONY: figures results benchmarks test smoke lab clean
 
 figures: $(READY)
-	$(PYTHON) -m dqar.workbook --profile $(PROFILE) --out out/$(PROFILE) --figures figures
+	$(PYTHON) -m dqar workbook --profile $(PROFILE) --out out/$(PROFILE) --figures figures
 
 # Hours on two cores; an interrupted run continues. Its tables are committed, and `make figures` draws from them.
 results: $(READY)
-	$(PYTHON) -m dqar.record --profile $(PROFILE)
+	$(PYTHON) -m dqar record --profile $(PROFILE)
 
-# DiT-XL/2's shape with random weights; on a GPU: PYTHON -m dqar.benchmark --device cuda --dtype bfloat16.
+# DiT-XL/2's shape with random weights; on a GPU: PYTHON -m dqar benchmark --device cuda --dtype bfloat16.
 benchmarks: $(READY)
-	$(PYTHON) -m dqar.benchmark
+	$(PYTHON) -m dqar benchmark
 
 test: $(READY)
 	$(PYTHON) -m ruff check .
@@ -23,8 +23,8 @@ test: $(READY)
 	$(PYTHON) -m pytest
 
 smoke: $(READY)
-	$(PYTHON) -m dqar.record --profile smoke --work out/smoke
-	$(PYTHON) -m dqar.workbook --profile smoke --out out/smoke
+	$(PYTHON) -m dqar record --profile smoke --work out/smoke
+	$(PYTHON) -m dqar workbook --profile smoke --out out/smoke
 
 lab: $(READY)
 	$(PYTHON) -m pip install -q -c constraints.txt -e .[lab]

@@ -10,7 +10,8 @@ from dqar.attention import DQARSession, apply_dqar, remove_dqar
 from dqar.config import DQARConfig
 from dqar.controller import Decision, DQARController
 from dqar.families import describe_model
-from dqar.plan import ForecastPlan, ReusePlan, extrapolation
+from dqar.forecast.plan import ForecastPlan, extrapolation
+from dqar.plan import ReusePlan
 
 __version__ = "0.1.0"
 __all__ = [

@@ -30,9 +30,10 @@ from dqar.families import (
     null_class,
     self_attentions,
 )
-from dqar.forecast import FinalHiddenStates, OutputForecast
+from dqar.forecast.plan import ForecastPlan
+from dqar.forecast.run import FinalHiddenStates, OutputForecast
 from dqar.modulations import Modulations
-from dqar.plan import ForecastPlan, ReusePlan
+from dqar.plan import ReusePlan
 from dqar.run import Call, Run, RunFinder, Stream
 from dqar.sites import SITES, CrossAttention, OpenCall
 from dqar.takeover import WATCH, Handler, give_back, handler_of, take_over

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from dqar.plan import ForecastPlan, ReusePlan
+from dqar.forecast.plan import ForecastPlan
+from dqar.plan import ReusePlan
 from dqar.quantizer import QuantizeMode
 from dqar.scheduler import ScheduleKind
 

@@ -1,4 +1,4 @@
-"""Runs all notebooks headlessly: ``python -m dqar.workbook --profile digits``."""
+"""Runs all notebooks headlessly: ``python -m dqar workbook --profile digits``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import hashlib
 import logging
 import re
 import shutil
-import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -21,8 +20,8 @@ from papermill.exceptions import PapermillExecutionError
 from rich.console import Console
 from rich.table import Table
 
-from dqar.models import get_profile
-from dqar.results import Run, atomic_path, code_hash, recorded_hash
+from dqar.measure.results import Run, atomic_path, code_hash, recorded_hash
+from dqar.models.profiles import get_profile
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 ABOUT_TIME = ("10_benchmarks",)
@@ -99,8 +98,8 @@ def run_notebook(path: Path, profile: str, seed: int, out: Path) -> Outcome:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code: 0, 1 if a notebook failed, 2 for a wrong argument, 130 for Ctrl-C."""
-    parser = argparse.ArgumentParser(prog="python -m dqar.workbook", description=__doc__)
-    parser.add_argument("--profile", default="digits", help="see dqar/models.py (default: digits)")
+    parser = argparse.ArgumentParser(prog="dqar workbook", description=__doc__)
+    parser.add_argument("--profile", default="digits", help="see dqar/models/profiles.py (default: digits)")
     parser.add_argument("--only", help="comma-separated beginnings of notebook names, such as 01,03")
     parser.add_argument("--jobs", type=int, default=1, help="notebooks at once; more than 1 spoils the timings")
     parser.add_argument("--seed", type=int, default=0)
@@ -150,7 +149,3 @@ def main(arguments: list[str] | None = None) -> int:
 def _plain(text: str) -> str:
     """Without the colour codes of tracebacks."""
     return re.sub(r"\x1b\[[0-9;]*m", "", text)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

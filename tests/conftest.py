@@ -14,7 +14,7 @@ from diffusers import (
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from dqar.models import EmbeddedDiTPipeline
+from dqar.models.pipelines import EmbeddedDiTPipeline
 
 torch.set_num_threads(1)
 

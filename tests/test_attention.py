@@ -13,7 +13,8 @@ from diffusers import DiTPipeline, PixArtTransformer2DModel, UNet2DModel
 from diffusers.hooks import HookRegistry, ModelHook
 
 from dqar import DQARConfig, ReusePlan, apply_dqar, remove_dqar, stats
-from dqar.models import SCHEDULERS, make_scheduler
+from dqar.models.pipelines import make_scheduler
+from dqar.models.profiles import SCHEDULERS
 
 OPEN = {"entropy_threshold": math.inf, "snr_range": (0, math.inf), "schedule": "all"}
 CLOSED = {

@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import draw, embedded_pipeline
 
-from dqar import DQARConfig, ReusePlan, apply_dqar, benchmark, remove_dqar
+from dqar import DQARConfig, ReusePlan, apply_dqar, remove_dqar
+from dqar.studies import benchmarks
 
 
 def timed(part, seconds, **columns):
@@ -32,24 +33,24 @@ MACS = dict(zip(SECONDS, [100, 100, 101, 80, 40], strict=True))
 def test_costs_are_paired_by_repeat_and_held_against_the_targets(device, entropy_met):
     table = timed("step", SECONDS, macs=MACS, peak_bytes=dict.fromkeys(SECONDS, 7))
     table.attrs = {"provenance": {"profile": {"device": device}}}
-    summary = benchmark.summary(table).set_index("method")
+    summary = benchmarks.summary(table).set_index("method")
     assert summary.cost.tolist() == pytest.approx([1, 1.005, 1.2, 0.8, 0.5])
     assert summary.realised["plan: output, every 2nd step"] == pytest.approx(1)
     assert summary.realised["plan: output, 3 of 4 steps"] == pytest.approx(1 / 1.5)
     assert math.isnan(summary.realised["plain"]) and summary.ms["plain"] == 2000
-    targets = benchmark.targets(table)
+    targets = benchmarks.targets(table)
     assert targets.met.tolist() == [entropy_met, True, True, False]
     assert targets.bound[0] == (0.05 if device == "cuda" else 0.10)
 
 
 def test_a_whole_benchmark_of_one_layer(tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark.shutil, "which", lambda name: None)  # compiling takes a minute
-    assert benchmark.main(["--num-layers", "1", "--repeats", "1", "--out", str(tmp_path)]) == 0
-    monkeypatch.setattr(benchmark, "FOLDER", tmp_path)
-    ((device, table),) = benchmark.recorded().items()
+    monkeypatch.setattr(benchmarks.shutil, "which", lambda name: None)  # compiling takes a minute
+    assert benchmarks.main(["--num-layers", "1", "--repeats", "1", "--out", str(tmp_path)]) == 0
+    monkeypatch.setattr(benchmarks, "FOLDER", tmp_path)
+    ((device, table),) = benchmarks.recorded().items()
     assert device.endswith(", float32, 1 image") and set(table.part) == {"attention", "layer", "quantizer", "step"}
-    assert (table.seconds > 0).all() and len(benchmark.targets(table)) == 5
-    steps = benchmark.summary(table).query("part == 'step'").set_index("method")
+    assert (table.seconds > 0).all() and len(benchmarks.targets(table)) == 5
+    steps = benchmarks.summary(table).query("part == 'step'").set_index("method")
     # attention is 4 projections of 12 and the products with 256 keys; the rest of the model is small beside a block
     share = (4 * 1152 + 2 * 256) / (12 * 1152 + 2 * 256)
     assert steps.macs_speedup["plan: output, every 2nd step"] == pytest.approx(1 / (1 - share / 2), rel=0.02)
@@ -60,9 +61,9 @@ def test_a_whole_benchmark_of_one_layer(tmp_path, monkeypatch):
 
 
 def test_wrong_arguments_are_named(capsys):
-    assert benchmark.main(["--repeats", "0"]) == 2 and "take 1 or more" in capsys.readouterr().out
+    assert benchmarks.main(["--repeats", "0"]) == 2 and "take 1 or more" in capsys.readouterr().out
     if not torch.cuda.is_available():
-        assert benchmark.main(["--device", "cuda"]) == 2 and "there is none" in capsys.readouterr().out
+        assert benchmarks.main(["--device", "cuda"]) == 2 and "there is none" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")

@@ -9,11 +9,12 @@ from conftest import draw, embedded_pipeline
 from diffusers import DiTPipeline, PixArtAlphaPipeline
 from scipy.ndimage import correlate
 
-from dqar import DQARConfig, ForecastPlan, apply_dqar, metrics
+from dqar import DQARConfig, ForecastPlan, apply_dqar
 from dqar.families import describe_model
-from dqar.forecast import FinalHiddenStates, from_patches, to_patches
-from dqar.models import make_scheduler
-from dqar.plan import extrapolation
+from dqar.forecast.plan import extrapolation
+from dqar.forecast.run import FinalHiddenStates, from_patches, to_patches
+from dqar.measure import metrics
+from dqar.models.pipelines import make_scheduler
 
 COMPUTED = (0, 2, 3, 7)
 

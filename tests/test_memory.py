@@ -4,12 +4,12 @@ import diffusers
 import pytest
 import torch
 
-from dqar import memory
-from dqar.models import DIT_XL_2_CONFIG
+from dqar.models.pipelines import DIT_XL_2_CONFIG
 from dqar.quantizer import quantize
+from dqar.studies import cache_memory
 
 PIXART = {"caption_channels": 4096}
-CONFIGS = {  # sources: dqar/memory.py
+CONFIGS = {  # sources: dqar/studies/cache_memory.py
     "DiT-XL/2 256²": ("DiTTransformer2DModel", DIT_XL_2_CONFIG),
     "DiT-XL/2 512²": ("DiTTransformer2DModel", {**DIT_XL_2_CONFIG, "sample_size": 64}),
     "PixArt-α XL/2 256²": ("PixArtTransformer2DModel", {**PIXART, "sample_size": 32}),
@@ -26,8 +26,8 @@ CONFIGS = {  # sources: dqar/memory.py
     ),
     "HunyuanVideo 720×1280, 129 frames": ("HunyuanVideoTransformer3DModel", {}),
 }
-SHAPES = pytest.mark.parametrize("shape", memory.MODELS, ids=lambda shape: shape.name)
-FORECASTS = [(order, bits) for order in memory.ORDERS for bits in (16, 8, 4)]
+SHAPES = pytest.mark.parametrize("shape", cache_memory.MODELS, ids=lambda shape: shape.name)
+FORECASTS = [(order, bits) for order in cache_memory.ORDERS for bits in (16, 8, 4)]
 
 
 def build(shape):
@@ -114,9 +114,9 @@ def test_tokens_are_those_of_the_patch_embedding(shape):
 
 
 def test_dit_has_the_675_million_parameters_of_the_paper_with_its_embeddings_counted_once():
-    model = build(memory.MODELS[0])
+    model = build(cache_memory.MODELS[0])
     repeated = sum(p.numel() for block in model.transformer_blocks[1:] for p in block.norm1.emb.parameters())
-    assert memory.MODELS[0].parameters - repeated == pytest.approx(675e6, rel=0.001)
+    assert cache_memory.MODELS[0].parameters - repeated == pytest.approx(675e6, rel=0.001)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_dit_has_the_675_million_parameters_of_the_paper_with_its_embeddings_cou
     [("PixArt-α XL/2 512²", 0.6e9), ("SD3", 2e9), ("FLUX", 12e9), ("CogVideoX", 5e9), ("HunyuanVideo", 13e9)],
 )
 def test_parameters_are_about_what_the_authors_say(name, published):
-    shape = next(shape for shape in memory.MODELS if shape.name.startswith(name))
+    shape = next(shape for shape in cache_memory.MODELS if shape.name.startswith(name))
     assert shape.parameters == pytest.approx(published, rel=0.12)
 
 
@@ -134,14 +134,14 @@ def test_parameters_are_about_what_the_authors_say(name, published):
 def test_the_closed_form_is_what_quantize_stores(bits, images, tokens, width):
     x = torch.randn(images, tokens, width, generator=torch.Generator().manual_seed(0)).half()
     stored = quantize(x, bits, "per_channel", batch_dims=1).nbytes
-    assert memory.site_bytes(tokens, width, bits, images) == stored
-    assert memory.site_bytes(tokens, width, 16, images) == x.nbytes
+    assert cache_memory.site_bytes(tokens, width, bits, images) == stored
+    assert cache_memory.site_bytes(tokens, width, 16, images) == x.nbytes
 
 
 @pytest.mark.parametrize("images", [1, 3])
 @pytest.mark.parametrize("order, bits", FORECASTS)
 def test_a_whole_cache_is_the_sum_of_its_really_quantized_tensors(order, bits, images):
-    shape = memory.Shape("odd", ((3, 5, 7), (2, 4, 6), (1, 9, 7)), 2, 0, 11)
+    shape = cache_memory.Shape("odd", ((3, 5, 7), (2, 4, 6), (1, 9, 7)), 2, 0, 11)
     cache = [
         torch.randn(images, tokens, width).half()
         for _ in range((order + 1) * shape.branches)
@@ -149,26 +149,28 @@ def test_a_whole_cache_is_the_sum_of_its_really_quantized_tensors(order, bits, i
         for _ in range(count)
     ]
     stored = [x if bits == 16 else quantize(x, bits, "per_channel", batch_dims=1) for x in cache]
-    assert memory.cache_bytes(shape, order, bits, images) == sum(x.nbytes for x in stored)
+    assert cache_memory.cache_bytes(shape, order, bits, images) == sum(x.nbytes for x in stored)
     outputs = [torch.randn(images, 11).half() for _ in range((order + 1) * shape.branches)]
-    assert memory.output_cache_bytes(shape, order, images) == sum(x.nbytes for x in outputs)
+    assert cache_memory.output_cache_bytes(shape, order, images) == sum(x.nbytes for x in outputs)
 
 
 def test_dit_by_hand():
     # 28 blocks × 2 sites × 2 branches × 256 tokens × 1152 channels × 2 bytes
-    assert memory.cache_bytes(memory.MODELS[0], 0, 16) == 66_060_288
-    assert memory.cache_bytes(memory.MODELS[0], 2, 8, images=4) == 3 * 4 * (33_030_144 + 28 * 2 * 2 * 1152 * 4)
+    assert cache_memory.cache_bytes(cache_memory.MODELS[0], 0, 16) == 66_060_288
+    assert cache_memory.cache_bytes(cache_memory.MODELS[0], 2, 8, images=4) == 3 * 4 * (
+        33_030_144 + 28 * 2 * 2 * 1152 * 4
+    )
 
 
 @SHAPES
-@pytest.mark.parametrize("order", memory.ORDERS)
+@pytest.mark.parametrize("order", cache_memory.ORDERS)
 def test_scales_hardly_count_at_real_sizes(shape, order):
-    full, int8, int4 = (memory.cache_bytes(shape, order, bits) for bits in (16, 8, 4))
+    full, int8, int4 = (cache_memory.cache_bytes(shape, order, bits) for bits in (16, 8, 4))
     assert 0.5 < int8 / full <= 0.51 and 0.25 < int4 / full <= 0.27
 
 
 def test_the_table_is_tidy_and_complete():
-    table = memory.table()
+    table = cache_memory.table()
     assert list(table.columns) == [
         "model", "order", "bits", "cache_bytes", "weight_bytes", "output_cache_bytes", "fits_24gb"
     ]  # fmt: skip
@@ -194,4 +196,4 @@ def test_the_table_is_tidy_and_complete():
 )
 def test_wrong_arguments_are_named(order, bits, images, message):
     with pytest.raises(ValueError, match=message):
-        memory.cache_bytes(memory.MODELS[0], order, bits, images)
+        cache_memory.cache_bytes(cache_memory.MODELS[0], order, bits, images)

@@ -4,7 +4,7 @@ import scipy.linalg
 import torch
 from conftest import random_transformer
 
-from dqar import metrics
+from dqar.measure import metrics
 
 
 def test_psnr_by_hand():

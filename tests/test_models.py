@@ -11,11 +11,17 @@ import pytest
 import torch
 from diffusers import DiTPipeline
 
-from dqar import DQARConfig, apply_dqar, captions, experiments, metrics, models
-from dqar.captions import coco_captions
-from dqar.models import Weights, get_profile, load_classifier, load_pipeline, num_classes
-from dqar.results import Run
-from dqar.sampling import LOOK, OPEN, ChangeRecorder, sample
+from dqar import DQARConfig, apply_dqar
+from dqar.measure import metrics
+from dqar.measure.recorders import ChangeRecorder
+from dqar.measure.results import Run
+from dqar.measure.sampling import LOOK, OPEN, sample
+from dqar.models import captions, pipelines, profiles
+from dqar.models.captions import coco_captions
+from dqar.models.classifier import load_classifier
+from dqar.models.pipelines import load_pipeline, num_classes
+from dqar.models.profiles import Weights, get_profile
+from dqar.studies import compare, trace
 
 TINY = {"device": "cpu", "dtype": torch.float32, "num_samples": 3, "num_inference_steps": 4, "repeats": 1}
 
@@ -24,13 +30,13 @@ TINY = {"device": "cpu", "dtype": torch.float32, "num_samples": 3, "num_inferenc
 def coco(monkeypatch):
     """Captions as the tiny tokenizer knows them, and no download."""
     known = tuple(" ".join(["a", "cat", "on", "the", "mat"][: 2 + i % 4]) for i in range(captions.NUM_CAPTIONS))
-    monkeypatch.setattr("dqar.sampling.coco_captions", lambda: known)
+    monkeypatch.setattr("dqar.measure.sampling.coco_captions", lambda: known)
     return known
 
 
 def test_pixart_is_loaded_and_traced(pixart_folder, coco, monkeypatch, tmp_path):
     profile = get_profile("pixart", weights=Weights(str(pixart_folder)), transformer=None, batch_size=2, **TINY)
-    monkeypatch.setitem(models.PROFILES, "pixart", profile)
+    monkeypatch.setitem(profiles.PROFILES, "pixart", profile)
     run = Run("pixart", 0, tmp_path)
     pipe = load_pipeline(profile)
     assert type(pipe).__name__ == "PixArtAlphaPipeline" and type(pipe.scheduler).__name__.startswith("DPMSolver")
@@ -40,9 +46,9 @@ def test_pixart_is_loaded_and_traced(pixart_folder, coco, monkeypatch, tmp_path)
     assert torch.equal(sample(pipe, profile, 0, LOOK).images, drawn.images)
     alone = sample(pipe, profile, 0, first_image=2, num_samples=1)
     torch.testing.assert_close(alone.images, drawn.images[2:], atol=2e-3, rtol=0)  # its own caption, its own noise
-    sites = experiments.sites(run)
+    sites = trace.sites(run)
     assert len(sites) == 4 * 3 * 2 and sites.entropy.between(0, math.log(16)).all()
-    table = experiments.compare(run, {"closed": LOOK, "open": OPEN, "half": 2})
+    table = compare.compare(run, {"closed": LOOK, "open": OPEN, "half": 2})
     assert table.psnr[0] == math.inf and table.psnr[1] < 100 and "class_accuracy" not in table
     assert table.sites_reused.tolist() == [0, table.sites_reused[1], 0] and 0 < table.sites_reused[1] < 1
 
@@ -87,7 +93,7 @@ def test_classes_are_those_with_names(dit_folder):
 
 def test_cut_classifier_weights_are_named(tmp_path):
     folder = tmp_path / "digits-classifier"
-    shutil.copytree(models.WEIGHTS / "digits-classifier", folder)
+    shutil.copytree(profiles.WEIGHTS / "digits-classifier", folder)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(OSError, match=f"the weights in {folder} can't be read"):
@@ -98,7 +104,7 @@ def test_a_full_gpu_is_named(monkeypatch):
     def full(*_args, **_kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(models.EmbeddedDiTPipeline, "to", full)
+    monkeypatch.setattr(pipelines.EmbeddedDiTPipeline, "to", full)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tiny GPU")
     with pytest.raises(RuntimeError, match="'digits' doesn't fit into the memory of Tiny GPU.*offload=True"):
         load_pipeline(get_profile("digits"))
@@ -130,9 +136,9 @@ def test_dit_xl_2_at_full_size():
 
 def test_a_random_model_is_not_scored(monkeypatch, tmp_path):
     profile = get_profile("smoke", num_samples=2, num_inference_steps=4)
-    monkeypatch.setattr(models.Profile, "trained", False)
-    monkeypatch.setitem(models.PROFILES, "smoke", profile)
-    table = experiments.compare(Run("smoke", 0, tmp_path), {"open": OPEN})
+    monkeypatch.setattr(profiles.Profile, "trained", False)
+    monkeypatch.setitem(profiles.PROFILES, "smoke", profile)
+    table = compare.compare(Run("smoke", 0, tmp_path), {"open": OPEN})
     assert table[["psnr", "ssim"]].isna().all(axis=None)
     assert "class_accuracy" not in table and table.sites_reused[0] > 0 and table.macs_speedup[0] > 1
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 from conftest import draw, embedded_pipeline
 
-from dqar import benchmark, overhead
+from dqar.studies import benchmarks, overhead
 
 
 @pytest.mark.parametrize("kind", ["attention", "attention and feed-forward", "whole blocks"])
@@ -51,6 +51,6 @@ def test_shares_are_of_the_floor_in_the_same_repeat():
 
 
 def test_the_recorded_table_has_every_method():
-    table = benchmark.recorded_overhead()
+    table = benchmarks.recorded_overhead()
     assert overhead.summary(table).method.tolist() == list(overhead.METHODS)
     assert table.groupby("method").size().min() >= 10

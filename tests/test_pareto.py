@@ -3,12 +3,13 @@ import math
 import pandas as pd
 import pytest
 
-from dqar import metrics, pareto
-from dqar.methods import CACHES, EXTRAPOLATIONS, Method, computed_steps, extrapolated, names_at
-from dqar.models import get_profile
-from dqar.pareto_figures import SAMPLER_NAMES
-from dqar.peers import SWEEPS
-from dqar.results import RECORDED, load_table, slug
+from dqar.figures.pareto import SAMPLER_NAMES
+from dqar.measure import metrics
+from dqar.measure.results import RECORDED, load_table, slug
+from dqar.models.profiles import get_profile
+from dqar.peers.registry import SWEEPS
+from dqar.studies import pareto
+from dqar.studies.methods import CACHES, EXTRAPOLATIONS, Method, computed_steps, extrapolated, names_at
 
 
 def points(rows):

@@ -25,9 +25,12 @@ from diffusers.hooks import (
     apply_text_kv_cache,
 )
 
-from dqar import apply_dqar, peers
-from dqar.metrics import count_macs
-from dqar.peers import ADAPTERS, SWEEPS, UNUSABLE, Peer, smoothcache_schedule
+from dqar import apply_dqar
+from dqar.measure.metrics import count_macs
+from dqar.peers import diffusers_caches, shared
+from dqar.peers.registry import ADAPTERS, SWEEPS, UNUSABLE, Peer
+from dqar.peers.smoothcache import _ChangeMeter, smoothcache_schedule
+from dqar.peers.taylorseer import _TaylorForecast
 
 STEPS = 12
 PACKAGES = {"DBCache": "cache_dit", "DBCache + TaylorSeer": "cache_dit", "SmoothCache": "SmoothCache"}
@@ -206,8 +209,8 @@ def test_taylorseer_against_plain_python():
 
 
 def test_taylorseer_of_order_1_forecasts_a_line_exactly():
-    now, values = peers._Run(), []
-    forecast = peers._TaylorForecast(lambda: torch.tensor(float(now.step), dtype=torch.float64), now, 4, 1, 2)
+    now, values = shared.Progress(), []
+    forecast = _TaylorForecast(lambda: torch.tensor(float(now.step), dtype=torch.float64), now, 4, 1, 2)
     for now.step in range(20):
         values.append(forecast().item())
     assert values == list(range(20))
@@ -228,9 +231,9 @@ def test_interval_1_computes_everything(pipe):
 
 def test_diffusers_taylorseer_has_the_published_formula_on_its_own_schedule(pipe):
     """Warm-up 3 and interval 2 give both the same schedule: steps 0, 1, 2, then every second one."""
-    now = peers._Run()
+    now = shared.Progress()
     sequence = torch.randn(STEPS, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    forecast = peers._TaylorForecast(lambda: sequence[now.step], now, 2, 1, 3)
+    forecast = _TaylorForecast(lambda: sequence[now.step], now, 2, 1, 3)
     theirs = torch.nn.Linear(1, 1)
     theirs.forward = lambda: sequence[now.step]
     holder = torch.nn.Module()
@@ -243,7 +246,7 @@ def test_diffusers_taylorseer_has_the_published_formula_on_its_own_schedule(pipe
         cache_identifiers=["attn"],
     )
     apply_taylorseer_cache(holder, config)
-    peers._set_cache_context(holder, peers.CacheContext("inference"))
+    diffusers_caches._set_cache_context(holder, diffusers_caches.CacheContext("inference"))
     for now.step in range(STEPS):
         torch.testing.assert_close(holder.attn(), forecast())
 
@@ -261,7 +264,7 @@ def test_smoothcache_measures_the_relative_l1_change():
     outputs = iter(torch.tensor([[1.0, 1.0], [2.0, 2.0], [2.0, 4.0]]))
     module = torch.nn.Identity()
     module.forward = lambda: next(outputs)
-    meter = peers._ChangeMeter(module, 2)
+    meter = _ChangeMeter(module, 2)
     for _ in range(3):
         module()
     assert meter.changes == [[pytest.approx(2 / 4), pytest.approx(2 / 6)], [pytest.approx(4 / 6)]]
@@ -278,7 +281,7 @@ def test_calibration_is_done_once_per_model_and_sampler(pipe):
 
 def test_flow_sigma_has_the_signal_to_noise_ratio_of_the_step(pipe):
     for timestep in (0, 500, 999):
-        sigma = peers._flow_sigma(pipe.scheduler, timestep)
+        sigma = diffusers_caches._flow_sigma(pipe.scheduler, timestep)
         alpha_bar = float(pipe.scheduler.alphas_cumprod[timestep])
         assert ((1 - sigma) / sigma) ** 2 == pytest.approx(alpha_bar / (1 - alpha_bar), rel=1e-4)
 
@@ -375,7 +378,7 @@ def test_packages_say_nothing(pipe, capsys):
 
 
 def test_nothing_optional_is_loaded_before_it_is_needed():
-    code = "import sys, dqar.peers; assert not {'cache_dit', 'SmoothCache'} & set(sys.modules)"
+    code = "import sys, dqar.peers.registry; assert not {'cache_dit', 'SmoothCache'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -404,7 +407,7 @@ def test_unusable_dbprune_raises(pipe):
     cache_dit = pytest.importorskip("cache_dit")
     assert "DBPrune" in UNUSABLE
     config = cache_dit.DBPruneConfig(Fn_compute_blocks=1, max_warmup_steps=2, residual_diff_threshold=1.0)
-    with peers._quiet("CACHE_DIT"):
+    with shared.quiet("CACHE_DIT"):
         cache_dit.enable_cache(pipe.transformer, cache_config=config)
         with pytest.raises(TypeError, match="_process_block_outputs"):
             draw(pipe)
@@ -432,7 +435,7 @@ def test_as_they_come_they_lack_a_cache_context(pipe, apply):
 
 def test_faster_cache_as_it_comes_halves_all_inputs_but_the_labels(pipe):
     config = FasterCacheConfig(tensor_format="BCHW", current_timestep_callback=lambda: 300)
-    with peers._quiet("diffusers.hooks.faster_cache"):
+    with shared.quiet("diffusers.hooks.faster_cache"):
         apply_faster_cache(pipe.transformer, config)
     with pytest.raises(RuntimeError, match="must match the size"):
         draw(pipe)
@@ -453,7 +456,7 @@ def test_mag_cache_as_it_comes_needs_ratios(pipe):
 
 def test_cache_dit_as_it_comes_fails_on_dit(pipe):
     cache_dit = pytest.importorskip("cache_dit")
-    with peers._quiet("CACHE_DIT"):
+    with shared.quiet("CACHE_DIT"):
         with pytest.raises(ValueError, match="EmbeddedDiTPipeline is not officially supported"):
             cache_dit.enable_cache(pipe, cache_config=cache_dit.DBCacheConfig())
         adapter = cache_dit.BlockAdapter(

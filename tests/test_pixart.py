@@ -6,7 +6,8 @@ import pytest
 import torch
 from diffusers import PixArtAlphaPipeline
 
-from dqar import DQARConfig, ReusePlan, apply_dqar, metrics, remove_dqar, stats
+from dqar import DQARConfig, ReusePlan, apply_dqar, remove_dqar, stats
+from dqar.measure import metrics
 
 OPEN = {"entropy_threshold": math.inf, "snr_range": (0, math.inf), "schedule": "all"}
 LOOK = DQARConfig(schedule="none", record_entropy=True)

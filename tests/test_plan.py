@@ -6,7 +6,7 @@ import torch
 from conftest import draw, embedded_pipeline, random_transformer
 
 from dqar import DQARConfig, DQARController, ReusePlan, apply_dqar
-from dqar.models import make_scheduler
+from dqar.models.pipelines import make_scheduler
 
 SITES = {(1, 0, "cond"), (2, 3, "uncond"), (2, 1, "cond"), (7, 3, "cond")}
 PLAN = ReusePlan(SITES, 4, 8, "DDIMScheduler", {"seed": 3})

@@ -6,24 +6,16 @@ import pytest
 import torch
 from conftest import embedded_pipeline
 
-from dqar import DQARConfig, ForecastPlan, metrics
+from dqar import DQARConfig, ForecastPlan
 from dqar.families import describe_model
-from dqar.models import Profile, make_scheduler
-from dqar.plan import extrapolation
-from dqar.planner import (
-    READOUT_RIDGE,
-    RIDGE,
-    Jumps,
-    Trajectories,
-    _fit_step,
-    choose_steps,
-    fit,
-    main,
-    make_plan,
-    measure_gains,
-    trajectories,
-)
-from dqar.sampling import sample
+from dqar.forecast.fit import READOUT_RIDGE, _fit_step, fit, main, make_plan
+from dqar.forecast.plan import extrapolation
+from dqar.forecast.steps import Jumps, choose_steps, measure_gains
+from dqar.forecast.trajectories import RIDGE, Trajectories, trajectories
+from dqar.measure import metrics
+from dqar.measure.sampling import sample
+from dqar.models.pipelines import make_scheduler
+from dqar.models.profiles import Profile
 
 PROFILE = Profile("tiny", "digits", num_inference_steps=10, guidance_scale=3.0, batch_size=8)
 
@@ -94,7 +86,7 @@ def test_chosen_steps_are_the_best_of_all():
 
 def test_kernels_and_hidden_states_are_fitted_together(monkeypatch):
     """Against one large system in NumPy: three columns for all pixels, and five hidden states for each of a patch."""
-    monkeypatch.setattr("dqar.planner.KERNEL", 1)
+    monkeypatch.setattr("dqar.forecast.fit.KERNEL", 1)
     torch.manual_seed(0)
     columns, states, wanted = torch.randn(6, 32, 3).double(), torch.randn(6, 4, 5), torch.randn(6, 2, 4, 4)
     weights, matrix = _fit_step(columns, states, wanted)

@@ -8,9 +8,9 @@ from diffusers import PixArtTransformer2DModel, UNet2DModel
 from torch import nn
 
 from dqar import DQARConfig, apply_dqar
-from dqar.models import get_profile
-from dqar.ptq import balance, measure_salience, quantize_transformer, step_weights, weight_bytes
-from dqar.sampling import class_labels, noise_generators, sample
+from dqar.measure.sampling import class_labels, noise_generators, sample
+from dqar.models.profiles import get_profile
+from dqar.peers.w8a8 import balance, measure_salience, quantize_transformer, step_weights, weight_bytes
 
 PROFILE = get_profile("smoke", num_inference_steps=4, num_samples=2, batch_size=2)
 CLOSED = DQARConfig(schedule="none")

@@ -6,11 +6,15 @@ import pandas as pd
 import pytest
 import torch
 
-from dqar import DQARConfig, ReusePlan, calibrate, decisions, experiments, metrics, outcomes, record, result_figures
-from dqar.models import get_profile, load_pipeline
+from dqar import DQARConfig, ReusePlan
+from dqar.figures import policy as figures
+from dqar.measure import calibrate, metrics
+from dqar.measure.results import Run
+from dqar.measure.sampling import sample
+from dqar.models.pipelines import load_pipeline
+from dqar.models.profiles import get_profile
 from dqar.policy import FEATURES, ReusePolicy, train_policy
-from dqar.results import Run
-from dqar.sampling import sample
+from dqar.studies import policy, record, results, trace
 
 
 def labels_of(number=3000, seed=0, error=lambda t: np.exp(t.snr)):
@@ -41,21 +45,21 @@ def noisy(table):
 def test_the_policy_learns_what_decides_and_only_that():
     labels = labels_of()
     delta = float(labels.error.median())
-    assert decisions.study(labels, delta, 50).auc() > 0.95
-    table = decisions.ablation(labels, delta, 50, seeds=1).set_index("omitted").auc
+    assert policy.study(labels, delta, 50).auc() > 0.95
+    table = policy.ablation(labels, delta, 50, seeds=1).set_index("omitted").auc
     assert list(table.index) == ["nothing", *FEATURES]
     assert table["log_snr"] < 0.65 and table.drop("log_snr").min() > 0.95
 
 
 def test_a_policy_is_judged_on_classes_it_never_saw():
     labels = labels_of(error=lambda t: np.where(t.label < 8, t.snr, 50.5 - t.snr))  # upside down where it is judged
-    assert decisions.study(labels, float(labels.error.median()), 50).auc() < 0.2
-    assert not set(decisions.TRAIN) & set(decisions.STOP) and not set(decisions.TEST) & {*range(8)}
+    assert policy.study(labels, float(labels.error.median()), 50).auc() < 0.2
+    assert not set(policy.TRAIN) & set(policy.STOP) and not set(policy.TEST) & {*range(8)}
 
 
 def test_the_rule_is_scored_as_the_deck_means_it():
     labels = labels_of(error=lambda t: np.where(t.snr.between(0.5, 50), t.entropy, 100))
-    study = decisions.study(labels, float(labels.error.median()), 50)
+    study = policy.study(labels, float(labels.error.median()), 50)
     assert study.auc("rule") == 1.0
 
 
@@ -90,9 +94,9 @@ def test_partial_correlation_takes_out_what_is_known():
     table = pd.DataFrame({"step": step, "error": step + 0.1 * rng.normal(size=4000)})
     table["entropy"] = step + 0.1 * rng.normal(size=4000)
     assert table.entropy.corr(table.error, "spearman") > 0.8
-    assert abs(decisions.partial_correlation(table, "entropy", ("step",))) < 0.05
+    assert abs(policy.partial_correlation(table, "entropy", ("step",))) < 0.05
     table["error"] += table.entropy
-    assert decisions.partial_correlation(table, "entropy", ("step",)) > 0.5
+    assert policy.partial_correlation(table, "entropy", ("step",)) > 0.5
 
 
 def test_an_additive_error_is_predicted_at_sites_never_seen():
@@ -102,26 +106,26 @@ def test_an_additive_error_is_predicted_at_sites_never_seen():
     labels = labels_of(4000, error=error)
     sites = pd.MultiIndex.from_product([range(1, 50), range(28), ("cond", "uncond")], names=["step", "layer", "branch"])
     truth = error(sites.to_frame(index=False)) * 1e-9
-    predicted = decisions.predicted_errors(labels, 50, 28)
+    predicted = policy.predicted_errors(labels, 50, 28)
     assert np.corrcoef(np.log(predicted), np.log(truth))[0, 1] > 0.99
 
 
 def test_a_plan_takes_the_least_errors_and_nothing_twice_in_a_row():
     sites = pd.MultiIndex.from_product([range(1, 6), range(2), ("cond", "uncond")])
     errors = pd.Series(np.arange(len(sites), dtype=float), index=sites)
-    plan, delta = decisions.plan_of(errors, share=0.25, total_steps=6)
+    plan, delta = policy.plan_of(errors, share=0.25, total_steps=6)
     assert len(plan.sites) == 6 and plan.sites >= {
         (1, layer, branch) for layer in (0, 1) for branch in ("cond", "uncond")
     }
     assert not any((step + 1, layer, branch) in plan.sites for step, layer, branch in plan.sites)
     assert delta == max(errors[site] for site in plan.sites)
-    assert decisions.plan_of(errors, 0.0, 6) == (ReusePlan((), 2, 6), 0.0)
+    assert policy.plan_of(errors, 0.0, 6) == (ReusePlan((), 2, 6), 0.0)
 
 
 def test_deciders_differ_and_reuse_about_as_much_as_wanted():
     labels = labels_of(error=noisy)
-    policy = decisions.study(labels, float(labels.error.median()), 50).policy
-    configs = decisions.deciders(labels, policy, "kv", 50, 28)
+    network = policy.study(labels, float(labels.error.median()), 50).policy
+    configs = policy.deciders(labels, network, "kv", 50, 28)
     assert {name for name, _ in configs} == {"rule", "policy", "oracle", "chance"}
     assert len({str(config) for config in configs.values()}) == len(configs)
     for share in (0.1, 0.4):
@@ -139,13 +143,13 @@ def test_deciders_differ_and_reuse_about_as_much_as_wanted():
 def test_intervals_tell_a_shifted_set_from_the_same_one(monkeypatch):
     rng = np.random.default_rng(0)
     real = torch.tensor(rng.normal(size=(300, 4)))
-    monkeypatch.setattr(decisions, "held_out_features", lambda: real)
+    monkeypatch.setattr(policy, "held_out_features", lambda: real)
     base = rng.normal(size=(200, 4))
     sets = {"full compute": base, "same": base, "near": base + 1e-3 * rng.normal(size=base.shape), "far": base + 0.5}
     images = pd.concat(
         pd.DataFrame({"method": name, "image": range(200), "features": list(x)}) for name, x in sets.items()
     )
-    table = outcomes.frechet_intervals(images, resamples=100).set_index("method")
+    table = results.frechet_intervals(images, resamples=100).set_index("method")
     for name, x in sets.items():
         assert table.fd[name] == pytest.approx(metrics.frechet_distance(torch.tensor(x), real))
         assert table.fd_low[name] < table.fd[name] < table.fd_high[name]
@@ -156,18 +160,18 @@ def test_intervals_tell_a_shifted_set_from_the_same_one(monkeypatch):
 
 def test_distances_are_put_beside_plans(tmp_path, monkeypatch):
     real = np.random.default_rng(0).normal(size=(300, 4))
-    monkeypatch.setattr(decisions, "held_out_features", lambda: torch.tensor(real))
+    monkeypatch.setattr(policy, "held_out_features", lambda: torch.tensor(real))
     errors = {"full compute": 0.0, "DQAR plan, 3×": 1e-5, "16 steps": 1e-4, "static, kv": 1e-3}
     tables = [
         pd.DataFrame({"method": name, "image": range(300), "mse": mse, "features": list(real + 3 * mse**0.25)})
         for name, mse in errors.items()
     ]
-    monkeypatch.setattr(outcomes, "samples", lambda run: pd.concat(tables, ignore_index=True))
-    table = outcomes.beside_plans(Run("digits", 0, tmp_path), resamples=20)
+    monkeypatch.setattr(results, "samples", lambda run: pd.concat(tables, ignore_index=True))
+    table = results.beside_plans(Run("digits", 0, tmp_path), resamples=20)
     assert table.kind.tolist() == ["DQAR plan", "fewer steps"] and table.budget.tolist() == [3, 3]
     assert table.psnr.tolist() == pytest.approx([50, 40]) and table.fd_growth.is_monotonic_increasing
     del tables[1]
-    assert outcomes.beside_plans(Run("digits", 0, tmp_path)) is None
+    assert results.beside_plans(Run("digits", 0, tmp_path)) is None
 
 
 # --- recording -------------------------------------------------------------------------------------------------------
@@ -175,7 +179,7 @@ def test_distances_are_put_beside_plans(tmp_path, monkeypatch):
 
 @pytest.fixture
 def recording(tmp_path, monkeypatch):
-    for module in ("record", "methods", "results"):
+    for module in ("studies.record", "studies.methods", "measure.results"):
         monkeypatch.setattr(f"dqar.{module}.RECORDED", tmp_path / "recorded")
     return record.Recording(get_profile("smoke"), tmp_path / "work")
 
@@ -223,7 +227,7 @@ def test_recording_names_an_unknown_table(capsys):
 
 def test_what_was_not_recorded_is_drawn_as_missing(tmp_path):
     run = Run("smoke", 0, tmp_path)
-    result_figures.slide07_deciders(run, None)
+    figures.slide07_deciders(run, None)
     assert "not measured yet" in (run.figures / "slide07_deciders.svg").read_text()
     assert json.loads((run.figures / "slide07_deciders.json").read_text())["figure"] == "slide07_deciders"
 
@@ -259,8 +263,8 @@ def test_the_command_proposes_a_gate(capsys):
 
 def test_a_trained_policy_runs_in_the_controller(tmp_path):
     labels = labels_of(error=noisy)
-    policy = decisions.study(labels, float(labels.error.median()), 50).policy
-    policy.save(tmp_path / "policy.safetensors")
+    network = policy.study(labels, float(labels.error.median()), 50).policy
+    network.save(tmp_path / "policy.safetensors")
     profile = get_profile("smoke")
     pipe, drawn = load_pipeline(profile), {}
     for threshold in (0.0, 1.0):
@@ -281,7 +285,7 @@ def test_layers_are_compared_with_the_right_neighbours(tmp_path):
     sample(pipe, run.profile, 0, num_samples=4)
     for handle in handles:
         handle.remove()
-    table = experiments.sites(run).groupby(["step", "layer"])[["layer_change", "change"]].mean().loc[(3, 5)]
+    table = trace.sites(run).groupby(["step", "layer"])[["layer_change", "change"]].mean().loc[(3, 5)]
     now, below, before = seen[7], seen[6], seen[5]
     for other, got in ((below, table.layer_change), (before, table.change)):
         wanted = ((now - other).flatten(1).norm(dim=1) / now.flatten(1).norm(dim=1)).mean().item()

@@ -3,9 +3,10 @@ import torch
 from conftest import embedded_pipeline
 
 from dqar import DQARConfig, ReusePlan
-from dqar.models import get_profile, load_pipeline
-from dqar.sampling import sample
-from dqar.sensitivity import site_errors
+from dqar.measure.sampling import sample
+from dqar.measure.sensitivity import site_errors
+from dqar.models.pipelines import load_pipeline
+from dqar.models.profiles import get_profile
 
 
 @pytest.mark.parametrize("target", ["kv", "output", "block", "residual"])

@@ -13,10 +13,12 @@ from test_attention import state
 from test_pixart import draw as draw_pixart
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dqar import DQARConfig, DQARController, ReusePlan, apply_dqar, metrics, remove_dqar
+from dqar import DQARConfig, DQARController, ReusePlan, apply_dqar, remove_dqar
 from dqar.cache import CacheEntry, QuantizedCache, lagrange_weights
-from dqar.experiments import _macs, reuse_saving
-from dqar.models import PROFILES, SCHEDULERS, make_scheduler
+from dqar.measure import metrics
+from dqar.models.pipelines import make_scheduler
+from dqar.models.profiles import PROFILES, SCHEDULERS
+from dqar.studies.compare import _macs, reuse_saving
 
 OPEN = {"entropy_threshold": math.inf, "snr_range": (0, math.inf), "schedule": "all"}
 BLOCK = {**OPEN, "reuse_target": "block"}

@@ -14,11 +14,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dqar import data, models, train
-from dqar.classifier import CifarClassifier
-from dqar.models import get_profile, load_classifier, load_pipeline, num_classes
-from dqar.sampling import sample
-from dqar.training import checkpoints, cifar10, latent_dit
+from dqar.measure.sampling import sample
+from dqar.models import data, pipelines, profiles
+from dqar.models.classifier import CifarClassifier, load_classifier
+from dqar.models.pipelines import load_pipeline, num_classes
+from dqar.models.profiles import get_profile
+from dqar.training import checkpoints, cifar10, digits, latent_dit
+from dqar.training import command as command_line
 from dqar.training.latent_dit import Gradients, LatentRecipe, draw_batch, train_latent_dit
 from dqar.training.stacked_dit import StackedDiT
 from dqar.training.vae import VaeRecipe, build_vae, encode, normalise_latents, train_vae
@@ -28,7 +30,7 @@ TINY_VAE = VaeRecipe(block_out_channels=(8, 8), batch_size=4, num_steps=3, warmu
 
 
 @dataclasses.dataclass(frozen=True)
-class TinyDigits(train.Recipe):
+class TinyDigits(digits.Recipe):
     num_layers: int = 1
     num_attention_heads: int = 1
     batch_size: int = 4
@@ -50,7 +52,7 @@ def cifar(tmp_path, monkeypatch):
         table = pa.table({"image": jpegs, "label": pa.array(labels, pa.int8())})
         pq.write_table(table, tmp_path / f"cifar10-jpeg-{split}.parquet")
     monkeypatch.setenv("DQAR_DATA", str(tmp_path))
-    monkeypatch.setattr(models, "WEIGHTS", tmp_path / "shipped")
+    monkeypatch.setattr(pipelines, "WEIGHTS", tmp_path / "shipped")
     return colors
 
 
@@ -83,7 +85,7 @@ def test_cifar_is_read_as_it_is_stored(cifar):
 def test_missing_or_truncated_data_is_named(cifar, monkeypatch, tmp_path, capsys):
     path = tmp_path / "cifar10-jpeg-train.parquet"
     path.write_bytes(path.read_bytes()[:500])
-    assert train.main(["cifar10", "--work", str(tmp_path)]) == 2
+    assert command_line.main(["cifar10", "--work", str(tmp_path)]) == 2
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"{path} can't be read")
     monkeypatch.setenv("DQAR_DATA", str(tmp_path / "nowhere"))
@@ -260,37 +262,40 @@ def test_a_wrong_checkpoint_is_named(latents, tmp_path):
 
 
 def test_from_data_to_card(cifar, tmp_path, capsys, monkeypatch):
-    with pytest.raises(OSError, match=r"missing: `python -m dqar.train cifar10 --out .*` makes them"):
+    with pytest.raises(OSError, match=r"missing: `python -m dqar train cifar10 --out .*` makes them"):
         load_pipeline(get_profile("cifar10"))
-    with pytest.raises(OSError, match=r"missing: `python -m dqar.train cifar10-classifier --out .*` makes them"):
+    with pytest.raises(OSError, match=r"missing: `python -m dqar train cifar10-classifier --out .*` makes them"):
         load_classifier("cifar10")
-    monkeypatch.setattr(train, "LatentRecipe", lambda **changes: dataclasses.replace(TINY, **changes))
+    monkeypatch.setattr(command_line, "LatentRecipe", lambda **changes: dataclasses.replace(TINY, **changes))
     monkeypatch.setattr(cifar10, "VaeRecipe", lambda: TINY_VAE)
     monkeypatch.setattr(cifar10, "GUIDANCE_SCALES", (2.0,))
     monkeypatch.setattr(torch, "compile", lambda function, **_options: function)
     monkeypatch.setattr(cifar10, "train_latent_dit", lambda *a, **k: train_latent_dit(*a, **k, check_steps=2))
-    recipe = dataclasses.replace(train.CLASSIFIER_RECIPES["cifar10"], epochs=30, batch_size=32)
-    monkeypatch.setitem(train.CLASSIFIER_RECIPES, "cifar10", recipe)
+    recipe = dataclasses.replace(command_line.CLASSIFIER_RECIPES["cifar10"], epochs=30, batch_size=32)
+    monkeypatch.setitem(command_line.CLASSIFIER_RECIPES, "cifar10", recipe)
     monkeypatch.setattr(cifar10, "get_profile", lambda *a, **k: get_profile(*a, **k, num_inference_steps=2))
     work = tmp_path / "work/cifar10"
     command = ["cifar10", "--work", str(tmp_path / "work"), "--heads", "1", "--workers", "1", "--images", "120"]
 
-    assert train.main([*command, "--export"]) == 2
-    assert capsys.readouterr().out == f"there is no checkpoint in {work}: `python -m dqar.train cifar10` makes one\n"
-    assert train.main(["cifar10-classifier", "--work", str(tmp_path / "work")]) == 0
+    assert command_line.main([*command, "--export"]) == 2
+    assert capsys.readouterr().out == f"there is no checkpoint in {work}: `python -m dqar train cifar10` makes one\n"
+    assert command_line.main(["cifar10-classifier", "--work", str(tmp_path / "work")]) == 0
     accuracy = float(capsys.readouterr().out.split("held-out accuracy")[1].split()[0])
     assert accuracy > 0.9
-    assert train.main([*command, "--minutes", "0"]) == 0 and "40 images; the same command" in capsys.readouterr().out
+    assert (
+        command_line.main([*command, "--minutes", "0"]) == 0
+        and "40 images; the same command" in capsys.readouterr().out
+    )
     monkeypatch.setattr(cifar10, "train_vae", None)  # isn't trained twice
     monkeypatch.setattr(cifar10, "export", lambda *a, export=cifar10.export: export(*a, num_samples=100))
-    assert train.main(command) == 0
+    assert command_line.main(command) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"written to {work / 'weights/cifar10'}"
     assert not (tmp_path / "shipped").exists()  # never without --out
     check = json.loads((work / "checks.jsonl").read_text())
     assert check["images"] == 80 and check["FD-cifar10"] > 0 and 0 < check["class_accuracy"] < 1
     assert (work / "samples-00000080.png").stat().st_size > 1000
 
-    assert train.main([*command, "--export", "--out", str(tmp_path / "shipped")]) == 0
+    assert command_line.main([*command, "--export", "--out", str(tmp_path / "shipped")]) == 0
     folder = tmp_path / "shipped/cifar10"
     card, results = (folder / "README.md").read_text(), json.loads((folder / "evaluation.json").read_text())
     assert f"{accuracy:.1%} of the held-out images right" in card and "120 images in steps of 40" in card
@@ -310,15 +315,15 @@ def test_from_data_to_card(cifar, tmp_path, capsys, monkeypatch):
 
 
 def test_the_digits_recipe_writes_where_it_is_told(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "Recipe", TinyDigits)
-    monkeypatch.setattr(train, "get_profile", lambda *a, **k: get_profile(*a, **k, num_inference_steps=2))
-    monkeypatch.setattr(train, "evaluate_digits", partial(train.evaluate_digits, num_samples=100))
-    shipped = {path: path.stat().st_mtime_ns for path in models.WEIGHTS.rglob("*")}
-    assert train.main(["digits", "--steps", "2", "--work", str(tmp_path)]) == 0
+    monkeypatch.setattr(command_line, "Recipe", TinyDigits)
+    monkeypatch.setattr(command_line, "get_profile", lambda *a, **k: get_profile(*a, **k, num_inference_steps=2))
+    monkeypatch.setattr(command_line, "evaluate_digits", partial(command_line.evaluate_digits, num_samples=100))
+    shipped = {path: path.stat().st_mtime_ns for path in profiles.WEIGHTS.rglob("*")}
+    assert command_line.main(["digits", "--steps", "2", "--work", str(tmp_path)]) == 0
     folder = tmp_path / "digits/weights/digits"
     assert capsys.readouterr().out.splitlines()[-1] == f"written to {folder}"
-    assert {path: path.stat().st_mtime_ns for path in models.WEIGHTS.rglob("*")} == shipped
+    assert {path: path.stat().st_mtime_ns for path in profiles.WEIGHTS.rglob("*")} == shipped
     card = (folder / "README.md").read_text()
     assert "2 steps of 4 images" in card and "Not memorised" in card and (folder / "samples.png").exists()
     assert json.loads((folder / "training.json").read_text())["images_seen"] == 8
-    assert models.load_embedded("digits", folder=folder.parent).labels["nine"] == 9
+    assert pipelines.load_embedded("digits", folder=folder.parent).labels["nine"] == 9

@@ -1,7 +1,6 @@
 import json
 import math
 import subprocess
-import sys
 
 import matplotlib.pyplot as plt
 import nbformat
@@ -10,12 +9,19 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from dqar import architecture, calibrate, experiments, figures, metrics, models, train, workbook
-from dqar.data import load_digits_split
-from dqar.models import WEIGHTS, Weights, get_profile, load_classifier, load_embedded, load_pipeline, make_scheduler
-from dqar.results import Run, load_table
-from dqar.sampling import sample
-from dqar.train import Recipe, build_transformer, train_transformer
+from dqar import workbook
+from dqar.figures import style
+from dqar.measure import calibrate, metrics, sampling
+from dqar.measure.results import Run, load_table
+from dqar.measure.sampling import sample
+from dqar.models import profiles
+from dqar.models.classifier import load_classifier
+from dqar.models.data import load_digits_split
+from dqar.models.pipelines import load_embedded, load_pipeline, make_scheduler
+from dqar.models.profiles import WEIGHTS, Weights, get_profile
+from dqar.studies import claims, compare, trace
+from dqar.training import digits
+from dqar.training.digits import Recipe, build_transformer, train_transformer
 
 
 def write_notebook(folder, name, *code):
@@ -124,7 +130,7 @@ def test_a_figure_has_picture_vector_and_sidecar(tmp_path):
     run = Run("smoke", 0, tmp_path)
     figure, axes = plt.subplots()
     axes.set_title("a finding")
-    figures.save(run, "slide99_test", figure, pd.DataFrame())
+    style.save(run, "slide99_test", figure, pd.DataFrame())
     assert {path.suffix for path in run.figures.iterdir()} == {".png", ".svg", ".json"}
     assert plt.imread(run.figures / "slide99_test.png").shape[:2] == (1440, 2560)
     sidecar = json.loads((run.figures / "slide99_test.json").read_text())
@@ -153,14 +159,14 @@ def test_dit_xl_2_is_loaded_by_its_own_code_path(dit_folder, monkeypatch, tmp_pa
         "num_inference_steps": 4,
         "repeats": 1,
     }
-    monkeypatch.setitem(models.PROFILES, "tiny", get_profile("dit-xl-2", **tiny))
+    monkeypatch.setitem(profiles.PROFILES, "tiny", get_profile("dit-xl-2", **tiny))
     run = Run("tiny", 0, tmp_path)
     pipe = load_pipeline(run.profile)
     assert type(pipe).__name__ == "DiTPipeline" and type(pipe.scheduler).__name__ == "DPMSolverMultistepScheduler"
-    sites = experiments.sites(run)
+    sites = trace.sites(run)
     assert len(sites) == 4 * 4 * 2 and sites.entropy.between(0, math.log(16)).all()
     assert sites.change.isna().sum() == 4 * 2  # the first step has none before it
-    table = experiments.compare(run, {"closed": experiments.LOOK, "open": experiments.OPEN, "half": 2})
+    table = compare.compare(run, {"closed": sampling.LOOK, "open": sampling.OPEN, "half": 2})
     assert table.psnr[0] == math.inf and table.psnr[1] < 60 and "class_accuracy" not in table
 
 
@@ -201,8 +207,8 @@ def test_the_classifier_is_as_good_as_its_card_says():
     accuracy = (predicted == labels).double().mean().item()
     card = json.loads((WEIGHTS / "digits-classifier/card.json").read_text())
     assert accuracy == pytest.approx(card["held_out_accuracy"], abs=0.003) and accuracy >= 0.97
-    train = load_digits_split("train")[0].flatten(1)
-    assert len(train) + len(images) == 1797
+    digits = load_digits_split("train")[0].flatten(1)
+    assert len(digits) + len(images) == 1797
 
 
 def test_an_image_depends_on_its_seed_and_index_only():
@@ -225,7 +231,7 @@ def test_a_proposed_gate_opens_for_the_wanted_share():
 
 
 def test_slide_12s_bounds():
-    bound = experiments.bounds().set_index(["target", "sites"]).speedup_bound
+    bound = claims.bounds().set_index(["target", "sites"]).speedup_bound
     assert bound["kv", 1400] == pytest.approx(1.19, abs=0.005)
     assert bound["output", 1400] == pytest.approx(1.56, abs=0.005)
     assert 1 - 1 / bound["output", 47] == pytest.approx(0.012, abs=0.0005)
@@ -237,12 +243,12 @@ def test_training_resumes_as_if_never_interrupted(tmp_path, monkeypatch):
     straight = train_transformer(recipe, tmp_path / "a", checkpoint_every=2)
     steps = iter([False, False, False, True])
 
-    def interrupted_loss(*arguments, loss=train.training_loss):
+    def interrupted_loss(*arguments, loss=digits.training_loss):
         if next(steps, False):
             raise KeyboardInterrupt
         return loss(*arguments)
 
-    monkeypatch.setattr(train, "training_loss", interrupted_loss)
+    monkeypatch.setattr(digits, "training_loss", interrupted_loss)
     with pytest.raises(KeyboardInterrupt):
         train_transformer(recipe, tmp_path / "b", checkpoint_every=2)
     resumed = train_transformer(recipe, tmp_path / "b", checkpoint_every=2)
@@ -258,16 +264,3 @@ def test_training_starts_from_the_identity():
     model = build_transformer(recipe)
     output = model(torch.randn(2, 1, 8, 8), timestep=torch.tensor([3, 4]), class_labels=torch.tensor([1, 10])).sample
     assert output.abs().max() == 0
-
-
-def test_the_core_knows_neither_diffusers_nor_notebooks():
-    graph = architecture.import_graph()
-    assert architecture.levels(graph)["attention"] > architecture.levels(graph)["controller"]
-    for name in ("stats", "quantizer", "scheduler", "policy", "cache", "config", "controller", "trace"):
-        assert not graph[name] & {"attention", "models", "sampling", "experiments", "figures", "workbook"}, name
-    code = "import sys; sys.modules['diffusers'] = None; import importlib.util, types\n"
-    code += "import pathlib; p = types.ModuleType('dqar'); p.__path__ = [str(pathlib.Path('dqar').resolve())]\n"
-    code += "sys.modules['dqar'] = p; import dqar.controller"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=architecture.PACKAGE.parent)
-    with pytest.raises(ValueError, match="a → b → a"):
-        architecture.levels({"a": {"b"}, "b": {"a"}})

@@ -12,11 +12,12 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from torch.nn import functional as F
 
-from dqar import metrics
-from dqar.classifier import Classifier
-from dqar.data import load_split
-from dqar.models import CLASS_NAMES, Profile, load_classifier, load_embedded, make_scheduler
-from dqar.sampling import noise_generators
+from dqar.measure import metrics
+from dqar.measure.sampling import noise_generators
+from dqar.models.classifier import Classifier, load_classifier
+from dqar.models.data import load_split
+from dqar.models.pipelines import load_embedded, make_scheduler
+from dqar.models.profiles import CLASS_NAMES, Profile
 from dqar.training.latent_dit import NOISE_SCHEDULE
 
 
@@ -129,7 +130,7 @@ def evaluate_digits(weights: Path, profile: Profile, num_samples: int = 500) -> 
     items = wrapped(
         "- **Data:** 80 % of scikit-learn's `load_digits` (UCI Optical Recognition of Handwritten Digits, CC BY 4.0), "
         "1,437 images; the other 20 % were not trained on. Weights: MIT, as the project.",
-        f"- **Training:** `python -m dqar.train digits`, {recipe['num_steps']:,} steps of {recipe['batch_size']} "
+        f"- **Training:** `python -m dqar train digits`, {recipe['num_steps']:,} steps of {recipe['batch_size']} "
         f"images, noise prediction, min-SNR weighting, label dropout {recipe['label_dropout']}, EMA "
         f"{recipe['ema_decay']}, seed {recipe['seed']}; {facts['hours']} hours on {facts['hardware']}, torch "
         f"{facts['torch']}. Loss and recipe: `training.json`.",

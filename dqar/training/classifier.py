@@ -11,9 +11,9 @@ import torch
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from torch.nn import functional as F
 
-from dqar import metrics
-from dqar.classifier import CLASSIFIERS, Classifier
-from dqar.data import load_split
+from dqar.measure import metrics
+from dqar.models.classifier import CLASSIFIERS, Classifier
+from dqar.models.data import load_split
 from dqar.training.checkpoints import load_checkpoint, save_checkpoint
 
 

@@ -1,0 +1,1 @@
+"""The second engine: the whole model's output, computed at some steps and forecast at the others."""

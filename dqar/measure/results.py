@@ -1,0 +1,186 @@
+"""Results: tidy tables with their provenance, written whole or not at all, reused when a run is resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from dqar.models.profiles import WEIGHTS, Profile, get_profile
+
+PACKAGE = Path(__file__).parent.parent
+
+
+RECORDED = PACKAGE.parent / "recorded"
+"""Long measurements of ``dqar.studies.record``, by profile; those of the shipped model are committed."""
+
+
+class Run:
+    """One run of the workbook: a profile, a seed, and the folder that its results and figures go to.
+
+    Args:
+        profile: name of a profile in ``dqar.models.pipelines``.
+        seed: of all sampling.
+        out: folder for ``results/`` and ``figures/``, made if it isn't there.
+
+    Raises:
+        ValueError: unknown profile.
+        OSError: ``out`` can't be written.
+    """
+
+    def __init__(self, profile: str, seed: int = 0, out: str | Path = "out"):
+        self.profile = get_profile(profile)
+        self.seed = seed
+        self.results, self.figures = Path(out) / "results" / profile, Path(out) / "figures"
+        for folder in (self.results, self.figures):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / ".writable").touch()
+                (folder / ".writable").unlink()
+            except OSError as error:
+                raise OSError(f"cannot write results to {folder}: {error.strerror}; choose another `out`") from error
+
+    def table(self, name: str, measure: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+        """The table ``name`` of this run: read if it was measured by this very code, else measured and saved."""
+        path = self.results / f"{name}-seed{self.seed}.parquet"
+        key = _fingerprint(self.profile, self.seed)
+        if path.exists():
+            table = load_table(path)
+            if table.attrs["provenance"]["fingerprint"] == key:
+                return table
+        started = time.monotonic()
+        table = measure()
+        save_table(table, path, {**provenance(self.profile, self.seed), "seconds": time.monotonic() - started})
+        return load_table(path)
+
+    def recorded(self, name: str) -> pd.DataFrame | None:
+        """A table of ``dqar.studies.record`` for this profile, with its provenance; ``None`` if it isn't recorded."""
+        path = RECORDED / self.profile.name / f"{name}.parquet"
+        return load_table(path) if path.exists() else None
+
+
+def slug(name: str) -> str:
+    """``name`` as part of a file name."""
+    return "".join(c if c.isalnum() else "-" for c in name.lower()).replace("---", "-").replace("--", "-").strip("-")
+
+
+def provenance(profile: Profile, seed: int) -> dict[str, Any]:
+    """What was run, on what, when, and by which code."""
+    return {
+        "profile": {**dataclasses.asdict(profile), "dtype": str(profile.dtype)},
+        "seed": seed,
+        "device": torch.cuda.get_device_name() if profile.device == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "dtype": str(profile.dtype).removeprefix("torch."),
+        "versions": {name: version(name) for name in ("torch", "diffusers", "numpy", "pandas")},
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "fingerprint": _fingerprint(profile, seed),
+    }
+
+
+def save_table(table: pd.DataFrame, path: Path, source: dict[str, Any]) -> None:
+    """Writes parquet with the provenance ``source`` in its metadata."""
+    arrow = pa.Table.from_pandas(table, preserve_index=False)
+    arrow = arrow.replace_schema_metadata({**(arrow.schema.metadata or {}), b"provenance": json.dumps(source).encode()})
+    with atomic_path(path) as temporary:
+        pq.write_table(arrow, temporary)
+
+
+def load_table(path: Path) -> pd.DataFrame:
+    """Reads what ``save_table`` wrote; the provenance is in ``attrs["provenance"]``.
+
+    Raises:
+        ValueError: truncated, or without provenance.
+    """
+    try:
+        arrow = pq.read_table(path)
+        source = json.loads(arrow.schema.metadata[b"provenance"])
+    except (pa.ArrowInvalid, OSError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is truncated or no results file of dqar: remove it and run again") from error
+    table = arrow.to_pandas()
+    table.attrs = {"provenance": source}
+    return table
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` that takes its place when the block ends without an error."""
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _fingerprint(profile: Profile, seed: int) -> str:
+    return hashlib.sha256(f"{profile}|{seed}|{code_hash()}|{torch.__version__}".encode()).hexdigest()[:16]
+
+
+# A change of these can't change a measurement.
+_DRAWING = {
+    *("workbook.py", "measure/results.py", "studies/results.py", "studies/claims.py", "studies/conclusions.py"),
+    *("studies/architecture.py", "studies/record.py", "studies/policy.py"),
+}
+
+
+@functools.cache
+def code_hash(everything: bool = False) -> str:
+    """A digest of the weights and of the code that measures, or of all the code."""
+    digest = hashlib.sha256()
+    modules = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*.py")}
+    drawing = (
+        set() if everything else _DRAWING | {name for name in modules if name.startswith(("figures/", "training/"))}
+    )
+    files = [path for name, path in modules.items() if name not in drawing]
+    for path in sorted([*files, *WEIGHTS.rglob("*.safetensors")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def recorded_hash(profile: str) -> str:
+    """A digest of a profile's recorded tables, and of the benchmarks, which belong to none."""
+    digest = hashlib.sha256()
+    for folder in (profile, "benchmarks"):
+        for path in sorted(path for path in (RECORDED / folder).rglob("*") if path.is_file()):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+@functools.cache
+def _commit() -> str:
+    git = ["git", "-C", str(PACKAGE)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        status = subprocess.run(
+            [*git, "status", "--porcelain", "--", "*.py", "*.safetensors"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown (no git checkout)"
+    return commit.stdout.strip() + ("+changes" if status.stdout.strip() else "")
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

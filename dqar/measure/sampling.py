@@ -1,0 +1,117 @@
+"""Drawing images: same seed, same noise, whatever the configuration, so that every comparison is paired."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from diffusers import (
+    DiffusionPipeline,
+    PixArtAlphaPipeline,
+    SchedulerMixin,
+)
+from diffusers.utils.torch_utils import randn_tensor
+from tqdm import tqdm
+
+from dqar.attention import apply_dqar
+from dqar.config import DQARConfig
+from dqar.models.captions import NUM_CAPTIONS, coco_captions
+from dqar.models.pipelines import num_classes
+from dqar.models.profiles import Profile
+from dqar.trace import Trace
+
+OPEN = DQARConfig(entropy_threshold=math.inf, snr_range=(0, math.inf))
+"""Reuses whatever the schedule allows: neither entropy nor SNR has a say."""
+
+
+LOOK = DQARConfig(schedule="none", record_entropy=True)
+"""Reuses nothing and measures everything."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Images ``[N, C, H, W]`` float32 in [0, 1], their labels ``[N]``, and the trace if DQAR was on.
+
+    A label is a class, or the number of a caption.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    trace: Trace | None = None
+
+
+def sample(
+    pipe: DiffusionPipeline,
+    profile: Profile,
+    seed: int,
+    config: DQARConfig | None = None,
+    *,
+    num_samples: int | None = None,
+    first_image: int = 0,
+    num_inference_steps: int | None = None,
+    description: str = "sample",
+) -> Samples:
+    """Draws ``num_samples`` images, classes or captions in turn, each from a noise of its own.
+
+    Image ``i`` depends on ``(seed, i)`` only, not on the batch it is drawn in.
+
+    Args:
+        pipe: from ``load_pipeline``.
+        profile: guidance, steps, batch size and, unless given here, the number of samples.
+        seed: of the whole set.
+        config: applies DQAR for these samples; ``None`` is the untouched pipeline.
+        num_samples, num_inference_steps: in place of the profile's.
+        first_image: number of the set's first image to draw.
+        description: of the progress bar.
+    """
+    images = torch.arange(first_image, first_image + (num_samples or profile.num_samples))
+    labels = class_labels(pipe, images)
+    session = None if config is None else apply_dqar(pipe, config)
+    try:
+        batches = []
+        for part in tqdm(images.split(profile.batch_size), desc=description, leave=False):
+            drawn = pipe(
+                **_conditions(pipe, part),
+                guidance_scale=profile.guidance_scale,
+                num_inference_steps=num_inference_steps or profile.num_inference_steps,
+                generator=noise_generators(seed, part),
+                output_type="pt",
+            ).images
+            batches.append(drawn.float().cpu())
+    finally:
+        if session is not None:
+            session.remove()
+    return Samples(torch.cat(batches), labels, session.trace if session else None)
+
+
+def class_labels(pipe: DiffusionPipeline, images: torch.Tensor) -> torch.Tensor:
+    """The classes, or numbers of captions, of the images with these numbers: all in turn."""
+    if isinstance(pipe, PixArtAlphaPipeline):
+        return images % NUM_CAPTIONS
+    return images % num_classes(pipe)
+
+
+def _conditions(pipe: DiffusionPipeline, images: torch.Tensor) -> dict:
+    """What the pipeline is asked for in these images."""
+    labels = class_labels(pipe, images).tolist()
+    if not isinstance(pipe, PixArtAlphaPipeline):
+        return {"class_labels": labels}
+    captions = coco_captions()
+    # COCO's captions are clean, and the images have the model's own, square size.
+    prompts = [captions[label] for label in labels]
+    return {"prompt": prompts, "clean_caption": False, "use_resolution_binning": False}
+
+
+def noise_generators(seed: int, images: torch.Tensor) -> list[torch.Generator]:
+    """One generator for the noise of each image of a seed's set."""
+    return [torch.Generator().manual_seed(seed * 1_000_003 + image) for image in images.tolist()]
+
+
+def first_latents(pipe: DiffusionPipeline, scheduler: SchedulerMixin, seed: int, images: torch.Tensor) -> torch.Tensor:
+    """The noise ``[N, C, H, W]`` that ``sample`` begins these images of a seed's set with."""
+    config = pipe.transformer.config
+    shape = (len(images), config.in_channels, config.sample_size, config.sample_size)
+    generators = noise_generators(seed, images)
+    noise = randn_tensor(shape, generator=generators, device=pipe.device, dtype=pipe.transformer.dtype)
+    return noise * scheduler.init_noise_sigma

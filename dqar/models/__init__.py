@@ -1,0 +1,1 @@
+"""What is drawn with: profiles, pipelines, classifiers, data and captions."""

@@ -1,0 +1,212 @@
+"""Pipelines: embedded, pretrained and random ones, and what is known of them."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    ImagePipelineOutput,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
+    SchedulerMixin,
+)
+from diffusers.utils.torch_utils import randn_tensor
+from safetensors import SafetensorError
+
+from dqar.models.classifier import CLASSIFIERS
+from dqar.models.guidance import guided_prediction
+from dqar.models.profiles import SCHEDULERS, SD_VAE_CONFIG, WEIGHTS, Profile
+
+DIT_XL_2_CONFIG = {
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "num_layers": 28,
+    "in_channels": 4,
+    "out_channels": 8,
+    "sample_size": 32,
+    "patch_size": 2,
+    "num_embeds_ada_norm": 1000,
+}
+"""DiT-XL/2 at 256², as its checkpoint has it; the rest are ``DiTTransformer2DModel``'s defaults."""
+
+
+class EmbeddedDiTPipeline(DiffusionPipeline):
+    """Samples a pixel-space ``DiTTransformer2DModel``, called like ``DiTPipeline``.
+
+    ``DiTPipeline`` itself takes 1000 for the null class and decodes with a VAE; the null class here is the model's own,
+    ``num_embeds_ada_norm``, and the latents are the image.
+    """
+
+    def __init__(
+        self,
+        transformer: DiTTransformer2DModel,
+        scheduler: SchedulerMixin,
+        id2label: dict[str, str] | None = None,
+    ):
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler)
+        self.register_to_config(id2label=id2label)
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """Class ids by name."""
+        return {name: int(label) for label, name in (self.config.id2label or {}).items()}
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: list[int],
+        guidance_scale: float = 4.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int = 50,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """``DiTPipeline``'s arguments and results; ``output_type="latent"`` gives ``[B, C, H, W]`` in about [-1, 1]."""
+        config, batch = self.transformer.config, len(class_labels)
+        shape = (batch, config.in_channels, config.sample_size, config.sample_size)
+        device = self._execution_device
+        latents = randn_tensor(shape, generator=generator, device=device, dtype=self.transformer.dtype)
+        labels = torch.tensor(class_labels, device=device).reshape(-1)
+        if guidance_scale > 1:
+            labels = torch.cat([labels, torch.full_like(labels, config.num_embeds_ada_norm)])
+        self.scheduler.set_timesteps(num_inference_steps)
+        latents = latents * self.scheduler.init_noise_sigma
+        for t in self.progress_bar(self.scheduler.timesteps):
+            noise = guided_prediction(self.transformer, self.scheduler, latents, t, labels, guidance_scale)
+            latents = self.scheduler.step(noise, t, latents).prev_sample
+        images = latents
+        if output_type != "latent":
+            images = (latents / 2 + 0.5).clamp(0, 1)
+            if output_type != "pt":
+                images = images.permute(0, 2, 3, 1).float().cpu().numpy()
+                images = self.numpy_to_pil(images) if output_type == "pil" else images
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+def load_pipeline(profile: Profile) -> DiffusionPipeline:
+    """The profile's pipeline on its device, in its dtype, with its scheduler.
+
+    Raises:
+        OSError: weights that can't be found or read, saying which.
+        RuntimeError: no such device here, or too little memory on it.
+    """
+    if profile.device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(
+            f"profile {profile.name!r} needs a CUDA GPU and there is none: profile 'digits' runs on a CPU"
+        )
+    if profile.model in CLASSIFIERS:
+        pipe = load_embedded(profile.model, profile.dtype)
+    elif profile.model == "dit-xl-2-random":
+        pipe = random_dit_xl_2(dtype=profile.dtype)
+    else:
+        pipe = _load_pretrained(profile)
+    pipe.scheduler = make_scheduler(profile.scheduler, pipe.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        if not profile.offload:
+            return pipe.to(profile.device)
+        pipe.enable_model_cpu_offload(device=profile.device)
+    except torch.OutOfMemoryError as error:
+        raise RuntimeError(
+            f"profile {profile.name!r} doesn't fit into the memory of {torch.cuda.get_device_name()}: "
+            "get_profile(..., offload=True) keeps only what is at work there"
+        ) from error
+    return pipe
+
+
+cached_pipeline = functools.cache(load_pipeline)
+"""One pipeline a profile, shared by all that measure in one process."""
+
+
+def _load_pretrained(profile: Profile) -> DiffusionPipeline:
+    """The pipeline and, if it has its own, the transformer, from the hub, its local cache, or a folder."""
+    pipeline, transformer = {
+        "dit-xl-2": (DiTPipeline, DiTTransformer2DModel),
+        "pixart": (PixArtAlphaPipeline, PixArtTransformer2DModel),
+    }[profile.model]
+    wanted, parts = profile.weights, {}
+    try:
+        if profile.transformer is not None:
+            wanted = profile.transformer
+            parts["transformer"] = transformer.from_pretrained(
+                wanted.source, subfolder="transformer", revision=wanted.revision, dtype=profile.dtype
+            )
+            wanted = profile.weights
+        return pipeline.from_pretrained(wanted.source, revision=wanted.revision, dtype=profile.dtype, **parts)
+    except OSError as error:
+        at = f" at revision {wanted.revision}" if wanted.revision else ""
+        raise OSError(
+            f"profile {profile.name!r} needs {wanted.source}{at} from the Hugging Face hub, its local cache or a "
+            "folder: is there a network? Once it has been loaded, HF_HUB_OFFLINE=1 uses the cache"
+        ) from error
+
+
+def random_dit_xl_2(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: int) -> DiTPipeline:
+    """DiT-XL/2's ``DiTPipeline`` at its full size, VAE and all, with random weights: for time and memory.
+
+    Args:
+        seed, dtype: of the weights.
+        changes: to the transformer's configuration, such as ``num_layers=2``.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = DiTTransformer2DModel(**{**DIT_XL_2_CONFIG, **changes}).eval()
+        vae = AutoencoderKL(**SD_VAE_CONFIG).eval()
+    for part in (transformer, vae):
+        torch.nn.Module.to(part, dtype)  # diffusers' own `to` warns of checkpoints' layers that are to stay in float32
+    return DiTPipeline(transformer, vae, DDIMScheduler(clip_sample=False))
+
+
+PIPELINES = {"digits": EmbeddedDiTPipeline, "cifar10": DiTPipeline}
+"""Of the embedded models: one draws pixels, the other latents for an autoencoder, as DiT-XL/2 does."""
+
+
+def load_embedded(name: str, dtype: torch.dtype = torch.float32, folder: Path | None = None) -> DiffusionPipeline:
+    """An embedded model, with the same code that loads DiT-XL/2.
+
+    Args:
+        name: a key of ``PIPELINES``.
+        dtype: of the weights once they are loaded.
+        folder: with a folder ``name`` in it; the package's own weights by default.
+
+    Raises:
+        OSError: missing or truncated weights, naming the folder.
+    """
+    path = (folder or WEIGHTS) / name
+    if not (path / DiffusionPipeline.config_name).exists():
+        raise OSError(
+            f"the weights in {path} are missing: `python -m dqar train {name} --out {path.parent}` makes them"
+        )
+    try:
+        return PIPELINES[name].from_pretrained(path, dtype=dtype)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise OSError(f"the weights in {path} can't be read: {error}") from error
+
+
+def num_classes(pipe: DiffusionPipeline) -> int:
+    """How many classes a class-conditional pipeline can be asked for: the named ones, or all that it embeds.
+
+    ``DiTPipeline``'s transformer embeds 1,000 classes and the null class, whatever number was trained.
+    """
+    return len(set(pipe.labels.values())) or pipe.transformer.config.num_embeds_ada_norm
+
+
+def make_scheduler(name: str, like: SchedulerMixin) -> SchedulerMixin:
+    """The named scheduler on the noise schedule of another one, never clipping samples.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if name not in SCHEDULERS:
+        raise ValueError(f"scheduler {name!r} is unknown: choose one of {', '.join(SCHEDULERS)}")
+    cls, options = SCHEDULERS[name]
+    return cls.from_config(like.config, **options)

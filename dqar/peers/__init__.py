@@ -1,0 +1,1 @@
+"""The rivals: one file a library or paper, each with its settings and facts."""

@@ -1,0 +1,69 @@
+"""TaylorSeer as published for DiT: module outputs forecast by finite differences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from diffusers import DiffusionPipeline
+
+from dqar.peers.shared import Progress, block_modules, check_range, watched
+
+
+@contextmanager
+def taylorseer(
+    pipe: DiffusionPipeline, num_inference_steps: int, interval: int = 4, order: int = 4, first_enhance: int = 2
+) -> Iterator[None]:
+    """TaylorSeer as published for DiT (Liu et al., ICCV 2025, arXiv 2503.06923): forecasts by finite differences.
+
+    Own code after the repository Shenyi-Z/TaylorSeer, ``TaylorSeer-DiT``, which has a DiT of its own and can't be
+    installed: the same sites (output of attention and feed-forward before the gate), schedule, differences and order
+    (those of the first steps too: no difference is taken before step ``first_enhance - 1``). The defaults are its
+    recommended ones. It needs nothing of DiT but its modules' names; factors are kept in the model's dtype, as there.
+
+    Args:
+        interval: of computed steps after the first ones.
+        order: of the Taylor polynomial; 0 reuses the last output, and with ``first_enhance=1`` is ``static_interval``.
+        first_enhance: steps at the start that are computed; there it is 2.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+    check_range(interval=(interval, 1, math.inf), order=(order, 0, 16), first_enhance=(first_enhance, 1, math.inf))
+    with watched(pipe, num_inference_steps) as run:
+        for module in block_modules(pipe.transformer):
+            forecast = _TaylorForecast(module.forward, run, interval, order, first_enhance)
+            run.on_start.append(forecast.reset)
+            module.forward = forecast
+        yield
+
+
+class _TaylorForecast:
+    """The forward of one module: its output, or the polynomial through its last computed outputs.
+
+    ``F(s) = Σ_i Δ^i (s − c)^i / i!`` at step ``s`` after the last computed step ``c``, with ``Δ^0`` the output there
+    and ``Δ^{i+1} = (Δ^i − Δ^i at the computed step before) / (steps between the two)``.
+    """
+
+    def __init__(self, forward: Callable, run: Progress, interval: int, order: int, first_enhance: int):
+        self._forward, self._run = forward, run
+        self._interval, self._order, self._first = interval, order, first_enhance - 1
+        self.reset()
+
+    def reset(self) -> None:
+        self._factors: list[torch.Tensor] = []
+        self._computed_at = 0
+
+    def __call__(self, *args, **kwargs) -> torch.Tensor:
+        step = self._run.step
+        since = step - self._computed_at
+        if step > self._first and (step - self._first) % self._interval:
+            return sum(factor * (since**i / math.factorial(i)) for i, factor in enumerate(self._factors))
+        factors = [self._forward(*args, **kwargs)]
+        if step >= self._first:
+            for before in self._factors[: self._order]:
+                factors.append((factors[-1] - before) / since)
+        self._factors, self._computed_at = factors, step
+        return factors[0]

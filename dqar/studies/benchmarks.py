@@ -1,0 +1,312 @@
+"""What the mechanism costs at DiT-XL/2's size: ``python -m dqar benchmark`` (``make benchmarks``).
+
+Everything is timed in turn within one run and read as ratios. Each device has a table of its own in
+``recorded/benchmarks``: a GPU's stands beside a CPU's, and the two are never mixed. ``--overhead`` measures instead
+what deciding costs on the small digits model, beside hand-written floors (``dqar.studies.overhead``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import torch
+from rich.console import Console
+from torch.nn import functional as F
+
+from dqar import stats
+from dqar.attention import apply_dqar
+from dqar.config import DQARConfig
+from dqar.families import describe_model
+from dqar.forecast.plan import extrapolation
+from dqar.measure import metrics
+from dqar.measure.results import RECORDED, Run, load_table, provenance, save_table, slug
+from dqar.models.pipelines import EmbeddedDiTPipeline, load_pipeline, make_scheduler, random_dit_xl_2
+from dqar.models.profiles import get_profile
+from dqar.plan import BRANCHES, ReusePlan
+from dqar.quantizer import quantize
+from dqar.studies import overhead
+
+
+def overhead_of_looking(run: Run) -> pd.DataFrame:
+    """Seconds of one attention, B2 H16 N256 D72 (DiT-XL/2's), plain and with entropy in three ways; tidy."""
+    calls = attention_calls(run.profile.device, seed=run.seed)
+
+    def measure() -> pd.DataFrame:
+        times = metrics.interleaved_times(calls, 20 * run.profile.repeats, run.profile.device)
+        exact, estimate = calls["fused entropy"]()[1], calls["32 of 256 queries"]()[1]
+        error = ((estimate - exact).abs() / exact).max().item()
+        ratios = 1 / metrics.speedups(times, "plain")
+        ratios.columns = ["cost_high", "cost", "cost_low"]
+        return ratios.assign(max_error=[error if name.startswith("32") else 0.0 for name in ratios.index]).reset_index()
+
+    return run.table("overhead_of_looking", measure)
+
+
+FOLDER = RECORDED / "benchmarks"
+
+
+OVERHEAD = "overhead/digits-cpu.parquet"
+"""Of ``dqar.studies.overhead``'s table, within the folder."""
+
+
+STEPS = 4
+"""Denoising steps of a timed run: enough for reuse to alternate, few enough to take turns often."""
+
+
+GUIDANCE = 7.5
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+Calls = dict[str, Callable[[], object]]
+
+
+def attention_calls(device: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Calls:
+    """One attention of DiT-XL/2's shape, B2 H16 N256 D72, plain and with its entropy in three ways."""
+    shape = (2, 16, 256, 72)
+    generator = torch.Generator().manual_seed(seed)
+    query, key, value = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))
+
+    def with_maps() -> tuple[torch.Tensor, torch.Tensor]:
+        weights = (query @ key.transpose(-1, -2) * shape[-1] ** -0.5).softmax(-1)
+        return weights @ value, stats.attention_entropy(weights, reduction="none")
+
+    return {
+        "plain": lambda: F.scaled_dot_product_attention(query, key, value),
+        "fused entropy": lambda: stats.fused_attention_with_entropy(query, key, value),
+        "32 of 256 queries": lambda: stats.fused_attention_with_entropy(query, key, value, num_queries=32),
+        "maps": with_maps,
+    }
+
+
+def layer_calls(pipe: EmbeddedDiTPipeline, hidden_states: torch.Tensor) -> Calls:
+    """One attention layer computed, committed to a cache, and reused from it in both ways."""
+    attn = pipe.transformer.transformer_blocks[0].attn1
+
+    def by_head(x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+    def with_cached(key: Callable, value: Callable) -> torch.Tensor:
+        out = F.scaled_dot_product_attention(*map(by_head, (attn.to_q(hidden_states), key(), value())))
+        return attn.to_out[0](out.transpose(1, 2).flatten(2))
+
+    output, key, value = attn(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+    kept = {
+        name: quantize(x, 8, "per_channel", batch_dims=1) for name, x in zip("okv", (output, key, value), strict=True)
+    }
+    return {
+        "computed": lambda: attn(hidden_states),
+        "computed, output kept in INT8": lambda: quantize(attn(hidden_states), 8, "per_channel", batch_dims=1),
+        "reused: output, 16 bit": lambda: output.clone(),
+        "reused: output, INT8": kept["o"].dequantize,
+        "reused: K and V, 16 bit": lambda: with_cached(lambda: key, lambda: value),
+        "reused: K and V, INT8": lambda: with_cached(kept["k"].dequantize, kept["v"].dequantize),
+    }
+
+
+def quantizer_calls(pipe: EmbeddedDiTPipeline, hidden_states: torch.Tensor) -> Calls:
+    """Quantizing and dequantizing one layer's output, beside computing it."""
+    attn = pipe.transformer.transformer_blocks[0].attn1
+    calls: Calls = {"layer computed": lambda: attn(hidden_states)}
+    for bits in (8, 4, 2):
+        for mode in ("per_tensor", "per_channel", "per_token"):
+            kept = quantize(hidden_states, bits, mode, batch_dims=1)
+            calls[f"quantize INT{bits} {mode}"] = lambda b=bits, m=mode: quantize(hidden_states, b, m, batch_dims=1)
+            calls[f"dequantize INT{bits} {mode}"] = kept.dequantize
+    return calls
+
+
+def every_second_step(num_layers: int) -> ReusePlan:
+    """Attention computed at even steps and reused at odd ones, in all layers and both branches."""
+    sites = {(s, layer, b) for s in range(1, STEPS, 2) for layer in range(num_layers) for b in BRANCHES}
+    return ReusePlan(sites, num_layers, STEPS)
+
+
+def step_configs(pipe: EmbeddedDiTPipeline) -> dict[str, DQARConfig | None]:
+    """What a whole denoising is timed with; the first is the untouched pipeline."""
+    num_layers = len(pipe.transformer.transformer_blocks)
+    pipe.scheduler.set_timesteps(STEPS)
+    timesteps, model = pipe.scheduler.timesteps.tolist(), describe_model(pipe.transformer)
+    look = DQARConfig(schedule="none", record_entropy=True)
+    half = every_second_step(num_layers)
+    late = ReusePlan({(s, layer, b) for s in range(1, STEPS) for _, layer, b in half.sites}, num_layers, STEPS)
+    return {
+        "plain": None,
+        "applied, closed": DQARConfig(schedule="none"),
+        "entropy, exact": look,
+        "entropy, 32 of 256 queries": dataclasses.replace(look, entropy_queries=32),
+        "entropy, every 4th step": dataclasses.replace(look, entropy_interval=4),
+        "plan: output, every 2nd step": DQARConfig(plan=half, reuse_target="output"),
+        "plan: K and V, every 2nd step": DQARConfig(plan=half),
+        "plan: output, 3 of 4 steps": DQARConfig(plan=late, reuse_target="output"),
+        "plan: model's output forecast, every 2nd step": DQARConfig(
+            plan=extrapolation(range(0, STEPS, 2), timesteps, GUIDANCE, model)
+        ),
+    }
+
+
+def drawing(pipe: EmbeddedDiTPipeline, config: DQARConfig | None, images: int) -> Callable[[], object]:
+    """A guided denoising of so many images, DQAR put on before and taken off after it."""
+
+    def call() -> object:
+        with apply_dqar(pipe, config) if config is not None else contextlib.nullcontext():
+            return pipe([207] * images, GUIDANCE, torch.Generator().manual_seed(0), STEPS, output_type="latent").images
+
+    return call
+
+
+def compiled_calls(pipe: EmbeddedDiTPipeline, images: int, device: str) -> Calls:
+    """The same with every block compiled, full compute compiled being the fair baseline; CUDA graphs on a GPU."""
+    for block in pipe.transformer.transformer_blocks:
+        block.compile(mode="reduce-overhead" if device == "cuda" else "default")
+    configs = step_configs(pipe)
+    calls = {f"compiled, {name}": drawing(pipe, configs[name], images) for name in configs if name in COMPILED}
+    return {"eager, plain": torch.compiler.set_stance("force_eager")(drawing(pipe, None, images)), **calls}
+
+
+COMPILED = ("plain", "applied, closed", "plan: output, every 2nd step", "plan: output, 3 of 4 steps")
+
+
+def run(device: str, dtype: torch.dtype, images: int, num_layers: int, repeats: int, path: Path) -> pd.DataFrame:
+    """Times everything and saves it, part by part.
+
+    Returns:
+        Tidy: ``part``, ``method``, ``repeat``, ``seconds``; of whole denoisings also ``macs`` and ``peak_bytes``
+        (``metrics.peak_memory_bytes``), else NaN. The first method of a part is what the others are compared with.
+        ``"compiled"`` is left out where there is no C++ compiler.
+    """
+    whole = random_dit_xl_2(dtype=dtype, num_layers=num_layers)
+    pipe = EmbeddedDiTPipeline(whole.transformer, make_scheduler("dpm-solver++", whole.scheduler)).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    hidden_states = torch.randn(2 * images, 256, 1152, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    steps = {name: drawing(pipe, config, images) for name, config in step_configs(pipe).items()}
+    parts: dict[str, tuple[Callable[[], Calls], int]] = {
+        "attention": (lambda: attention_calls(device, dtype), 20 * repeats),
+        "layer": (lambda: layer_calls(pipe, hidden_states), 4 * repeats),
+        "quantizer": (lambda: quantizer_calls(pipe, hidden_states), 4 * repeats),
+        "step": (lambda: steps, repeats),
+        "compiled": (lambda: compiled_calls(pipe, images, device), repeats),
+    }
+    if shutil.which("c++") is None:  # torch.compile has nothing to compile with
+        del parts["compiled"]
+    profile = get_profile("dit-xl-2-random", device=device, dtype=dtype, batch_size=images, num_inference_steps=STEPS)
+    tables = []
+    for part, (calls, times) in parts.items():
+        with torch.no_grad():
+            made = calls()
+            table = metrics.interleaved_times(made, times, device).assign(part=part)
+            if part == "step":
+                costs = pd.DataFrame([{"method": name, **_costs(call, device)} for name, call in made.items()])
+                table = table.merge(costs, on="method")
+        tables.append(table)
+        source = {**provenance(profile, 0), "num_layers": num_layers}
+        save_table(pd.concat(tables, ignore_index=True), path, source)
+    return load_table(path)
+
+
+def _costs(call: Callable[[], object], device: str) -> dict[str, float]:
+    metrics.reset_peak_memory(device)
+    return {"macs": metrics.count_macs(call), "peak_bytes": metrics.peak_memory_bytes(device)}
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """Each method beside its part's first: ``cost`` (time, relative) with quartiles, and ``ms``.
+
+    Of whole denoisings also ``macs_speedup``, ``realised`` (the share of the MAC saving that the clock shows), and
+    ``peak_bytes``.
+    """
+    rows = []
+    for part, own in table.groupby("part", sort=False):
+        baseline = own.method.iloc[0]
+        ratios = 1 / metrics.speedups(own, baseline)
+        ratios.columns = ["cost_high", "cost", "cost_low"]
+        for method in own.method.unique():
+            mine = own[own.method == method]
+            row = {"part": part, "method": method, "ms": 1000 * mine.seconds.median(), **ratios.loc[method]}
+            if "macs" in mine and mine.macs.notna().all():
+                speedup = own[own.method == baseline].macs.iloc[0] / mine.macs.iloc[0]
+                row |= {"macs_speedup": speedup, "peak_bytes": mine.peak_bytes.iloc[0]}
+                if speedup > 1.001:
+                    row["realised"] = (1 / row["cost"] - 1) / (speedup - 1)
+            rows.append(row)
+    columns = ["part", "method", "ms", "cost", "cost_low", "cost_high", "macs_speedup", "realised", "peak_bytes"]
+    return pd.DataFrame(rows).reindex(columns=columns)
+
+
+def targets(table: pd.DataFrame) -> pd.DataFrame:
+    """What the mechanism is meant to cost at most, what it costs, and whether that is met."""
+    steps = summary(table).query("part == 'step'").set_index("method")
+    on_gpu = table.attrs["provenance"]["profile"]["device"] == "cuda"
+    entropy, closed = steps.cost["entropy, exact"] - 1, steps.cost["applied, closed"] - 1
+    rows = [
+        ("exact entropy, share of a step", 0.05 if on_gpu else 0.10, entropy, entropy <= (0.05 if on_gpu else 0.10))
+    ]
+    rows.append(("applied with everything closed", 0.01, closed, closed < 0.01))
+    for method in steps.index[steps.index.str.startswith("plan: ") & ~steps.index.str.contains("K and V")]:
+        realised = steps.realised[method]
+        rows.append((f"realised share of MACs saved, {method.removeprefix('plan: ')}", 0.9, realised, realised >= 0.9))
+    return pd.DataFrame(rows, columns=["target", "bound", "measured", "met"])
+
+
+def recorded() -> dict[str, pd.DataFrame]:
+    """All recorded tables, by device, dtype and batch."""
+    tables = [load_table(path) for path in sorted(FOLDER.glob("*.parquet"))]
+    return {
+        "{device}, {dtype}, {profile[batch_size]} images".format(**table.attrs["provenance"]).replace(
+            " 1 images", " 1 image"
+        ): table
+        for table in tables
+    }
+
+
+def recorded_overhead() -> pd.DataFrame:
+    """The recorded table of ``dqar.studies.overhead``."""
+    return load_table(FOLDER / OVERHEAD)
+
+
+def run_overhead(repeats: int, path: Path) -> pd.DataFrame:
+    """Measures ``dqar.studies.overhead`` on the digits model and saves its table, which is returned."""
+    profile = get_profile("digits", batch_size=1, num_inference_steps=overhead.STEPS, num_samples=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_table(overhead.measure(load_pipeline(profile), repeats), path, provenance(profile, 0))
+    return load_table(path)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code: 0, or 2 for a wrong argument."""
+    parser = argparse.ArgumentParser(prog="dqar benchmark", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="float32", choices=tuple(DTYPES))
+    parser.add_argument("--images", type=int, default=1, help="drawn at once, each guided (default: 1)")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--num-layers", type=int, default=28, help="fewer for a trial")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the table (default: recorded/benchmarks)")
+    parser.add_argument("--overhead", action="store_true", help="what deciding costs on the digits model, on one CPU")
+    options = parser.parse_args(arguments)
+    console = Console()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        console.print("--device cuda needs a CUDA GPU and there is none", style="red")
+        return 2
+    if min(options.images, options.repeats, options.num_layers) < 1:
+        console.print("--images, --repeats and --num-layers take 1 or more", style="red")
+        return 2
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.overhead:
+        table = run_overhead(options.repeats, options.out / OVERHEAD)
+        console.print(overhead.summary(table).round(3).to_string(index=False), highlight=False)
+        console.print(f"saved: {options.out / OVERHEAD}")
+        return 0
+    name = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
+    path = options.out / f"{slug(name)}-{options.dtype}-batch-{options.images}.parquet"
+    table = run(options.device, DTYPES[options.dtype], options.images, options.num_layers, options.repeats, path)
+    console.print(summary(table).round(3).to_string(index=False), highlight=False)
+    console.print(targets(table).round(3).to_string(index=False), highlight=False)
+    console.print(f"saved: {path}")
+    return 0

@@ -1,0 +1,131 @@
+"""Notebook 09: which claims hold, and what is known of the future work (slides 16, 17)."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+
+from dqar.measure.results import Run
+from dqar.studies import claims, pareto, policy, quantized_cache, results, trace
+from dqar.studies.methods import names_at
+
+
+def verdicts(run: Run) -> pd.DataFrame:
+    """Slide 17, claim by claim: ``claim``, ``verdict`` (holds, does not hold, not testable here), ``reason``.
+
+    Verdicts follow from what was recorded; a claim whose measurement is missing is not testable here.
+    """
+    summary = results.summary(run).set_index("method")
+    most = claims.bounds().set_index(["target", "sites"]).speedup_bound
+    half = f"{run.profile.num_inference_steps // 2} steps"
+    plan_name = names_at(run.profile, 2)["DQAR plan"]
+    full, kv, output, fewer, plan = (
+        summary.loc[name] if name in summary.index else pd.Series(math.nan, index=summary.columns)
+        for name in ("full compute", "DQAR rule, kv", "DQAR rule, output", half, plan_name)
+    )
+    full_bytes, kv_bytes = (row.weight_bytes + row.added_bytes for row in (full, kv))
+    labels = run.recorded("labels-output")
+    rho = math.nan if labels is None else policy.partial_correlation(labels, "entropy", ("step", "snr"))
+    tested = [
+        (
+            "Principled entropy and SNR metrics replace heuristics",
+            rho,
+            rho > 0.3,
+            f"Low entropy should mean a harmless reuse; once step and SNR are known, ρ(entropy, error) is {rho:+.2f}. "
+            "The deck's threshold of 2.0 never opens on this model.",
+        ),
+        (
+            "23 % speedup",
+            kv.speedup,
+            kv.speedup >= 1.23,
+            f"K/V reuse ran at {kv.speedup:.2f}× of full compute's speed here, output reuse at {output.speedup:.2f}×; "
+            f"47 of 1400 sites can save {1 - 1 / most['kv', 47]:.1%}, all of them {1 - 1 / most['kv', 1400]:.0%}."
+            + ("" if math.isnan(plan.speedup) else f" A plan of the steps: {plan.speedup:.2f}× at {plan.psnr:.0f} dB."),
+        ),
+        (
+            "18 % less memory",
+            kv_bytes / full_bytes,
+            kv_bytes <= 0.82 * full_bytes,
+            f"A cache adds memory and the weights stay: weights and peak of four images come to "
+            f"{kv_bytes / full_bytes:.2f} of full compute's.",
+        ),
+        (
+            "FID grows by less than 1",
+            kv.fd_growth_high,
+            kv.fd_growth_high < 1,
+            f"FD-digits, not FID: {kv.fd_growth:+.2f} ({kv.fd_growth_low:+.2f} to {kv.fd_growth_high:+.2f}) at "
+            f"{kv.macs_speedup:.2f}× fewer MACs; {half}: {fewer.fd_growth:+.2f} at {fewer.macs_speedup:.2f}×.",
+        ),
+    ]
+    rows = [
+        (
+            "First to combine reuse and quantization for DiTs",
+            "not testable here",
+            "A statement about the literature; what is combined here is a gate and an INT8 cache.",
+        ),
+        *(
+            (claim, "not testable here", "Not recorded yet: make results.")
+            if math.isnan(value)
+            else (claim, "holds" if holds else "does not hold", reason)
+            for claim, value, holds, reason in tested
+        ),
+        (
+            "Drop-in replacement, no retraining",
+            "holds",
+            "One call on a diffusers pipeline; bit-identical with the gate closed and after removal (tested).",
+        ),
+        ("Open source", "holds", "MIT licence; one command makes every figure anew."),
+        (
+            "Consumer GPUs, lower serving costs",
+            "not testable here",
+            "No GPU was measured; attention reuse alone is beaten by fewer steps of the same sampler (slide 8).",
+        ),
+    ]
+    return pd.DataFrame(rows, columns=["claim", "verdict", "reason"])
+
+
+def future_work(run: Run) -> pd.DataFrame:
+    """Slide 16, direction by direction: ``direction``, ``deck``, ``measured`` (or that it isn't)."""
+    quality = quantized_cache.quantization_quality(run)
+    unquantized = quality[quality.bits == 16].set_index("target").cache_bytes
+    found = []
+    for width in (8, 4, 2):
+        part = quality[quality.bits == width]
+        best = part.loc[part.psnr_cache.idxmax()]
+        share = best.cache_bytes / unquantized[best.target] * run.profile.dtype.itemsize / 2
+        found.append(f"INT{width} {best.psnr_cache:.0f} dB in {share:.2f}")
+    distance = trace.sites(run)[["layer_change", "change"]].median()
+    labels, oracle = run.recorded("labels-output"), run.recorded("oracle")
+    searched = "not measured yet"
+    if labels is not None and oracle is not None:
+        runs = policy.accepted_runs(oracle).set_index("share").psnr
+        searched = f"sites chosen by measured error: {runs[0.4]:.1f} dB with 40 % of all sites reused (notebook 06)"
+    compared = pareto.recorded(run, run.profile.scheduler)
+    if compared is not None:
+        found_at = pareto.verdicts(pareto.summary(compared), (3,)).dropna(subset=["ours"])
+        for row in found_at[found_at.target == "reference"].itertuples():
+            searched += f"; planned steps: {row.ours:.1f} dB at 3× fewer MACs, best peer {row.peer:.1f} (notebook 11)"
+    rows = [
+        (
+            "Lower bit-widths",
+            "INT2: 4× less memory than INT8",
+            f"best mode to an unquantized cache, and share of FP16's bytes: {', '.join(found)}",
+        ),
+        (
+            "Cross-layer sharing",
+            "2–3× more speed",
+            f"an attention output is {distance.layer_change:.0%} away from the layer before, "
+            f"{distance.change:.0%} from the step before (median)",
+        ),
+        ("Video DiTs", "reuse across frames", "not measured: no video model here"),
+        ("Quantization-aware training", "learn to compensate INT8 errors", "not measured: nothing is retrained here"),
+        ("Architecture search", "layers, thresholds, bits per layer", searched),
+        (
+            "Production deployment",
+            "batches, several GPUs",
+            "images don't depend on each other's cache scales (tested); one gate decides for a whole batch; "
+            "several GPUs: not measured",
+        ),
+    ]
+    return pd.DataFrame(rows, columns=["direction", "deck", "measured"])

@@ -1,0 +1,205 @@
+"""Who should decide: the rule, the policy, measured errors, or chance? Analysis of the labels of ``sensitivity``."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.metrics import roc_auc_score
+
+from dqar.config import DQARConfig
+from dqar.measure import metrics
+from dqar.measure.calibrate import propose_gate
+from dqar.models.classifier import load_classifier
+from dqar.models.data import load_digits_split
+from dqar.plan import BRANCHES, ReusePlan
+from dqar.policy import FEATURES, ReusePolicy, policy_features, train_policy
+
+# Each image has a noise of its own, so that held-out classes are held-out seeds, too.
+TRAIN, STOP, TEST = range(0, 6), range(6, 8), range(8, 10)
+"""Classes that a policy is trained on, stopped early by, and judged by."""
+
+
+DELTA_FD = 0.1
+"""Accepted growth of the Fréchet distance, relative: what the deck accepts is below 1 of 10.2."""
+
+
+def features_of(labels: pd.DataFrame, total_steps: int, prompt_length: int = 1) -> torch.Tensor:
+    """Slide 7's features ``[B, 5]`` of labelled sites; class labels are prompts of one word."""
+    known = zip(labels.entropy, labels.snr, labels.latent_norm, labels.step, strict=True)
+    return torch.tensor([policy_features(*row, total_steps, prompt_length) for row in known])
+
+
+@dataclass(frozen=True)
+class Study:
+    """A trained policy, its losses by epoch, and how it and the rule score the held-out sites."""
+
+    policy: ReusePolicy
+    history: pd.DataFrame
+    held_out: pd.DataFrame
+    """One row per site: ``harmless`` (the label), ``policy`` (p_reuse), ``rule`` (higher: rather reused)."""
+
+    def auc(self, score: str = "policy") -> float:
+        """Area under the ROC curve on the held-out sites; 0.5 is chance."""
+        return float(roc_auc_score(self.held_out.harmless, self.held_out[score]))
+
+
+def study(labels: pd.DataFrame, delta: float, total_steps: int, **training) -> Study:
+    """Trains a policy on slide 7's labels, 1 where a reuse alone changes the image by less than ``delta``.
+
+    Args:
+        labels: from ``sensitivity.site_errors``.
+        delta: mean squared error of the image.
+        training: options of ``policy.train_policy``.
+    """
+    features = features_of(labels, total_steps)
+    harmless = torch.tensor((labels.error < delta).to_numpy(), dtype=torch.float32)
+    train, stop, test = (torch.tensor(labels.label.isin(classes).to_numpy()) for classes in (TRAIN, STOP, TEST))
+    policy, history = train_policy(features[train], harmless[train], features[stop], harmless[stop], **training)
+    shown = features[test]
+    if omit := training.get("omit"):
+        shown = shown.clone()
+        shown[:, FEATURES.index(omit)] = policy.mean[FEATURES.index(omit)]
+    with torch.no_grad():
+        scores = policy(shown).numpy()
+    rows = labels[test.numpy()]
+    gate = rule_gate(labels)
+    inside = rows.snr.between(*gate.snr_range)
+    rule = np.where(inside, -rows.entropy, -rows.entropy - labels.entropy.max())
+    held_out = rows.assign(harmless=harmless[test].bool().numpy(), policy=scores, rule=rule)
+    return Study(policy, pd.DataFrame(history), held_out)
+
+
+def ablation(labels: pd.DataFrame, delta: float, total_steps: int, seeds: int = 3) -> pd.DataFrame:
+    """Held-out AUC of the same network without each feature: ``omitted``, ``seed``, ``auc``."""
+    rows = []
+    for omitted in (None, *FEATURES):
+        for seed in range(seeds):
+            auc = study(labels, delta, total_steps, omit=omitted, seed=seed).auc()
+            rows.append({"omitted": omitted or "nothing", "seed": seed, "auc": auc})
+    return pd.DataFrame(rows)
+
+
+def partial_correlation(labels: pd.DataFrame, of: str, given: tuple[str, ...]) -> float:
+    """Spearman's ρ of ``of`` with the error, once what the ``given`` columns explain of both ranks is taken out."""
+    ranks = labels[[of, "error", *given]].rank()
+    known = np.column_stack([np.ones(len(ranks)), *(ranks[name] for name in given)])
+
+    def rest(name: str) -> np.ndarray:
+        return ranks[name] - known @ np.linalg.lstsq(known, ranks[name], rcond=None)[0]
+
+    return float(np.corrcoef(rest(of), rest("error"))[0, 1])
+
+
+def correlations(labels: pd.DataFrame) -> pd.DataFrame:
+    """Does entropy tell more than step and SNR do? ``signal``, ``given``, ``layer`` (-1: all), ``rho``."""
+    given = {"nothing": (), "step and SNR": ("step", "snr"), "step, SNR and layer": ("step", "snr", "layer")}
+    rows = [
+        {"signal": "entropy", "given": name, "layer": -1, "rho": partial_correlation(labels, "entropy", columns)}
+        for name, columns in given.items()
+    ]
+    rows.append({"signal": "snr", "given": "step", "layer": -1, "rho": partial_correlation(labels, "snr", ("step",))})
+    for layer, part in labels.groupby("layer"):
+        rho = partial_correlation(part, "entropy", ("step", "snr"))
+        rows.append({"signal": "entropy", "given": "step and SNR", "layer": layer, "rho": rho})
+    return pd.DataFrame(rows)
+
+
+def rule_gate(labels: pd.DataFrame, share: float = 0.5) -> DQARConfig:
+    """The deck's rule, its threshold above ``share`` of the entropies inside the deck's SNR window."""
+    return propose_gate(labels, share)
+
+
+def predicted_errors(labels: pd.DataFrame, total_steps: int, num_layers: int) -> pd.Series:
+    """The error of each site by step, layer and branch: an additive fit of the logarithm, from the sampled sites."""
+    log_error = labels.error.clip(lower=1e-14).map(np.log)
+    mean = log_error.mean()
+    sites = pd.MultiIndex.from_product([range(1, total_steps), range(num_layers), BRANCHES])
+    total = pd.Series(mean, index=sites)
+    for level, name in enumerate(("step", "layer", "branch")):
+        effect = log_error.groupby(labels[name]).mean() - mean
+        total += effect.reindex(sites.get_level_values(level)).fillna(0).to_numpy()
+    return total.map(np.exp)
+
+
+def plan_of(errors: pd.Series, share: float, total_steps: int) -> tuple[ReusePlan, float]:
+    """The sites of least error, none reused twice in a row, until ``share`` of all are reused.
+
+    Returns:
+        The plan, and the largest error that it accepts.
+    """
+    layers = errors.index.get_level_values(1).nunique()
+    wanted = round(share * total_steps * layers * len(BRANCHES))
+    chosen: set[tuple[int, int, str]] = set()
+    largest = 0.0
+    for (step, layer, branch), error in errors.sort_values().items():
+        if len(chosen) >= wanted:
+            break
+        if (step - 1, layer, branch) not in chosen and (step + 1, layer, branch) not in chosen:
+            chosen.add((step, layer, branch))
+            largest = float(error)
+    return ReusePlan(chosen, layers, total_steps), largest
+
+
+def deciders(
+    labels: pd.DataFrame, policy: ReusePolicy, target: str, total_steps: int, num_layers: int
+) -> dict[tuple[str, float], DQARConfig]:
+    """Rule, policy, oracle and chance at about equal shares of reuse, by name and wanted share.
+
+    Nothing is reused twice in a row, since the labels say nothing about that.
+    """
+    base = DQARConfig(schedule="all", max_reuse_streak=1, reuse_target=target)
+    errors = predicted_errors(labels, total_steps, num_layers)
+    by_chance = pd.Series(np.random.default_rng(0).random(len(errors)), index=errors.index)
+    with torch.no_grad():
+        scores = policy(features_of(labels, total_steps)).numpy()
+    inside = labels.snr.between(0.5, 50).mean()
+    configs = {}
+    for share in (0.1, 0.2, 0.3, 0.4):
+        # A gate open for a of the sites at random reuses a / (1 + a) of them, if none twice in a row.
+        opened = share / (1 - share)
+        rule = rule_gate(labels, min(1.0, opened / inside))
+        configs["rule", share] = dataclasses.replace(
+            base, entropy_threshold=rule.entropy_threshold, snr_range=rule.snr_range
+        )
+        threshold = float(np.quantile(scores, 1 - opened))
+        configs["policy", share] = dataclasses.replace(base, policy=policy, policy_threshold=threshold)
+        for name, order in (("oracle", errors), ("chance", by_chance)):
+            configs[name, share] = dataclasses.replace(base, plan=plan_of(order, share, total_steps)[0])
+    return configs
+
+
+def calibrated_delta(oracle: pd.DataFrame) -> float:
+    """δ of the labels: the largest error that may be accepted while the set of images stays as good.
+
+    Args:
+        oracle: of ``record.Recording.oracle``: runs of accepted decisions, by ``share`` and ``delta``.
+
+    Returns:
+        The largest ``delta`` whose run keeps the Fréchet distance to held-out data within ``DELTA_FD`` of full
+        compute's; of the smallest run, if none does.
+    """
+    table = accepted_runs(oracle)
+    kept = table[(table.share > 0) & (table.fd_growth <= DELTA_FD)]
+    return float((kept if len(kept) else table[table.share > 0].head(1)).delta.max())
+
+
+def accepted_runs(oracle: pd.DataFrame) -> pd.DataFrame:
+    """Of each run of accepted decisions: ``share``, ``delta``, ``psnr`` (dB to full compute), ``fd``, ``fd_growth``."""
+    real = held_out_features()
+    rows = []
+    for (share, delta), part in oracle.groupby(["share", "delta"]):
+        distance = metrics.frechet_distance(torch.tensor(np.stack(part.features)).float(), real)
+        psnr = -10 * math.log10(part.mse.mean()) if part.mse.mean() else math.inf
+        rows.append({"share": share, "delta": delta, "psnr": psnr, "fd": distance})
+    table = pd.DataFrame(rows).sort_values("share", ignore_index=True)
+    return table.assign(fd_growth=table.fd / table.fd[table.share == 0].item() - 1)
+
+
+def held_out_features() -> torch.Tensor:
+    """The classifier's features ``[N, D]`` of the digits that neither it nor the DiT was trained on."""
+    return metrics.classify(load_classifier(), load_digits_split("test")[0] / 2 + 0.5)[1]

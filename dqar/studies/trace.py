@@ -1,0 +1,54 @@
+"""Notebook 01: what entropy and SNR do while a model denoises (slides 4, 14)."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from dqar.measure.calibrate import trace_sites
+from dqar.measure.results import Run
+from dqar.measure.sampling import LOOK, sample
+from dqar.models.pipelines import cached_pipeline
+
+
+def sites(run: Run) -> pd.DataFrame:
+    """Every site of an untouched denoising: entropy, SNR, and the change of its output since the step before.
+
+    One row per step, layer and branch (means over the profile's images): ``entropy`` (nats, mean over heads and
+    queries), ``snr`` (by predicted x0), ``snr_schedule``, ``change`` (relative: what reuse would do wrong there),
+    ``layer_change`` (the same against the layer before).
+    """
+
+    def measure() -> pd.DataFrame:
+        table = trace_sites(cached_pipeline(run.profile), run.profile, run.seed)
+        return table.groupby(["step", "timestep", "layer", "branch", "tokens"], as_index=False)[
+            ["entropy", "snr", "snr_schedule", "change", "layer_change"]
+        ].mean()
+
+    return run.table("sites", measure)
+
+
+def heads(run: Run) -> pd.DataFrame:
+    """Entropy (nats) of every head at every step, layer and branch, mean over four images."""
+
+    def measure() -> pd.DataFrame:
+        trace = sample(
+            cached_pipeline(run.profile), run.profile, run.seed, LOOK, num_samples=4, description="heads"
+        ).trace
+        return trace.heads_to_pandas().groupby(["step", "layer", "branch", "head"], as_index=False)["entropy"].mean()
+
+    return run.table("heads", measure)
+
+
+def relations(table: pd.DataFrame) -> dict[str, float]:
+    """Spearman's ρ of the two signals with ``change``, overall and within steps (entropy) or layers (SNR)."""
+    known = table.dropna(subset=["change"])
+
+    def within(by: str, signal: str) -> float:
+        return known.groupby(by).apply(lambda g: g[signal].corr(g.change, "spearman"), include_groups=False).mean()
+
+    return {
+        "entropy": known.entropy.corr(known.change, "spearman"),
+        "entropy_within_step": within("step", "entropy"),
+        "snr": known.snr.corr(known.change, "spearman"),
+        "snr_within_layer": within("layer", "snr"),
+    }

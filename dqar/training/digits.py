@@ -1,0 +1,161 @@
+"""Trains the embedded models: ``python -m dqar train digits`` or ``cifar10``, and the classifiers of both.
+
+The digits model is trained here: a class-conditional diffusers ``DiTTransformer2DModel`` that predicts the noise (Ho et
+al. 2020), with min-SNR loss weighting (Hang et al. 2023), adaLN-Zero initialisation (Peebles & Xie 2023), label dropout
+for classifier-free guidance and an exponential moving average of the weights. The CIFAR-10 model has its own files in
+``dqar.training``. All of them go on from their last checkpoint, are seeded per step, log their loss and write a model
+card; weights go into the run's folder unless ``--out`` names another.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DDPMScheduler, DiTTransformer2DModel
+from diffusers.optimization import get_cosine_schedule_with_warmup
+from diffusers.training_utils import EMAModel, compute_snr
+from torch import nn
+from tqdm import tqdm
+
+from dqar.models.data import load_split
+from dqar.models.pipelines import EmbeddedDiTPipeline
+from dqar.training.card import pipeline_parts, training_facts, write_json
+from dqar.training.checkpoints import cut_log, load_checkpoint, save_checkpoint
+from dqar.training.latent_dit import NOISE_SCHEDULE
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the digits model's training; changing a field makes a different model."""
+
+    num_layers: int = 28
+    num_attention_heads: int = 4
+    attention_head_dim: int = 24
+    sample_size: int = 8
+    in_channels: int = 1
+    patch_size: int = 1
+    num_classes: int = 10
+    batch_size: int = 64
+    num_steps: int = 2400
+    learning_rate: float = 1e-3
+    warmup_steps: int = 200
+    label_dropout: float = 0.1
+    min_snr_gamma: float = 5.0
+    ema_decay: float = 0.998
+    seed: int = 0
+
+
+def build_transformer(recipe: Recipe) -> DiTTransformer2DModel:
+    """A ``DiTTransformer2DModel`` with DiT's own initialisation, which diffusers leaves out.
+
+    Xavier weights, and zeros where adaLN-Zero wants them: each block starts as the identity and the model's first
+    output is exactly zero.
+    """
+    torch.manual_seed(recipe.seed)
+    model = DiTTransformer2DModel(
+        num_attention_heads=recipe.num_attention_heads,
+        attention_head_dim=recipe.attention_head_dim,
+        in_channels=recipe.in_channels,
+        out_channels=recipe.in_channels,
+        num_layers=recipe.num_layers,
+        sample_size=recipe.sample_size,
+        patch_size=recipe.patch_size,
+        num_embeds_ada_norm=recipe.num_classes,
+    )
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for block in model.transformer_blocks:
+        nn.init.normal_(block.norm1.emb.class_embedder.embedding_table.weight, std=0.02)
+        nn.init.zeros_(block.norm1.linear.weight)
+    for linear in (model.proj_out_1, model.proj_out_2):
+        nn.init.zeros_(linear.weight)
+    # diffusers' LabelEmbedding drops labels in train mode, in every block by itself, so that no sample ever sees the
+    # null class in all of them. The recipe drops them once per sample, and the model has no other mode-dependent part.
+    return model.eval()
+
+
+def training_loss(model, noise_scheduler, images, labels, recipe: Recipe, generator: torch.Generator) -> torch.Tensor:
+    """Mean min-SNR-weighted squared error of the predicted noise; ``images`` ``[B, C, H, W]`` in [-1, 1]."""
+    batch, device = len(images), images.device
+    noise = torch.randn(images.shape, generator=generator, device=device)
+    timesteps = torch.randint(noise_scheduler.config.num_train_timesteps, (batch,), generator=generator, device=device)
+    dropped = torch.rand(batch, generator=generator, device=device) < recipe.label_dropout
+    labels = torch.where(dropped, recipe.num_classes, labels)
+    noisy = noise_scheduler.add_noise(images, noise, timesteps)
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        predicted = model(noisy, timestep=timesteps, class_labels=labels, return_dict=False)[0].float()
+    snr = compute_snr(noise_scheduler, timesteps)
+    weight = snr.clamp(max=recipe.min_snr_gamma) / snr
+    return (weight * (predicted - noise).pow(2).mean(dim=(1, 2, 3))).mean()
+
+
+def train_transformer(recipe: Recipe, out: Path, checkpoint_every: int = 100) -> DiTTransformer2DModel:
+    """Trains from the last checkpoint in ``out`` (or from nothing) and returns the EMA model.
+
+    ``out/checkpoint.pt`` holds the state, ``out/loss.jsonl`` one line per step. Step ``i`` draws from a generator
+    seeded by ``(seed, i)``, so an interrupted run continues as if it hadn't been.
+
+    Raises:
+        ValueError: the checkpoint is unreadable, or another recipe's.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    images, labels = load_split("digits", "train")
+    model = build_transformer(recipe)
+    ema = EMAModel(model.parameters(), decay=recipe.ema_decay, use_ema_warmup=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.0, fused=True)
+    lr_schedule = get_cosine_schedule_with_warmup(optimizer, recipe.warmup_steps, recipe.num_steps)
+    noise_scheduler = DDPMScheduler(**NOISE_SCHEDULE)
+    checkpoint, log, first, seconds = out / "checkpoint.pt", out / "loss.jsonl", 0, 0.0
+    if (state := load_checkpoint(checkpoint, asdict(recipe))) is not None:
+        model.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        lr_schedule.load_state_dict(state["lr_schedule"])
+        first, seconds = state["step"], state["seconds"]
+    cut_log(log, first)
+    started = time.monotonic() - seconds
+    with log.open("a") as log_file:
+        for step in (bar := tqdm(range(first, recipe.num_steps), initial=first, total=recipe.num_steps, desc="train")):
+            generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
+            chosen = torch.randint(len(images), (recipe.batch_size,), generator=generator)
+            loss = training_loss(model, noise_scheduler, images[chosen], labels[chosen], recipe, generator)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            lr_schedule.step()
+            ema.step(model.parameters())
+            log_file.write(json.dumps({"step": step, "loss": loss.item()}) + "\n")
+            bar.set_postfix(loss=f"{loss.item():.4f}")
+            if (step + 1) % checkpoint_every == 0 or step + 1 == recipe.num_steps:
+                log_file.flush()
+                state = {
+                    "recipe": asdict(recipe),
+                    "step": step + 1,
+                    "seconds": time.monotonic() - started,
+                    "model": model.state_dict(),
+                    "ema": ema.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "lr_schedule": lr_schedule.state_dict(),
+                }
+                save_checkpoint(checkpoint, state)
+    ema.copy_to(model.parameters())
+    return model
+
+
+def export_digits(model: DiTTransformer2DModel, recipe: Recipe, work: Path, weights: Path) -> None:
+    """Saves the pipeline the way diffusers loads DiT-XL/2, FP16 in small shards, and how it was trained."""
+    pipe = EmbeddedDiTPipeline(transformer=model.half(), **pipeline_parts("digits"))
+    pipe.save_pretrained(weights / "digits", max_shard_size="4MB")
+    losses = [json.loads(line)["loss"] for line in (work / "loss.jsonl").read_text().splitlines()]
+    seconds = torch.load(work / "checkpoint.pt", weights_only=True)["seconds"]
+    seen, parameters = recipe.batch_size * recipe.num_steps, sum(p.numel() for p in model.parameters())
+    facts = training_facts(asdict(recipe), parameters, seen, seconds, losses, "cpu")
+    write_json(weights / "digits/training.json", facts)
