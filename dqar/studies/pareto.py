@@ -24,6 +24,7 @@ from dqar.measure.sampling import OPEN
 from dqar.models.classifier import load_classifier
 from dqar.models.profiles import Profile
 from dqar.peers.registry import SWEEPS, Peer
+from dqar.studies import policy
 from dqar.studies.methods import Method, computed_steps, extrapolated, plan_path, policy_config, policy_path
 
 PARETO_SEED = 700
