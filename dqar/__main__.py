@@ -7,7 +7,7 @@ import sys
 
 COMMANDS = {
     "workbook": ("dqar.workbook", "runs the notebooks and makes the figures"),
-    "plan": ("dqar.forecast.fit", "makes a forecast plan for a profile"),
+    "plan": ("dqar.forecast.command", "makes a forecast plan for a pipeline or profile"),
     "calibrate": ("dqar.measure.calibrate", "proposes a gate for a profile's model"),
     "record": ("dqar.studies.record", "makes the long measurements that the figures draw from"),
     "benchmark": ("dqar.studies.benchmarks", "times the mechanism at DiT-XL/2's size"),

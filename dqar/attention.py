@@ -341,7 +341,9 @@ class DQARSession:
                 own = getattr(self.pipe, "scheduler", None)
                 where = "to the pipeline, not to its transformer" if own is None else "and call scheduler.set_timesteps"
                 raise ValueError(f"a ForecastPlan needs the timesteps: apply it {where}")
-            self._plan.check_run(run.timesteps.values[self._plan.late(run.timesteps.values) :], type(scheduler).__name__)
+            self._plan.check_run(
+                run.timesteps.values[self._plan.late(run.timesteps.values) :], type(scheduler).__name__
+            )
             if run.index < self._plan.late(run.timesteps.values):
                 raise ValueError(
                     f"the plan was made for runs that begin at timestep {self._plan.timesteps[0]:g}, this one begins "

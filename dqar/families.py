@@ -30,6 +30,7 @@ FAMILIES = {
     "DiTTransformer2DModel": Family(("cond", "uncond"), last_layer="proj_out_2"),
     "PixArtTransformer2DModel": Family(),
     "LatteTransformer3DModel": Family(),
+    "LuminaNextDiT2DModel": Family(("cond", "uncond")),
     "CogVideoXTransformer3DModel": Family(channels=2),
 }
 CONDITIONS = ("class_labels", "encoder_hidden_states", "encoder_attention_mask", "pooled_projections")

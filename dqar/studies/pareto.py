@@ -14,10 +14,9 @@ import pandas as pd
 import torch
 
 from dqar.config import DQARConfig
-from dqar.forecast.fit import make_plan
+from dqar.forecast.command import calibrate_profile, with_provenance
+from dqar.forecast.fit import FINER, Target
 from dqar.forecast.plan import ForecastPlan
-from dqar.forecast.steps import measure_gains
-from dqar.forecast.trajectories import FINER, Target, trajectories
 from dqar.measure import metrics
 from dqar.measure.results import RECORDED, Run, load_table, slug
 from dqar.measure.sampling import OPEN
@@ -72,12 +71,11 @@ def make_plans(
         scheduler = SAMPLERS[sampler] if target == "converged" else sampler
         profile = dataclasses.replace(profile, scheduler=scheduler)
         pipe = Method().pipeline(profile)
-        known = trajectories(pipe, profile, target, num_images)
-        gains = measure_gains(pipe, profile, known.first(8))
+        calibration = calibrate_profile(pipe, profile, target, num_images)
         for path, number in missing.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             tries = refinements * max(wanted.values()) // number  # what takes the same time at every budget
-            make_plan(pipe, profile, number, known, gains, tries).save(path)
+            with_provenance(calibration.plan(number, tries), profile).save(path)
     return [ForecastPlan.load(path) for path in wanted]
 
 
