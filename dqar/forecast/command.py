@@ -1,9 +1,10 @@
-"""The command line of the forecast engine: ``dqar plan`` makes a plan for a profile, or for any pipeline and prompts."""
+"""The command line of the forecast engine: ``dqar plan`` makes a plan for a profile, or any pipeline and prompts."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,9 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     source.add_argument("--pipeline", help="a folder, or a repository of the Hugging Face hub, in place of a profile")
     parser.add_argument("--prompts", type=Path, help="with --pipeline: a text file, one prompt a line")
     parser.add_argument("--steps", type=int, default=50, help="with --pipeline: denoising steps (default: 50)")
-    parser.add_argument("--guidance", type=float, help="with --pipeline: guidance_scale, else the pipeline's own")
-    parser.add_argument("--height", type=int, help="with --pipeline: of the images, in pixels")
-    parser.add_argument("--width", type=int, help="with --pipeline: of the images, in pixels")
+    parser.add_argument("--call", default="{}", help="with --pipeline: its other arguments, as JSON")
     parser.add_argument("--dtype", default="bfloat16", help="with --pipeline: of the weights (default: bfloat16)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="with --pipeline")
     parser.add_argument("--offload", action="store_true", help="with --pipeline: what isn't at work leaves the GPU")
@@ -112,6 +111,10 @@ def _plan_of_pipeline(options: argparse.Namespace) -> ForecastPlan:
     if options.scheduler:
         raise ValueError("--scheduler is for a --profile: save the pipeline with the scheduler it is used with")
     number, starts = _budget(options, options.steps)
+    try:
+        shared = dict(json.loads(options.call))
+    except (ValueError, TypeError):
+        raise ValueError(f"--call={options.call} is not accepted: a JSON object of the pipeline's arguments") from None
     dtype = getattr(torch, options.dtype, None)
     check("--dtype", options.dtype, isinstance(dtype, torch.dtype), "a dtype of torch, such as bfloat16")
     prompts = [line.strip() for line in options.prompts.read_text().splitlines() if line.strip()][: options.images]
@@ -122,8 +125,6 @@ def _plan_of_pipeline(options: argparse.Namespace) -> ForecastPlan:
         pipe.enable_model_cpu_offload(device=options.device)
     else:
         pipe.to(options.device)
-    asked = {"guidance_scale": options.guidance, "height": options.height, "width": options.width}
-    shared = {name: value for name, value in asked.items() if value is not None}
     calls: Sequence[dict[str, Any]] = [{"prompt": prompt, **shared} for prompt in prompts]
     calibration = Calibration(pipe, calls, options.steps, options.target, work=options.work)
     return calibration.plan(number, options.refinements, starts)

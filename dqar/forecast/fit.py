@@ -125,8 +125,8 @@ class Fitted:
     """A planned run that was followed: its ``weights`` and ``readouts``, as ``ForecastPlan`` has them, and each image's
     mean squared error when finished, ``[images]``.
 
-    ``guided`` is what the schedulers were given, and ``raw`` what the model returned at computed steps, for each call by
-    step: a fit that begins alike goes on from it.
+    ``guided`` is what the schedulers were given, and ``raw`` what the model returned at computed steps, for each call
+    by step: a fit that begins alike goes on from it.
     """
 
     computed: tuple[int, ...]
@@ -436,7 +436,7 @@ class Calibration:
         where = np.unique(np.linspace(jump, steps - 1, GAIN_POINTS).round().astype(int))
         latents, outputs, raw = [], [], [{} for _ in calls]
         with Lockstep(self.pipe, self.num_inference_steps, self.seed) as lockstep:
-            for step, (runs, moments) in enumerate(lockstep.follow(calls)):
+            for step, (runs, moments) in enumerate(lockstep.follow(calls)):  # noqa: B007
                 latents.append([moment.of_images(moment.sample).cpu() for moment in moments])
                 outputs.append([[own[0][m.part] for own in m.outputs.values()] for m in moments])
                 for own, moment in zip(raw, moments, strict=True):
@@ -590,9 +590,9 @@ class StepSystem:
 
 
 def neighbourhoods(tensors: Sequence[torch.Tensor], kernel: tuple[int, ...]) -> torch.Tensor:
-    """What the kernels see of ``[images, C, ...grid]`` tensors, zeros beyond edges: ``[images, C, ...grid, K]`` float64.
+    """What the kernels see of ``[images, C, ...grid]`` tensors, zeros beyond edges, as ``[images, C, ...grid, K]``.
 
-    K counts the kernels' numbers, one tensor's after the other's.
+    In float64. K counts the kernels' numbers, one tensor's after the other's.
     """
     seen = []
     for x in tensors:

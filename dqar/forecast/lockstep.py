@@ -1,8 +1,8 @@
 """Runs a pipeline's calls side by side, each in a thread of its own, of which one at a time is at work.
 
-A call goes on by itself until its scheduler is about to step. There it waits, and shows what it has: a ``Moment``. Who
-follows all calls looks at the moments of one step together, says what the scheduler shall be given, and lets each go
-on. So the pipeline stays what it is, prompts, guidance, image inputs and all, and yet its runs are followed in lockstep.
+A call goes on by itself until its scheduler is about to step. There it waits, and shows what it has: a ``Moment``.
+Whoever follows the calls looks at all moments of one step together, says what the schedulers shall be given, and lets
+each call go on. So prompts, guidance, image inputs and schedulers stay the pipeline's business.
 """
 
 from __future__ import annotations
@@ -193,8 +193,9 @@ class CallRun:
 
     def cancel(self) -> None:
         """Ends the thread, wherever it waits."""
-        self._to_call.put(None)
-        self._thread.join()
+        if self._thread is not None:
+            self._to_call.put(None)
+            self._thread.join()
 
     def wait(self, moment: Moment) -> Answer:
         """In the call's thread: shows where it is, and waits to be let go on."""

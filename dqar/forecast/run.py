@@ -198,7 +198,7 @@ class OutputForecast:
                 self.read[branch] = {later: from_patches(states[part] @ matrices[later], shape) for later in coming}
 
     def output(self, step: int, latents: torch.Tensor, newest: torch.Tensor, rows: dict[str, slice]) -> torch.Tensor:
-        """The model's output at ``step``, like the ``newest`` computed one ``[B, ...]``, with the latents' part forecast.
+        """The model's output at ``step``: the ``newest`` computed one ``[B, ...]``, with the latents' part forecast.
 
         Args:
             latents: ``[B, ...]``, as the model is given them.
