@@ -187,7 +187,8 @@ class CallRun:
             raise reached
         if isinstance(reached, BaseException):
             where = f"at step {len(self.steps)}" if self.steps or self.open else "before its first step"
-            kind = type(reached) if isinstance(reached, (ValueError, FloatingPointError)) else RuntimeError
+            kinds = [kind for kind in (ValueError, FloatingPointError) if isinstance(reached, kind)]
+            kind = kinds[0] if kinds else RuntimeError
             raise kind(f"calibration call {self.number} failed {where}: {reached}") from reached
         return reached
 

@@ -18,6 +18,7 @@ from dqar.forecast.fit import HISTORY, KERNELS, Calibration
 from dqar.forecast.run import FinalHiddenStates, from_patches, mixture, patch_sides, to_patches
 
 pytestmark = pytest.mark.filterwarnings("ignore:Passing `image` as torch tensor")
+EMPTY = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 COMPUTED = (0, 2, 3)
 LAST_LAYER = {"dit": "proj_out_2"}
 GUIDED = {name: name != "flux" for name in TINY}
@@ -261,7 +262,12 @@ def test_a_run_that_the_plan_was_not_made_for_is_refused(tmp_path):
         "begin at timestep|changed what it draws|spacing": {**call(0), "strength": 1.0},
         "guidance_scale=4, this run has 2": {**call(0), "guidance_scale": 2.0},
         "is without guidance": {**call(0), "guidance_scale": 1.0},
-        "8 x 8 latents, these are 8 x 16": {**call(0), "image": caption(0, 1, 3, 8, 16).clamp(-1, 1)},
+        "8 x 8 latents, these are 8 x 16": {
+            **call(0),
+            "image": caption(0, 1, 3, 8, 16).clamp(-1, 1),
+            "height": 8,
+            "width": 16,
+        },
     }
     with apply_dqar(pipe, plan):
         for text, other in refused.items():
@@ -296,7 +302,8 @@ def test_what_cant_be_planned_is_said(monkeypatch):
     refused("calls=", calls=["a cat"])
     refused("holds num_inference_steps", calls=[{**call(0), "num_inference_steps": 8}] * 2)
     refused("takes no argument 'prompt'", calls=[{"prompt": "a cat"}])
-    refused("call 1 failed", calls=[call(0), {"class_labels": ["no class"]}], error=RuntimeError)
+    refused("call 1 failed", calls=[call(0), {"class_labels": ["no class"]}])
+    refused("call 0 failed before its first step", calls=[{"class_labels": [10**6]}], error=RuntimeError)
     refused("two images or more", calls=[{"class_labels": [1], "guidance_scale": 3.0}])
     refused("call 1 has other branches", calls=[call(0), {**call(0), "guidance_scale": 1.0}])
     refused("more than max_bytes", max_bytes=1000)
@@ -355,7 +362,7 @@ def test_a_fit_that_was_stopped_goes_on_from_there(tmp_path):
 def test_on_a_saved_pipeline_as_the_readme_does(tmp_path):
     pipe, call = flux()
     pipe.save_pretrained(tmp_path / "flux")
-    pipe = FluxPipeline.from_pretrained(tmp_path / "flux")
+    pipe = FluxPipeline.from_pretrained(tmp_path / "flux", **dict.fromkeys(EMPTY))
     plan = fit_plan(pipe, calls=[call(i) for i in range(3)], num_inference_steps=STEPS, macs=3)
     plan.save(tmp_path / "plan.json")
     with apply_dqar(pipe, ForecastPlan.load(tmp_path / "plan.json")) as session:
