@@ -7,7 +7,7 @@ for _name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.to
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 from dqar.attention import DQARSession, apply_dqar, remove_dqar
-from dqar.config import DQARConfig
+from dqar.config import CacheFormat, DQARConfig, Probe
 from dqar.controller import Decision, DQARController
 from dqar.families import describe_model
 from dqar.forecast.plan import ForecastPlan, extrapolation
@@ -15,11 +15,13 @@ from dqar.plan import ReusePlan
 
 __version__ = "0.1.0"
 __all__ = [
+    "CacheFormat",
     "DQARConfig",
     "DQARController",
     "DQARSession",
     "Decision",
     "ForecastPlan",
+    "Probe",
     "ReusePlan",
     "apply_dqar",
     "describe_model",

@@ -21,9 +21,9 @@ from torch.nn import functional as F
 
 from dqar import stats
 from dqar.attention import apply_dqar
-from dqar.config import DQARConfig
+from dqar.config import DQARConfig, Probe
 from dqar.families import describe_model
-from dqar.forecast.plan import extrapolation
+from dqar.forecast.plan import ForecastPlan, extrapolation
 from dqar.measure import metrics
 from dqar.measure.results import RECORDED, Run, load_table, provenance, save_table, slug
 from dqar.models.pipelines import EmbeddedDiTPipeline, load_pipeline, make_scheduler, random_dit_xl_2
@@ -129,30 +129,28 @@ def every_second_step(num_layers: int) -> ReusePlan:
     return ReusePlan(sites, num_layers, STEPS)
 
 
-def step_configs(pipe: EmbeddedDiTPipeline) -> dict[str, DQARConfig | None]:
+def step_configs(pipe: EmbeddedDiTPipeline) -> dict[str, DQARConfig | ForecastPlan | None]:
     """What a whole denoising is timed with; the first is the untouched pipeline."""
     num_layers = len(pipe.transformer.transformer_blocks)
     pipe.scheduler.set_timesteps(STEPS)
     timesteps, model = pipe.scheduler.timesteps.tolist(), describe_model(pipe.transformer)
-    look = DQARConfig(schedule="none", record_entropy=True)
+    look = DQARConfig(schedule="none", probe=Probe(record=True))
     half = every_second_step(num_layers)
     late = ReusePlan({(s, layer, b) for s in range(1, STEPS) for _, layer, b in half.sites}, num_layers, STEPS)
     return {
         "plain": None,
         "applied, closed": DQARConfig(schedule="none"),
         "entropy, exact": look,
-        "entropy, 32 of 256 queries": dataclasses.replace(look, entropy_queries=32),
-        "entropy, every 4th step": dataclasses.replace(look, entropy_interval=4),
+        "entropy, 32 of 256 queries": dataclasses.replace(look, probe=Probe(record=True, queries=32)),
+        "entropy, every 4th step": dataclasses.replace(look, probe=Probe(record=True, interval=4)),
         "plan: output, every 2nd step": DQARConfig(plan=half, reuse_target="output"),
         "plan: K and V, every 2nd step": DQARConfig(plan=half),
         "plan: output, 3 of 4 steps": DQARConfig(plan=late, reuse_target="output"),
-        "plan: model's output forecast, every 2nd step": DQARConfig(
-            plan=extrapolation(range(0, STEPS, 2), timesteps, GUIDANCE, model)
-        ),
+        "plan: model's output forecast, every 2nd step": extrapolation(range(0, STEPS, 2), timesteps, GUIDANCE, model),
     }
 
 
-def drawing(pipe: EmbeddedDiTPipeline, config: DQARConfig | None, images: int) -> Callable[[], object]:
+def drawing(pipe: EmbeddedDiTPipeline, config: DQARConfig | ForecastPlan | None, images: int) -> Callable[[], object]:
     """A guided denoising of so many images, DQAR put on before and taken off after it."""
 
     def call() -> object:

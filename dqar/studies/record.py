@@ -24,7 +24,7 @@ from rich.console import Console
 from tqdm import tqdm
 
 from dqar import stats
-from dqar.config import DQARConfig, ReuseTarget
+from dqar.config import CacheFormat, DQARConfig, Probe, ReuseTarget
 from dqar.forecast.plan import ForecastPlan
 from dqar.measure import metrics
 from dqar.measure.recorders import StateRecorder
@@ -190,12 +190,12 @@ class Recording:
 
     def accumulation(self) -> pd.DataFrame:
         """Error of the latents at every step when K and V are kept in few bits, against an unquantized cache."""
-        base = dataclasses.replace(OPEN, schedule="static")
+        base, top = dataclasses.replace(OPEN, schedule="static"), CacheFormat(keep_channels=4)
         variants = {
             "per tensor": {"quantize_mode": "per_tensor"},
             "per tensor + CSB": {"quantize_mode": "per_tensor", "balance": True},
-            "per tensor + top 4": {"quantize_mode": "per_tensor", "keep_channels": 4},
-            "per tensor + CSB + top 4": {"quantize_mode": "per_tensor", "balance": True, "keep_channels": 4},
+            "per tensor + top 4": {"quantize_mode": "per_tensor", "cache": top},
+            "per tensor + CSB + top 4": {"quantize_mode": "per_tensor", "balance": True, "cache": top},
             "per channel": {"quantize_mode": "per_channel"},
         }
 
@@ -240,12 +240,13 @@ class Recording:
         def measure() -> pd.DataFrame:
             profile = dataclasses.replace(self.profile, batch_size=4)
             tokens = (self.pipe.transformer.config.sample_size // self.pipe.transformer.config.patch_size) ** 2
+            few, seldom = Probe(record=True, queries=tokens // 8), Probe(record=True, interval=4)
             configs = {
                 "none": DQARConfig(schedule="none"),
                 "maps": LOOK,
                 "fused": LOOK,
-                f"fused, {tokens // 8} of {tokens} queries": dataclasses.replace(LOOK, entropy_queries=tokens // 8),
-                "fused, every 4th step": dataclasses.replace(LOOK, entropy_interval=4),
+                f"fused, {tokens // 8} of {tokens} queries": dataclasses.replace(LOOK, probe=few),
+                "fused, every 4th step": dataclasses.replace(LOOK, probe=seldom),
             }
 
             def call(name: str) -> None:
@@ -344,7 +345,7 @@ def draw(name: str, method: Method, profile: Profile, seed: int, first: int, ref
         )
         costs = {"macs_speedup": steps * step / macs}
     if drawn.trace is not None:
-        planned = isinstance(method.config.plan, ForecastPlan)
+        planned = isinstance(method.config, ForecastPlan)
         trace = drawn.trace.to_pandas(MODEL if planned else SELF_ATTENTION)
         saved = trace.decision != "compute"
         costs["sites_reused"], costs["events"] = saved.mean(), saved.sum() / trace.run.nunique()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import embedded_pipeline
 
-from dqar import DQARConfig, ForecastPlan
+from dqar import ForecastPlan
 from dqar.families import describe_model
 from dqar.forecast.fit import READOUT_RIDGE, _fit_step, fit, main, make_plan
 from dqar.forecast.plan import extrapolation
@@ -134,8 +134,7 @@ def test_a_plan_beats_extrapolation_on_other_images(pipe):
     reference = sample(pipe, PROFILE, 77, num_samples=8).images
     line = extrapolation(plan.computed, plan.timesteps, 3.0, describe_model(pipe.transformer))
     ours, theirs = (
-        metrics.mean_psnr(sample(pipe, PROFILE, 77, DQARConfig(plan=p), num_samples=8).images, reference)
-        for p in (plan, line)
+        metrics.mean_psnr(sample(pipe, PROFILE, 77, p, num_samples=8).images, reference) for p in (plan, line)
     )
     assert ours > theirs + 3
 
@@ -154,7 +153,7 @@ def test_what_the_planner_follows_is_what_the_pipeline_runs(pipe):
     fitted = fit(pipe, PROFILE, (0, 2, 3, 6, 9), known, 4)
     plan = make_plan(pipe, PROFILE, 5, known, np.ones(11), refinements=0)
     plan = dataclasses.replace(plan, weights=fitted.weights, readouts=fitted.readouts, computed={0, 2, 3, 6, 9})
-    drawn = sample(pipe, PROFILE, 5, DQARConfig(plan=plan), num_samples=4).images * 2 - 1
+    drawn = sample(pipe, PROFILE, 5, plan, num_samples=4).images * 2 - 1
     replayed = (drawn - known.latents[-1].clamp(-1, 1)).square().flatten(1).mean(1)
     torch.testing.assert_close(replayed, fitted.error, rtol=0.02, atol=1e-8)
 
@@ -166,7 +165,7 @@ def test_without_guidance():
     assert known.uncond is None
     plan = make_plan(pipe, profile, 5, known, np.ones(11), refinements=1)
     assert not plan.guided
-    sample(pipe, profile, 3, DQARConfig(plan=plan), num_samples=2)
+    sample(pipe, profile, 3, plan, num_samples=2)
 
 
 def test_the_command_line_saves_a_plan_and_names_wrong_arguments(tmp_path, capsys):
