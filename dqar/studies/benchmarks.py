@@ -1,4 +1,4 @@
-"""What the mechanism costs at DiT-XL/2's size: ``python -m dqar benchmark`` (``make benchmarks``).
+"""What the mechanism costs at DiT-XL/2's size: ``dqar benchmark`` (``make benchmarks``).
 
 Everything is timed in turn within one run and read as ratios. Each device has a table of its own in
 ``recorded/benchmarks``: a GPU's stands beside a CPU's, and the two are never mixed. ``--overhead`` measures instead
@@ -7,7 +7,6 @@ what deciding costs on the small digits model, beside hand-written floors (``dqa
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import shutil
@@ -16,7 +15,6 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from rich.console import Console
 from torch.nn import functional as F
 
 from dqar import stats
@@ -25,7 +23,7 @@ from dqar.config import DQARConfig, Probe
 from dqar.families import describe_model
 from dqar.forecast.plan import ForecastPlan, extrapolation
 from dqar.measure import metrics
-from dqar.measure.results import RECORDED, Run, load_table, provenance, save_table, slug
+from dqar.measure.results import RECORDED, Run, load_table, provenance, save_table
 from dqar.models.pipelines import EmbeddedDiTPipeline, load_pipeline, make_scheduler, random_dit_xl_2
 from dqar.models.profiles import get_profile
 from dqar.plan import BRANCHES, ReusePlan
@@ -275,36 +273,3 @@ def run_overhead(repeats: int, path: Path) -> pd.DataFrame:
     path.parent.mkdir(parents=True, exist_ok=True)
     save_table(overhead.measure(load_pipeline(profile), repeats), path, provenance(profile, 0))
     return load_table(path)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, or 2 for a wrong argument."""
-    parser = argparse.ArgumentParser(prog="dqar benchmark", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--dtype", default="float32", choices=tuple(DTYPES))
-    parser.add_argument("--images", type=int, default=1, help="drawn at once, each guided (default: 1)")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--num-layers", type=int, default=28, help="fewer for a trial")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the table (default: recorded/benchmarks)")
-    parser.add_argument("--overhead", action="store_true", help="what deciding costs on the digits model, on one CPU")
-    options = parser.parse_args(arguments)
-    console = Console()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        console.print("--device cuda needs a CUDA GPU and there is none", style="red")
-        return 2
-    if min(options.images, options.repeats, options.num_layers) < 1:
-        console.print("--images, --repeats and --num-layers take 1 or more", style="red")
-        return 2
-    options.out.mkdir(parents=True, exist_ok=True)
-    if options.overhead:
-        table = run_overhead(options.repeats, options.out / OVERHEAD)
-        console.print(overhead.summary(table).round(3).to_string(index=False), highlight=False)
-        console.print(f"saved: {options.out / OVERHEAD}")
-        return 0
-    name = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
-    path = options.out / f"{slug(name)}-{options.dtype}-batch-{options.images}.parquet"
-    table = run(options.device, DTYPES[options.dtype], options.images, options.num_layers, options.repeats, path)
-    console.print(summary(table).round(3).to_string(index=False), highlight=False)
-    console.print(targets(table).round(3).to_string(index=False), highlight=False)
-    console.print(f"saved: {path}")
-    return 0

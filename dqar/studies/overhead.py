@@ -1,6 +1,6 @@
 """What the mechanism itself costs: process CPU time of one thread, beside hand-written floors that do nothing else.
 
-``python -m dqar benchmark --overhead`` measures it on the digits model at batch 1, where a step is short and Python
+``dqar benchmark --overhead`` measures it on the digits model at batch 1, where a step is short and Python
 weighs most: every method draws one guided image in 20 steps, the methods in turn, again and again.
 """
 

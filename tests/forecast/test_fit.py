@@ -7,8 +7,9 @@ import torch
 from conftest import embedded_pipeline
 
 from dqar import ForecastPlan
+from dqar.__main__ import main
 from dqar.families import describe_model
-from dqar.forecast.fit import READOUT_RIDGE, _fit_step, fit, main, make_plan
+from dqar.forecast.fit import READOUT_RIDGE, _fit_step, fit, make_plan
 from dqar.forecast.plan import extrapolation
 from dqar.forecast.steps import Jumps, choose_steps, measure_gains
 from dqar.forecast.trajectories import RIDGE, Trajectories, trajectories
@@ -171,14 +172,14 @@ def test_without_guidance():
 def test_the_command_line_saves_a_plan_and_names_wrong_arguments(tmp_path, capsys):
     path = tmp_path / "plan.json"
     options = ["--profile", "smoke", "--macs", "2", "--images", "2", "--out", str(path)]
-    assert main(options) == 0 and "4 of 8 steps, 2.00× fewer MACs" in capsys.readouterr().out
+    assert main(["plan", *options]) == 0 and "4 of 8 steps, 2.00× fewer MACs" in capsys.readouterr().out
     plan = ForecastPlan.load(path)
     assert len(plan.computed) == 4 and plan.provenance["profile"]["name"] == "smoke"
-    assert main([*options, "--start", str(path), "--refinements", "0"]) == 0
+    assert main(["plan", *options, "--start", str(path), "--refinements", "0"]) == 0
     assert ForecastPlan.load(path).provenance["trials"][0]["computed"] == sorted(plan.computed)
-    assert main([*options, "--start", str(path), "--macs", "4"]) == 2
-    assert "computes 4 steps, 2 are wanted" in " ".join(capsys.readouterr().out.split())
+    assert main(["plan", *options, "--start", str(path), "--macs", "4"]) == 2
+    assert "computes 4 steps, 2 are wanted" in capsys.readouterr().err
     wrongs = (["--refinements", "-1"], ["--macs", "0.5"], ["--target", "best"], ["--scheduler", "heun"])
     for wrong in (*wrongs, ["--profile", "x"]):
-        assert main([*options, *wrong]) == 2
-        assert wrong[1] in capsys.readouterr().out
+        assert main(["plan", *options, *wrong]) == 2
+        assert wrong[1] in capsys.readouterr().err
