@@ -24,7 +24,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -242,7 +242,7 @@ class Calibration:
             "trials": [{"computed": list(s), "predicted": p, "measured": m} for s, (p, m) in tried.items()],
             "calls": self._digest(),
             "versions": {name: version(name) for name in ("torch", "diffusers")},
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         return ForecastPlan(
             final.weights,

@@ -9,10 +9,11 @@ from conftest import embedded_pipeline
 from scipy.ndimage import correlate
 
 from dqar import ForecastPlan
+from dqar.__main__ import main
 from dqar.families import describe_model
-from dqar.forecast.command import calibrate_profile, main
 from dqar.forecast.fit import NEIGHBOURS_RIDGE, READOUT_RIDGE, StepSystem, neighbourhoods
 from dqar.forecast.plan import extrapolation
+from dqar.forecast.profiles import calibrate_profile
 from dqar.forecast.run import weighted_sum
 from dqar.forecast.steps import RIDGE, Jumps, choose_steps, gram
 from dqar.measure import metrics
@@ -197,17 +198,17 @@ def test_what_the_planner_follows_is_what_the_pipeline_runs(pipe):
 def test_the_command_line_saves_a_plan_and_names_wrong_arguments(tmp_path, capsys):
     path = tmp_path / "plan.json"
     options = ["--profile", "smoke", "--macs", "2", "--images", "2", "--refinements", "1", "--out", str(path)]
-    assert main(options) == 0 and "4 of 8 steps, 2.00× fewer MACs" in capsys.readouterr().out
+    assert main(["plan", *options]) == 0 and "4 of 8 steps, 2.00× fewer MACs" in capsys.readouterr().out
     plan = ForecastPlan.load(path)
     assert len(plan.computed) == 4 and plan.provenance["profile"]["name"] == "smoke"
-    assert main([*options, "--start", str(path), "--refinements", "0"]) == 0
+    assert main(["plan", *options, "--start", str(path), "--refinements", "0"]) == 0
     assert ForecastPlan.load(path).provenance["trials"][0]["computed"] == sorted(plan.computed)
-    assert main([*options, "--start", str(path), "--macs", "4"]) == 2
-    assert "computes 4 steps, 2 are wanted" in " ".join(capsys.readouterr().out.split())
+    assert main(["plan", *options, "--start", str(path), "--macs", "4"]) == 2
+    assert "computes 4 steps, 2 are wanted" in capsys.readouterr().err
     wrongs = (["--refinements", "-1"], ["--macs", "0.5"], ["--target", "best"], ["--scheduler", "heun"])
     for wrong in (*wrongs, ["--profile", "x"], ["--prompts", "x"]):
-        assert main([*options, *wrong]) == 2
-        assert wrong[0] in (out := capsys.readouterr().out) or wrong[1] in out
+        assert main(["plan", *options, *wrong]) == 2
+        assert wrong[0] in (error := capsys.readouterr().err) or wrong[1] in error
 
 
 def test_the_command_line_plans_a_saved_pipeline(pixart_folder, tmp_path, capsys):
@@ -216,7 +217,7 @@ def test_the_command_line_plans_a_saved_pipeline(pixart_folder, tmp_path, capsys
     call = '{"guidance_scale": 4.5, "height": 8, "width": 8, "use_resolution_binning": false, "clean_caption": false}'
     options = ["--pipeline", str(pixart_folder), "--prompts", str(prompts), "--steps", "6", "--macs", "2"]
     options += ["--dtype", "float32", "--call", call, "--refinements", "0", "--out", str(path)]
-    assert main(options) == 0 and "3 of 6 steps" in capsys.readouterr().out
+    assert main(["plan", *options]) == 0 and "3 of 6 steps" in capsys.readouterr().out
     plan = ForecastPlan.load(path)
     assert plan.provenance["calibration_images"] == 3 and plan.guidance == (4.5, 4.5) and plan.latents == (4, 8, 8)
     for wrong in (
@@ -225,6 +226,6 @@ def test_the_command_line_plans_a_saved_pipeline(pixart_folder, tmp_path, capsys
         ["--call", '{"num_inference_steps": 1}'],
         ["--macs", "9"],
     ):
-        assert main([*options, *wrong]) == 2
-        assert wrong[1].strip('{"[]} :1') in capsys.readouterr().out
-    assert main(options[:2]) == 2 and "--prompts" in capsys.readouterr().out
+        assert main(["plan", *options, *wrong]) == 2
+        assert wrong[1].strip('{"[]} :1') in capsys.readouterr().err
+    assert main(["plan", *options[:2]]) == 2 and "--prompts" in capsys.readouterr().err

@@ -8,7 +8,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, EulerAncestralDiscreteScheduler, FluxPipeline, HeunDiscreteScheduler
+from diffusers import DDPMScheduler, EulerAncestralDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FluxPipeline
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from scipy.ndimage import correlate
 from tiny import STEPS, TINY, caption, dit, drawn, flux, sd3, sd3_img2img, wan
@@ -278,7 +278,7 @@ def test_a_run_that_the_plan_was_not_made_for_is_refused(tmp_path):
         with pytest.raises(ValueError, match="another spacing|made for 6 steps"):
             drawn(pipe, call(0), steps=12)
         drawn(pipe, call(0))
-    pipe.scheduler = HeunDiscreteScheduler()
+    pipe.scheduler = FlowMatchHeunDiscreteScheduler(shift=3.0)
     with apply_dqar(pipe, plan), pytest.raises(ValueError, match="fitted under FlowMatchEulerDiscreteScheduler"):
         drawn(pipe, call(0))
     with pytest.raises(ValueError, match="made for SD3Transformer2DModel.*this is FluxTransformer2DModel"):
