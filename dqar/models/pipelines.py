@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -123,8 +124,13 @@ def load_pipeline(profile: Profile) -> DiffusionPipeline:
     return pipe
 
 
-cached_pipeline = functools.cache(load_pipeline)
-"""One pipeline a profile, shared by all that measure in one process."""
+def cached_pipeline(profile: Profile) -> DiffusionPipeline:
+    """One pipeline for all profiles of the same model, sampler, dtype and device, shared within the process."""
+    same = {"num_inference_steps": 1, "guidance_scale": 1.0, "num_samples": 1, "batch_size": 1, "repeats": 1}
+    return _cached_pipeline(dataclasses.replace(profile, **same))
+
+
+_cached_pipeline = functools.lru_cache(maxsize=8)(load_pipeline)
 
 
 def _load_pretrained(profile: Profile) -> DiffusionPipeline:
