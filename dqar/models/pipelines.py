@@ -206,6 +206,14 @@ def num_classes(pipe: DiffusionPipeline) -> int:
     return len(set(pipe.labels.values())) or pipe.transformer.config.num_embeds_ada_norm
 
 
+@torch.no_grad()
+def to_images(pipe: DiffusionPipeline, latents: torch.Tensor) -> torch.Tensor:
+    """Finished latents ``[B, C, H, W]`` as images ``[B, C, H, W]`` float32 in [0, 1], decoded where there is a VAE."""
+    vae = getattr(pipe, "vae", None)
+    pixels = latents if vae is None else vae.decode(latents / vae.config.scaling_factor).sample
+    return (pixels / 2 + 0.5).clamp(0, 1).float()
+
+
 def make_scheduler(name: str, like: SchedulerMixin) -> SchedulerMixin:
     """The named scheduler on the noise schedule of another one, never clipping samples.
 

@@ -2,6 +2,7 @@ import math
 
 import pandas as pd
 import pytest
+from dqar.studies.methods import CACHES, EXTRAPOLATIONS, Method, computed_steps, extrapolated, names_at
 
 from dqar.figures.pareto import SAMPLER_NAMES
 from dqar.measure import metrics
@@ -9,7 +10,6 @@ from dqar.measure.results import RECORDED, load_table, slug
 from dqar.models.profiles import get_profile
 from dqar.peers.registry import SWEEPS
 from dqar.studies import pareto
-from dqar.studies.methods import CACHES, EXTRAPOLATIONS, Method, computed_steps, extrapolated, names_at
 
 
 def points(rows):
