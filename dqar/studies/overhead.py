@@ -70,6 +70,8 @@ class _Kept(torch.nn.Module):
         super().__init__()
         self.module, self.step, self.residual = module, step, residual
         self.kept: torch.Tensor | None = None
+        if residual:
+            self.norm1 = module.norm1  # DiT's last layer asks the first block's for its embedding
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.step() % 2:
