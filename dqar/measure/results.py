@@ -12,7 +12,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ def provenance(profile: Profile, seed: int) -> dict[str, Any]:
         "versions": {name: version(name) for name in ("torch", "diffusers", "numpy", "pandas")},
         "python": platform.python_version(),
         "commit": _commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "fingerprint": _fingerprint(profile, seed),
     }
 
@@ -141,7 +141,14 @@ def _fingerprint(profile: Profile, seed: int) -> str:
 
 
 _NOT_MEASURING = {
-    *("workbook.py", "__main__.py", "measure/results.py", "studies/architecture.py", "studies/cache_memory.py"),
+    *(
+        "workbook.py",
+        "__main__.py",
+        "api.py",
+        "measure/results.py",
+        "studies/architecture.py",
+        "studies/cache_memory.py",
+    ),
     *("studies/challenges.py", "studies/claims.py", "studies/conclusions.py", "studies/controller.py"),
     *("studies/overhead.py", "studies/pareto.py", "studies/policy.py", "studies/record.py", "studies/recording.py"),
     *("studies/results.py",),
@@ -155,7 +162,7 @@ def code_hash(everything: bool = False) -> str:
     digest = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
         name = path.relative_to(PACKAGE).as_posix()
-        if everything or not (name in _NOT_MEASURING or name.startswith(("figures/", "training/"))):
+        if everything or not (name in _NOT_MEASURING or name.startswith(("commands/", "figures/", "training/"))):
             digest.update(path.read_bytes())
     for path in sorted(WEIGHTS.rglob("*.safetensors")):
         digest.update(path.read_bytes())

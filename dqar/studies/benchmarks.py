@@ -7,7 +7,6 @@ what deciding costs on the small digits model, beside hand-written floors (``dqa
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import shutil
@@ -16,16 +15,15 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from rich.console import Console
 from torch.nn import functional as F
 
 from dqar import stats
 from dqar.attention import apply_dqar
-from dqar.config import DQARConfig
+from dqar.config import DQARConfig, Probe
 from dqar.families import describe_model
 from dqar.forecast.plan import extrapolation
 from dqar.measure import metrics
-from dqar.measure.results import RECORDED, Run, load_table, provenance, save_table, slug
+from dqar.measure.results import RECORDED, Run, load_table, provenance, save_table
 from dqar.models.pipelines import EmbeddedDiTPipeline, load_pipeline, make_scheduler, random_dit_xl_2
 from dqar.models.profiles import get_profile
 from dqar.plan import BRANCHES, ReusePlan
@@ -140,7 +138,7 @@ def step_methods(pipe: EmbeddedDiTPipeline) -> list[Method]:
     num_layers = len(pipe.transformer.transformer_blocks)
     pipe.scheduler.set_timesteps(STEPS)
     timesteps, model = pipe.scheduler.timesteps.tolist(), describe_model(pipe.transformer)
-    look = DQARConfig(schedule="none", record_entropy=True)
+    look = DQARConfig(schedule="none", probe=Probe(record=True))
     half = every_second_step(num_layers)
     late = ReusePlan({(s, layer, b) for s in range(1, STEPS) for _, layer, b in half.sites}, num_layers, STEPS)
     forecast = extrapolation(range(0, STEPS, 2), timesteps, GUIDANCE, model)
@@ -148,8 +146,10 @@ def step_methods(pipe: EmbeddedDiTPipeline) -> list[Method]:
         Method("plain"),
         Method("applied, closed", "closed", DQARConfig(schedule="none")),
         Method("entropy, exact", "entropy", look),
-        Method("entropy, 32 of 256 queries", "entropy", dataclasses.replace(look, entropy_queries=32)),
-        Method("entropy, every 4th step", "entropy", dataclasses.replace(look, entropy_interval=4)),
+        Method(
+            "entropy, 32 of 256 queries", "entropy", DQARConfig(schedule="none", probe=Probe(record=True, queries=32))
+        ),
+        Method("entropy, every 4th step", "entropy", DQARConfig(schedule="none", probe=Probe(record=True, interval=4))),
         Method("plan: output, every 2nd step", SITES, DQARConfig(plan=half, reuse_target="output")),
         Method("plan: K and V, every 2nd step", SITES, DQARConfig(plan=half)),
         Method("plan: output, 3 of 4 steps", SITES, DQARConfig(plan=late, reuse_target="output")),
@@ -306,36 +306,3 @@ def run_overhead(repeats: int, path: Path) -> pd.DataFrame:
     path.parent.mkdir(parents=True, exist_ok=True)
     save_table(overhead.measure(load_pipeline(profile), repeats), path, provenance(profile, 0))
     return load_table(path)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, or 2 for a wrong argument."""
-    parser = argparse.ArgumentParser(prog="dqar benchmark", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--dtype", default="float32", choices=tuple(DTYPES))
-    parser.add_argument("--images", type=int, default=1, help="drawn at once, each guided (default: 1)")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--num-layers", type=int, default=28, help="fewer for a trial")
-    parser.add_argument("--out", type=Path, default=FOLDER, help=f"folder of the table (default: {FOLDER})")
-    parser.add_argument("--overhead", action="store_true", help="what deciding costs on the digits model, on one CPU")
-    options = parser.parse_args(arguments)
-    console = Console()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        console.print("--device cuda needs a CUDA GPU and there is none", style="red")
-        return 2
-    if min(options.images, options.repeats, options.num_layers) < 1:
-        console.print("--images, --repeats and --num-layers take 1 or more", style="red")
-        return 2
-    options.out.mkdir(parents=True, exist_ok=True)
-    if options.overhead:
-        table = run_overhead(options.repeats, options.out / OVERHEAD)
-        console.print(overhead.summary(table).round(3).to_string(index=False), highlight=False)
-        console.print(f"saved: {options.out / OVERHEAD}")
-        return 0
-    name = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
-    path = options.out / f"{slug(name)}-{options.dtype}-batch-{options.images}.parquet"
-    table = run(options.device, DTYPES[options.dtype], options.images, options.num_layers, options.repeats, path)
-    console.print(summary(table).round(3).to_string(index=False), highlight=False)
-    console.print(targets(table).round(3).to_string(index=False), highlight=False)
-    console.print(f"saved: {path}")
-    return 0

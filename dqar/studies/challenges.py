@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pandas as pd
 import torch
@@ -14,7 +15,7 @@ from diffusers import DiffusionPipeline
 from diffusers.models.attention_processor import Attention
 
 from dqar import stats
-from dqar.config import DQARConfig
+from dqar.config import CacheFormat, DQARConfig, Probe, ReuseTarget
 from dqar.measure import metrics
 from dqar.measure.recorders import StateRecorder
 from dqar.measure.results import slug
@@ -29,16 +30,17 @@ def record_accumulation(recording: Recording) -> pd.DataFrame:
     Returns:
         ``bits``, ``variant``, ``step``, ``relative_error`` (mean over images), ``bytes_per_site`` (an image, at most).
     """
-    variants = {
+    top = CacheFormat(keep_channels=4)
+    variants: dict[str, dict[str, Any]] = {
         "per tensor": {"quantize_mode": "per_tensor"},
         "per tensor + CSB": {"quantize_mode": "per_tensor", "balance": True},
-        "per tensor + top 4": {"quantize_mode": "per_tensor", "keep_channels": 4},
-        "per tensor + CSB + top 4": {"quantize_mode": "per_tensor", "balance": True, "keep_channels": 4},
+        "per tensor + top 4": {"quantize_mode": "per_tensor", "cache": top},
+        "per tensor + CSB + top 4": {"quantize_mode": "per_tensor", "balance": True, "cache": top},
         "per channel": {"quantize_mode": "per_channel"},
     }
     number = recording.sizes.sweep_images
 
-    def states(**options) -> tuple[torch.Tensor, float]:
+    def states(**options: Any) -> tuple[torch.Tensor, float]:
         method = Method("static, kv", config=dataclasses.replace(OPEN, schedule="static", **options))
         with StateRecorder(method.pipeline(recording.profile).transformer) as recorder:
             drawn = method.draw(recording.many_at_once, SWEEP_SEED, num_samples=number)
@@ -65,13 +67,14 @@ def record_sharing(recording: Recording) -> pd.DataFrame:
         The columns of ``compare``, and ``epsilon`` (nats).
     """
 
-    def part(target: str, epsilon: float) -> pd.DataFrame:
+    def part(target: ReuseTarget, epsilon: float) -> pd.DataFrame:
         config = DQARConfig(schedule="none", reuse_target=target, share_below=epsilon)
         method = Method(f"ε = {epsilon:g}", "shared branches", config)
         return recording.compare(method, SWEEP_SEED, 0, recording.sizes.sweep_images).assign(epsilon=epsilon)
 
+    targets: tuple[ReuseTarget, ...] = ("kv", "output")
     epsilons = (0.01, 0.03, 0.1, 0.3, math.inf)
-    parts = {f"{t}-{e}": functools.partial(part, t, e) for t in ("kv", "output") for e in epsilons}
+    parts = {f"{t}-{e}": functools.partial(part, t, e) for t in targets for e in epsilons}
     return recording.table("sharing", parts, SWEEP_SEED)
 
 
@@ -85,13 +88,12 @@ def record_overhead(recording: Recording) -> pd.DataFrame:
     profile = dataclasses.replace(recording.profile, batch_size=4)
     model = FULL.pipeline(profile).transformer.config
     tokens = (model.sample_size // model.patch_size) ** 2
+    few = Probe(record=True, queries=tokens // 8)
     methods = (
         Method("none", config=DQARConfig(schedule="none")),
         Method("fused", config=LOOK),
-        Method(
-            f"fused, {tokens // 8} of {tokens} queries", config=dataclasses.replace(LOOK, entropy_queries=tokens // 8)
-        ),
-        Method("fused, every 4th step", config=dataclasses.replace(LOOK, entropy_interval=4)),
+        Method(f"fused, {tokens // 8} of {tokens} queries", config=dataclasses.replace(LOOK, probe=few)),
+        Method("fused, every 4th step", config=dataclasses.replace(LOOK, probe=Probe(record=True, interval=4))),
     )
 
     def by_maps() -> None:

@@ -84,7 +84,7 @@ class Method:
             config = self.config
             facts |= {"target": config.reuse_target, "schedule": config.schedule, "bits": config.quantize_bits}
             facts |= {"mode": "mixed" if config.mixed_precision else config.quantize_mode}
-            facts |= {"order": config.forecast_order}
+            facts |= {"order": config.cache.forecast_order}
             facts["interval"] = config.static_interval if config.schedule == "static" else None
         return {name: facts[name] for name in FACTS if facts.get(name) is not None}
 

@@ -1,6 +1,6 @@
 """What the mechanism itself costs: process CPU time of one thread, beside hand-written floors that do nothing else.
 
-``python -m dqar benchmark --overhead`` measures it on the digits model at batch 1, where a step is short and Python
+``dqar benchmark --overhead`` measures it on the digits model at batch 1, where a step is short and Python
 weighs most: every method draws one guided image in 20 steps, the methods in turn, again and again.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -21,12 +20,12 @@ from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
 from dqar.attention import apply_dqar
-from dqar.config import DQARConfig
+from dqar.config import CacheFormat, DQARConfig
 
 STEPS, GUIDANCE = 20, 2.0
 
 
-HALF = {"entropy_threshold": math.inf, "snr_range": (0, math.inf), "schedule": "static"}
+HALF = {"entropy_threshold": None, "snr_range": None, "schedule": "static"}
 """Computes every second step, reuses at the others."""
 
 
@@ -151,7 +150,7 @@ def contexts(pipe: DiffusionPipeline) -> Contexts:
     for kind in FLOORS:
         made["floor", kind, "anew"] = functools.partial(floor, pipe.transformer, kind)
     for case in CASES:
-        for modulations, options in (("kept", {}), ("anew", {"keep_modulations": False})):
+        for modulations, options in (("kept", {}), ("anew", {"cache": CacheFormat(modulations=False)})):
             config = DQARConfig(**case.config, **options)
             made["DQAR", case.name, modulations] = functools.partial(apply_dqar, pipe, config)
     return made

@@ -13,7 +13,7 @@ from typing import Any, get_args
 import pandas as pd
 import torch
 
-from dqar.config import DQARConfig
+from dqar.config import CacheFormat, DQARConfig
 from dqar.families import describe_model
 from dqar.forecast.fit import make_plan
 from dqar.forecast.plan import ForecastPlan, extrapolation
@@ -175,7 +175,7 @@ def site_configs() -> dict[str, DQARConfig]:
                 static_interval=interval,
                 max_reuse_streak=interval,
                 reuse_target="block",
-                forecast_order=order,
+                cache=CacheFormat(forecast_order=order),
                 quantize_bits=bits,
                 cooldown=4,
             )

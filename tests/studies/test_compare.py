@@ -9,6 +9,7 @@ from conftest import embedded_pipeline
 from torch.nn import functional as F
 
 from dqar import DQARConfig, ReusePlan
+from dqar.config import CacheFormat
 from dqar.measure.sampling import OPEN
 from dqar.models.profiles import get_profile
 from dqar.peers.registry import Peer
@@ -31,7 +32,7 @@ def test_the_reference_is_not_drawn_again_and_is_itself(reference):
 
 def test_rows_are_what_the_images_say(reference):
     plan = ReusePlan({(step, layer, "cond") for step in (1, 3) for layer in range(28)}, 28, 8)
-    method = Method("half", config=DQARConfig(plan=plan, reuse_target="output", keep_modulations=False))
+    method = Method("half", config=DQARConfig(plan=plan, reuse_target="output", cache=CacheFormat(modulations=False)))
     half = compare(method, reference, PROFILE, 0, beside={"other": 1 - reference.images})
     assert (half.events == 56).all() and (half.sites_reused == 56 / (8 * 28 * 2)).all() and (half.mse > 0).all()
     assert (half.mse_other > half.mse).all() and (half.cache_bytes > 0).all() and (half.target == "output").all()

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dqar import DQARConfig, ReusePlan
+from dqar.__main__ import main
 from dqar.figures import policy as figures
 from dqar.measure import calibrate, metrics
 from dqar.measure.results import RECORDED, Run, load_table, slug
@@ -230,7 +231,7 @@ def test_an_interrupted_recording_continues_and_keeps_what_was_finished(recorded
 def test_the_command_writes_where_it_is_told_to(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(record.TABLES, "speed", lambda recording: recording.table("speed", {1: pd.DataFrame}, 0))
     arguments = ["--profile", "smoke", "--only", "speed"]
-    assert record.main([*arguments, "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]) == 0
+    assert main(["record", *arguments, "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]) == 0
     assert (tmp_path / "out/smoke/speed.parquet").exists() and "speed: recorded in" in capsys.readouterr().out
 
 
@@ -240,8 +241,8 @@ def test_what_no_classifier_knows_is_not_recorded(tmp_path):
 
 
 def test_recording_names_an_unknown_table(capsys):
-    assert record.main(["--profile", "smoke", "--only", "nonsense"]) == 2
-    assert "'nonsense' is unknown: choose from labels" in capsys.readouterr().out.replace("\n", " ")
+    assert main(["record", "--profile", "smoke", "--only", "nonsense"]) == 2
+    assert "'nonsense' is unknown: choose from labels" in capsys.readouterr().err
 
 
 def test_what_was_not_recorded_is_drawn_as_missing(tmp_path):
@@ -272,12 +273,12 @@ def test_calibration_reaches_the_wanted_share_and_quality():
 
 
 def test_the_command_proposes_a_gate(capsys):
-    assert calibrate.main(["--profile", "smoke", "--share", "0.2", "--num-samples", "1"]) == 0
+    assert main(["calibrate", "--profile", "smoke", "--share", "0.2", "--num-samples", "1"]) == 0
     said = capsys.readouterr().out
     proposal = json.loads(said[said.index("{") : said.index("}") + 1])
     DQARConfig(**proposal)
     assert "measured on 1 images of profile smoke, 8 steps" in said and "τ(p)" in said
-    assert calibrate.main(["--profile", "smoke", "--share", "2"]) == 2
+    assert main(["calibrate", "--profile", "smoke", "--share", "2"]) == 2
 
 
 def test_a_trained_policy_runs_in_the_controller(tmp_path):
