@@ -25,13 +25,19 @@ def run(arguments: list[str]) -> int:
     """
     parser = Parser("plan", "Fits a forecast plan: which steps to compute, and the weights that forecast the others.")
     parser.add_profile()
-    parser.add_argument("--scheduler", choices=SCHEDULERS, help="in place of the profile's")
+    parser.add_argument(
+        "--scheduler", choices=SCHEDULERS, metavar="NAME", help=f"{' '.join(SCHEDULERS)} (default: the profile's)"
+    )
     parser.add_argument("--macs", type=float, default=3.0, help="full compute's over the plan's, at least (default: 3)")
     targets = "all steps computed, or the converged solution of five times the steps (default: reference)"
     parser.add_argument("--target", choices=get_args(Target), default="reference", help=targets)
     parser.add_argument("--images", type=int, default=120, help="calibration images (default: 120)")
-    parser.add_argument("--refinements", type=int, default=12, help="neighbouring sets of steps to try (default: 12)")
-    parser.add_argument("--start", type=Path, help="an earlier plan with as many computed steps, to be improved")
+    parser.add_argument(
+        "--refinements", type=int, default=12, metavar="N", help="neighbouring sets of steps to try (default: 12)"
+    )
+    parser.add_argument(
+        "--start", type=Path, metavar="PLAN", help="an earlier plan with as many computed steps, to be improved"
+    )
     parser.add_argument("--out", type=Path, default=Path("plan.json"), help="the file to write (default: plan.json)")
     options = parser.parse_args(arguments)
     profile = get_profile(options.profile, **({"scheduler": options.scheduler} if options.scheduler else {}))
