@@ -29,7 +29,9 @@ def run(arguments: list[str]) -> int:
     """
     parser = Parser("plan", "Fits a forecast plan: which steps to compute, and the weights that forecast the others.")
     parser.add_profile()
-    parser.add_argument("--scheduler", choices=SCHEDULERS, help="in place of the profile's")
+    parser.add_argument(
+        "--scheduler", choices=SCHEDULERS, metavar="NAME", help=f"{' '.join(SCHEDULERS)} (default: the profile's)"
+    )
     pipeline = parser.add_argument_group("any pipeline of diffusers, in place of a profile")
     pipeline.add_argument("--pipeline", help="a folder, or a repository of the Hugging Face hub")
     pipeline.add_argument("--prompts", type=Path, help="a text file, one prompt a line")
@@ -43,8 +45,12 @@ def run(arguments: list[str]) -> int:
     targets = "all steps computed, or the converged solution of five times the steps (default: reference)"
     parser.add_argument("--target", choices=get_args(Target), default="reference", help=targets)
     parser.add_argument("--images", type=int, default=120, help="calibration images, at most (default: 120)")
-    parser.add_argument("--refinements", type=int, default=12, help="neighbouring sets of steps to try (default: 12)")
-    parser.add_argument("--start", type=Path, help="an earlier plan with as many computed steps, to be improved")
+    parser.add_argument(
+        "--refinements", type=int, default=12, metavar="N", help="neighbouring sets of steps to try (default: 12)"
+    )
+    parser.add_argument(
+        "--start", type=Path, metavar="PLAN", help="an earlier plan with as many computed steps, to be improved"
+    )
     parser.add_argument("--out", type=Path, default=Path("plan.json"), help="the file to write (default: plan.json)")
     options = parser.parse_args(arguments)
     plan = _plan_of_pipeline(options) if options.pipeline else _plan_of_profile(options)
