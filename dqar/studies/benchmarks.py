@@ -284,8 +284,7 @@ def targets(table: pd.DataFrame) -> pd.DataFrame:
     # K and V need fresh queries: what they save is small, and nobody promised it.
     plans = steps.family.isin((SITES, FORECAST)) & (steps.target != "kv")
     for method, realised in steps.realised[plans].items():
-        saved = str(method).removeprefix("plan: ")
-        rows.append((f"realised share of MACs saved, {saved}", 0.9, realised, realised >= 0.9))
+        rows.append((f"realised share of MACs saved, {method}", 0.9, realised, realised >= 0.9))
     return pd.DataFrame(rows, columns=["target", "bound", "measured", "met"])
 
 
