@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from dqar.models.profiles import WEIGHTS, Profile, get_profile
@@ -103,6 +101,9 @@ def provenance(profile: Profile, seed: int) -> dict[str, Any]:
 
 def save_table(table: pd.DataFrame, path: Path, source: dict[str, Any]) -> None:
     """Writes parquet with the provenance ``source`` in its metadata."""
+    import pyarrow as pa  # here, since plans are fitted without any table
+    import pyarrow.parquet as pq
+
     arrow = pa.Table.from_pandas(table, preserve_index=False)
     arrow = arrow.replace_schema_metadata({**(arrow.schema.metadata or {}), b"provenance": json.dumps(source).encode()})
     with atomic_path(path) as temporary:
@@ -115,6 +116,9 @@ def load_table(path: Path) -> pd.DataFrame:
     Raises:
         ValueError: truncated, or without provenance.
     """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
         arrow = pq.read_table(path)
         source = json.loads(arrow.schema.metadata[b"provenance"])

@@ -15,10 +15,9 @@ import torch
 
 from dqar.config import CacheFormat, DQARConfig
 from dqar.families import describe_model
-from dqar.forecast.fit import make_plan
+from dqar.forecast.fit import FINER, Target
 from dqar.forecast.plan import ForecastPlan, extrapolation
-from dqar.forecast.steps import measure_gains
-from dqar.forecast.trajectories import FINER, Target, trajectories
+from dqar.forecast.profiles import calibrate_profile, with_provenance
 from dqar.measure.results import Run, load_table, slug
 from dqar.measure.sampling import OPEN
 from dqar.models.profiles import Profile
@@ -82,13 +81,11 @@ def make_plans(
     if missing:
         scheduler = SAMPLERS[sampler] if target == "converged" else sampler
         profile = dataclasses.replace(profile, scheduler=scheduler)
-        pipe = FULL.pipeline(profile)
-        calibration = trajectories(pipe, profile, target, num_images)
-        gains = measure_gains(pipe, profile, calibration.first(8))
+        calibration = calibrate_profile(FULL.pipeline(profile), profile, target, num_images)
         for path, number in missing.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             tries = refinements * max(paths.values()) // number  # what takes the same time at every budget
-            make_plan(pipe, profile, number, calibration, gains, tries).save(path)
+            with_provenance(calibration.plan(number, tries), profile).save(path)
     return [ForecastPlan.load(path) for path in paths]
 
 
