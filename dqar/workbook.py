@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import logging
+import os
 import re
 import shutil
 import time
@@ -20,6 +21,7 @@ from papermill.exceptions import PapermillExecutionError
 from rich.console import Console
 from rich.table import Table
 
+from dqar.figures.gallery import publish
 from dqar.measure.results import Run, atomic_path, code_hash, recorded_hash
 from dqar.models.profiles import get_profile
 
@@ -75,6 +77,7 @@ def run_notebook(path: Path, profile: str, seed: int, out: Path) -> Outcome:
     started = time.monotonic()
     parameters = {"profile": profile, "seed": seed, "out": str(out.resolve())}
     failed = folder / f"{path.stem}.failed.ipynb"
+    os.environ["TQDM_DISABLE"] = "1"  # for the kernel, whose bars would stand in the page; papermill's own bar stays
     try:
         with atomic_path(executed) as temporary:
             try:
@@ -140,9 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
     for error in errors:
         console.print(f"failed: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
     if not errors and options.figures:
-        options.figures.mkdir(parents=True, exist_ok=True)
-        for path in (options.out / "figures").iterdir():
-            shutil.copy(path, options.figures / path.name)
+        publish(options.out / "figures", options.figures)
     return 1 if errors else 0
 
 
