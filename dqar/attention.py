@@ -49,9 +49,9 @@ def apply_dqar(
 
     Args:
         pipe: a pipeline with a DiT-like ``transformer``, or the transformer; compiled, offloaded and wrapped ones too.
-            A transformer alone has no scheduler to predict x0 with, so that its SNR is unknown and only an SNR range of
-            ``(0, inf)`` opens the gate; it tells the number of steps from the first two timesteps, and reuses from the
-            third step on.
+            A transformer alone has no scheduler to predict x0 with, so that its SNR is unknown and only
+            ``snr_range=None`` opens the gate; it tells the number of steps from the first two timesteps, and reuses
+            from the third step on.
         config: what decides; a plan alone is one with the defaults for all else. The deck's defaults if left out.
         prompt_length: words of the prompt or label, for slide 5's τ(p). ``None`` takes the caption's tokens (mean over
             the batch) where the model is given a caption with a mask, and else leaves the threshold as it is.
@@ -62,7 +62,7 @@ def apply_dqar(
     Raises:
         ValueError: no self-attention that DQAR can take over, DQAR is there already, or a plan for another model.
     """
-    if isinstance(config, (ReusePlan, ForecastPlan)):
+    if isinstance(config, ReusePlan):
         config = DQARConfig(plan=config)
     session = DQARSession(pipe, config or DQARConfig(), prompt_length)
     session.attach()
@@ -83,9 +83,9 @@ def remove_dqar(pipe: Any) -> None:
 class StreamState:
     """What a session keeps for one stream of latents: reuse of its sites, and forecasts of its outputs."""
 
-    def __init__(self, num_layers: int, config: DQARConfig, trace: Trace):
+    def __init__(self, num_layers: int, config: DQARConfig, trace: Trace, plan: ForecastPlan | None):
         self.controller = DQARController(num_layers, config, trace)
-        self.forecast = OutputForecast(config.plan) if isinstance(config.plan, ForecastPlan) else None
+        self.forecast = None if plan is None else OutputForecast(plan)
         # Of the step before, still on the device until somebody asks.
         self.clean: torch.Tensor | None = None
 
@@ -109,13 +109,15 @@ class DQARSession:
         trace: one row per site of every run since it was made.
     """
 
-    def __init__(self, pipe: Any, config: DQARConfig, prompt_length: int | None):
+    def __init__(self, pipe: Any, config: DQARConfig | ForecastPlan, prompt_length: int | None):
+        self._plan = config if isinstance(config, ForecastPlan) else None
+        if isinstance(config, ForecastPlan):
+            config = DQARConfig(plan=ReusePlan((), 1, config.num_inference_steps))
         self.pipe, self.config, self.trace = pipe, config, Trace()
         self.transformer: torch.nn.Module = getattr(pipe, "transformer", pipe)
         self.attached = False
         self._model = bare(self.transformer)
         self._prompt_length = prompt_length
-        self._plan = config.plan if isinstance(config.plan, ForecastPlan) else None
         self._layers = self_attentions(self.transformer) if self._plan is None else []
         self._num_layers = len(self._layers) or 1
         if self._plan is not None:
@@ -123,12 +125,12 @@ class DQARSession:
         self._argument_names = list(inspect.signature(type(self._model).forward).parameters)[1:]
         self._opened: dict[int, OpenCall] = {}
         """The forward pass that is under way in each thread."""
-        self._state = StreamState(self._num_layers, config, self.trace)
+        self._state = StreamState(self._num_layers, config, self.trace, self._plan)
         self._finder = RunFinder(
             family(self.transformer),
             null_class(self.transformer),
             lambda: getattr(self.pipe, "scheduler", None),
-            lambda: StreamState(self._num_layers, config, self.trace),
+            lambda: StreamState(self._num_layers, config, self.trace, self._plan),
             self.trace.begin_run,
             self._end_run,
         )
@@ -138,7 +140,7 @@ class DQARSession:
         self._guidance: dict[int, list[torch.Tensor]] = {}
         """By run, the guidance scales that nobody has looked at yet, and how far rounding may have moved each."""
         self._hidden_states = (
-            FinalHiddenStates(self._model) if self._plan is not None and any(config.plan.readouts) else None
+            FinalHiddenStates(self._model) if self._plan is not None and any(self._plan.readouts) else None
         )
         blocks = [] if self._plan is not None else list(self._model.transformer_blocks)
         opened = lambda: self._opened.get(threading.get_ident())  # noqa: E731
@@ -149,7 +151,7 @@ class DQARSession:
             cross = getattr(block, "attn2", None)
             if isinstance(cross, Attention) and type(cross.processor) is AttnProcessor2_0:
                 self._handlers.append((cross, CrossAttention(opened, layer_id, cross, config).attend))
-        if config.keep_modulations and blocks and not _compiled(self.transformer, blocks):
+        if config.cache.modulations and blocks and not _compiled(self.transformer, blocks):
             self._modulations = Modulations(blocks, lambda: getattr(opened(), "constants", None))
             self._handlers += self._modulations.handlers()
         if self._hidden_states is not None:
@@ -347,16 +349,16 @@ class DQARSession:
             self._plan.check_latents(latents.shape[1:], getattr(self._model.config, "sample_size", None))
         elif plan is not None and run.timesteps is not None:
             plan.check_run(len(run.timesteps.values), type(scheduler).__name__)
-        asks = self.config.gates_on_snr and self.config.schedule != "none" and self.config.snr_source == "predicted"
+        asks = self.config.gates_on_snr and self.config.probe.snr_source == "predicted"
         if asks and (run.timesteps is None or run.timesteps.levels is None):
             if run.timesteps is not None:
                 raise ValueError(
                     f"{type(scheduler).__name__} tells no noise levels, so that the SNR is unknown: set "
-                    "snr_range=(0, inf) and no policy, or use another scheduler"
+                    "snr_range=None and no policy, or use another scheduler"
                 )
             warnings.warn(
                 "DQAR on a bare transformer knows no SNR, so the gate stays closed: apply it to the pipeline, "
-                "or set snr_range=(0, inf) and no policy",
+                "or set snr_range=None and no policy",
                 stacklevel=4,
             )
 

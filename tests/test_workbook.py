@@ -66,7 +66,7 @@ def test_ctrl_c_stops_with_one_message(notebooks, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(workbook.papermill, "execute_notebook", interrupt)
     write_notebook(notebooks, "01_any.ipynb", "1")
     assert workbook.main(["--profile", "smoke", "--out", str(tmp_path / "out")]) == 130
-    assert "the same command continues" in capsys.readouterr().out
+    assert "the same command continues" in capsys.readouterr().err
     assert list((tmp_path / "out/notebooks").iterdir()) == []
 
 
@@ -86,7 +86,15 @@ def test_bad_arguments_get_one_clear_message(arguments, message, capsys, tmp_pat
     if "--out" not in arguments:
         arguments = [*arguments, "--out", str(tmp_path)]
     assert workbook.main(arguments) == 2
-    assert message in " ".join(capsys.readouterr().out.split())
+    assert capsys.readouterr().err.startswith(f"dqar workbook: {message}")
+
+
+def test_without_notebooks_nothing_is_made_and_the_message_says_where_they_are(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(workbook.choose, "__defaults__", (tmp_path / "notebooks", True))
+    assert workbook.main(["--profile", "smoke", "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert f"no notebooks in {tmp_path / 'notebooks'}" in said and "repository" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_every_notebook_is_thin_clean_and_has_parameters():

@@ -16,40 +16,32 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
-from rich.console import Console
 from tqdm import tqdm
 
-from dqar.config import check
 from dqar.families import describe_model
 from dqar.forecast.plan import ForecastPlan
 from dqar.forecast.run import FinalHiddenStates, from_patches, to_patches
-from dqar.forecast.steps import Jumps, choose_steps, measure_gains
+from dqar.forecast.steps import Jumps, choose_steps
 from dqar.forecast.trajectories import (
     PLAN_SEED,
     RIDGE,
-    Target,
     Trajectories,
     finished,
     make_run_scheduler,
     predict,
-    trajectories,
 )
 from dqar.measure.results import provenance
 from dqar.models.guidance import guide
-from dqar.models.pipelines import load_pipeline
-from dqar.models.profiles import SCHEDULERS, Profile, get_profile
+from dqar.models.profiles import Profile
 
 HISTORY = 4
 
@@ -273,45 +265,3 @@ def _fit_step(
 
 def _copied_step(scheduler: Any, output: torch.Tensor, t: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
     return copy.deepcopy(scheduler).step(output, t, latents).prev_sample
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, or 2 for a wrong argument."""
-    parser = argparse.ArgumentParser(prog="dqar plan", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--profile", default="digits", help="see dqar/models/profiles.py (default: digits)")
-    parser.add_argument("--scheduler", help=f"in place of the profile's: one of {', '.join(SCHEDULERS)}")
-    parser.add_argument("--macs", type=float, default=3.0, help="full compute's over the plan's, at least (default: 3)")
-    parser.add_argument("--target", default="reference", help=f"{' or '.join(get_args(Target))} (default: reference)")
-    parser.add_argument("--images", type=int, default=120, help="calibration images (default: 120)")
-    parser.add_argument("--refinements", type=int, default=12, help="neighbouring sets of steps to try (default: 12)")
-    parser.add_argument("--start", type=Path, help="an earlier plan with as many computed steps, to be improved")
-    parser.add_argument("--out", type=Path, default=Path("plan.json"))
-    options = parser.parse_args(arguments)
-    console = Console()
-    try:
-        changes = {"scheduler": options.scheduler} if options.scheduler else {}
-        profile = get_profile(options.profile, **changes)
-        check("--macs", options.macs, 1 <= options.macs <= profile.num_inference_steps / 2, "from 1 to half the steps")
-        check("--images", options.images, options.images >= 2, "2 or more")
-        check("--refinements", options.refinements, options.refinements >= 0, "0 or more")
-        number = int(profile.num_inference_steps / options.macs)
-        starts = [] if options.start is None else [tuple(sorted(ForecastPlan.load(options.start).computed))]
-        if starts and len(starts[0]) != number:
-            raise ValueError(f"{options.start} computes {len(starts[0])} steps, {number} are wanted")
-        pipe = load_pipeline(profile)
-        known = trajectories(pipe, profile, options.target, options.images)
-        gains = measure_gains(pipe, profile, known.first(8))
-        plan = make_plan(pipe, profile, number, known, gains, options.refinements, starts)
-        plan.save(options.out)
-    except (ValueError, OSError, RuntimeError) as error:
-        console.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
-        return 2
-    error = min(trial["measured"] for trial in plan.provenance["trials"])
-    # Images in [-1, 1] have four times the squared error of those in [0, 1].
-    quality = f"{-10 * math.log10(max(error / 4, 1e-12)):.1f} dB to the {options.target} on images not fitted on"
-    console.print(
-        f"{options.out}: computes {len(plan.computed)} of {plan.num_inference_steps} steps, "
-        f"{plan.macs_speedup:.2f}× fewer MACs; {quality}",
-        highlight=False,
-    )
-    return 0

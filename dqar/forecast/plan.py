@@ -42,15 +42,15 @@ class ForecastPlan:
         ValueError: step 0 isn't computed as it is, or a row of the wrong length, naming it.
     """
 
-    weights: tuple[tuple[float, ...], ...]
+    weights: tuple[tuple[float, ...], ...] = field(repr=False)
     computed: frozenset[int]
-    timesteps: tuple[float, ...]
+    timesteps: tuple[float, ...] = field(repr=False)
     guidance_scale: float
     history: int
     model: str
     kernel: int = 1
-    provenance: Mapping[str, Any] = field(default_factory=dict, compare=False)
-    readouts: tuple[tuple[float, ...], ...] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    readouts: tuple[tuple[float, ...], ...] = field(default=(), repr=False)
     scheduler: str | None = None
 
     def __post_init__(self):

@@ -12,7 +12,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ def provenance(profile: Profile, seed: int) -> dict[str, Any]:
         "versions": {name: version(name) for name in ("torch", "diffusers", "numpy", "pandas")},
         "python": platform.python_version(),
         "commit": _commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "fingerprint": _fingerprint(profile, seed),
     }
 
@@ -148,7 +148,9 @@ def code_hash(everything: bool = False) -> str:
     digest = hashlib.sha256()
     modules = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*.py")}
     drawing = (
-        set() if everything else _DRAWING | {name for name in modules if name.startswith(("figures/", "training/"))}
+        set()
+        if everything
+        else _DRAWING | {name for name in modules if name.startswith(("commands/", "figures/", "training/"))}
     )
     files = [path for name, path in modules.items() if name not in drawing]
     for path in sorted([*files, *WEIGHTS.rglob("*.safetensors")]):

@@ -183,9 +183,7 @@ def load_embedded(name: str, dtype: torch.dtype = torch.float32, folder: Path | 
     """
     path = (folder or WEIGHTS) / name
     if not (path / DiffusionPipeline.config_name).exists():
-        raise OSError(
-            f"the weights in {path} are missing: `python -m dqar train {name} --out {path.parent}` makes them"
-        )
+        raise OSError(f"the weights in {path} are missing: `dqar train {name} --out {path.parent}` makes them")
     try:
         return PIPELINES[name].from_pretrained(path, dtype=dtype)
     except (SafetensorError, OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""What the mechanism costs at DiT-XL/2's size: ``python -m dqar benchmark`` (``make benchmarks``).
+"""What the mechanism costs at DiT-XL/2's size: ``dqar benchmark`` (``make benchmarks``).
 
 Everything is timed in turn within one run and read as ratios. Each device has a table of its own in
 ``recorded/benchmarks``: a GPU's stands beside a CPU's, and the two are never mixed. ``--overhead`` measures instead
@@ -7,7 +7,6 @@ what deciding costs on the small digits model, beside hand-written floors (``dqa
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import shutil
@@ -16,16 +15,15 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from rich.console import Console
 from torch.nn import functional as F
 
 from dqar import stats
 from dqar.attention import apply_dqar
-from dqar.config import DQARConfig
+from dqar.config import DQARConfig, Probe
 from dqar.families import describe_model
-from dqar.forecast.plan import extrapolation
+from dqar.forecast.plan import ForecastPlan, extrapolation
 from dqar.measure import metrics
-from dqar.measure.results import RECORDED, Run, load_table, provenance, save_table, slug
+from dqar.measure.results import RECORDED, Run, load_table, provenance, save_table
 from dqar.models.pipelines import EmbeddedDiTPipeline, load_pipeline, make_scheduler, random_dit_xl_2
 from dqar.models.profiles import get_profile
 from dqar.plan import BRANCHES, ReusePlan
@@ -129,30 +127,28 @@ def every_second_step(num_layers: int) -> ReusePlan:
     return ReusePlan(sites, num_layers, STEPS)
 
 
-def step_configs(pipe: EmbeddedDiTPipeline) -> dict[str, DQARConfig | None]:
+def step_configs(pipe: EmbeddedDiTPipeline) -> dict[str, DQARConfig | ForecastPlan | None]:
     """What a whole denoising is timed with; the first is the untouched pipeline."""
     num_layers = len(pipe.transformer.transformer_blocks)
     pipe.scheduler.set_timesteps(STEPS)
     timesteps, model = pipe.scheduler.timesteps.tolist(), describe_model(pipe.transformer)
-    look = DQARConfig(schedule="none", record_entropy=True)
+    look = DQARConfig(schedule="none", probe=Probe(record=True))
     half = every_second_step(num_layers)
     late = ReusePlan({(s, layer, b) for s in range(1, STEPS) for _, layer, b in half.sites}, num_layers, STEPS)
     return {
         "plain": None,
         "applied, closed": DQARConfig(schedule="none"),
         "entropy, exact": look,
-        "entropy, 32 of 256 queries": dataclasses.replace(look, entropy_queries=32),
-        "entropy, every 4th step": dataclasses.replace(look, entropy_interval=4),
+        "entropy, 32 of 256 queries": dataclasses.replace(look, probe=Probe(record=True, queries=32)),
+        "entropy, every 4th step": dataclasses.replace(look, probe=Probe(record=True, interval=4)),
         "plan: output, every 2nd step": DQARConfig(plan=half, reuse_target="output"),
         "plan: K and V, every 2nd step": DQARConfig(plan=half),
         "plan: output, 3 of 4 steps": DQARConfig(plan=late, reuse_target="output"),
-        "plan: model's output forecast, every 2nd step": DQARConfig(
-            plan=extrapolation(range(0, STEPS, 2), timesteps, GUIDANCE, model)
-        ),
+        "plan: model's output forecast, every 2nd step": extrapolation(range(0, STEPS, 2), timesteps, GUIDANCE, model),
     }
 
 
-def drawing(pipe: EmbeddedDiTPipeline, config: DQARConfig | None, images: int) -> Callable[[], object]:
+def drawing(pipe: EmbeddedDiTPipeline, config: DQARConfig | ForecastPlan | None, images: int) -> Callable[[], object]:
     """A guided denoising of so many images, DQAR put on before and taken off after it."""
 
     def call() -> object:
@@ -277,36 +273,3 @@ def run_overhead(repeats: int, path: Path) -> pd.DataFrame:
     path.parent.mkdir(parents=True, exist_ok=True)
     save_table(overhead.measure(load_pipeline(profile), repeats), path, provenance(profile, 0))
     return load_table(path)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, or 2 for a wrong argument."""
-    parser = argparse.ArgumentParser(prog="dqar benchmark", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--dtype", default="float32", choices=tuple(DTYPES))
-    parser.add_argument("--images", type=int, default=1, help="drawn at once, each guided (default: 1)")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--num-layers", type=int, default=28, help="fewer for a trial")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the table (default: recorded/benchmarks)")
-    parser.add_argument("--overhead", action="store_true", help="what deciding costs on the digits model, on one CPU")
-    options = parser.parse_args(arguments)
-    console = Console()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        console.print("--device cuda needs a CUDA GPU and there is none", style="red")
-        return 2
-    if min(options.images, options.repeats, options.num_layers) < 1:
-        console.print("--images, --repeats and --num-layers take 1 or more", style="red")
-        return 2
-    options.out.mkdir(parents=True, exist_ok=True)
-    if options.overhead:
-        table = run_overhead(options.repeats, options.out / OVERHEAD)
-        console.print(overhead.summary(table).round(3).to_string(index=False), highlight=False)
-        console.print(f"saved: {options.out / OVERHEAD}")
-        return 0
-    name = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
-    path = options.out / f"{slug(name)}-{options.dtype}-batch-{options.images}.parquet"
-    table = run(options.device, DTYPES[options.dtype], options.images, options.num_layers, options.repeats, path)
-    console.print(summary(table).round(3).to_string(index=False), highlight=False)
-    console.print(targets(table).round(3).to_string(index=False), highlight=False)
-    console.print(f"saved: {path}")
-    return 0

@@ -9,7 +9,7 @@ import math
 import pandas as pd
 from tqdm import tqdm
 
-from dqar.config import DQARConfig
+from dqar.config import CacheFormat, DQARConfig
 from dqar.measure import metrics
 from dqar.measure.results import Run
 from dqar.measure.sampling import OPEN, sample
@@ -78,7 +78,7 @@ def _macs(profile: Profile, target: str | None) -> int:
     """MACs of a two-step, one-image sampling; with a ``target``, all sites of the second step are reused."""
     config = None
     if target is not None:  # the sites alone: what is kept of the modulations saves some, too
-        config = dataclasses.replace(OPEN, schedule="all", reuse_target=target, keep_modulations=False)
+        config = dataclasses.replace(OPEN, schedule="all", reuse_target=target, cache=CacheFormat(modulations=False))
     pipe = cached_pipeline(profile)
     return metrics.count_macs(
         lambda: sample(pipe, profile, 0, config, num_samples=1, num_inference_steps=2, description="count MACs")

@@ -54,7 +54,7 @@ class Method:
     """One way to draw the same images: gated or planned reuse, fewer steps, another spacing of them, a peer's cache,
     quantized linear layers, another dtype."""
 
-    config: DQARConfig | None = None
+    config: DQARConfig | ForecastPlan | None = None
     num_inference_steps: int | None = None
     w8a8: Literal["plain", "balanced"] | None = None
     dtype: torch.dtype | None = None
@@ -138,9 +138,9 @@ def methods(profile: Profile, gate: DQARConfig | None) -> dict[str, Method]:
         if path.exists():
             names = names_at(profile, budget)
             found[names["fewer steps"]] = Method(num_inference_steps=number)
-            found[names["output extrapolation"]] = Method(DQARConfig(plan=extrapolated(profile, *best)))
+            found[names["output extrapolation"]] = Method(extrapolated(profile, *best))
             found[names["best other cache"]] = Method(peer=CACHES[budget])
-            found[names["DQAR plan"]] = Method(DQARConfig(plan=ForecastPlan.load(path)))
+            found[names["DQAR plan"]] = Method(ForecastPlan.load(path))
     return found
 
 

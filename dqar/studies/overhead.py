@@ -1,13 +1,12 @@
 """What the mechanism itself costs: process CPU time of one thread, beside hand-written floors that do nothing else.
 
-``python -m dqar benchmark --overhead`` measures it on the digits model at batch 1, where a step is short and Python
+``dqar benchmark --overhead`` measures it on the digits model at batch 1, where a step is short and Python
 weighs most: every method draws one guided image in 20 steps, the methods in turn, again and again.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -19,12 +18,12 @@ from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
 from dqar.attention import apply_dqar
-from dqar.config import DQARConfig
+from dqar.config import CacheFormat, DQARConfig
 
 STEPS, GUIDANCE = 20, 2.0
 
 
-HALF = {"entropy_threshold": math.inf, "snr_range": (0, math.inf), "schedule": "static"}
+HALF = {"entropy_threshold": None, "snr_range": None, "schedule": "static"}
 """Computes every second step, reuses at the others."""
 
 
@@ -119,7 +118,7 @@ def calls(pipe: DiffusionPipeline) -> dict[str, tuple[Callable[[], Any], Callabl
     for kind in dict.fromkeys(kind for _, kind, _ in METHODS.values() if kind is not None):
         made[f"floor: {kind}"] = (lambda kind=kind: floor(pipe.transformer, kind), draw)
     for name, (options, _, _) in METHODS.items():
-        for suffix, keeps in (("", {}), (", modulations anew", {"keep_modulations": False})):
+        for suffix, keeps in (("", {}), (", modulations anew", {"cache": CacheFormat(modulations=False)})):
             config = DQARConfig(**options, **keeps)
             made[name + suffix] = (lambda config=config: apply_dqar(pipe, config), draw)
     return made

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from dqar.config import DQARConfig
+from dqar.config import CacheFormat, DQARConfig
 from dqar.forecast.fit import make_plan
 from dqar.forecast.plan import ForecastPlan
 from dqar.forecast.steps import measure_gains
@@ -108,7 +108,7 @@ def contenders(profile: Profile, sampler: str) -> list[Contender]:
         for interval, last, order in itertools.product((2, 3, 4, 5, 6), (1, 4, 8), (0, 1, 2)):
             plan = extrapolated(dataclasses.replace(profile, scheduler=grid), interval, last, order)
             settings = f"every {interval}, last {last}, order {order}, {grid}"
-            method = Method(DQARConfig(plan=plan), scheduler=grid)
+            method = Method(plan, scheduler=grid)
             found.append(Contender("output extrapolation", settings, method))
     for name, sweep in SWEEPS.items():
         grids = (sampler, SAMPLERS[sampler]) if name in STRONGEST else (sampler,)
@@ -126,7 +126,7 @@ def contenders(profile: Profile, sampler: str) -> list[Contender]:
             number = computed_steps(profile, budget)
             path = plan_path(profile, sampler, target, number)
             if path.exists():
-                method = Method(DQARConfig(plan=ForecastPlan.load(path)), scheduler=grid)
+                method = Method(ForecastPlan.load(path), scheduler=grid)
                 found.append(Contender(f"{OURS}, {target}", f"{number} of {steps} steps, {grid}", method))
     return found
 
@@ -142,7 +142,7 @@ def site_configs() -> dict[str, DQARConfig]:
                 static_interval=interval,
                 max_reuse_streak=interval,
                 reuse_target="block",
-                forecast_order=order,
+                cache=CacheFormat(forecast_order=order),
                 quantize_bits=bits,
                 cooldown=4,
             )

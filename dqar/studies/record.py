@@ -1,4 +1,4 @@
-"""Long measurements, made once and committed: ``python -m dqar record --profile digits`` (``make results``).
+"""Long measurements, made once and committed: ``dqar record --profile digits`` (``make results``).
 
 They take hours on a CPU, so figures read them from ``recorded/``, and a notebook draws a few of the images anew to see
 whether they still agree. Each table is made of parts, saved as they are finished: an interrupted recording resumes.
@@ -6,7 +6,6 @@ whether they still agree. Each table is made of parts, saved as they are finishe
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import gc
@@ -20,11 +19,10 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from rich.console import Console
 from tqdm import tqdm
 
 from dqar import stats
-from dqar.config import DQARConfig, ReuseTarget
+from dqar.config import CacheFormat, DQARConfig, Probe, ReuseTarget
 from dqar.forecast.plan import ForecastPlan
 from dqar.measure import metrics
 from dqar.measure.recorders import StateRecorder
@@ -32,7 +30,7 @@ from dqar.measure.results import RECORDED, load_table, provenance, save_table, s
 from dqar.measure.sampling import LOOK, OPEN, Samples, class_labels
 from dqar.measure.sensitivity import site_errors
 from dqar.models.classifier import load_classifier
-from dqar.models.profiles import Profile, get_profile
+from dqar.models.profiles import Profile
 from dqar.peers import w8a8
 from dqar.policy import ReusePolicy
 from dqar.studies import pareto, policy
@@ -190,12 +188,12 @@ class Recording:
 
     def accumulation(self) -> pd.DataFrame:
         """Error of the latents at every step when K and V are kept in few bits, against an unquantized cache."""
-        base = dataclasses.replace(OPEN, schedule="static")
+        base, top = dataclasses.replace(OPEN, schedule="static"), CacheFormat(keep_channels=4)
         variants = {
             "per tensor": {"quantize_mode": "per_tensor"},
             "per tensor + CSB": {"quantize_mode": "per_tensor", "balance": True},
-            "per tensor + top 4": {"quantize_mode": "per_tensor", "keep_channels": 4},
-            "per tensor + CSB + top 4": {"quantize_mode": "per_tensor", "balance": True, "keep_channels": 4},
+            "per tensor + top 4": {"quantize_mode": "per_tensor", "cache": top},
+            "per tensor + CSB + top 4": {"quantize_mode": "per_tensor", "balance": True, "cache": top},
             "per channel": {"quantize_mode": "per_channel"},
         }
 
@@ -240,12 +238,13 @@ class Recording:
         def measure() -> pd.DataFrame:
             profile = dataclasses.replace(self.profile, batch_size=4)
             tokens = (self.pipe.transformer.config.sample_size // self.pipe.transformer.config.patch_size) ** 2
+            few, seldom = Probe(record=True, queries=tokens // 8), Probe(record=True, interval=4)
             configs = {
                 "none": DQARConfig(schedule="none"),
                 "maps": LOOK,
                 "fused": LOOK,
-                f"fused, {tokens // 8} of {tokens} queries": dataclasses.replace(LOOK, entropy_queries=tokens // 8),
-                "fused, every 4th step": dataclasses.replace(LOOK, entropy_interval=4),
+                f"fused, {tokens // 8} of {tokens} queries": dataclasses.replace(LOOK, probe=few),
+                "fused, every 4th step": dataclasses.replace(LOOK, probe=seldom),
             }
 
             def call(name: str) -> None:
@@ -344,7 +343,7 @@ def draw(name: str, method: Method, profile: Profile, seed: int, first: int, ref
         )
         costs = {"macs_speedup": steps * step / macs}
     if drawn.trace is not None:
-        planned = isinstance(method.config.plan, ForecastPlan)
+        planned = isinstance(method.config, ForecastPlan)
         trace = drawn.trace.to_pandas(MODEL if planned else SELF_ATTENTION)
         saved = trace.decision != "compute"
         costs["sites_reused"], costs["events"] = saved.mean(), saved.sum() / trace.run.nunique()
@@ -371,34 +370,3 @@ TABLES = (
     *("labels", "oracle", "policy", "plans", "deciders", "speed", "memory", "overhead", "accumulation", "sharing"),
     *("pareto", "samples"),
 )
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, 2 for a wrong argument, 130 for Ctrl-C."""
-    parser = argparse.ArgumentParser(prog="dqar record", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--profile", default="digits", help="see dqar/models/profiles.py (default: digits)")
-    parser.add_argument("--only", help=f"comma-separated, of {', '.join(TABLES)}; default: all, in this order")
-    parser.add_argument("--work", type=Path, default=Path("runs/record"), help="finished parts and the log")
-    options = parser.parse_args(arguments)
-    console = Console()
-    try:
-        chosen = options.only.split(",") if options.only else TABLES
-        if unknown := set(chosen) - set(TABLES):
-            raise ValueError(f"table {sorted(unknown)[0]!r} is unknown: choose from {', '.join(TABLES)}")
-        recording = Recording(get_profile(options.profile), options.work)
-    except (ValueError, OSError, RuntimeError) as error:
-        console.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
-        return 2
-    logging.basicConfig(filename=options.work / "record.log", level=logging.INFO, format="%(asctime)s %(message)s")
-    try:
-        for name in chosen:
-            if name in ("labels", "policy"):
-                for target in LABELLED:
-                    getattr(recording, name)(target)
-            else:
-                getattr(recording, name)()
-            console.print(f"{name}: recorded in {recording.folder}")
-    except KeyboardInterrupt:
-        console.print("[red]stopped; finished parts are kept, the same command continues[/red]")
-        return 130
-    return 0

@@ -130,7 +130,7 @@ def evaluate_digits(weights: Path, profile: Profile, num_samples: int = 500) -> 
     items = wrapped(
         "- **Data:** 80 % of scikit-learn's `load_digits` (UCI Optical Recognition of Handwritten Digits, CC BY 4.0), "
         "1,437 images; the other 20 % were not trained on. Weights: MIT, as the project.",
-        f"- **Training:** `python -m dqar train digits`, {recipe['num_steps']:,} steps of {recipe['batch_size']} "
+        f"- **Training:** `dqar train digits`, {recipe['num_steps']:,} steps of {recipe['batch_size']} "
         f"images, noise prediction, min-SNR weighting, label dropout {recipe['label_dropout']}, EMA "
         f"{recipe['ema_decay']}, seed {recipe['seed']}; {facts['hours']} hours on {facts['hardware']}, torch "
         f"{facts['torch']}. Loss and recipe: `training.json`.",

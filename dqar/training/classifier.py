@@ -15,6 +15,7 @@ from dqar.measure import metrics
 from dqar.models.classifier import CLASSIFIERS, Classifier
 from dqar.models.data import load_split
 from dqar.training.checkpoints import load_checkpoint, save_checkpoint
+from dqar.training.muon import StackedMuon
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,23 @@ class ClassifierRecipe:
     """Standard deviation of what is added to the images, which are in [-1, 1]."""
     moved: bool
     """Mirrors images, and shifts them by up to four pixels."""
+    muon_learning_rate: float | None = None
+    """Of the convolutions, which Muon then trains; ``None``: AdamW trains everything."""
     seed: int = 0
+
+    def optimizers(self, model: Classifier) -> list[torch.optim.Optimizer]:
+        """What trains the model."""
+        parameters = list(model.parameters())
+        kernels = [] if self.muon_learning_rate is None else [x for x in parameters if x.ndim == 4]
+        chosen = {id(x) for x in kernels}
+        others = [x for x in parameters if id(x) not in chosen]
+        adam = torch.optim.AdamW(others, lr=self.learning_rate, weight_decay=self.weight_decay)
+        return [adam, *([StackedMuon(kernels, self.muon_learning_rate)] if kernels else [])]
 
 
 CLASSIFIER_RECIPES = {
     "digits": ClassifierRecipe("digits", 60, 64, 2e-3, 1e-2, noise=0.1, moved=False),
-    "cifar10": ClassifierRecipe("cifar10", 16, 128, 4e-3, 5e-2, noise=0.0, moved=True),
+    "cifar10": ClassifierRecipe("cifar10", 16, 128, 4e-3, 5e-2, noise=0.0, moved=True, muon_learning_rate=0.03),
 }
 
 
@@ -55,14 +67,14 @@ def train_classifier(
     torch.manual_seed(recipe.seed)
     images, labels = load_split(recipe.dataset, "train")
     model = CLASSIFIERS[recipe.dataset]().to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    optimizers = recipe.optimizers(model)
     batches = -(-len(images) // recipe.batch_size)
-    rate = get_cosine_schedule_with_warmup(optimizer, batches, recipe.epochs * batches)
+    rates = [get_cosine_schedule_with_warmup(each, batches, recipe.epochs * batches) for each in optimizers]
     first = 0
     if (state := load_checkpoint(checkpoint, asdict(recipe), device)) is not None:
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        rate.load_state_dict(state["rate"])
+        for each, kept in zip([*optimizers, *rates], [*state["optimizers"], *state["rates"]], strict=True):
+            each.load_state_dict(kept)
         first = state["epoch"]
     saved = time.monotonic()
     for epoch in range(first, recipe.epochs):
@@ -74,16 +86,17 @@ def train_classifier(
             with torch.autocast(torch.device(device).type, torch.bfloat16):
                 logits = model(seen.to(device, memory_format=torch.channels_last))
             loss = F.cross_entropy(logits.float(), labels[chosen].to(device), label_smoothing=0.05)
-            optimizer.zero_grad()
+            model.zero_grad()
             loss.backward()
-            optimizer.step()
-            rate.step()
+            for each in (*optimizers, *rates):
+                each.step()
             total += loss.item() * len(chosen)
         if recipe.dataset != "digits":
             print(f"classifier: epoch {epoch + 1} of {recipe.epochs}, loss {total / len(images):.4f}", flush=True)
         if time.monotonic() - saved > checkpoint_seconds or epoch + 1 == recipe.epochs:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rate": rate.state_dict()}
-            save_checkpoint(checkpoint, {"recipe": asdict(recipe), "epoch": epoch + 1, **state})
+            state = {"recipe": asdict(recipe), "epoch": epoch + 1, "model": model.state_dict()}
+            state |= {"optimizers": [x.state_dict() for x in optimizers], "rates": [x.state_dict() for x in rates]}
+            save_checkpoint(checkpoint, state)
             saved = time.monotonic()
     model = model.eval().to("cpu", memory_format=torch.contiguous_format)
     return model, held_out_accuracy(model, recipe.dataset)

@@ -16,6 +16,7 @@ from diffusers import DPMSolverMultistepScheduler
 from torch import nn
 
 from dqar.training.checkpoints import cut_log, load_checkpoint, save_checkpoint
+from dqar.training.muon import StackedMuon
 from dqar.training.stacked_dit import StackedDiT
 
 NOISE_SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
@@ -39,10 +40,12 @@ class LatentRecipe:
     sample_size: int = 16
     patch_size: int = 2
     num_classes: int = 10
-    batch_size: int = 128
+    batch_size: int = 64
     learning_rate: float = 1e-3
-    warmup_steps: int = 200
-    constant_steps: int = 6000
+    muon_learning_rate: float = 0.02
+    """Of the matrices inside the blocks, which Muon trains; AdamW all others."""
+    warmup_steps: int = 100
+    constant_steps: int = 12000
     label_dropout: float = 0.1
     min_snr_gamma: float = 5.0
     seed: int = 0
@@ -62,8 +65,19 @@ class LatentRecipe:
         )
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step."""
-        return self.learning_rate * min(1, (step + 1) / self.warmup_steps, (self.constant_steps / (step + 1)) ** 0.5)
+        """The learning rate of a step, as a share of the highest one."""
+        return min(1, (step + 1) / self.warmup_steps, (self.constant_steps / (step + 1)) ** 0.5)
+
+    def optimizers(self, model: StackedDiT) -> list[torch.optim.Optimizer]:
+        """Muon for the matrices inside the blocks but for the modulations', which begin as zeros; AdamW for the rest.
+
+        On the first 33,000 images it took less than half as many to the same held-out loss as AdamW for all.
+        """
+        matrices = [model.out_weight, model.up_weight, model.down_weight]
+        muon = StackedMuon([{"params": [model.qkv_weight], "parts": 3}, {"params": matrices}], self.muon_learning_rate)
+        chosen = {id(parameter) for parameter in (model.qkv_weight, *matrices)}
+        others = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
+        return [muon, torch.optim.AdamW(others, self.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
 
 
 @dataclass(frozen=True)
@@ -251,7 +265,7 @@ def train_latent_dit(
     workers: int = 1,
     minutes: float = math.inf,
     checkpoint_seconds: float = 300,
-    check_steps: int = 800,
+    check_steps: int = 1600,
     check: Callable[[StackedDiT, int], dict] | None = None,
 ) -> StackedDiT:
     """Trains from the checkpoint in ``out``, or from nothing, and returns the averaged model.
@@ -276,12 +290,14 @@ def train_latent_dit(
     checkpoint, log, checks = out / "checkpoint.pt", out / "loss.jsonl", out / "checks.jsonl"
     model, average = (recipe.build(compiled).to(device) for _ in range(2))
     parameters, averages = list(model.parameters()), list(average.requires_grad_(False).parameters())
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    optimizers = recipe.optimizers(model)
+    rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     step, seconds = 0, 0.0
     if (state := load_checkpoint(checkpoint, asdict(recipe), device)) is not None:
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
         step, seconds = state["step"], state["seconds"]
     for path in (log, checks):
         cut_log(path, step)
@@ -292,9 +308,11 @@ def train_latent_dit(
         while step * recipe.batch_size < num_images and not late:
             losses.append(gradients.compute(step))
             nn.utils.clip_grad_norm_(parameters, 1.0)
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.rate(step)
-            optimizer.step()
+            groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate * recipe.rate(step)
+            for optimizer in optimizers:
+                optimizer.step()
             torch._foreach_lerp_(averages, [x.detach() for x in parameters], 9 / (10 + step))
             log_file.write(json.dumps({"step": step, "loss": round(losses[-1], 6)}) + "\n")
             step += 1
@@ -319,7 +337,7 @@ def train_latent_dit(
                     "seconds": seconds + saved - started,
                     "model": model.state_dict(),
                     "average": average.state_dict(),
-                    "optimizer": optimizer.state_dict(),
+                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                 }
                 save_checkpoint(checkpoint, state)
     return average

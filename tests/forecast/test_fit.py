@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import embedded_pipeline
 
-from dqar import DQARConfig, ForecastPlan
+from dqar import ForecastPlan
+from dqar.__main__ import main
 from dqar.families import describe_model
-from dqar.forecast.fit import READOUT_RIDGE, _fit_step, fit, main, make_plan
+from dqar.forecast.fit import READOUT_RIDGE, _fit_step, fit, make_plan
 from dqar.forecast.plan import extrapolation
 from dqar.forecast.steps import Jumps, choose_steps, measure_gains
 from dqar.forecast.trajectories import RIDGE, Trajectories, trajectories
@@ -134,8 +135,7 @@ def test_a_plan_beats_extrapolation_on_other_images(pipe):
     reference = sample(pipe, PROFILE, 77, num_samples=8).images
     line = extrapolation(plan.computed, plan.timesteps, 3.0, describe_model(pipe.transformer))
     ours, theirs = (
-        metrics.mean_psnr(sample(pipe, PROFILE, 77, DQARConfig(plan=p), num_samples=8).images, reference)
-        for p in (plan, line)
+        metrics.mean_psnr(sample(pipe, PROFILE, 77, p, num_samples=8).images, reference) for p in (plan, line)
     )
     assert ours > theirs + 3
 
@@ -154,7 +154,7 @@ def test_what_the_planner_follows_is_what_the_pipeline_runs(pipe):
     fitted = fit(pipe, PROFILE, (0, 2, 3, 6, 9), known, 4)
     plan = make_plan(pipe, PROFILE, 5, known, np.ones(11), refinements=0)
     plan = dataclasses.replace(plan, weights=fitted.weights, readouts=fitted.readouts, computed={0, 2, 3, 6, 9})
-    drawn = sample(pipe, PROFILE, 5, DQARConfig(plan=plan), num_samples=4).images * 2 - 1
+    drawn = sample(pipe, PROFILE, 5, plan, num_samples=4).images * 2 - 1
     replayed = (drawn - known.latents[-1].clamp(-1, 1)).square().flatten(1).mean(1)
     torch.testing.assert_close(replayed, fitted.error, rtol=0.02, atol=1e-8)
 
@@ -166,20 +166,20 @@ def test_without_guidance():
     assert known.uncond is None
     plan = make_plan(pipe, profile, 5, known, np.ones(11), refinements=1)
     assert not plan.guided
-    sample(pipe, profile, 3, DQARConfig(plan=plan), num_samples=2)
+    sample(pipe, profile, 3, plan, num_samples=2)
 
 
 def test_the_command_line_saves_a_plan_and_names_wrong_arguments(tmp_path, capsys):
     path = tmp_path / "plan.json"
     options = ["--profile", "smoke", "--macs", "2", "--images", "2", "--out", str(path)]
-    assert main(options) == 0 and "4 of 8 steps, 2.00× fewer MACs" in capsys.readouterr().out
+    assert main(["plan", *options]) == 0 and "4 of 8 steps, 2.00× fewer MACs" in capsys.readouterr().out
     plan = ForecastPlan.load(path)
     assert len(plan.computed) == 4 and plan.provenance["profile"]["name"] == "smoke"
-    assert main([*options, "--start", str(path), "--refinements", "0"]) == 0
+    assert main(["plan", *options, "--start", str(path), "--refinements", "0"]) == 0
     assert ForecastPlan.load(path).provenance["trials"][0]["computed"] == sorted(plan.computed)
-    assert main([*options, "--start", str(path), "--macs", "4"]) == 2
-    assert "computes 4 steps, 2 are wanted" in " ".join(capsys.readouterr().out.split())
+    assert main(["plan", *options, "--start", str(path), "--macs", "4"]) == 2
+    assert "computes 4 steps, 2 are wanted" in capsys.readouterr().err
     wrongs = (["--refinements", "-1"], ["--macs", "0.5"], ["--target", "best"], ["--scheduler", "heun"])
     for wrong in (*wrongs, ["--profile", "x"]):
-        assert main([*options, *wrong]) == 2
-        assert wrong[1] in capsys.readouterr().out
+        assert main(["plan", *options, *wrong]) == 2
+        assert wrong[1] in capsys.readouterr().err

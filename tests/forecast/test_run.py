@@ -9,7 +9,7 @@ from conftest import draw, embedded_pipeline
 from diffusers import DiTPipeline, PixArtAlphaPipeline
 from scipy.ndimage import correlate
 
-from dqar import DQARConfig, ForecastPlan, apply_dqar
+from dqar import ForecastPlan, apply_dqar
 from dqar.families import describe_model
 from dqar.forecast.plan import extrapolation
 from dqar.forecast.run import FinalHiddenStates, from_patches, to_patches
@@ -64,7 +64,7 @@ def blurred(x, kernel):
 
 def test_a_plan_that_computes_every_step_changes_nothing(pipe):
     untouched = draw(pipe)
-    with apply_dqar(pipe, DQARConfig(plan=plan_for(pipe, range(8)))):
+    with apply_dqar(pipe, plan_for(pipe, range(8))):
         assert torch.equal(draw(pipe), untouched)
     assert torch.equal(draw(pipe), untouched)
     assert not hasattr(pipe.transformer, "_diffusers_hook") and "forward" not in vars(pipe.transformer)
@@ -85,7 +85,7 @@ def test_a_planned_run_is_what_it_says(pipe, kernel, reads):
     plan = ForecastPlan(rows, plan.computed, plan.timesteps, 3.0, 2, plan.model, kernel, readouts=readouts)
     expected = by_hand(pipe, rows, readouts)
     assert torch.equal(expected, by_hand(pipe, rows, [()] * 8)) != reads
-    with apply_dqar(pipe, DQARConfig(plan=plan)) as session:
+    with apply_dqar(pipe, plan) as session:
         first, again = draw(pipe), draw(pipe)
         other = draw(pipe, labels=(3,))
         after = draw(pipe)
@@ -131,7 +131,7 @@ def test_orders_differ_and_skipped_steps_cost_nothing(pipe):
     full = metrics.count_macs(lambda: draw(pipe))
     images, macs = [], []
     for order in (0, 1, 2):
-        with apply_dqar(pipe, DQARConfig(plan=plan_for(pipe, order=order))):
+        with apply_dqar(pipe, plan_for(pipe, order=order)):
             macs.append(metrics.count_macs(lambda: images.append(draw(pipe))))
     assert macs == pytest.approx([full / 2] * 3, rel=2e-3)  # what a forecast takes counts too
     assert not torch.equal(images[0], images[1]) and not torch.equal(images[1], images[2])
@@ -139,11 +139,11 @@ def test_orders_differ_and_skipped_steps_cost_nothing(pipe):
 
 def test_without_guidance_there_is_one_branch(pipe):
     untouched = draw(pipe, guidance=1.0)
-    with apply_dqar(pipe, DQARConfig(plan=plan_for(pipe, range(8), guidance=1.0))):
+    with apply_dqar(pipe, plan_for(pipe, range(8), guidance=1.0)):
         assert torch.equal(draw(pipe, guidance=1.0), untouched)
     plan = plan_for(pipe, guidance=1.0)
     assert [len(row) for row in plan.weights] == [0, 2, 0, 0, 3, 3, 3, 0]
-    with apply_dqar(pipe, DQARConfig(plan=plan)) as session:
+    with apply_dqar(pipe, plan) as session:
         assert not torch.equal(draw(pipe, guidance=1.0), untouched)
     assert set(session.trace.to_pandas("model").branch) == {"cond"}
 
@@ -155,7 +155,7 @@ def test_a_planned_step_waits_for_no_number(pipe, monkeypatch):
         monkeypatch.setattr(torch.Tensor, name, lambda self, o=original, n=name: (waits.append(n), o(self))[1])
 
     def count(steps):
-        with apply_dqar(pipe, DQARConfig(plan=plan_for(pipe, (0, 1, steps - 1), steps=steps))):
+        with apply_dqar(pipe, plan_for(pipe, (0, 1, steps - 1), steps=steps)):
             waits.clear()
             draw(pipe, steps=steps)
             planned = len(waits)
@@ -213,35 +213,35 @@ def test_wrong_tables_are_named():
 
 def test_a_run_that_the_plan_was_not_made_for_is_refused(pipe):
     plan = plan_for(pipe)
-    with apply_dqar(pipe, DQARConfig(plan=plan)):
+    with apply_dqar(pipe, plan):
         with pytest.raises(ValueError, match="made for 8 steps, this run takes 5"):
             draw(pipe, steps=5)
         with pytest.raises(ValueError, match="guidance_scale=3, this run has 2"):
             draw(pipe, guidance=2.0)
     with pytest.raises(ValueError, match="made for DiTTransformer2DModel of 4 layers.* this is .* of 3 layers"):
-        apply_dqar(embedded_pipeline(num_layers=3), DQARConfig(plan=plan))
+        apply_dqar(embedded_pipeline(num_layers=3), plan)
     with (
-        apply_dqar(pipe.transformer, DQARConfig(plan=plan)),
+        apply_dqar(pipe.transformer, plan),
         pytest.raises(ValueError, match="apply it to the pipelin"),
         torch.no_grad(),
     ):
         pipe.transformer(torch.randn(1, 1, 8, 8), timestep=torch.tensor([999]), class_labels=torch.tensor([1]))
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, timestep_spacing="leading")
-    with apply_dqar(pipe, DQARConfig(plan=plan)), pytest.raises(ValueError, match="another spacing.*step 0"):
+    with apply_dqar(pipe, plan), pytest.raises(ValueError, match="another spacing.*step 0"):
         draw(pipe)
 
 
 def test_readouts_of_another_size_are_refused(pipe):
     plan = plan_for(pipe)
     plan = dataclasses.replace(plan, readouts=tuple((1.0,) * 12 if row else () for row in plan.weights))
-    with apply_dqar(pipe, DQARConfig(plan=plan)), pytest.raises(ValueError, match="128 numbers a step fit this model"):
+    with apply_dqar(pipe, plan), pytest.raises(ValueError, match="128 numbers a step fit this model"):
         draw(pipe)
 
 
 def test_nan_is_found_at_the_end_of_a_planned_run(pipe):
     broken = plan_for(pipe)
     pipe.transformer.transformer_blocks[2].attn1.to_v.weight.data[0, 0] = float("nan")
-    with apply_dqar(pipe, DQARConfig(plan=broken)), pytest.raises((FloatingPointError, ValueError), match="NaN|nan"):
+    with apply_dqar(pipe, broken), pytest.raises((FloatingPointError, ValueError), match="NaN|nan"):
         draw(pipe)
 
 
@@ -255,10 +255,10 @@ def test_through_the_real_dit_pipeline(dit_folder):
         return pipe([1, 2], 4.0, torch.Generator().manual_seed(0), 6, output_type="np").images
 
     untouched = images()
-    with apply_dqar(pipe, DQARConfig(plan=plan_for(pipe, range(6), 6, 4.0))):
+    with apply_dqar(pipe, plan_for(pipe, range(6), 6, 4.0)):
         assert (images() == untouched).all()
     plan = plan_for(pipe, (0, 1, 3, 5), 6, 4.0)
-    with apply_dqar(pipe, DQARConfig(plan=plan)):
+    with apply_dqar(pipe, plan):
         planned = images()
         assert (planned == images()).all() and (planned != untouched).any()
     assert (images() == untouched).all()
@@ -274,8 +274,8 @@ def test_through_the_pixart_pipeline(pixart_folder):
         return pipe("a cat", num_inference_steps=6, generator=generator, output_type="np", **options).images
 
     untouched = images()
-    with apply_dqar(pipe, DQARConfig(plan=plan_for(pipe, range(6), 6, 4.5))):
+    with apply_dqar(pipe, plan_for(pipe, range(6), 6, 4.5)):
         assert (images() == untouched).all()
-    with apply_dqar(pipe, DQARConfig(plan=plan_for(pipe, (0, 1, 3, 5), 6, 4.5))):
+    with apply_dqar(pipe, plan_for(pipe, (0, 1, 3, 5), 6, 4.5)):
         assert (images() != untouched).any()
     assert (images() == untouched).all()

@@ -7,6 +7,7 @@ import torch
 from conftest import draw, embedded_pipeline
 
 from dqar import DQARConfig, ReusePlan, apply_dqar, remove_dqar
+from dqar.__main__ import main
 from dqar.studies import benchmarks
 
 
@@ -45,7 +46,7 @@ def test_costs_are_paired_by_repeat_and_held_against_the_targets(device, entropy
 
 def test_a_whole_benchmark_of_one_layer(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmarks.shutil, "which", lambda name: None)  # compiling takes a minute
-    assert benchmarks.main(["--num-layers", "1", "--repeats", "1", "--out", str(tmp_path)]) == 0
+    assert main(["benchmark", "--num-layers", "1", "--repeats", "1", "--out", str(tmp_path)]) == 0
     monkeypatch.setattr(benchmarks, "FOLDER", tmp_path)
     ((device, table),) = benchmarks.recorded().items()
     assert device.endswith(", float32, 1 image") and set(table.part) == {"attention", "layer", "quantizer", "step"}
@@ -61,9 +62,12 @@ def test_a_whole_benchmark_of_one_layer(tmp_path, monkeypatch):
 
 
 def test_wrong_arguments_are_named(capsys):
-    assert benchmarks.main(["--repeats", "0"]) == 2 and "take 1 or more" in capsys.readouterr().out
+    assert (
+        main(["benchmark", "--repeats", "0"]) == 2
+        and "--repeats=0 is not accepted: 1 or more" in capsys.readouterr().err
+    )
     if not torch.cuda.is_available():
-        assert benchmarks.main(["--device", "cuda"]) == 2 and "there is none" in capsys.readouterr().out
+        assert main(["benchmark", "--device", "cuda"]) == 2 and "there is no CUDA GPU" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")

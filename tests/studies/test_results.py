@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dqar import DQARConfig, ReusePlan
+from dqar.__main__ import main
 from dqar.figures import policy as figures
 from dqar.measure import calibrate, metrics
 from dqar.measure.results import Run
@@ -221,8 +222,8 @@ def test_drawn_rows_are_what_the_images_say(recording):
 
 
 def test_recording_names_an_unknown_table(capsys):
-    assert record.main(["--profile", "smoke", "--only", "nonsense"]) == 2
-    assert "'nonsense' is unknown: choose from labels" in capsys.readouterr().out.replace("\n", " ")
+    assert main(["record", "--profile", "smoke", "--only", "nonsense"]) == 2
+    assert "'nonsense' is unknown: choose from labels" in capsys.readouterr().err
 
 
 def test_what_was_not_recorded_is_drawn_as_missing(tmp_path):
@@ -253,12 +254,12 @@ def test_calibration_reaches_the_wanted_share_and_quality():
 
 
 def test_the_command_proposes_a_gate(capsys):
-    assert calibrate.main(["--profile", "smoke", "--share", "0.2", "--num-samples", "1"]) == 0
+    assert main(["calibrate", "--profile", "smoke", "--share", "0.2", "--num-samples", "1"]) == 0
     said = capsys.readouterr().out
     proposal = json.loads(said[said.index("{") : said.index("}") + 1])
     DQARConfig(**proposal)
     assert "measured on 1 images of profile smoke, 8 steps" in said and "τ(p)" in said
-    assert calibrate.main(["--profile", "smoke", "--share", "2"]) == 2
+    assert main(["calibrate", "--profile", "smoke", "--share", "2"]) == 2
 
 
 def test_a_trained_policy_runs_in_the_controller(tmp_path):
