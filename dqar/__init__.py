@@ -4,6 +4,7 @@ They are imported when first asked for, so that ``dqar --help`` doesn't wait for
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,12 +14,11 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    if not name.startswith("__") or name == "__all__":
-        api = import_module("dqar.api")
-        if hasattr(api, name):
-            return getattr(api, name)
-        if name in globals():  # a module that came with it, such as dqar.stats
-            return globals()[name]
+    if not name.startswith("_") or name == "__all__":
+        if find_spec(f"dqar.{name}"):
+            return import_module(f"dqar.{name}")
+        if hasattr(import_module("dqar.api"), name):
+            return getattr(import_module("dqar.api"), name)
     raise AttributeError(f"module 'dqar' has no attribute {name!r}")
 
 

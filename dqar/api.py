@@ -4,6 +4,7 @@ from dqar.attention import DQARSession, apply_dqar, remove_dqar
 from dqar.config import CacheFormat, DQARConfig, Probe
 from dqar.controller import Decision, DQARController
 from dqar.families import describe_model
+from dqar.forecast.fit import fit_plan
 from dqar.forecast.plan import ForecastPlan, extrapolation
 from dqar.plan import ReusePlan
 
@@ -19,5 +20,6 @@ __all__ = [
     "apply_dqar",
     "describe_model",
     "extrapolation",
+    "fit_plan",
     "remove_dqar",
 ]

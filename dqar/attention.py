@@ -83,9 +83,9 @@ def remove_dqar(pipe: Any) -> None:
 class StreamState:
     """What a session keeps for one stream of latents: reuse of its sites, and forecasts of its outputs."""
 
-    def __init__(self, num_layers: int, config: DQARConfig, trace: Trace, plan: ForecastPlan | None):
+    def __init__(self, num_layers: int, config: DQARConfig, trace: Trace, plan: ForecastPlan | None, channels: int = 1):
         self.controller = DQARController(num_layers, config, trace)
-        self.forecast = None if plan is None else OutputForecast(plan)
+        self.forecast = None if plan is None else OutputForecast(plan, channels)
         # Of the step before, still on the device until somebody asks.
         self.clean: torch.Tensor | None = None
 
@@ -130,7 +130,7 @@ class DQARSession:
             family(self.transformer),
             null_class(self.transformer),
             lambda: getattr(self.pipe, "scheduler", None),
-            lambda: StreamState(self._num_layers, config, self.trace, self._plan),
+            lambda: StreamState(self._num_layers, config, self.trace, self._plan, family(self._model).channels),
             self.trace.begin_run,
             self._end_run,
         )
@@ -238,7 +238,7 @@ class DQARSession:
         run, call, first = self._finder.find(latents, named.get("timestep"), condition)
         try:
             if run.count == 1 and first:
-                self._begin_run(run, call, latents)
+                self._begin_run(run)
             self._state = call.stream.state
             if first:
                 self._begin_step(run, call, latents, condition)
@@ -305,35 +305,33 @@ class DQARSession:
         Raises:
             ValueError: what a forecast draws on wasn't computed, as in a run that began late.
         """
-        plan, state, step = self._plan, call.stream.state, run.index
-        forecast, latents, rows = state.forecast, named["hidden_states"], next(iter(call.slices.values()))
+        plan, state, step = self._plan, call.stream.state, run.index - self._plan.late(run.timesteps.values)
+        forecast, latents, branches = state.forecast, named["hidden_states"], tuple(call.slices)
         fresh, drawn_on = step in plan.computed, plan.drawn_on(step)
         if fresh:
             output = original(*args, **kwargs)
             call.output = output[0]
-            forecast.keep(step, output[0], call.slices, latents.shape[1])
+            forecast.keep(step, output[0], call.slices, latents)
+            if step == min(plan.computed):
+                sample_size = getattr(self._model.config, "sample_size", None)
+                plan.check_latents(forecast.outputs[branches[0]][0].shape[1:], sample_size)
             if self._hidden_states is not None:
-                forecast.read_out(step, self._hidden_states.take(), call.slices, latents[rows].shape)
-        elif call.output is None or not forecast.usable(step):
+                forecast.read_out(step, self._hidden_states.take(), call.slices)
+        elif call.output is None or not forecast.usable(step, branches):
             raise ValueError(
                 f"at step {step} the plan draws on what steps {drawn_on} computed, which isn't there: the run began "
                 f"late, or changed what it draws; make a plan for such runs, or one that computes step {step}"
             )
-        for branch in call.slices:
-            state.controller.record_output(branch, fresh, forecast.nbytes(call.output) // len(call.slices))
-        if fresh and not (plan.weights[step] and forecast.usable(step)):
+        for branch in branches:
+            state.controller.record_output(branch, fresh, forecast.nbytes(call.output) // len(branches))
+        if fresh and not (plan.weights[step] and forecast.usable(step, branches)):
             return output
-        if fresh and plan.guided and len(call.slices) == 1:
-            raise ValueError(
-                f"the plan corrects what is computed at step {step}, for which it needs both branches of guidance in "
-                "one call, and this pipeline makes two: give it a plan without such weights"
-            )
-        sample = forecast.output(step, latents[rows], call.output, tuple(call.slices))
+        sample = forecast.output(step, latents, call.output, call.slices)
         return Transformer2DModelOutput(sample=sample) if named.get("return_dict", True) else (sample,)
 
     # --- runs and steps ----------------------------------------------------------------------------------------------
 
-    def _begin_run(self, run: Run, call: Call, latents: torch.Tensor) -> None:
+    def _begin_run(self, run: Run) -> None:
         """Refuses what can't be followed, before the first image."""
         for layer_id, layer in enumerate(self._layers):
             check_processor(layer, layer_id)
@@ -345,8 +343,14 @@ class DQARSession:
                 own = getattr(self.pipe, "scheduler", None)
                 where = "to the pipeline, not to its transformer" if own is None else "and call scheduler.set_timesteps"
                 raise ValueError(f"a ForecastPlan needs the timesteps: apply it {where}")
-            self._plan.check_run(run.timesteps.values, type(scheduler).__name__)
-            self._plan.check_latents(latents.shape[1:], getattr(self._model.config, "sample_size", None))
+            self._plan.check_run(
+                run.timesteps.values[self._plan.late(run.timesteps.values) :], type(scheduler).__name__
+            )
+            if run.index < self._plan.late(run.timesteps.values):
+                raise ValueError(
+                    f"the plan was made for runs that begin at timestep {self._plan.timesteps[0]:g}, this one begins "
+                    f"at {run.timestep:g}: make one for this strength"
+                )
         elif plan is not None and run.timesteps is not None:
             plan.check_run(len(run.timesteps.values), type(scheduler).__name__)
         asks = self.config.gates_on_snr and self.config.probe.snr_source == "predicted"
@@ -446,11 +450,11 @@ class DQARSession:
             self._finder.give_up(run)
 
     def _check_guidance(self, run: Run, stream: Stream, guided: torch.Tensor) -> None:
-        scale = stream.state.forecast.guidance(run.index, guided)
+        scale = stream.state.forecast.guidance(run.index - self._plan.late(run.timesteps.values), guided)
         if scale is None:
             return
         self._guidance.setdefault(run.number, []).append(scale)
-        if run.index == 0:  # waited for, so that a run isn't drawn in vain; the others only at its end
+        if run.count == 1:  # waited for, so that a run isn't drawn in vain; the others only at its end
             self._check_scales(run)
 
     def _check_scales(self, run: Run) -> None:

@@ -24,7 +24,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--dtype", default="float32", choices=benchmarks.DTYPES, help="(default: float32)")
     parser.add_argument("--images", type=int, default=1, help="drawn at once, each guided (default: 1)")
     parser.add_argument("--repeats", type=int, default=5, help="interleaved repeats of each timing (default: 5)")
-    parser.add_argument("--num-layers", type=int, default=28, help="fewer for a trial (default: 28)")
+    parser.add_argument("--num-layers", type=int, default=28, metavar="N", help="fewer for a trial (default: 28)")
     deciding = "time what deciding costs on the digits model instead, on a CPU; takes --repeats and --out only"
     parser.add_argument("--overhead", action="store_true", help=deciding)
     parser.add_argument("--out", type=Path, default=benchmarks.FOLDER, help="folder (default: %(default)s)")

@@ -26,7 +26,9 @@ def run(arguments: list[str]) -> int:
     goal.add_argument("--psnr", type=float, help="PSNR to full compute that is to be kept, in dB")
     parser.add_argument("--reuse-target", choices=get_args(ReuseTarget), default="output", help="(default: output)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
-    parser.add_argument("--num-samples", type=int, default=4, help="images of the trace and of each trial (default: 4)")
+    parser.add_argument(
+        "--num-samples", type=int, default=4, metavar="N", help="images of the trace and of each trial (default: 4)"
+    )
     options = parser.parse_args(arguments)
     profile = get_profile(options.profile)
     base = DQARConfig(schedule="all", reuse_target=options.reuse_target)

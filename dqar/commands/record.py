@@ -6,12 +6,14 @@ import logging
 from pathlib import Path
 
 from dqar.commands.parser import Parser
+from dqar.measure.results import RECORDED
 from dqar.models.profiles import get_profile
-from dqar.studies.record import LABELLED, TABLES, Recording
+from dqar.studies.record import TABLES
+from dqar.studies.recording import Recording
 
 
 def run(arguments: list[str]) -> int:
-    """Records the chosen tables in ``recorded/``; its log is ``record.log`` in the folder of parts.
+    """Records the chosen tables; its log is ``record.log`` in the folder of parts.
 
     Raises:
         ValueError: an argument isn't accepted, or the profile can't be recorded.
@@ -20,18 +22,15 @@ def run(arguments: list[str]) -> int:
     parser = Parser("record", "Makes the long measurements that the figures draw from. Takes hours; resumes.")
     parser.add_profile()
     parser.add_argument("--only", metavar="TABLES", help=f"comma-separated, of {', '.join(TABLES)} (default: all)")
+    parser.add_argument("--out", type=Path, default=RECORDED, help="folder of the tables (default: %(default)s)")
     parser.add_argument("--work", type=Path, default=Path("runs/record"), help="parts and log (default: runs/record)")
     options = parser.parse_args(arguments)
-    chosen = options.only.split(",") if options.only else TABLES
+    chosen = options.only.split(",") if options.only else list(TABLES)
     if unknown := [name for name in chosen if name not in TABLES]:
         raise ValueError(f"table {unknown[0]!r} is unknown: choose from {', '.join(TABLES)}")
-    recording = Recording(get_profile(options.profile), options.work)
+    recording = Recording(get_profile(options.profile), options.work, options.out)
     logging.basicConfig(filename=options.work / "record.log", level=logging.INFO, format="%(asctime)s %(message)s")
     for name in chosen:
-        if name in ("labels", "policy"):
-            for target in LABELLED:
-                getattr(recording, name)(target)
-        else:
-            getattr(recording, name)()
+        TABLES[name](recording)
         print(f"{name}: recorded in {recording.folder}")
     return 0

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from dqar.figures.style import save_table
 from dqar.measure.results import Run, provenance
 from dqar.studies import controller
+from dqar.studies.compare import FULL
 
 
 def slide11(run: Run) -> Figure:
@@ -20,7 +21,7 @@ def slide11(run: Run) -> Figure:
     rows = [
         ("Model", "DiT-XL/2 (28 layers, 675M params)", transformer["model"]),
         ("Hardware", "NVIDIA A100 80GB", device),
-        ("Dataset", "COCO-2017 validation (128 prompts)", f"{transformer['classes']} class labels"),
+        ("Dataset", "COCO-2017 validation (128 prompts)", transformer["asked_for"]),
         ("Resolution", "256×256", transformer["resolution"]),
         ("Sampler", "DPM-Solver++ (50 steps)", f"{sampler} ({profile.num_inference_steps} steps)"),
         ("CFG scale", "7.5", f"{profile.guidance_scale:g}"),
@@ -38,8 +39,8 @@ def slide11(run: Run) -> Figure:
 
 def slide12_gates(run: Run, gates: pd.DataFrame) -> Figure:
     """What each gate reuses, saves and does to the images; its time is in slide 12's table, from one recorded run."""
-    names = {"full compute": "no gate", "looking only": "closed, signals measured", "kv": "K and V", "output": "output"}
-    method = gates.method.replace(names).str.replace("kv", "K and V")
+    method = gates.method.replace({FULL.name: "no gate", "looking only": "closed, signals measured"})
+    method = method.str.replace("kv", "K and V")
     table = pd.DataFrame(
         {
             "Gate": method,
@@ -52,7 +53,7 @@ def slide12_gates(run: Run, gates: pd.DataFrame) -> Figure:
     title = (
         f"The deck's gate reuses nothing; a calibrated one saves {1 - 1 / best.macs_speedup:.0%} of the MACs "
         f"at {best.psnr:.0f} dB"
-        if gates.set_index("method").sites_reused["deck's gate, kv"] == 0
+        if (gates[gates.family == "deck's gate"].sites_reused == 0).all()
         else f"A gate saves at most {1 - 1 / best.macs_speedup:.0%} of the MACs, at {best.psnr:.0f} dB"
     )
     note = f"n = {run.profile.num_samples} images"

@@ -54,7 +54,8 @@ def slide09(run: Run, gated: pd.DataFrame) -> Figure:
     left.text(0.02, 0.98, PSEUDOCODE, family="DejaVu Sans Mono", size=SMALLEST, va="top", linespacing=1.45)
     left.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     left.set_title("What is called")
-    table = gated[(gated.method == "calibrated, kv") & (gated.branch == "cond") & (gated.run == gated.run.min())]
+    calibrated = (gated.family == "calibrated") & (gated.target == "kv")
+    table = gated[calibrated & (gated.branch == "cond") & (gated.run == gated.run.min())]
     names = list(REASONS)
     grid = table.pivot(index="layer", columns="step", values="reason").map(names.index)
     colors = ListedColormap([color for _, color in REASONS.values()])

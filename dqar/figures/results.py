@@ -10,11 +10,13 @@ from matplotlib.figure import Figure
 from dqar.figures.style import ACCENT, COMPUTE, GREY, SLIDE14, headline, missing, save, save_table
 from dqar.figures.trace import events
 from dqar.measure.results import Run
+from dqar.studies.compare import FULL, OURS
+from dqar.studies.pareto import PLAN
 
 CLAIMED = pd.DataFrame(
     # slide 12: ms a step, MB, reuse events, FID; and the method that stands for it here
     [
-        ("Baseline", "full compute", 11.2, 199, 0, 10.2),
+        ("Baseline", FULL.name, 11.2, 199, 0, 10.2),
         ("Static", "static, kv", 8.8, 195, 0, 10.5),
         ("PTQ4DiT", "W8A8 + CSB", 10.8, 170, 0, 10.6),
         ("DQAR", "DQAR rule, kv", 8.6, 163, 47, 10.8),
@@ -81,14 +83,14 @@ def slide12_methods(run: Run, summary: pd.DataFrame) -> Figure:
         return missing(run, "slide12_methods", "time and images of every method")
     figure, axes = plt.subplots()
     shown = summary.dropna(subset=["speedup", "macs_speedup"])
-    gates = shown.method.str.startswith(("DQAR rule", "DQAR policy"))
+    gates = shown.family.isin(["DQAR rule", "DQAR policy"])
     kinds = {
-        "DQAR's plans": (shown.method.str.startswith("DQAR plan"), ACCENT, "D"),
+        "DQAR's plans": (shown.family == PLAN, ACCENT, "D"),
         "DQAR's gates": (gates, ACCENT, "o"),
-        "fewer steps": (shown.method.str.endswith(" steps"), GREY, "X"),
+        "fewer steps": (shown.family == "fewer steps", GREY, "X"),
     }
     rest = ~pd.concat([inside for inside, _, _ in kinds.values()], axis=1).any(axis=1)
-    kinds["everything else"] = (rest & (shown.method != "full compute"), "#A9B4BF", "s")
+    kinds["everything else"] = (rest & (shown.method != FULL.name), "#A9B4BF", "s")
     for label, (inside, color, marker) in kinds.items():
         part = shown[inside]
         spread = [part.speedup - part.speedup_low, part.speedup_high - part.speedup]
@@ -131,7 +133,7 @@ def slide13(run: Run, summary: pd.DataFrame, gated: pd.DataFrame) -> Figure:
     for ax in (claimed, found):
         ax.invert_yaxis()
         ax.grid(visible=False)
-    reuse = events(gated, "calibrated, kv")
+    reuse = events(gated, "calibrated")
     before = int(reuse[reuse.index <= 15].sum())
     early.axvspan(-0.5, 15.5, color=COMPUTE, zorder=0)
     early.bar(reuse.index, reuse, color=ACCENT, label=f"measured: {before} in steps 0 to 15")
@@ -162,7 +164,7 @@ def slide13_distances(run: Run, summary: pd.DataFrame) -> Figure:
     }
     table = summary.set_index("method").reindex(list(names)).dropna(subset=["fd"]).reset_index()
     figure, (left, right) = plt.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-    colors = [ACCENT if name.startswith("DQAR") else GREY for name in table.method]
+    colors = [ACCENT if family in OURS else GREY for family in table.family]
     spread = [table.fd_growth - table.fd_growth_low, table.fd_growth_high - table.fd_growth]
     labels = table.method.map(names)
     left.barh(labels, table.fd_growth, xerr=np.clip(spread, 0, None), color=colors, capsize=5)

@@ -68,14 +68,14 @@ def slide08(run: Run, sites: pd.DataFrame) -> Figure:
 
 def slide08_maps(run: Run, maps: pd.DataFrame) -> Figure:
     """What each schedule did, as traced, at every step and layer."""
-    methods = list(dict.fromkeys(maps.method))
+    families = list(dict.fromkeys(maps.family))
     figure, axes = plt.subplots(2, 3, sharex=True, sharey=True)
-    for ax, method in zip(axes.flat, methods, strict=True):
-        table = maps[maps.method == method].pivot(index="layer", columns="step", values="decision")
+    for ax, family in zip(axes.flat, families, strict=True):
+        table = maps[maps.family == family].pivot(index="layer", columns="step", values="decision")
         grid = (table == "reuse").astype(int)
         colors = ListedColormap([COMPUTE, REUSE])
         ax.pcolormesh(grid.columns, grid.index, grid.values, cmap=colors, vmin=0, vmax=1, rasterized=True)
-        ax.set_title(f"{NAMES.get(method, method)}: {grid.values.mean():.0%}", size=17)
+        ax.set_title(f"{NAMES[family]}: {grid.values.mean():.0%}", size=17)
         ax.grid(False)
     for ax in axes[1]:
         ax.set_xlabel("denoising step")
@@ -88,13 +88,13 @@ def slide08_maps(run: Run, maps: pd.DataFrame) -> Figure:
 def slide08_quality(run: Run, schedules: pd.DataFrame) -> Figure:
     """PSNR against MACs saved: schedules and reuse targets, and the plainest rival, fewer steps."""
     figure, axes = plt.subplots()
-    table = schedules.assign(kind=[m.split(", ")[-1] if ", " in m else "fewer steps" for m in schedules.method])
+    table = schedules.assign(kind=schedules.target.fillna("fewer steps"))
     labels = {"kv": "reuse of K and V", "output": "reuse of the attention output", "fewer steps": "fewer steps"}
     for kind, color, marker in (("kv", BLUE, "o"), ("output", ACCENT, "D"), ("fewer steps", GREY, "X")):
         part = table[table.kind == kind]
         axes.scatter(part.macs_speedup, part.psnr, color=color, marker=marker, s=200, zorder=3, label=labels[kind])
         for row in part[part.kind != "kv"].itertuples():  # the points of K and V lie too close together for names
-            text, place = NAMES.get(row.method.split(",")[0], row.method), (row.macs_speedup, row.psnr)
+            text, place = NAMES.get(row.family, row.method), (row.macs_speedup, row.psnr)
             axes.annotate(text, place, (10, 6), textcoords="offset points", color=color)
     axes.set(xlabel="MACs of full compute / of this (further right is cheaper)", ylabel="PSNR to full compute (dB)")
     axes.margins(0.15)

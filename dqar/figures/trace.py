@@ -51,7 +51,7 @@ def slide14_curves(run: Run, sites: pd.DataFrame, gated: pd.DataFrame) -> Figure
         ax.set_ylabel(label)
     axes[1].set_yscale("log")
     axes[0].legend(loc="lower left")
-    calibrated, deck = (events(gated, method) for method in ("calibrated, kv", "deck's gate, kv"))
+    calibrated, deck = (events(gated, family) for family in ("calibrated", "deck's gate"))
     axes[2].bar(calibrated.index, calibrated, color=ACCENT, label="measured, calibrated gate")
     axes[2].plot(SLIDE14.step, SLIDE14.events, color=GREY, lw=2, ls=":", marker="o", ms=6)
     axes[2].set(xlabel="denoising step", ylabel="reuse events")
@@ -70,7 +70,7 @@ def slide14(run: Run, sites: pd.DataFrame, gated: pd.DataFrame) -> Figure:
     """Slide 14's table with the measured columns beside the claimed ones."""
     last = run.profile.num_inference_steps - 1
     by_step = sites.groupby("step")[["entropy", "snr"]].mean()
-    calibrated, deck = (events(gated, method) for method in ("calibrated, kv", "deck's gate, kv"))
+    calibrated, deck = (events(gated, family) for family in ("calibrated", "deck's gate"))
     rows = {}
     for claim in SLIDE14.itertuples():
         step = min(claim.step, last)
@@ -119,10 +119,10 @@ def slide04_heads(run: Run, heads: pd.DataFrame) -> Figure:
     return save(run, "slide04_heads", figure, heads, "4 images; spreads are standard deviations")
 
 
-def events(gated: pd.DataFrame, method: str) -> pd.Series:
-    """Reused sites by step, of a trace of ``gate.gated_sites``; the images of one batch are decided alike."""
-    own = gated[gated.method == method]
-    return (own.decision == "reuse").groupby(own.step).sum() / own.run.nunique()
+def events(gated: pd.DataFrame, family: str) -> pd.Series:
+    """Reuses of K and V by step, of a trace of ``gate.gated_sites``; the images of one batch are decided alike."""
+    rows = gated[(gated.family == family) & (gated.target == "kv")]
+    return (rows.decision == "reuse").groupby(rows.step).sum() / rows.run.nunique()
 
 
 def times(series: pd.Series) -> str:

@@ -6,6 +6,7 @@ import json
 import os
 import textwrap
 from pathlib import Path
+from typing import Literal
 
 import matplotlib.pyplot as plt
 import torch
@@ -74,7 +75,9 @@ def draw(
     return torch.cat(images), classes
 
 
-def quality(images: torch.Tensor, labels: torch.Tensor, name: str, classifier: Classifier) -> dict[str, float]:
+def quality(
+    images: torch.Tensor, labels: torch.Tensor, name: Literal["digits", "cifar10"], classifier: Classifier
+) -> dict[str, float]:
     """Class accuracy, Fréchet distances and, against memorising, the distances to the nearest training images."""
     predicted, features = metrics.classify(classifier, images)
     real = {split: load_split(name, split)[0] / 2 + 0.5 for split in ("train", "test")}

@@ -28,7 +28,7 @@ from diffusers.hooks import (
 from dqar import apply_dqar
 from dqar.measure.metrics import count_macs
 from dqar.peers import diffusers_caches, shared
-from dqar.peers.registry import ADAPTERS, SWEEPS, UNUSABLE, Peer
+from dqar.peers.registry import ALL_RIVALS, RIVALS, Peer
 from dqar.peers.smoothcache import _ChangeMeter, smoothcache_schedule
 from dqar.peers.taylorseer import _TaylorForecast
 
@@ -69,7 +69,7 @@ def attributes(pipe):
 
 
 @pytest.mark.filterwarnings("ignore:torch.meshgrid")
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", RIVALS)
 def test_saves_macs_repeats_and_leaves_no_trace(name):
     method, pipe = peer(name), embedded_pipeline()
     full, untouched = macs_of(lambda: draw(pipe, steps=STEPS))
@@ -87,7 +87,7 @@ def test_saves_macs_repeats_and_leaves_no_trace(name):
     assert torch.equal(draw(pipe, steps=STEPS), untouched)
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", RIVALS)
 def test_a_run_that_was_cut_short_leaves_nothing_to_the_next_one(name):
     method, pipe = peer(name), embedded_pipeline()
     expected = run(pipe, method)
@@ -104,7 +104,7 @@ def test_a_run_that_was_cut_short_leaves_nothing_to_the_next_one(name):
         assert torch.equal(draw(pipe, steps=STEPS), expected)
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", RIVALS)
 def test_on_a_dit_pipeline_with_dpm_solver(name, dit_folder):
     pipe = DiTPipeline.from_pretrained(dit_folder)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
@@ -116,7 +116,7 @@ def test_on_a_dit_pipeline_with_dpm_solver(name, dit_folder):
     assert torch.equal(draw(pipe, steps=STEPS, output_type="pt"), untouched)
 
 
-@pytest.mark.parametrize("name", [name for name in ADAPTERS if name != "FasterCache"])
+@pytest.mark.parametrize("name", [name for name in RIVALS if name != "FasterCache"])
 def test_without_guidance(name):
     pipe = embedded_pipeline()
     full, untouched = macs_of(lambda: draw(pipe, steps=STEPS, guidance=1.0))
@@ -293,14 +293,13 @@ def test_unknown_names_and_settings():
     pipe = embedded_pipeline()
     with pytest.raises(ValueError, match="'TeaCache' is unknown: choose one of static interval"):
         Peer("TeaCache").attach(pipe, STEPS)
-    for name in ADAPTERS:
+    for name in RIVALS:
         with pytest.raises(ValueError, match="setting 'depth' of .* is unknown: choose from"):
             Peer(name, (("depth", 3),)).attach(pipe, STEPS)
-    for name, reason in UNUSABLE.items():
-        assert name not in ADAPTERS
+    for name in ALL_RIVALS.keys() - RIVALS.keys():
         with pytest.raises(ValueError, match="can't run on DiT") as error:
             Peer(name).attach(pipe, STEPS)
-        assert reason in str(error.value)
+        assert ALL_RIVALS[name].unusable in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -328,13 +327,13 @@ def test_settings_out_of_range(pipe, name, setting, value):
     assert torch.equal(draw(pipe), untouched)
 
 
-def test_sweeps_are_settings_of_adapters():
-    assert SWEEPS.keys() == ADAPTERS.keys()
-    for name, sweep in SWEEPS.items():
-        assert 0 < len(sweep) <= 10 and len({tuple(settings.items()) for settings in sweep}) == len(sweep)
-        hash(Peer(name, tuple(sweep[0].items())))
-        for settings in sweep:
-            inspect.signature(ADAPTERS[name]).bind(None, STEPS, **settings)
+@pytest.mark.parametrize("rival", RIVALS.values(), ids=RIVALS)
+def test_a_sweep_is_of_settings_that_the_rival_takes(rival):
+    assert 0 < len(rival.sweep) <= 10 and len({tuple(settings.items()) for settings in rival.sweep}) == len(rival.sweep)
+    hash(Peer(rival.name, tuple(rival.sweep[0].items())))
+    calibrated = {"guidance_scale": 2.0} if rival.needs_calibration else {}
+    for settings in rival.sweep:
+        inspect.signature(rival.adapter).bind(None, STEPS, **settings, **calibrated)
 
 
 def test_another_number_of_steps(pipe):
@@ -394,18 +393,18 @@ def does_nothing(pipe, apply):
 
 
 def test_unusable_taylorseer_as_it_comes_matches_nothing(pipe):
-    assert "TaylorSeer, diffusers' defaults" in UNUSABLE
+    assert ALL_RIVALS["TaylorSeer, diffusers' defaults"].unusable
     assert does_nothing(pipe, lambda model: apply_taylorseer_cache(model, TaylorSeerCacheConfig()))
 
 
 def test_unusable_text_kv_cache_matches_nothing(pipe):
-    assert "Text KV cache" in UNUSABLE
+    assert ALL_RIVALS["Text KV cache"].unusable
     assert does_nothing(pipe, lambda model: apply_text_kv_cache(model, TextKVCacheConfig()))
 
 
 def test_unusable_dbprune_raises(pipe):
     cache_dit = pytest.importorskip("cache_dit")
-    assert "DBPrune" in UNUSABLE
+    assert ALL_RIVALS["DBPrune"].unusable
     config = cache_dit.DBPruneConfig(Fn_compute_blocks=1, max_warmup_steps=2, residual_diff_threshold=1.0)
     with shared.quiet("CACHE_DIT"):
         cache_dit.enable_cache(pipe.transformer, cache_config=config)

@@ -28,11 +28,13 @@ SECONDS = {
     "plan: output, 3 of 4 steps": [0.5, 1.0, 2.0],
 }
 MACS = dict(zip(SECONDS, [100, 100, 101, 80, 40], strict=True))
+FAMILIES = dict(zip(SECONDS, ["plain", "closed", "entropy", benchmarks.SITES, benchmarks.SITES], strict=True))
 
 
 @pytest.mark.parametrize("device, entropy_met", [("cpu", False), ("cuda", False)])
 def test_costs_are_paired_by_repeat_and_held_against_the_targets(device, entropy_met):
-    table = timed("step", SECONDS, macs=MACS, peak_bytes=dict.fromkeys(SECONDS, 7))
+    columns = {"macs": MACS, "family": FAMILIES, "target": dict.fromkeys(SECONDS, "output")}
+    table = timed("step", SECONDS, **columns, peak_bytes=dict.fromkeys(SECONDS, 7))
     table.attrs = {"provenance": {"profile": {"device": device}}}
     summary = benchmarks.summary(table).set_index("method")
     assert summary.cost.tolist() == pytest.approx([1, 1.005, 1.2, 0.8, 0.5])
