@@ -8,9 +8,9 @@ import accelerate
 import pandas
 import pytest
 import torch
-from conftest import draw, embedded_pipeline, entries_of
 from diffusers import DiTPipeline, PixArtTransformer2DModel, UNet2DModel
 from diffusers.hooks import HookRegistry, ModelHook
+from helpers import draw, embedded_pipeline, entries_of, state
 
 from dqar import DQARConfig, ReusePlan, apply_dqar, remove_dqar, stats
 from dqar.models.pipelines import make_scheduler
@@ -30,13 +30,6 @@ CLOSED = {
 }
 SHARING = {"schedule": "none", "share_below": math.inf}
 COARSE = {**OPEN, "quantize_bits": 4, "quantize_mode": "per_tensor"}
-
-
-def state(pipe):
-    """Everything that applying DQAR could leave behind."""
-    modules = {name: set(vars(module)) for name, module in pipe.transformer.named_modules()}
-    processors = [id(block.attn1.processor) for block in pipe.transformer.transformer_blocks]
-    return modules, processors, set(vars(pipe.scheduler)) - {"num_inference_steps"}
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
@@ -418,15 +411,15 @@ def test_traced_bytes_are_those_of_the_cache(pipe):
 def test_the_real_dit_pipeline(dit_folder):
     pipe = DiTPipeline.from_pretrained(dit_folder)
     pipe.set_progress_bar_config(disable=True)
-    expected = draw(pipe, output_type="pt")
+    expected = draw(pipe)
     with apply_dqar(pipe, DQARConfig(schedule="none", record_entropy=True)) as session:
-        assert torch.equal(draw(pipe, output_type="pt"), expected)
+        assert torch.equal(draw(pipe), expected)
     assert set(session.trace.to_pandas().branch) == {"cond", "uncond"}
     with apply_dqar(pipe, DQARConfig(**OPEN, reuse_target="output")) as session:
-        changed = draw(pipe, output_type="pt")
+        changed = draw(pipe)
     assert not torch.equal(changed, expected)
     assert (session.trace.to_pandas().decision == "reuse").mean() == pytest.approx(6 / 8)
-    assert torch.equal(draw(pipe, output_type="pt"), expected)
+    assert torch.equal(draw(pipe), expected)
 
 
 def test_a_bare_transformer(pipe):

@@ -6,11 +6,8 @@ import weakref
 
 import pytest
 import torch
-from conftest import draw, embedded_pipeline, entries_of
-from diffusers import PixArtAlphaPipeline
 from diffusers.hooks import HookRegistry, ModelHook
-from test_attention import state
-from test_pixart import draw as draw_pixart
+from helpers import draw, draw_text, embedded_pipeline, entries_of, sites_of, state
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dqar import DQARConfig, DQARController, ReusePlan, apply_dqar, remove_dqar
@@ -76,11 +73,6 @@ class Naive:
         coefficients = torch.linalg.solve(steps[:, None] ** powers, values.flatten(1))
         weights = torch.tensor(float(step), dtype=torch.float64) ** powers
         return (weights @ coefficients.to(weights)).view_as(values[0])
-
-
-def sites_of(table):
-    reused = table[table.decision == "reuse"]
-    return set(zip(reused.step, reused.layer, reused.branch, strict=True))
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------------
@@ -599,31 +591,24 @@ def test_a_site_is_committed_through_the_controller():
 # --- text models -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def pixart(pixart_folder):
-    pipe = PixArtAlphaPipeline.from_pretrained(pixart_folder)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 @pytest.mark.parametrize("order", [0, 1, 2])
 @pytest.mark.parametrize("target", ["block", "residual"])
 def test_pixart(pixart, order, target):
-    plain, names = draw_pixart(pixart), {name: set(vars(m)) for name, m in pixart.transformer.named_modules()}
+    plain, names = draw_text(pixart), {name: set(vars(m)) for name, m in pixart.transformer.named_modules()}
     options = {"reuse_target": target, "forecast_order": order, "quantize_bits": 16}
     with apply_dqar(pixart, DQARConfig(schedule="none", **options)):
-        assert torch.equal(draw_pixart(pixart), plain)
+        assert torch.equal(draw_text(pixart), plain)
     sites = {(step, layer, branch) for step, layer, branch in UNEVEN if step < 6 and layer < 3} | {(5, 1, "cond")}
     with apply_dqar(pixart, DQARConfig(plan=ReusePlan(sites, 3, 6), **options)) as session:
-        got, again = draw_pixart(pixart), draw_pixart(pixart)
+        got, again = draw_text(pixart), draw_text(pixart)
     assert torch.equal(got, again) and not torch.equal(got, plain)
     assert sites_of(session.trace.to_pandas()) == sites
     crossed, own = (len(session.trace.to_pandas(module)) for module in ("cross_attention", "self_attention"))
     assert own == 2 * 6 * 3 * 2 and own - crossed == (4 if target == "residual" else 0)  # both branches reused
     assert {name: set(vars(module)) for name, module in pixart.transformer.named_modules()} == names
-    assert torch.equal(draw_pixart(pixart), plain)
+    assert torch.equal(draw_text(pixart), plain)
     Naive(pixart.transformer, sites, target, order, ("uncond", "cond"))
-    torch.testing.assert_close(got, draw_pixart(pixart), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(got, draw_text(pixart), rtol=1e-3, atol=1e-3)
 
 
 # --- configuration ---------------------------------------------------------------------------------------------------

@@ -24,11 +24,11 @@ from diffusers import DDIMScheduler, DiTPipeline, DPMSolverMultistepScheduler
 from diffusers import hooks as diffusers_hooks
 from diffusers.models import attention_processor as processors
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from helpers import NULL, draw, draw_text, make_dit, make_latte, make_pixart, randomize
 from situations import (
     CLOSED,
     EVERY,
     LOOKING,
-    NULL,
     OPEN,
     TARGETS,
     Naive,
@@ -36,20 +36,14 @@ from situations import (
     attach,
     caption,
     check_refusal,
-    draw,
-    draw_text,
     every,
     loop,
-    make_dit,
-    make_latte,
-    make_pixart,
     make_plan,
     mode,
     near,
     noise,
     or_refused,
     plan_for,
-    randomize,
     rows,
     same,
     text_forward,
@@ -65,16 +59,6 @@ from dqar import DQARConfig, DQARController, ForecastPlan, ReusePlan, quantizer,
 CPU = torch.device("cpu")
 FEW = ("closed", "output", "int8", "plan")
 BATCHES = ((3, 4), (1, 2))
-
-
-@pytest.fixture
-def dit():
-    return make_dit()
-
-
-@pytest.fixture
-def pixart():
-    return make_pixart()
 
 
 # --- 1. offloading, and other libraries' hooks ------------------------------------------------------------------------

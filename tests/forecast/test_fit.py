@@ -4,7 +4,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import embedded_pipeline
+from helpers import embedded_pipeline
 
 from dqar import DQARConfig, ForecastPlan
 from dqar.families import describe_model

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import embedded_pipeline
+from helpers import embedded_pipeline
 
 from dqar import DQARConfig, ReusePlan
 from dqar.measure.sampling import sample

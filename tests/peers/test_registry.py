@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from conftest import draw, embedded_pipeline
 from diffusers import DiTPipeline, DPMSolverMultistepScheduler
 from diffusers.hooks import (
     FasterCacheConfig,
@@ -24,6 +23,7 @@ from diffusers.hooks import (
     apply_taylorseer_cache,
     apply_text_kv_cache,
 )
+from helpers import draw, embedded_pipeline
 
 from dqar import apply_dqar
 from dqar.measure.metrics import count_macs
@@ -109,11 +109,11 @@ def test_on_a_dit_pipeline_with_dpm_solver(name, dit_folder):
     pipe = DiTPipeline.from_pretrained(dit_folder)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
-    full, untouched = macs_of(lambda: draw(pipe, steps=STEPS, output_type="pt"))
+    full, untouched = macs_of(lambda: draw(pipe, steps=STEPS))
     with peer(name).attach(pipe, STEPS):
-        saved, reused = macs_of(lambda: draw(pipe, steps=STEPS, output_type="pt"))
+        saved, reused = macs_of(lambda: draw(pipe, steps=STEPS))
     assert saved < full and not torch.equal(reused, untouched)
-    assert torch.equal(draw(pipe, steps=STEPS, output_type="pt"), untouched)
+    assert torch.equal(draw(pipe, steps=STEPS), untouched)
 
 
 @pytest.mark.parametrize("name", [name for name in ADAPTERS if name != "FasterCache"])

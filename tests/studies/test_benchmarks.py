@@ -4,7 +4,7 @@ import shutil
 import pandas as pd
 import pytest
 import torch
-from conftest import draw, embedded_pipeline
+from helpers import draw, embedded_pipeline
 
 from dqar import DQARConfig, ReusePlan, apply_dqar, remove_dqar
 from dqar.studies import benchmarks
