@@ -169,9 +169,16 @@ def test_without_guidance():
     sample(pipe, profile, 3, DQARConfig(plan=plan), num_samples=2)
 
 
-def test_the_command_line_saves_a_plan_and_names_wrong_arguments(tmp_path, capsys):
+def test_the_command_line_saves_a_plan_and_names_wrong_arguments(tmp_path, capsys, monkeypatch):
     path = tmp_path / "plan.json"
-    options = ["--profile", "smoke", "--macs", "2", "--images", "2", "--out", str(path)]
+
+    def load_pipeline(profile):  # the embedded model has 28 layers
+        pipe = embedded_pipeline()
+        pipe.scheduler = make_scheduler(profile.scheduler, pipe.scheduler)
+        return pipe
+
+    monkeypatch.setattr("dqar.forecast.fit.load_pipeline", load_pipeline)
+    options = ["--profile", "smoke", "--macs", "2", "--images", "2", "--refinements", "1", "--out", str(path)]
     assert main(options) == 0 and "4 of 8 steps, 2.00× fewer MACs" in capsys.readouterr().out
     plan = ForecastPlan.load(path)
     assert len(plan.computed) == 4 and plan.provenance["profile"]["name"] == "smoke"
