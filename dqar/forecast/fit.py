@@ -135,7 +135,7 @@ def fit(
             nowhere = _copied_step(scheduler, torch.zeros_like(latents), t, latents)
             slope = (_copied_step(scheduler, torch.ones_like(latents), t, latents) - nowhere).flatten()[0]
             wanted = (known.latents[step + 1] - nowhere) / slope - newest
-            weights, matrix = _fit_step(columns[:fitted_on], hidden_states[:fitted_on], wanted[:fitted_on])
+            weights, matrix = fit_step(columns[:fitted_on], hidden_states[:fitted_on], wanted[:fitted_on])
             centers = weights.view(-1, KERNEL**2)[:, KERNEL**2 // 2]
             centers[0] += profile.guidance_scale if unconds else 1
             if unconds:
@@ -231,7 +231,7 @@ def _neighbourhoods(x: torch.Tensor) -> torch.Tensor:
     return seen.transpose(1, 2).reshape(len(x), -1, KERNEL**2)
 
 
-def _fit_step(
+def fit_step(
     columns: torch.Tensor, hidden_states: torch.Tensor, wanted: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The kernels and the matrix of the hidden states that together come closest to what is wanted.

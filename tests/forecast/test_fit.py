@@ -8,7 +8,7 @@ from helpers import embedded_pipeline
 
 from dqar import DQARConfig, ForecastPlan
 from dqar.families import describe_model
-from dqar.forecast.fit import READOUT_RIDGE, _fit_step, fit, main, make_plan
+from dqar.forecast.fit import READOUT_RIDGE, fit, fit_step, main, make_plan
 from dqar.forecast.plan import extrapolation
 from dqar.forecast.steps import Jumps, choose_steps, measure_gains
 from dqar.forecast.trajectories import RIDGE, Trajectories, trajectories
@@ -89,7 +89,7 @@ def test_kernels_and_hidden_states_are_fitted_together(monkeypatch):
     monkeypatch.setattr("dqar.forecast.fit.KERNEL", 1)
     torch.manual_seed(0)
     columns, states, wanted = torch.randn(6, 32, 3).double(), torch.randn(6, 4, 5), torch.randn(6, 2, 4, 4)
-    weights, matrix = _fit_step(columns, states, wanted)
+    weights, matrix = fit_step(columns, states, wanted)
     size = 8  # 2 x 2 pixels of two channels
     maps = columns.view(6, 2, 2, 2, 2, 2, 3).permute(0, 2, 4, 3, 5, 1, 6).reshape(-1, size, 3).numpy()
     goal = wanted.view(6, 2, 2, 2, 2, 2).permute(0, 2, 4, 3, 5, 1).reshape(-1, size).double().numpy()

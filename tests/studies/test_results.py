@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 
@@ -184,28 +185,27 @@ def recording(tmp_path, monkeypatch):
     return record.Recording(get_profile("smoke"), tmp_path / "work")
 
 
-def test_an_interrupted_recording_continues_and_keeps_what_was_finished(recording):
+def test_an_interrupted_recording_continues_and_keeps_what_was_finished(recording, monkeypatch):
     calls = []
+    recording.sizes = dataclasses.replace(recording.sizes, label_images=20)  # in parts of ten
 
-    def part(number, fail=False):
-        def measure():
-            calls.append(number)
-            if fail:
-                raise KeyboardInterrupt
-            return pd.DataFrame({"number": [number]})
+    def site_errors(_pipe, _profile, _seed, _target, first_image, *_sizes):
+        calls.append(first_image)
+        if calls == [0, 10]:
+            raise KeyboardInterrupt
+        return pd.DataFrame({"number": [first_image]})
 
-        return measure
-
+    monkeypatch.setattr(record, "site_errors", site_errors)
     with pytest.raises(KeyboardInterrupt):
-        recording._table("test", {1: part(1), 2: part(2, fail=True)}, seed=0)
-    assert not (recording.folder / "test.parquet").exists()
-    table = recording._table("test", {1: part(1), 2: part(2)}, seed=0)
-    assert calls == [1, 2, 2] and table.number.tolist() == [1, 2]
+        recording.labels("kv")
+    assert not (recording.folder / "labels-kv.parquet").exists()
+    table = recording.labels("kv")
+    assert calls == [0, 10, 10] and table.number.tolist() == [0, 10]
     assert table.attrs["provenance"]["profile"]["name"] == "smoke" and table.attrs["provenance"]["seconds"] >= 0
-    recording._table("test", {1: part(1), 2: part(2)}, seed=0)
-    assert calls == [1, 2, 2]
+    recording.labels("kv")
+    assert calls == [0, 10, 10]
     run = Run("smoke", 0, recording.parts)
-    assert run.recorded("test").number.tolist() == [1, 2] and run.recorded("never") is None
+    assert run.recorded("labels-kv").number.tolist() == [0, 10] and run.recorded("never") is None
 
 
 def test_drawn_rows_are_what_the_images_say(recording):
