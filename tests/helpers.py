@@ -14,7 +14,7 @@ from diffusers import (
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from dqar.models.pipelines import EmbeddedDiTPipeline
+from dqar.models.pipelines import EmbeddedDiTPipeline, make_scheduler
 
 # --- models -----------------------------------------------------------------------------------------------------------
 
@@ -40,6 +40,14 @@ def random_transformer(seed=0, **options):
 def embedded_pipeline(seed=0, **options):
     scheduler = DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
     return silent(EmbeddedDiTPipeline(random_transformer(seed, **options), scheduler))
+
+
+def image_pipeline(scheduler="ddim"):
+    """Predicts the image: a random model that predicts noise draws black and white, in which no error shows."""
+    pipe = embedded_pipeline()
+    like = DDIMScheduler(prediction_type="sample", clip_sample=False, timestep_spacing="trailing")
+    pipe.scheduler = make_scheduler(scheduler, like)
+    return pipe
 
 
 def silent(pipe):

@@ -1,22 +1,17 @@
 import pytest
 import torch
-from diffusers import DDIMScheduler
-from helpers import embedded_pipeline
+from helpers import embedded_pipeline, image_pipeline
 
 from dqar import DQARConfig, ReusePlan
 from dqar.measure.sampling import sample
 from dqar.measure.sensitivity import site_errors
-from dqar.models.pipelines import make_scheduler
 from dqar.models.profiles import get_profile
 
 
 @pytest.mark.parametrize("target", ["kv", "output", "block", "residual"])
 @pytest.mark.parametrize("scheduler", ["ddim", "dpm-solver++", "euler"])
 def test_a_trial_is_what_a_run_with_that_one_reuse_does(target, scheduler):
-    profile, pipe = get_profile("digits", num_inference_steps=6, batch_size=1), embedded_pipeline()
-    # A random model that predicts noise draws black and white alone, in which no error shows; so it predicts images.
-    like = DDIMScheduler(prediction_type="sample", clip_sample=False, timestep_spacing="trailing")
-    pipe.scheduler = make_scheduler(scheduler, like)
+    profile, pipe = get_profile("digits", num_inference_steps=6, batch_size=1), image_pipeline(scheduler)
     table = site_errors(pipe, profile, 3, target, first_image=1, num_images=2, sites_per_step=2)
     assert len(table) == 5 * 2 * 2 and set(table.image) == {1, 2} and (table.label == table.image).all()
     references = {image: sample(pipe, profile, 3, first_image=image, num_samples=1).images for image in (1, 2)}
