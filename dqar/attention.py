@@ -49,9 +49,9 @@ def apply_dqar(
 
     Args:
         pipe: a pipeline with a DiT-like ``transformer``, or the transformer; compiled, offloaded and wrapped ones too.
-            A transformer alone has no scheduler to predict x0 with, so that its SNR is unknown and only an SNR range of
-            ``(0, inf)`` opens the gate; it tells the number of steps from the first two timesteps, and reuses from the
-            third step on.
+            A transformer alone has no scheduler to predict x0 with, so that its SNR is unknown and only
+            ``snr_range=None`` opens the gate; it tells the number of steps from the first two timesteps, and reuses
+            from the third step on.
         config: what decides; a plan alone is one with the defaults for all else. The deck's defaults if left out.
         prompt_length: words of the prompt or label, for slide 5's τ(p). ``None`` takes the caption's tokens (mean over
             the batch) where the model is given a caption with a mask, and else leaves the threshold as it is.
@@ -62,7 +62,7 @@ def apply_dqar(
     Raises:
         ValueError: no self-attention that DQAR can take over, DQAR is there already, or a plan for another model.
     """
-    if isinstance(config, (ReusePlan, ForecastPlan)):
+    if isinstance(config, ReusePlan):
         config = DQARConfig(plan=config)
     session = DQARSession(pipe, config or DQARConfig(), prompt_length)
     session.attach()
@@ -83,9 +83,9 @@ def remove_dqar(pipe: Any) -> None:
 class StreamState:
     """What a session keeps for one stream of latents: reuse of its sites, and forecasts of its outputs."""
 
-    def __init__(self, num_layers: int, config: DQARConfig, trace: Trace):
+    def __init__(self, num_layers: int, config: DQARConfig, trace: Trace, plan: ForecastPlan | None, channels: int = 1):
         self.controller = DQARController(num_layers, config, trace)
-        self.forecast = OutputForecast(config.plan) if isinstance(config.plan, ForecastPlan) else None
+        self.forecast = None if plan is None else OutputForecast(plan, channels)
         # Of the step before, still on the device until somebody asks.
         self.clean: torch.Tensor | None = None
 
@@ -109,13 +109,15 @@ class DQARSession:
         trace: one row per site of every run since it was made.
     """
 
-    def __init__(self, pipe: Any, config: DQARConfig, prompt_length: int | None):
+    def __init__(self, pipe: Any, config: DQARConfig | ForecastPlan, prompt_length: int | None):
+        self._plan = config if isinstance(config, ForecastPlan) else None
+        if isinstance(config, ForecastPlan):
+            config = DQARConfig(plan=ReusePlan((), 1, config.num_inference_steps))
         self.pipe, self.config, self.trace = pipe, config, Trace()
         self.transformer: torch.nn.Module = getattr(pipe, "transformer", pipe)
         self.attached = False
         self._model = bare(self.transformer)
         self._prompt_length = prompt_length
-        self._plan = config.plan if isinstance(config.plan, ForecastPlan) else None
         self._layers = self_attentions(self.transformer) if self._plan is None else []
         self._num_layers = len(self._layers) or 1
         if self._plan is not None:
@@ -123,12 +125,12 @@ class DQARSession:
         self._argument_names = list(inspect.signature(type(self._model).forward).parameters)[1:]
         self._opened: dict[int, OpenCall] = {}
         """The forward pass that is under way in each thread."""
-        self._state = StreamState(self._num_layers, config, self.trace)
+        self._state = StreamState(self._num_layers, config, self.trace, self._plan)
         self._finder = RunFinder(
             family(self.transformer),
             null_class(self.transformer),
             lambda: getattr(self.pipe, "scheduler", None),
-            lambda: StreamState(self._num_layers, config, self.trace),
+            lambda: StreamState(self._num_layers, config, self.trace, self._plan, family(self._model).channels),
             self.trace.begin_run,
             self._end_run,
         )
@@ -138,7 +140,7 @@ class DQARSession:
         self._guidance: dict[int, list[torch.Tensor]] = {}
         """By run, the guidance scales that nobody has looked at yet, and how far rounding may have moved each."""
         self._hidden_states = (
-            FinalHiddenStates(self._model) if self._plan is not None and any(config.plan.readouts) else None
+            FinalHiddenStates(self._model) if self._plan is not None and any(self._plan.readouts) else None
         )
         blocks = [] if self._plan is not None else list(self._model.transformer_blocks)
         opened = lambda: self._opened.get(threading.get_ident())  # noqa: E731
@@ -149,7 +151,7 @@ class DQARSession:
             cross = getattr(block, "attn2", None)
             if isinstance(cross, Attention) and type(cross.processor) is AttnProcessor2_0:
                 self._handlers.append((cross, CrossAttention(opened, layer_id, cross, config).attend))
-        if config.keep_modulations and blocks and not _compiled(self.transformer, blocks):
+        if config.cache.modulations and blocks and not _compiled(self.transformer, blocks):
             self._modulations = Modulations(blocks, lambda: getattr(opened(), "constants", None))
             self._handlers += self._modulations.handlers()
         if self._hidden_states is not None:
@@ -236,7 +238,7 @@ class DQARSession:
         run, call, first = self._finder.find(latents, named.get("timestep"), condition)
         try:
             if run.count == 1 and first:
-                self._begin_run(run, call, latents)
+                self._begin_run(run)
             self._state = call.stream.state
             if first:
                 self._begin_step(run, call, latents, condition)
@@ -303,35 +305,33 @@ class DQARSession:
         Raises:
             ValueError: what a forecast draws on wasn't computed, as in a run that began late.
         """
-        plan, state, step = self._plan, call.stream.state, run.index
-        forecast, latents, rows = state.forecast, named["hidden_states"], next(iter(call.slices.values()))
+        plan, state, step = self._plan, call.stream.state, run.index - self._plan.late(run.timesteps.values)
+        forecast, latents, branches = state.forecast, named["hidden_states"], tuple(call.slices)
         fresh, drawn_on = step in plan.computed, plan.drawn_on(step)
         if fresh:
             output = original(*args, **kwargs)
             call.output = output[0]
-            forecast.keep(step, output[0], call.slices, latents.shape[1])
+            forecast.keep(step, output[0], call.slices, latents)
+            if step == min(plan.computed):
+                sample_size = getattr(self._model.config, "sample_size", None)
+                plan.check_latents(forecast.outputs[branches[0]][0].shape[1:], sample_size)
             if self._hidden_states is not None:
-                forecast.read_out(step, self._hidden_states.take(), call.slices, latents[rows].shape)
-        elif call.output is None or not forecast.usable(step):
+                forecast.read_out(step, self._hidden_states.take(), call.slices)
+        elif call.output is None or not forecast.usable(step, branches):
             raise ValueError(
                 f"at step {step} the plan draws on what steps {drawn_on} computed, which isn't there: the run began "
                 f"late, or changed what it draws; make a plan for such runs, or one that computes step {step}"
             )
-        for branch in call.slices:
-            state.controller.record_output(branch, fresh, forecast.nbytes(call.output) // len(call.slices))
-        if fresh and not (plan.weights[step] and forecast.usable(step)):
+        for branch in branches:
+            state.controller.record_output(branch, fresh, forecast.nbytes(call.output) // len(branches))
+        if fresh and not (plan.weights[step] and forecast.usable(step, branches)):
             return output
-        if fresh and plan.guided and len(call.slices) == 1:
-            raise ValueError(
-                f"the plan corrects what is computed at step {step}, for which it needs both branches of guidance in "
-                "one call, and this pipeline makes two: give it a plan without such weights"
-            )
-        sample = forecast.output(step, latents[rows], call.output, tuple(call.slices))
+        sample = forecast.output(step, latents, call.output, call.slices)
         return Transformer2DModelOutput(sample=sample) if named.get("return_dict", True) else (sample,)
 
     # --- runs and steps ----------------------------------------------------------------------------------------------
 
-    def _begin_run(self, run: Run, call: Call, latents: torch.Tensor) -> None:
+    def _begin_run(self, run: Run) -> None:
         """Refuses what can't be followed, before the first image."""
         for layer_id, layer in enumerate(self._layers):
             check_processor(layer, layer_id)
@@ -343,20 +343,26 @@ class DQARSession:
                 own = getattr(self.pipe, "scheduler", None)
                 where = "to the pipeline, not to its transformer" if own is None else "and call scheduler.set_timesteps"
                 raise ValueError(f"a ForecastPlan needs the timesteps: apply it {where}")
-            self._plan.check_run(run.timesteps.values, type(scheduler).__name__)
-            self._plan.check_latents(latents.shape[1:], getattr(self._model.config, "sample_size", None))
+            self._plan.check_run(
+                run.timesteps.values[self._plan.late(run.timesteps.values) :], type(scheduler).__name__
+            )
+            if run.index < self._plan.late(run.timesteps.values):
+                raise ValueError(
+                    f"the plan was made for runs that begin at timestep {self._plan.timesteps[0]:g}, this one begins "
+                    f"at {run.timestep:g}: make one for this strength"
+                )
         elif plan is not None and run.timesteps is not None:
             plan.check_run(len(run.timesteps.values), type(scheduler).__name__)
-        asks = self.config.gates_on_snr and self.config.schedule != "none" and self.config.snr_source == "predicted"
+        asks = self.config.gates_on_snr and self.config.probe.snr_source == "predicted"
         if asks and (run.timesteps is None or run.timesteps.levels is None):
             if run.timesteps is not None:
                 raise ValueError(
                     f"{type(scheduler).__name__} tells no noise levels, so that the SNR is unknown: set "
-                    "snr_range=(0, inf) and no policy, or use another scheduler"
+                    "snr_range=None and no policy, or use another scheduler"
                 )
             warnings.warn(
                 "DQAR on a bare transformer knows no SNR, so the gate stays closed: apply it to the pipeline, "
-                "or set snr_range=(0, inf) and no policy",
+                "or set snr_range=None and no policy",
                 stacklevel=4,
             )
 
@@ -444,11 +450,11 @@ class DQARSession:
             self._finder.give_up(run)
 
     def _check_guidance(self, run: Run, stream: Stream, guided: torch.Tensor) -> None:
-        scale = stream.state.forecast.guidance(run.index, guided)
+        scale = stream.state.forecast.guidance(run.index - self._plan.late(run.timesteps.values), guided)
         if scale is None:
             return
         self._guidance.setdefault(run.number, []).append(scale)
-        if run.index == 0:  # waited for, so that a run isn't drawn in vain; the others only at its end
+        if run.count == 1:  # waited for, so that a run isn't drawn in vain; the others only at its end
             self._check_scales(run)
 
     def _check_scales(self, run: Run) -> None:

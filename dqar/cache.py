@@ -230,11 +230,11 @@ class QuantizedCache:
             if len(entries) > 1:
                 entry.rows, entry.own_bytes = rows, nbytes * (rows.stop - rows.start) // batch
             last = self._entries.get((layer_id, entry.branch))
-            if config.forecast_order and last is not None:
+            if config.cache.forecast_order and last is not None:
                 earlier = (dataclasses.replace(last, history=()), *last.history)  # a chain would never end
                 # Computed twice at a step, the later result counts.
                 earlier = [past for past in earlier if not past.empty and past.step != entry.step]
-                entry.history = tuple(earlier[: config.forecast_order])
+                entry.history = tuple(earlier[: config.cache.forecast_order])
             self._entries[layer_id, entry.branch] = entry
 
     def clear(self) -> None:
@@ -273,6 +273,6 @@ class QuantizedCache:
             self.config.quantize_mode,
             batch_dims=1,
             partner=partner if self.config.balance else None,
-            keep_channels=self.config.keep_channels,
+            keep_channels=self.config.cache.keep_channels,
             check_finite=check_finite and x.device.type == "cpu",
         )

@@ -101,7 +101,7 @@ class DQARController:
             total_steps: denoising steps of the run.
             snr: the latents' SNR, a number or one per sample (then their mean decides).
             prompt_length: words of the prompt; scales the entropy threshold by slide 5's τ(p). ``None``: unscaled.
-            snr_schedule: the noise schedule's ᾱ/(1 − ᾱ); decides instead if ``snr_source="schedule"``.
+            snr_schedule: the noise schedule's ᾱ/(1 − ᾱ); decides instead if ``probe.snr_source="schedule"``.
             latent_norm: ‖x_t‖₂, a feature of the policy.
             timestep: for the trace.
             run: number of the run, where several share a trace.
@@ -119,13 +119,14 @@ class DQARController:
         self._total_steps = total_steps
         if config.gates_on_entropy:
             self.trace.resolve()
-        if isinstance(snr, torch.Tensor) and config.gates_on_snr and config.snr_source == "predicted":
+        if isinstance(snr, torch.Tensor) and config.gates_on_snr and config.probe.snr_source == "predicted":
             snr = snr.float().mean().item()
         if isinstance(latent_norm, torch.Tensor) and config.policy is not None:
             latent_norm = latent_norm.item()
-        gate_snr = snr_schedule if config.snr_source == "schedule" else snr
-        base = config.entropy_threshold
-        threshold = base if prompt_length is None or base == math.inf else stats.tau(base, prompt_length)
+        gate_snr = snr_schedule if config.probe.snr_source == "schedule" else snr
+        threshold = math.inf if config.entropy_threshold is None else config.entropy_threshold
+        if prompt_length is not None and threshold < math.inf:
+            threshold = stats.tau(threshold, prompt_length)
         self._step = Step(
             step_index,
             total_steps,
@@ -138,9 +139,9 @@ class DQARController:
             lambda layer_id, branch: self._measured.get((layer_id, branch)),
         )
         # With a forecast of order n, a result is still drawn on after n newer ones.
-        coming = range(step_index + 1, step_index + 2 + config.forecast_order)
+        coming = range(step_index + 1, step_index + 2 + config.cache.forecast_order)
         self._eligible_next = frozenset().union(*map(self._eligible_at, coming))
-        self._looks = config.measures_entropy and step_index % config.entropy_interval == 0
+        self._looks = config.measures_entropy and step_index % config.probe.interval == 0
         self._table: dict[str, Sequence[str]] = {}
         self._rows: dict[str, Rows] = {}
         self._shared: dict[str, Any] = {

@@ -108,10 +108,12 @@ class RuleGate:
 
     def decide(self, step: Step, branch: str, layers: Sequence[int]) -> Iterable[str]:
         """The reasons of layers that have something to reuse and may."""
-        config, (low, high) = self.config, self.config.snr_range
-        if config.gates_on_snr and not (step.snr is not None and low <= step.snr <= high):
-            return ["snr"] * len(layers)
-        if not config.gates_on_entropy:
+        config = self.config
+        if config.snr_range is not None:
+            low, high = config.snr_range
+            if config.gates_on_snr and not (step.snr is not None and low <= step.snr <= high):
+                return ["snr"] * len(layers)
+        if step.threshold == math.inf:
             return ["reuse"] * len(layers)
         return ["reuse" if self._is_low(step.entropies(layer, branch), branch, step) else "entropy" for layer in layers]
 
@@ -119,7 +121,7 @@ class RuleGate:
         entropy = None if entropies is None else entropies.mean.get(branch)
         if entropy is None:
             return False
-        scale = math.log(entropies.tokens) if self.config.entropy_unit == "normalized" else 1.0
+        scale = math.log(entropies.tokens) if self.config.probe.entropy_unit == "normalized" else 1.0
         return entropy / scale < step.threshold
 
 

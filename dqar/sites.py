@@ -167,7 +167,7 @@ class Site:
         query = query if attn.norm_q is None else attn.norm_q(query)
         key = key if attn.norm_k is None else attn.norm_k(key)
         if measure:
-            queries = self.config.entropy_queries
+            queries = self.config.probe.queries
             output, entropy = stats.fused_attention_with_entropy(query, key, value, num_queries=queries)
         else:
             output, entropy = F.scaled_dot_product_attention(query, key, value), None
@@ -367,7 +367,7 @@ class _Waiting:
 class CrossAttention:
     """A cross-attention: its K and V are the caption's, the same all run.
 
-    With ``cache_cross_attention`` they are computed at a call's first step only, to the bit what they would be at any.
+    With ``cache.cross_attention`` they are computed at a call's first step only, to the bit what they would be at any.
     """
 
     def __init__(self, opened: Callable[[], OpenCall | None], layer_id: int, attention: Attention, config: DQARConfig):
@@ -402,7 +402,7 @@ class CrossAttention:
         caption: torch.Tensor,
         attention_mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        attn, kept, keeps = self.attention, opened.call.caption, self.config.cache_cross_attention
+        attn, kept, keeps = self.attention, opened.call.caption, self.config.cache.cross_attention
         fresh = self.layer_id not in kept
         if fresh:
             caption = attn.norm_encoder_hidden_states(caption) if attn.norm_cross else caption
@@ -419,7 +419,7 @@ class CrossAttention:
             attention_mask = attention_mask.view(len(key), attn.heads, -1, attention_mask.shape[-1])
         output = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
         entropy = None
-        if self.config.record_entropy:
+        if self.config.probe.record:
             scores = query.float() @ key.float().transpose(-1, -2) * query.shape[-1] ** -0.5
             weights = (scores if attention_mask is None else scores + attention_mask).softmax(-1)
             entropy = stats.attention_entropy(weights, reduction="none")

@@ -12,11 +12,11 @@ import torch
 from helpers import NULL, draw, draw_text, make_dit, make_pixart
 
 import dqar
-from dqar import DQARConfig, describe_model, extrapolation
+from dqar import DQARConfig, Probe, describe_model, extrapolation
 
 OPEN = {"entropy_threshold": math.inf, "snr_range": (0, math.inf), "schedule": "all"}
 CLOSED = DQARConfig(schedule="none")
-LOOKING = DQARConfig(entropy_threshold=0, snr_range=(0.5, 50.0), schedule="all", record_entropy=True)
+LOOKING = DQARConfig(entropy_threshold=0, snr_range=(0.5, 50.0), schedule="all", probe=Probe(record=True))
 TARGETS = ("kv", "output", "block", "residual")
 same = torch.equal
 
@@ -71,11 +71,6 @@ def mode(name, pipe, steps=8, guidance=3.0):
 
 
 def attach(pipe, config_or_plan):
-    if isinstance(config_or_plan, dqar.ForecastPlan):
-        try:
-            return dqar.apply_dqar(pipe, config_or_plan)
-        except (TypeError, AttributeError):  # where a plan is still a field of the config
-            return dqar.apply_dqar(pipe, DQARConfig(plan=config_or_plan))
     return dqar.apply_dqar(pipe, config_or_plan)
 
 

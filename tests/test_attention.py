@@ -12,24 +12,25 @@ from diffusers import DiTPipeline, PixArtTransformer2DModel, UNet2DModel
 from diffusers.hooks import HookRegistry, ModelHook
 from helpers import draw, embedded_pipeline, entries_of, state
 
-from dqar import DQARConfig, ReusePlan, apply_dqar, remove_dqar, stats
+from dqar import CacheFormat, DQARConfig, Probe, ReusePlan, apply_dqar, remove_dqar, stats
 from dqar.models.pipelines import make_scheduler
 from dqar.models.profiles import SCHEDULERS
 
 OPEN = {"entropy_threshold": math.inf, "snr_range": (0, math.inf), "schedule": "all"}
 CLOSED = {
     "by schedule": DQARConfig(schedule="none"),
-    "by schedule, looking": DQARConfig(schedule="none", record_entropy=True),
+    "by schedule, looking": DQARConfig(schedule="none", probe=Probe(record=True)),
     "by entropy": DQARConfig(entropy_threshold=0, snr_range=(0, math.inf), schedule="all"),
     "by entropy, output": DQARConfig(entropy_threshold=0, schedule="all", reuse_target="output"),
     "by snr": DQARConfig(entropy_threshold=math.inf, snr_range=(1e9, 1e9), schedule="all"),
     "by warmup": DQARConfig(**OPEN, warmup=1000),
     "by an empty plan": DQARConfig(**OPEN, plan=ReusePlan(frozenset(), 4, 8)),
     "by branches too different to share": DQARConfig(schedule="none", share_below=1e-12),
-    "looking at every third step": DQARConfig(schedule="none", record_entropy=True, entropy_interval=3),
+    "looking at every third step": DQARConfig(schedule="none", probe=Probe(record=True, interval=3)),
 }
 SHARING = {"schedule": "none", "share_below": math.inf}
 COARSE = {**OPEN, "quantize_bits": 4, "quantize_mode": "per_tensor"}
+KEPT = {"cache": CacheFormat(keep_channels=4)}
 
 
 @functools.cache
@@ -115,19 +116,19 @@ def test_reuse_equals_a_naive_one(target):
         ({"schedule": "static", "static_interval": 2}, {"schedule": "static", "static_interval": 3}),
         ({"entropy_threshold": 2.6}, {"entropy_threshold": 2.7}),
         ({"snr_range": (0, 1.0)}, {"snr_range": (0, math.inf)}),
-        ({"snr_range": (0, 1.0)}, {"snr_range": (0, 1.0), "snr_source": "schedule"}),
+        ({"snr_range": (0, 1.0)}, {"snr_range": (0, 1.0), "probe": Probe(snr_source="schedule")}),
         ({**COARSE, "balance": True}, COARSE),
-        ({**COARSE, "keep_channels": 4}, COARSE),
-        ({**COARSE, "keep_channels": 4}, {**COARSE, "keep_channels": 5}),
-        ({**COARSE, "keep_channels": 4}, {**COARSE, "keep_channels": 4, "balance": True}),
-        ({**COARSE, "reuse_target": "output", "keep_channels": 4}, {**COARSE, "reuse_target": "output"}),
+        ({**COARSE, **KEPT}, COARSE),
+        ({**COARSE, **KEPT}, {**COARSE, "cache": CacheFormat(keep_channels=5)}),
+        ({**COARSE, **KEPT}, {**COARSE, **KEPT, "balance": True}),
+        ({**COARSE, **KEPT, "reuse_target": "output"}, {**COARSE, "reuse_target": "output"}),
         (SHARING, {"schedule": "none"}),
         ({**SHARING, "reuse_target": "output"}, SHARING),
         ({**SHARING, "max_reuse_streak": 1}, SHARING),
         ({**SHARING, "share_below": 0.03}, SHARING),
         ({"share_below": math.inf}, {}),
         ({"plan": ReusePlan({(3, 1, "cond")}, 4, 8)}, {"plan": ReusePlan({(3, 1, "uncond")}, 4, 8)}),
-        ({"entropy_threshold": 2.65, "entropy_interval": 3}, {"entropy_threshold": 2.65}),
+        ({"entropy_threshold": 2.65, "probe": Probe(interval=3)}, {"entropy_threshold": 2.65}),
     ],
 )
 def test_configurations_that_must_differ_do(pipe, one, other):
@@ -333,7 +334,7 @@ def test_traced_entropy_equals_that_of_the_maps(pipe):
                 found.setdefault((layer, branch), []).append(half.mean(0))
 
         block.attn1.to_k.register_forward_hook(see_key)
-    with apply_dqar(pipe, DQARConfig(schedule="none", record_entropy=True)) as session:
+    with apply_dqar(pipe, DQARConfig(schedule="none", probe=Probe(record=True))) as session:
         draw(pipe, steps=3)
     heads = session.trace.heads_to_pandas()
     assert len(heads) == 3 * 4 * 2 * 2
@@ -393,7 +394,7 @@ def test_prompt_length_scales_the_threshold(pipe):
 def test_entropy_queries_estimate_what_all_of_them_give(pipe):
     entropies = []
     for queries in (None, 4):
-        with apply_dqar(pipe, DQARConfig(schedule="none", record_entropy=True, entropy_queries=queries)) as session:
+        with apply_dqar(pipe, DQARConfig(schedule="none", probe=Probe(record=True, queries=queries))) as session:
             draw(pipe)
         entropies.append(session.trace.to_pandas().entropy)
     assert not entropies[0].equals(entropies[1])
@@ -423,7 +424,7 @@ def test_the_real_dit_pipeline(dit_folder):
     pipe = DiTPipeline.from_pretrained(dit_folder)
     pipe.set_progress_bar_config(disable=True)
     expected = draw(pipe)
-    with apply_dqar(pipe, DQARConfig(schedule="none", record_entropy=True)) as session:
+    with apply_dqar(pipe, DQARConfig(schedule="none", probe=Probe(record=True))) as session:
         assert torch.equal(draw(pipe), expected)
     assert set(session.trace.to_pandas().branch) == {"cond", "uncond"}
     with apply_dqar(pipe, DQARConfig(**OPEN, reuse_target="output")) as session:
@@ -654,7 +655,7 @@ def test_what_was_shared_is_cached_for_its_own_branch(pipe, target):
 def test_sharing_and_balancing_in_half_precision(pipe, dtype):
     pipe.transformer.to(dtype)
     plain = draw(pipe)
-    for options in ({"share_below": math.inf}, {"balance": True, "keep_channels": 2}):
+    for options in ({"share_below": math.inf}, {"balance": True, "cache": CacheFormat(keep_channels=2)}):
         with apply_dqar(pipe, DQARConfig(**COARSE, **options)):
             got = draw(pipe)
         assert got.isfinite().all() and not torch.equal(got, plain)
@@ -670,7 +671,7 @@ def test_nothing_is_shared_without_guidance(pipe):
 def test_entropy_is_measured_at_every_nth_step_only(pipe):
     tables = []
     for interval in (1, 3):
-        config = DQARConfig(schedule="none", record_entropy=True, entropy_interval=interval)
+        config = DQARConfig(schedule="none", probe=Probe(record=True, interval=interval))
         with apply_dqar(pipe, config) as session:
             draw(pipe)
         tables.append(session.trace.to_pandas())
@@ -685,7 +686,7 @@ def test_between_measurements_nothing_is_measured(pipe, monkeypatch):
     monkeypatch.setattr(stats, "query_entropy", lambda *args: (calls.append(1), measure(*args))[1])
     for interval, expected in ((1, 8), (3, 3), (8, 1)):
         calls.clear()
-        config = DQARConfig(entropy_threshold=0, snr_range=(0, math.inf), entropy_interval=interval)
+        config = DQARConfig(entropy_threshold=0, snr_range=(0, math.inf), probe=Probe(interval=interval))
         with apply_dqar(pipe, config):
             draw(pipe)
         assert len(calls) == 4 * expected
@@ -744,7 +745,7 @@ def test_kept_channels_bring_the_image_closer_to_unquantized_reuse(pipe, target)
             return draw(pipe).double()
 
     exact = image(quantize_bits=16)
-    errors = [(image(keep_channels=kept) - exact).norm().item() for kept in (0, 8, 16)]
+    errors = [(image(cache=CacheFormat(keep_channels=kept)) - exact).norm().item() for kept in (0, 8, 16)]
     assert errors[1] < 0.9 * errors[0]
     assert errors[2] < 0.01 * errors[0]  # all of them: half precision is all that is lost
 
@@ -783,9 +784,9 @@ def test_keys_and_values_are_balanced_against_queries_and_the_next_weights(pipe)
 @pytest.mark.parametrize(
     "options",
     [
-        {**COARSE, "balance": True, "keep_channels": 2},
-        {**COARSE, "balance": True, "share_below": math.inf, "entropy_interval": 3},
-        {**COARSE, "reuse_target": "output", "keep_channels": 2, "share_below": math.inf},
+        {**COARSE, "balance": True, "cache": CacheFormat(keep_channels=2)},
+        {**COARSE, "balance": True, "share_below": math.inf, "probe": Probe(interval=3)},
+        {**COARSE, "reuse_target": "output", "cache": CacheFormat(keep_channels=2), "share_below": math.inf},
         {"plan": ReusePlan({(2, 0, "cond"), (3, 2, "uncond")}, 4, 8), "balance": True},
     ],
 )
@@ -808,7 +809,7 @@ def test_every_new_option_is_repeatable_traced_and_taken_off(pipe, options):
 
 @pytest.mark.parametrize("weight", ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"])
 def test_nan_weights_are_named_with_balanced_caches_too(pipe, weight):
-    with apply_dqar(pipe, DQARConfig(**COARSE, balance=True, keep_channels=2)):
+    with apply_dqar(pipe, DQARConfig(**COARSE, balance=True, cache=CacheFormat(keep_channels=2))):
         pipe.transformer.transformer_blocks[1].get_submodule(weight).weight.data[0, 0] = math.nan
         with pytest.raises(FloatingPointError, match="NaN or inf at step 0, first in layer 1"):
             draw(pipe)

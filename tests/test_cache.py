@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dqar import DQARConfig
+from dqar import CacheFormat, DQARConfig
 from dqar.cache import CacheEntry, QuantizedCache
 
 MODES = ("per_tensor", "per_channel", "per_token")
@@ -96,7 +96,7 @@ PER_TENSOR = {"quantize_mode": "per_tensor", "quantize_bits": 4}
 
 @pytest.mark.parametrize("balance, kept", [(True, 0), (False, 3), (True, 3)])
 def test_the_cache_counts_balance_and_kept_channels(balance, kept):
-    cache = QuantizedCache(DQARConfig(**PER_TENSOR, balance=balance, keep_channels=kept))
+    cache = QuantizedCache(DQARConfig(**PER_TENSOR, balance=balance, cache=CacheFormat(keep_channels=kept)))
     entry, partner = CacheEntry(0, "cond"), torch.rand(2, 1, 8)
     cache.put(entry, keys(), keys(1), key_partner=partner, value_partner=partner)
     plain = 2 * 16 * 8 // 2 + 2 * 4  # two images of 16 tokens and 8 channels, a float32 scale each
@@ -121,7 +121,7 @@ def test_keys_and_values_are_balanced_against_their_own_partners():
 
 
 def test_mixed_precision_balances_and_keeps_channels_of_values_only():
-    config = DQARConfig(**PER_TENSOR, mixed_precision=True, balance=True, keep_channels=2)
+    config = DQARConfig(**PER_TENSOR, mixed_precision=True, balance=True, cache=CacheFormat(keep_channels=2))
     entry = CacheEntry(0, "cond")
     QuantizedCache(config).put(entry, keys(), keys(1), key_partner=torch.ones(8), value_partner=torch.ones(8))
     assert torch.equal(entry.k.dequantize(), keys().half().float())
@@ -129,7 +129,7 @@ def test_mixed_precision_balances_and_keeps_channels_of_values_only():
 
 
 def test_outputs_keep_channels_too():
-    config = DQARConfig(**PER_TENSOR, reuse_target="output", keep_channels=2)
+    config = DQARConfig(**PER_TENSOR, reuse_target="output", cache=CacheFormat(keep_channels=2))
     entry = CacheEntry(0, "cond")
     QuantizedCache(config).put(entry, output=keys())
     assert entry.output.kept.shape == (2, 16, 2)

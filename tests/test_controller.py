@@ -4,13 +4,14 @@ import math
 import pytest
 import torch
 
-from dqar import DQARConfig, DQARController, ReusePlan
+from dqar import DQARConfig, DQARController, Probe, ReusePlan
 from dqar.policy import ReusePolicy
 
 OPEN = {"entropy_threshold": math.inf, "snr_range": (0, math.inf), "schedule": "all"}
 
 
-NORMALIZED = {"entropy_unit": "normalized", "entropy_threshold": 0.7}
+BY_SCHEDULE = {"probe": Probe(snr_source="schedule")}
+NORMALIZED = {"probe": Probe(entropy_unit="normalized"), "entropy_threshold": 0.7}
 
 
 def keys(seed=0):
@@ -89,8 +90,8 @@ def test_slide_9s_loop():
         ("reuse", {"config": {}, "steps": [0, 1], "snr": torch.tensor([1.0, 99.0])}),  # 50 on average
         ("snr", {"config": {}, "steps": [0, 1], "snr": 50.1}),
         ("snr", {"config": {}, "steps": [0, 1], "snr": None}),
-        ("snr", {"config": {"snr_source": "schedule"}, "steps": [0, 1], "snr": 1.0, "snr_schedule": 0.1}),
-        ("reuse", {"config": {"snr_source": "schedule"}, "steps": [0, 1], "snr": 0.1, "snr_schedule": 1.0}),
+        ("snr", {"config": BY_SCHEDULE, "steps": [0, 1], "snr": 1.0, "snr_schedule": 0.1}),
+        ("reuse", {"config": BY_SCHEDULE, "steps": [0, 1], "snr": 0.1, "snr_schedule": 1.0}),
         ("reuse", {"config": NORMALIZED, "steps": [0, 1], "entropy": 1.9}),
         ("entropy", {"config": NORMALIZED, "steps": [0, 1], "entropy": 2.0}),
     ],
@@ -361,7 +362,7 @@ def test_nothing_is_shared_in_the_warmup():
 @pytest.mark.parametrize("interval, expected", [(1, "reuse"), (2, "entropy"), (3, "entropy"), (4, "entropy")])
 def test_between_measurements_the_last_known_entropy_decides(interval, expected):
     table = run(
-        {"schedule": "all", "entropy_interval": interval, "max_reuse_streak": 9}, [(9.0, 9.0)] + [(1.0, 1.0)] * 5
+        {"schedule": "all", "probe": Probe(interval=interval), "max_reuse_streak": 9}, [(9.0, 9.0)] + [(1.0, 1.0)] * 5
     )
     cond = table[table.branch == "cond"]
     assert cond.reason[cond.step == 2].item() == expected
@@ -371,7 +372,9 @@ def test_between_measurements_the_last_known_entropy_decides(interval, expected)
 
 
 def test_an_entropy_measured_long_ago_still_opens_the_gate():
-    table = run({"schedule": "all", "entropy_interval": 10, "max_reuse_streak": 1}, [(1.0, 1.0)] + [(9.0, 9.0)] * 8)
+    table = run(
+        {"schedule": "all", "probe": Probe(interval=10), "max_reuse_streak": 1}, [(1.0, 1.0)] + [(9.0, 9.0)] * 8
+    )
     assert decisions(table, "cond") == "compute reuse compute reuse compute reuse compute reuse compute"
     assert table.entropy[table.step == 2].isna().all()
 
@@ -381,7 +384,7 @@ def test_an_entropy_measured_long_ago_still_opens_the_gate():
     "options, ever", [({}, True), ({"schedule": "none"}, False), ({"plan": ReusePlan((), 2, 9)}, False)]
 )
 def test_entropy_is_wanted_at_every_nth_step_and_where_none_is_known(interval, options, ever):
-    controller = DQARController(2, DQARConfig(entropy_interval=interval, **options))
+    controller = DQARController(2, DQARConfig(probe=Probe(interval=interval), **options))
     for step in range(9):
         controller.begin_step(step, 9)
         assert controller.wants_entropy(0) == (ever and step % interval == 0)
@@ -391,7 +394,7 @@ def test_entropy_is_wanted_at_every_nth_step_and_where_none_is_known(interval, o
 
 @pytest.mark.parametrize("first, total", [(0, 50), (3, 50), (4, 40)])
 def test_a_new_run_forgets_entropies_and_shares(first, total):
-    config = {**OPEN, "schedule": "none", "share_below": math.inf, "entropy_interval": 10}
+    config = {**OPEN, "schedule": "none", "share_below": math.inf, "probe": Probe(interval=10)}
     controller = DQARController(1, DQARConfig(**config))
     before = run({}, [(1.0, 1.0)] * 4, controller=controller)
     assert decisions(before) == "compute share share share"

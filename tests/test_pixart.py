@@ -7,11 +7,11 @@ import torch
 from helpers import PROMPTS, make_pixart, state
 from helpers import draw_text as draw
 
-from dqar import DQARConfig, ReusePlan, apply_dqar, remove_dqar, stats
+from dqar import CacheFormat, DQARConfig, Probe, ReusePlan, apply_dqar, remove_dqar, stats
 from dqar.measure import metrics
 
 OPEN = {"entropy_threshold": math.inf, "snr_range": (0, math.inf), "schedule": "all"}
-LOOK = DQARConfig(schedule="none", record_entropy=True)
+LOOK = DQARConfig(schedule="none", probe=Probe(record=True))
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def calls_of(module):
     "config",
     [
         DQARConfig(schedule="none"),
-        DQARConfig(schedule="none", cache_cross_attention=False),
+        DQARConfig(schedule="none", cache=CacheFormat(cross_attention=False)),
         LOOK,
         DQARConfig(entropy_threshold=0, schedule="all", snr_range=(0, math.inf)),
         DQARConfig(plan=ReusePlan((), 3, 6)),
@@ -50,7 +50,7 @@ def test_closed_gate_is_bit_identical(pipe, prompts, guidance, config):
 def test_caption_keys_and_values_are_computed_once_a_run(pipe, cached, computed):
     blocks = pipe.transformer.transformer_blocks
     calls = [calls_of(layer) for block in blocks for layer in (block.attn2.to_k, block.attn2.to_v)]
-    with apply_dqar(pipe, DQARConfig(schedule="none", cache_cross_attention=cached)) as session:
+    with apply_dqar(pipe, DQARConfig(schedule="none", cache=CacheFormat(cross_attention=cached))) as session:
         for _ in range(2):
             draw(pipe)
     assert all(batches == [4] * 2 * computed for batches in calls)
@@ -62,7 +62,7 @@ def test_caption_keys_and_values_are_computed_once_a_run(pipe, cached, computed)
 
 def test_the_kept_captions_save_their_projections(pipe):
     def macs(cached):
-        with apply_dqar(pipe, DQARConfig(schedule="none", cache_cross_attention=cached)):
+        with apply_dqar(pipe, DQARConfig(schedule="none", cache=CacheFormat(cross_attention=cached))):
             return metrics.count_macs(lambda: draw(pipe))
 
     assert macs(False) - macs(True) == 5 * 3 * 2 * (4 * 120 * 16 * 16)  # steps, layers, K and V

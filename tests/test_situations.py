@@ -54,7 +54,7 @@ from situations import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dqar import DQARConfig, DQARController, ForecastPlan, ReusePlan, quantizer, remove_dqar, stats
+from dqar import CacheFormat, DQARConfig, DQARController, ForecastPlan, Probe, ReusePlan, quantizer, remove_dqar, stats
 
 CPU = torch.device("cpu")
 FEW = ("closed", "output", "int8", "plan")
@@ -1224,7 +1224,7 @@ def test_the_branches_of_two_calls_are_told_by_the_null_class(dit):
     """The entropy traced for each branch is the same whichever call comes first."""
     tables = []
     for calls in ("both", "cond first", "uncond first"):
-        with attach(dit, DQARConfig(schedule="none", record_entropy=True)) as session:
+        with attach(dit, DQARConfig(schedule="none", probe=Probe(record=True))) as session:
             loop(dit, calls=calls)
         tables.append(rows(session).set_index(["step", "layer", "branch"]).entropy.sort_index())
     for other in tables[1:]:
@@ -1623,7 +1623,7 @@ def test_branches_of_a_wrapped_model_are_not_swapped():
         torch._dynamo.reset()
         pipe = make_pixart()
         pipe.transformer = wrap(pipe.transformer)
-        with or_refused() as outcome, attach(pipe, DQARConfig(schedule="none", record_entropy=True)) as session:
+        with or_refused() as outcome, attach(pipe, DQARConfig(schedule="none", probe=Probe(record=True))) as session:
             draw_text(pipe)
         if not outcome.refused:
             tables.append(rows(session).set_index(["step", "layer", "branch"]).entropy.sort_index())
@@ -2185,7 +2185,7 @@ def test_captions_that_change_are_never_stale(pixart, travel, calls):
         return at
 
     plain = text_loop(pixart, captions(), calls=calls)
-    for config in (CLOSED, DQARConfig(schedule="none", cache_cross_attention=False)):
+    for config in (CLOSED, DQARConfig(schedule="none", cache=CacheFormat(cross_attention=False))):
         with attach(pixart, config) as session:
             for _ in range(2):
                 assert same(text_loop(pixart, captions(), calls=calls), plain)
@@ -2548,7 +2548,7 @@ def test_a_plan_under_another_sampler_is_said_or_measured(dit):
 
 
 def test_the_trace_can_be_cleared_at_any_time(dit):
-    with attach(dit, DQARConfig(**OPEN, record_entropy=True)) as session:
+    with attach(dit, DQARConfig(**OPEN, probe=Probe(record=True))) as session:
         want = draw(dit)
         session.trace.clear()
         assert len(session.trace) == 0 and len(rows(session)) == 0
@@ -2758,7 +2758,9 @@ def test_an_image_of_a_batch_is_the_image_alone(kind, target, bits, quantizing):
 
 
 @pytest.mark.parametrize("mode_of", ["per_tensor", "per_channel", "per_token"])
-@pytest.mark.parametrize("options", [{}, {"balance": True}, {"keep_channels": 3}, {"mixed_precision": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"balance": True}, {"cache": CacheFormat(keep_channels=3)}, {"mixed_precision": True}]
+)
 @pytest.mark.parametrize("bits", [8, 2])
 def test_images_of_a_batch_share_no_scale(dit, mode_of, options, bits):
     """A picture beside another 50 times as loud is, bit by bit, as beside a copy of itself."""

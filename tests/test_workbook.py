@@ -67,7 +67,7 @@ def test_ctrl_c_stops_with_one_message(notebooks, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(workbook.papermill, "execute_notebook", interrupt)
     write_notebook(notebooks, "01_any.ipynb", "1")
     assert workbook.main(["--profile", "smoke", "--out", str(tmp_path / "out")]) == 130
-    assert "the same command continues" in capsys.readouterr().out
+    assert "the same command continues" in capsys.readouterr().err
     assert list((tmp_path / "out/notebooks").iterdir()) == []
 
 
@@ -87,7 +87,15 @@ def test_bad_arguments_get_one_clear_message(arguments, message, capsys, tmp_pat
     if "--out" not in arguments:
         arguments = [*arguments, "--out", str(tmp_path)]
     assert workbook.main(arguments) == 2
-    assert message in " ".join(capsys.readouterr().out.split())
+    assert capsys.readouterr().err.startswith(f"dqar workbook: {message}")
+
+
+def test_without_notebooks_nothing_is_made_and_the_message_says_where_they_are(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(workbook.choose, "__defaults__", (tmp_path / "notebooks", True))
+    assert workbook.main(["--profile", "smoke", "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert f"no notebooks in {tmp_path / 'notebooks'}" in said and "repository" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_every_notebook_is_thin_clean_and_has_parameters():
@@ -167,8 +175,11 @@ def test_dit_xl_2_is_loaded_by_its_own_code_path(dit_folder, monkeypatch, tmp_pa
     sites = trace.sites(run)
     assert len(sites) == 4 * 4 * 2 and sites.entropy.between(0, math.log(16)).all()
     assert sites.change.isna().sum() == 4 * 2  # the first step has none before it
-    table = compare.compare(run, {"closed": sampling.LOOK, "open": sampling.OPEN, "half": 2})
+    configs = {"closed": sampling.LOOK, "open": sampling.OPEN}
+    methods = [compare.Method(name, config=config) for name, config in configs.items()]
+    table = compare.compare_all([*methods, compare.Method("half", num_inference_steps=2)], run.profile, 0)
     assert table.psnr[0] == math.inf and table.psnr[1] < 60 and "class_accuracy" not in table
+    assert 1 < table.macs_speedup[1] < table.macs_speedup[2] < 2  # the VAE is counted, too
 
 
 def test_truncated_weights_are_named(tmp_path):

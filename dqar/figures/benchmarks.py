@@ -48,7 +48,8 @@ def slide12_benchmarks(run: Run, tables: dict[str, pd.DataFrame]) -> Figure:
     for ax, (device, table) in zip(axes[0], tables.items(), strict=True):
         own = benchmarks.summary(table)
         own = own[own.part.isin(["step", "compiled"]) & (own.method != "eager, plain")].reset_index(drop=True)
-        colors = [ACCENT if "plan" in name else BLUE if "plain" in name else GREY for name in own.method]
+        plans = (benchmarks.SITES, benchmarks.FORECAST)
+        colors = [ACCENT if f in plans else BLUE if f == "plain" else GREY for f in own.family]
         spread = [own.cost - own.cost_low, own.cost_high - own.cost]
         ax.barh(own.method, own.cost, xerr=spread, color=colors, capsize=4, alpha=0.9)
         promised = own.dropna(subset=["realised"])

@@ -21,7 +21,7 @@ def slide11_configuration(run: Run) -> Figure:
         (
             "Dataset",
             "COCO-2017 validation (128 prompts)",
-            f"{transformer['classes']} class labels, {profile.num_samples} images",
+            f"{transformer['asked_for']}, {profile.num_samples} images",
         ),
         ("Resolution", "256×256", transformer["resolution"]),
         ("Sampler", "DPM-Solver++ (50 steps)", f"{profile.scheduler} ({profile.num_inference_steps} steps)"),

@@ -39,8 +39,8 @@ def slide09_controller(run: Run, gated: pd.DataFrame) -> Figure:
     left.text(0.02, 0.97, PSEUDOCODE, family="DejaVu Sans Mono", size=12.6, va="top", linespacing=1.5)
     left.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     left.set_title("What is called")
-    method = "calibrated, kv"
-    table = gated[(gated.method == method) & (gated.branch == "cond") & (gated.run == gated.run.min())]
+    calibrated = (gated.family == "calibrated") & (gated.target == "kv")
+    table = gated[calibrated & (gated.branch == "cond") & (gated.run == gated.run.min())]
     reasons = ["reuse", "entropy", "snr", "streak", "no cache", "schedule"]
     colors = [REUSE, BLUE, COMPUTE, GREEN, "#222222", "#FFFFFF"]
     grid = table.pivot(index="layer", columns="step", values="reason").map(reasons.index)

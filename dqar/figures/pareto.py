@@ -13,6 +13,7 @@ from dqar.figures.style import ACCENT, BLUE, COMPUTE, GREEN, GREY, headline, rec
 from dqar.forecast.plan import ForecastPlan
 from dqar.measure.results import Run, slug
 from dqar.studies import cache_memory, pareto
+from dqar.studies.compare import FULL
 
 SAMPLER_NAMES = {"dpm-solver++": "DPM-Solver++", "ddim": "DDIM"}
 
@@ -46,10 +47,10 @@ def _slide13_pareto(run: Run, table: pd.DataFrame) -> Figure:
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
         axes.set_title(label.replace("50", str(steps)), size=17)
-    full = points[points.family == "full compute"].psnr_converged.iloc[0]
+    full = points[points.family == FULL.name].psnr_converged.iloc[0]
     error = panels[1].axhline(full, color="#222222", ls="--", lw=2)
     panels[1].legend([error], ["full compute's own error"], loc="lower left", fontsize=13)
-    ours = points[points.family.str.startswith(pareto.OURS)].psnr_reference.max()  # NaN without a plan
+    ours = points[points.family == pareto.PLAN].psnr_reference.max()  # NaN without a plan
     panels[0].set(ylabel="PSNR (dB)", ylim=(12, max(66.0, ours + 3)))
     panels[0].legend(loc="lower left", ncols=2, fontsize=13)
     verdicts = pareto.verdicts(points)
@@ -63,7 +64,7 @@ def _slide13_pareto(run: Run, table: pd.DataFrame) -> Figure:
 
 
 def _draw_families(axes: Axes, points: pd.DataFrame, target: str) -> None:
-    peers = [f for f in points.family.unique() if not f.startswith(pareto.OURS) and f != "full compute"]
+    peers = [f for f in points.family.unique() if f not in (pareto.PLAN, FULL.name)]
     others = [family for family in peers if family not in SHOWN]
     for number, family in enumerate(others):
         line = pareto.frontier(points[points.family == family], target)
@@ -72,7 +73,7 @@ def _draw_families(axes: Axes, points: pd.DataFrame, target: str) -> None:
     for family, (color, marker) in SHOWN.items():
         line = pareto.frontier(points[points.family == family], target)
         axes.plot(line.macs_speedup, line[f"psnr_{target}"], color=color, lw=2, marker=marker, ms=8, label=family)
-    line = pareto.frontier(points[points.family == f"{pareto.OURS}, {target}"], target)
+    line = pareto.frontier(pareto.own_plans(points, target), target)
     axes.plot(line.macs_speedup, line[f"psnr_{target}"], color=ACCENT, lw=4.5, marker="D", ms=10, label="DQAR plan")
 
 
@@ -106,7 +107,7 @@ def slide12_pareto_verdicts(run: Run, tables: dict[str, pd.DataFrame]) -> Figure
 
 @recorded("images of plans and their rivals")
 def slide13_plan_distances(run: Run, table: pd.DataFrame) -> Figure:
-    """Fréchet distance at equal MACs (``outcomes.beside_plans``): growth over full compute on the same seeds."""
+    """Fréchet distance at equal MACs (``results.beside_plans``): growth over full compute on the same seeds."""
     figure, axes = plt.subplots()
     budgets = sorted(table.budget.unique())
     kinds = {"DQAR plan": (ACCENT, "D"), "output extrapolation": SHOWN["output extrapolation"]}

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from dqar.figures.style import ACCENT, BLUE, GREY, headline, recorded, save, save_table
 from dqar.measure.results import Run
+from dqar.studies.compare import FULL, OURS
 
 FORECAST = "plan: model's output forecast, every 2nd step"
 
@@ -91,7 +92,7 @@ def slide13_quality(run: Run, summary: pd.DataFrame | None) -> Figure:
     table = summary.dropna(subset=["fd"]).reset_index(drop=True)
     table.attrs = {}
     figure, (left, right) = plt.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-    colors = [ACCENT if name.startswith("DQAR") else BLUE if name == "full compute" else GREY for name in table.method]
+    colors = [ACCENT if f in OURS else BLUE if f == FULL.name else GREY for f in table.family]
     spread = [(table.fd - table.fd_low).clip(lower=0), (table.fd_high - table.fd).clip(lower=0)]
     left.barh(table.method, table.fd, xerr=spread, color=colors, capsize=4)
     left.invert_yaxis()

@@ -137,7 +137,7 @@ def recorded(what: str) -> Callable:
                 return draw(run, *tables)
             figure, axes = plt.subplots()
             axes.axis("off")
-            command = f"python -m dqar record --profile {run.profile.name}"
+            command = f"dqar record --profile {run.profile.name}"
             text = f"not measured yet for profile {run.profile.name}:\n{what}\n\n{command}"
             axes.text(0.5, 0.5, text, ha="center", va="center", size=26, color=GREY)
             return save(run, draw.__name__, figure, pd.DataFrame())

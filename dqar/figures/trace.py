@@ -53,10 +53,12 @@ def slide14_temporal_evolution(run: Run, sites: pd.DataFrame, gated: pd.DataFram
     axes[1].set_yscale("log")
     axes[1].axhspan(0.5, 50, color=ACCENT, alpha=0.12, lw=0)
     axes[0].legend(loc="lower left", fontsize=13)
-    per_image = gated.groupby(["method", "step"]).apply(
-        lambda g: (g.decision == "reuse").sum() / g.run.nunique(), include_groups=False
+    per_image = (
+        gated[gated.target == "kv"]
+        .groupby(["family", "step"])
+        .apply(lambda g: (g.decision == "reuse").sum() / g.run.nunique(), include_groups=False)
     )
-    calibrated, deck = per_image["calibrated, kv"], per_image["deck's gate, kv"]
+    calibrated, deck = per_image["calibrated"], per_image["deck's gate"]
     axes[2].bar(calibrated.index, calibrated, color=ACCENT, label="calibrated gate")
     axes[2].plot(deck.index, deck, color="#222222", lw=3, label=f"the deck's gate: {deck.sum():.0f} in all")
     axes[2].plot(SLIDE14.step, SLIDE14.events, color=GREY, lw=2, ls=":", marker="o", ms=6)
@@ -77,15 +79,15 @@ def slide14_table(run: Run, sites: pd.DataFrame, gated: pd.DataFrame) -> Figure:
     """Slide 14's table with the measured columns beside the claimed ones."""
     last = run.profile.num_inference_steps - 1
     by_step = sites.groupby("step")[["entropy", "snr"]].mean()
-    reuse = gated[gated.decision == "reuse"]
+    reuse = gated[(gated.target == "kv") & (gated.decision == "reuse")]
     rows = []
     for claim in SLIDE14.itertuples():
         step = min(claim.step, last)
         events = [
-            f"{(reuse[(reuse.method == m) & (reuse.step == step)].groupby('run').size().mean()):.0f}"
-            if len(reuse[(reuse.method == m) & (reuse.step == step)])
+            f"{(reuse[(reuse.family == m) & (reuse.step == step)].groupby('run').size().mean()):.0f}"
+            if len(reuse[(reuse.family == m) & (reuse.step == step)])
             else "0"
-            for m in ("deck's gate, kv", "calibrated, kv")
+            for m in ("deck's gate", "calibrated")
         ]
         measured = (f"{by_step.entropy[step]:.2f}", f"{by_step.snr[step]:.3g}")
         rows.append((step, claim.entropy, measured[0], claim.snr, measured[1], claim.events, *events))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -15,17 +14,19 @@ from diffusers.utils.torch_utils import randn_tensor
 from tqdm import tqdm
 
 from dqar.attention import apply_dqar
-from dqar.config import DQARConfig
+from dqar.config import DQARConfig, Probe
+from dqar.forecast.plan import ForecastPlan
 from dqar.models.captions import NUM_CAPTIONS, coco_captions
 from dqar.models.pipelines import num_classes
 from dqar.models.profiles import Profile
+from dqar.plan import ReusePlan
 from dqar.trace import Trace
 
-OPEN = DQARConfig(entropy_threshold=math.inf, snr_range=(0, math.inf))
+OPEN = DQARConfig(entropy_threshold=None, snr_range=None)
 """Reuses whatever the schedule allows: neither entropy nor SNR has a say."""
 
 
-LOOK = DQARConfig(schedule="none", record_entropy=True)
+LOOK = DQARConfig(schedule="none", probe=Probe(record=True))
 """Reuses nothing and measures everything."""
 
 
@@ -45,7 +46,7 @@ def sample(
     pipe: DiffusionPipeline,
     profile: Profile,
     seed: int,
-    config: DQARConfig | None = None,
+    config: DQARConfig | ReusePlan | ForecastPlan | None = None,
     *,
     num_samples: int | None = None,
     first_image: int = 0,
@@ -60,7 +61,7 @@ def sample(
         pipe: from ``load_pipeline``.
         profile: guidance, steps, batch size and, unless given here, the number of samples.
         seed: of the whole set.
-        config: applies DQAR for these samples; ``None`` is the untouched pipeline.
+        config: a configuration or plan that DQAR is applied with; ``None`` is the untouched pipeline.
         num_samples, num_inference_steps: in place of the profile's.
         first_image: number of the set's first image to draw.
         description: of the progress bar.
@@ -72,7 +73,7 @@ def sample(
         batches = []
         for part in tqdm(images.split(profile.batch_size), desc=description, leave=False):
             drawn = pipe(
-                **_conditions(pipe, part),
+                **conditions(pipe, part),
                 guidance_scale=profile.guidance_scale,
                 num_inference_steps=num_inference_steps or profile.num_inference_steps,
                 generator=noise_generators(seed, part),
@@ -92,7 +93,7 @@ def class_labels(pipe: DiffusionPipeline, images: torch.Tensor) -> torch.Tensor:
     return images % num_classes(pipe)
 
 
-def _conditions(pipe: DiffusionPipeline, images: torch.Tensor) -> dict:
+def conditions(pipe: DiffusionPipeline, images: torch.Tensor) -> dict:
     """What the pipeline is asked for in these images."""
     labels = class_labels(pipe, images).tolist()
     if not isinstance(pipe, PixArtAlphaPipeline):

@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.models.attention import BasicTransformerBlock
 
+from dqar.peers.rival import Rival
 from dqar.peers.shared import COMPONENTS, block_modules, calibrate, check_range, load_package, watched
 
 
@@ -132,3 +133,20 @@ def _silent(forward: Callable) -> Callable:
             return forward(*args, **kwargs)
 
     return silent
+
+
+RIVALS = (
+    Rival(
+        "SmoothCache",
+        keeps="attention and feed-forward of every block, each on a schedule of its own",
+        source="Liu et al. 2024, arXiv 2411.10510; dit-smoothcache",
+        adapter=smoothcache,
+        sweep=(
+            *({"threshold": threshold, "lookahead": 3} for threshold in (0.08, 0.1, 0.12, 0.15, 0.18, 0.25, 0.35)),
+            {"threshold": 0.35, "lookahead": 5},
+            {"threshold": 0.6, "lookahead": 5},
+            {"threshold": 0.6, "lookahead": 7},
+        ),
+        needs_calibration=True,
+    ),
+)

@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent
 CORE = "core"
 """The top level of the package, and of ``forecast`` what a plan needs to run."""
-ABOVE_THE_CORE = {"__init__", "__main__", "workbook"}
+ABOVE_THE_CORE = {"__init__", "__main__", "api", "workbook"}
 """Top-level modules that put the parts together."""
 RUNTIME = {"forecast.plan", "forecast.run"}
 

@@ -8,7 +8,7 @@ import pandas as pd
 
 from dqar.measure.results import Run
 from dqar.studies import claims, pareto, policy, quantized_cache, results, trace
-from dqar.studies.methods import names_at
+from dqar.studies.compare import FULL, only
 
 
 def verdicts(run: Run) -> pd.DataFrame:
@@ -16,14 +16,12 @@ def verdicts(run: Run) -> pd.DataFrame:
 
     Verdicts follow from what was recorded; a claim whose measurement is missing is not testable here.
     """
-    summary = results.summary(run).set_index("method")
+    summary = results.summary(run)
     most = claims.bounds().set_index(["target", "sites"]).speedup_bound
-    half = f"{run.profile.num_inference_steps // 2} steps"
-    plan_name = names_at(run.profile, 2)["DQAR plan"]
-    full, kv, output, fewer, plan = (
-        summary.loc[name] if name in summary.index else pd.Series(math.nan, index=summary.columns)
-        for name in ("full compute", "DQAR rule, kv", "DQAR rule, output", half, plan_name)
-    )
+    half = run.profile.num_inference_steps // 2
+    full, plan = only(summary, method=FULL.name), only(summary, family=pareto.PLAN, budget=2)
+    kv, output = (only(summary, family="DQAR rule", target=target) for target in ("kv", "output"))
+    fewer = only(summary, family="fewer steps", steps=half)
     full_bytes, kv_bytes = (row.weight_bytes + row.added_bytes for row in (full, kv))
     labels = run.recorded("labels-output")
     rho = math.nan if labels is None else policy.partial_correlation(labels, "entropy", ("step", "snr"))
@@ -55,7 +53,7 @@ def verdicts(run: Run) -> pd.DataFrame:
             kv.fd_growth_high,
             kv.fd_growth_high < 1,
             f"FD-digits, not FID: {kv.fd_growth:+.2f} ({kv.fd_growth_low:+.2f} to {kv.fd_growth_high:+.2f}) at "
-            f"{kv.macs_speedup:.2f}× fewer MACs; {half}: {fewer.fd_growth:+.2f} at {fewer.macs_speedup:.2f}×.",
+            f"{kv.macs_speedup:.2f}× fewer MACs; {half} steps: {fewer.fd_growth:+.2f} at {fewer.macs_speedup:.2f}×.",
         ),
     ]
     rows = [

@@ -66,7 +66,7 @@ def train_classifier(
     checkpoint = out / "classifier-checkpoint.pt"
     torch.manual_seed(recipe.seed)
     images, labels = load_split(recipe.dataset, "train")
-    model = CLASSIFIERS[recipe.dataset]().to(device, memory_format=torch.channels_last)
+    model = CLASSIFIERS[recipe.dataset]().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizers = recipe.optimizers(model)
     batches = -(-len(images) // recipe.batch_size)
     rates = [get_cosine_schedule_with_warmup(each, batches, recipe.epochs * batches) for each in optimizers]
@@ -109,7 +109,7 @@ def export_classifier(model: Classifier, accuracy: float, name: str, weights: Pa
     print(f"held-out accuracy {accuracy:.4f}")
 
 
-def held_out_accuracy(model: Classifier, dataset: str) -> float:
+def held_out_accuracy(model: Classifier, dataset: Literal["digits", "cifar10"]) -> float:
     """The share of the held-out images that a classifier puts into their class."""
     images, labels = load_split(dataset, "test")
     predicted = torch.cat([metrics.classify(model, part)[0] for part in (images / 2 + 0.5).split(500)])

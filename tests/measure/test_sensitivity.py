@@ -2,7 +2,7 @@ import pytest
 import torch
 from helpers import embedded_pipeline, image_pipeline
 
-from dqar import DQARConfig, ReusePlan
+from dqar import DQARConfig, Probe, ReusePlan
 from dqar.measure.sampling import sample
 from dqar.measure.sensitivity import site_errors
 from dqar.models.profiles import get_profile
@@ -29,7 +29,9 @@ def test_a_trial_is_what_a_run_with_that_one_reuse_does(target, scheduler):
 def test_what_is_known_is_what_the_controller_would_know():
     pipe, profile = embedded_pipeline(), get_profile("digits", num_inference_steps=5, batch_size=1)
     table = site_errors(pipe, profile, 0, "output", first_image=0, num_images=1, sites_per_step=4)
-    trace = sample(pipe, profile, 0, DQARConfig(schedule="none", record_entropy=True), num_samples=1).trace.to_pandas()
+    trace = sample(
+        pipe, profile, 0, DQARConfig(schedule="none", probe=Probe(record=True)), num_samples=1
+    ).trace.to_pandas()
     by_site = trace.set_index(["step", "layer", "branch"])
     for row in table.itertuples():
         before, now = (by_site.loc[(step, row.layer, row.branch)] for step in (row.step - 1, row.step))

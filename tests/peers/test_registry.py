@@ -29,7 +29,7 @@ from helpers import draw, embedded_pipeline, make_dit
 from dqar import apply_dqar
 from dqar.measure.metrics import count_macs
 from dqar.peers import diffusers_caches, shared
-from dqar.peers.registry import ADAPTERS, SWEEPS, UNUSABLE, Peer
+from dqar.peers.registry import ALL_RIVALS, RIVALS, Peer
 from dqar.peers.smoothcache import ChangeMeter, smoothcache_schedule
 
 STEPS = 12
@@ -80,7 +80,7 @@ def attributes(pipe):
 
 
 @pytest.mark.filterwarnings("ignore:torch.meshgrid")
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", RIVALS)
 def test_saves_macs_repeats_and_leaves_no_trace(name):
     method, pipe = peer(name), embedded_pipeline()
     full, untouched = untouched_run()
@@ -99,7 +99,7 @@ def test_saves_macs_repeats_and_leaves_no_trace(name):
     assert torch.equal(draw(pipe, steps=STEPS), untouched)
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", RIVALS)
 def test_a_run_that_was_cut_short_leaves_nothing_to_the_next_one(name):
     method, pipe = peer(name), embedded_pipeline()
     expected = run(pipe, method)
@@ -116,7 +116,7 @@ def test_a_run_that_was_cut_short_leaves_nothing_to_the_next_one(name):
         assert torch.equal(draw(pipe, steps=STEPS), expected)
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", RIVALS)
 def test_on_a_dit_pipeline_with_dpm_solver(name):
     pipe, (full, untouched) = small_dit(), untouched_run(small_dit)
     with peer(name).attach(pipe, STEPS):
@@ -125,7 +125,7 @@ def test_on_a_dit_pipeline_with_dpm_solver(name):
     assert torch.equal(draw(pipe, steps=STEPS), untouched)
 
 
-@pytest.mark.parametrize("name", [name for name in ADAPTERS if name != "FasterCache"])
+@pytest.mark.parametrize("name", [name for name in RIVALS if name != "FasterCache"])
 def test_without_guidance(name):
     pipe, (full, untouched) = embedded_pipeline(), untouched_run(guidance=1.0)
     with peer(name).attach(pipe, STEPS):
@@ -279,14 +279,13 @@ def test_unknown_names_and_settings():
     pipe = embedded_pipeline()
     with pytest.raises(ValueError, match="'TeaCache' is unknown: choose one of static interval"):
         Peer("TeaCache").attach(pipe, STEPS)
-    for name in ADAPTERS:
+    for name in RIVALS:
         with pytest.raises(ValueError, match="setting 'depth' of .* is unknown: choose from"):
             Peer(name, (("depth", 3),)).attach(pipe, STEPS)
-    for name, reason in UNUSABLE.items():
-        assert name not in ADAPTERS
+    for name in ALL_RIVALS.keys() - RIVALS.keys():
         with pytest.raises(ValueError, match="can't run on DiT") as error:
             Peer(name).attach(pipe, STEPS)
-        assert reason in str(error.value)
+        assert ALL_RIVALS[name].unusable in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -314,13 +313,13 @@ def test_settings_out_of_range(pipe, name, setting, value):
     assert torch.equal(draw(pipe), untouched)
 
 
-def test_sweeps_are_settings_of_adapters():
-    assert SWEEPS.keys() == ADAPTERS.keys()
-    for name, sweep in SWEEPS.items():
-        assert 0 < len(sweep) <= 10 and len({tuple(settings.items()) for settings in sweep}) == len(sweep)
-        hash(Peer(name, tuple(sweep[0].items())))
-        for settings in sweep:
-            inspect.signature(ADAPTERS[name]).bind(None, STEPS, **settings)
+@pytest.mark.parametrize("rival", RIVALS.values(), ids=RIVALS)
+def test_a_sweep_is_of_settings_that_the_rival_takes(rival):
+    assert 0 < len(rival.sweep) <= 10 and len({tuple(settings.items()) for settings in rival.sweep}) == len(rival.sweep)
+    hash(Peer(rival.name, tuple(rival.sweep[0].items())))
+    calibrated = {"guidance_scale": 2.0} if rival.needs_calibration else {}
+    for settings in rival.sweep:
+        inspect.signature(rival.adapter).bind(None, STEPS, **settings, **calibrated)
 
 
 def test_another_number_of_steps(pipe):
@@ -380,18 +379,18 @@ def does_nothing(pipe, apply):
 
 
 def test_unusable_taylorseer_as_it_comes_matches_nothing(pipe):
-    assert "TaylorSeer, diffusers' defaults" in UNUSABLE
+    assert ALL_RIVALS["TaylorSeer, diffusers' defaults"].unusable
     assert does_nothing(pipe, lambda model: apply_taylorseer_cache(model, TaylorSeerCacheConfig()))
 
 
 def test_unusable_text_kv_cache_matches_nothing(pipe):
-    assert "Text KV cache" in UNUSABLE
+    assert ALL_RIVALS["Text KV cache"].unusable
     assert does_nothing(pipe, lambda model: apply_text_kv_cache(model, TextKVCacheConfig()))
 
 
 def test_unusable_dbprune_raises(pipe):
     cache_dit = pytest.importorskip("cache_dit")
-    assert "DBPrune" in UNUSABLE
+    assert ALL_RIVALS["DBPrune"].unusable
     config = cache_dit.DBPruneConfig(Fn_compute_blocks=1, max_warmup_steps=2, residual_diff_threshold=1.0)
     with shared.quiet("CACHE_DIT"):
         cache_dit.enable_cache(pipe.transformer, cache_config=config)

@@ -8,6 +8,7 @@ import torch
 from helpers import draw, embedded_pipeline
 
 from dqar import DQARConfig, ReusePlan, apply_dqar, remove_dqar
+from dqar.__main__ import main
 from dqar.studies import benchmarks
 
 
@@ -28,11 +29,13 @@ SECONDS = {
     "plan: output, 3 of 4 steps": [0.5, 1.0, 2.0],
 }
 MACS = dict(zip(SECONDS, [100, 100, 101, 80, 40], strict=True))
+FAMILIES = dict(zip(SECONDS, ["plain", "closed", "entropy", benchmarks.SITES, benchmarks.SITES], strict=True))
 
 
 @pytest.mark.parametrize("device, entropy_met", [("cpu", False), ("cuda", False)])
 def test_costs_are_paired_by_repeat_and_held_against_the_targets(device, entropy_met):
-    table = timed("step", SECONDS, macs=MACS, peak_bytes=dict.fromkeys(SECONDS, 7))
+    columns = {"macs": MACS, "family": FAMILIES, "target": dict.fromkeys(SECONDS, "output")}
+    table = timed("step", SECONDS, **columns, peak_bytes=dict.fromkeys(SECONDS, 7))
     table.attrs = {"provenance": {"profile": {"device": device}}}
     summary = benchmarks.summary(table).set_index("method")
     assert summary.cost.tolist() == pytest.approx([1, 1.005, 1.2, 0.8, 0.5])
@@ -48,7 +51,7 @@ def test_a_whole_benchmark_of_one_layer(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmarks.shutil, "which", lambda name: None)  # compiling takes a minute
     small = functools.partial(benchmarks.random_dit_xl_2, sample_size=16)
     monkeypatch.setattr(benchmarks, "random_dit_xl_2", small)
-    assert benchmarks.main(["--num-layers", "1", "--repeats", "1", "--out", str(tmp_path)]) == 0
+    assert main(["benchmark", "--num-layers", "1", "--repeats", "1", "--out", str(tmp_path)]) == 0
     monkeypatch.setattr(benchmarks, "FOLDER", tmp_path)
     ((device, table),) = benchmarks.recorded().items()
     assert device.endswith(", float32, 1 image") and set(table.part) == {"attention", "layer", "quantizer", "step"}
@@ -64,9 +67,12 @@ def test_a_whole_benchmark_of_one_layer(tmp_path, monkeypatch):
 
 
 def test_wrong_arguments_are_named(capsys):
-    assert benchmarks.main(["--repeats", "0"]) == 2 and "take 1 or more" in capsys.readouterr().out
+    assert (
+        main(["benchmark", "--repeats", "0"]) == 2
+        and "--repeats=0 is not accepted: 1 or more" in capsys.readouterr().err
+    )
     if not torch.cuda.is_available():
-        assert benchmarks.main(["--device", "cuda"]) == 2 and "there is none" in capsys.readouterr().out
+        assert main(["benchmark", "--device", "cuda"]) == 2 and "there is no CUDA GPU" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
