@@ -51,7 +51,7 @@ def caption(seed, *shape):
 
 def dit():
     """Class-conditional, learned variances, latents of both branches in the scheduler."""
-    from conftest import random_transformer
+    from helpers import random_transformer
 
     transformer = randomized(random_transformer(in_channels=4, out_channels=8, num_layers=2, num_embeds_ada_norm=1000))
     scheduler = DDIMScheduler(clip_sample=False, timestep_spacing="trailing")

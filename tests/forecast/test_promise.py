@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from conftest import embedded_pipeline
+from helpers import embedded_pipeline
 from scipy.stats import beta
 
 from dqar import extrapolation, fit_plan
