@@ -245,6 +245,14 @@ def test_what_the_planner_follows_is_what_the_pipeline_runs(name):
     torch.testing.assert_close(errors, fitted.error, rtol=0.02, atol=1e-10)
 
 
+def test_under_model_offload_the_plan_is_the_same():
+    pipe, call = flux()
+    calls = [call(0), call(1)]
+    plan = fit_plan(pipe, calls, STEPS, macs=2, refinements=0)
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert fit_plan(pipe, calls, STEPS, macs=2, refinements=0) == plan
+
+
 def test_what_is_recorded_is_what_the_pipeline_does():
     pipe, call = sd3()
     calibration = Calibration(pipe, [{**call(0), "generator": torch.Generator().manual_seed(7)}, call(1)], STEPS)
