@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 import shutil
 import sys
@@ -22,6 +23,7 @@ from rich.table import Table
 
 from dqar import __main__ as command
 from dqar.commands.parser import Parser
+from dqar.figures.gallery import publish
 from dqar.measure.results import Run, atomic_path, code_hash, recorded_hash
 from dqar.models.profiles import get_profile
 
@@ -82,6 +84,7 @@ def run_notebook(path: Path, profile: str, seed: int, out: Path) -> Outcome:
     started = time.monotonic()
     parameters = {"profile": profile, "seed": seed, "out": str(out.resolve())}
     failed = folder / f"{path.stem}.failed.ipynb"
+    os.environ["TQDM_DISABLE"] = "1"  # for the kernel, whose bars would stand in the page; papermill's own bar stays
     try:
         with atomic_path(executed) as temporary:
             try:
@@ -149,7 +152,7 @@ def run(arguments: list[str]) -> int:
     for error in failed:
         console.print(f"failed: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
     if not failed and options.figures:
-        shutil.copytree(options.out / "figures", options.figures, dirs_exist_ok=True)
+        publish(options.out / "figures", options.figures)
     return 1 if failed else 0
 
 

@@ -140,9 +140,9 @@ def test_a_figure_has_picture_vector_and_sidecar(tmp_path):
     figure, axes = plt.subplots()
     axes.set_title("a finding")
     style.save(run, "slide99_test", figure, pd.DataFrame())
-    assert {path.suffix for path in run.figures.iterdir()} == {".png", ".svg", ".json"}
-    assert plt.imread(run.figures / "slide99_test.png").shape[:2] == (1440, 2560)
-    sidecar = json.loads((run.figures / "slide99_test.json").read_text())
+    assert {path.suffix for path in (run.figures / "appendix").iterdir()} == {".png", ".svg", ".json"}
+    assert plt.imread(run.figures / "appendix/slide99_test.png").shape[:2] == (1080, 1920)
+    sidecar = json.loads((run.figures / "appendix/slide99_test.json").read_text())
     assert sidecar["title"] == "a finding" and sidecar["seed"] == 0 and sidecar["commit"]
 
 

@@ -249,8 +249,8 @@ def test_recording_names_an_unknown_table(capsys):
 def test_what_was_not_recorded_is_drawn_as_missing(tmp_path):
     run = Run("smoke", 0, tmp_path)
     figures.slide07_deciders(run, None)
-    assert "not measured yet" in (run.figures / "slide07_deciders.svg").read_text()
-    assert json.loads((run.figures / "slide07_deciders.json").read_text())["figure"] == "slide07_deciders"
+    assert "not measured yet" in (run.figures / "appendix/slide07_deciders.svg").read_text()
+    assert json.loads((run.figures / "appendix/slide07_deciders.json").read_text())["figure"] == "slide07_deciders"
 
 
 # --- calibration -----------------------------------------------------------------------------------------------------
