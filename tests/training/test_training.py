@@ -88,8 +88,8 @@ def test_missing_or_truncated_data_is_named(cifar, monkeypatch, tmp_path, capsys
     path = tmp_path / "cifar10-jpeg-train.parquet"
     path.write_bytes(path.read_bytes()[:500])
     assert main(["train", "cifar10", "--work", str(tmp_path)]) == 2
-    (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"{path} can't be read")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{path} can't be read" in line
     monkeypatch.setenv("DQAR_DATA", str(tmp_path / "nowhere"))
     monkeypatch.setattr(data, "CIFAR10_FOLDERS", ())
     with pytest.raises(OSError, match="cifar10-jpeg-test.parquet is in none of .*set DQAR_DATA"):
