@@ -273,7 +273,7 @@ def test_from_data_to_card(cifar, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cifar10, "GUIDANCE_SCALES", (2.0,))
     monkeypatch.setattr(torch, "compile", lambda function, **_options: function)
     monkeypatch.setattr(cifar10, "train_latent_dit", lambda *a, **k: train_latent_dit(*a, **k, check_steps=2))
-    recipe = dataclasses.replace(train.CLASSIFIER_RECIPES["cifar10"], epochs=30, batch_size=32)
+    recipe = dataclasses.replace(train.CLASSIFIER_RECIPES["cifar10"], epochs=20, batch_size=32)
     monkeypatch.setitem(train.CLASSIFIER_RECIPES, "cifar10", recipe)
     monkeypatch.setattr(cifar10, "get_profile", lambda *a, **k: get_profile(*a, **k, num_inference_steps=2))
     work = tmp_path / "work/cifar10"
