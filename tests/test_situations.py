@@ -1878,7 +1878,7 @@ def test_a_session_entered_a_second_time_works_or_says_so(dit, name):
 
 
 REFUSED = {
-    "a plan for another model": lambda pipe: ForecastPlan(((),), {0}, (999,), 3.0, 1, "another model"),
+    "a plan for another model": lambda pipe: ForecastPlan(((),), {0}, (999,), (3, 3), 1, "another model"),
     "layers of another number": lambda pipe: DQARConfig(plan=ReusePlan(frozenset(), 9, 8)),
     "readouts of another size": lambda pipe: _misfit(pipe),
 }

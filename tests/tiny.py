@@ -10,6 +10,7 @@ from diffusers import (
     DDIMScheduler,
     DiTPipeline,
     FlowMatchEulerDiscreteScheduler,
+    FluxControlPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
@@ -52,11 +53,11 @@ def dit():
     return pipe, lambda i: {"class_labels": [i, i + 1], "guidance_scale": 3.0}
 
 
-def flux():
-    """Packed tokens, embedded guidance, one branch, flow matching."""
+def _flux(cls, in_channels):
     transformer = FluxTransformer2DModel(
         patch_size=1,
-        in_channels=16,
+        in_channels=in_channels,
+        out_channels=16,
         num_layers=1,
         num_single_layers=1,
         attention_head_dim=8,
@@ -66,15 +67,24 @@ def flux():
         guidance_embeds=True,
         axes_dims_rope=(2, 2, 4),
     )
-    pipe = FluxPipeline(
-        FlowMatchEulerDiscreteScheduler(), image_vae(4), None, None, None, None, randomized(transformer)
-    )
+    parts = FlowMatchEulerDiscreteScheduler(), image_vae(4), None, None, None, None, randomized(transformer)
 
     def call(i):
         embeds = {"prompt_embeds": caption(i, 1, 5, 16), "pooled_prompt_embeds": caption(100 + i, 1, 8)}
         return {**embeds, "guidance_scale": 3.5, "height": 16, "width": 8}
 
-    return silent(pipe), call
+    return silent(cls(*parts)), call
+
+
+def flux():
+    """Packed tokens, embedded guidance, one branch, flow matching."""
+    return _flux(FluxPipeline, 16)
+
+
+def flux_control():
+    """An image's channels beside the latents' own."""
+    pipe, call = _flux(FluxControlPipeline, 32)
+    return pipe, lambda i: {**call(i), "control_image": caption(2000 + i, 1, 3, 16, 8).sigmoid()}
 
 
 def _sd3(cls):
@@ -183,7 +193,7 @@ def cogvideox():
     return silent(pipe), call
 
 
-TINY = {maker.__name__: maker for maker in (dit, flux, sd3, sd3_img2img, wan, cogvideox)}
+TINY = {maker.__name__: maker for maker in (dit, flux, flux_control, sd3, sd3_img2img, wan, cogvideox)}
 
 
 def drawn(pipe, call, steps=STEPS, seed=0):
