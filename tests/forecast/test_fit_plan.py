@@ -149,6 +149,20 @@ def test_a_plan_that_computes_every_step_changes_nothing(name):
     assert unchanged(pipe.transformer, before) and "step" not in vars(pipe.scheduler)
 
 
+def test_steps_are_told_apart_in_bfloat16():
+    """Flux is given a thousandth of the timestep, rounded twice; a shifted schedule's first steps are 0.3 % apart."""
+    pipe, call = flux()
+    pipe = pipe.to(torch.bfloat16)
+    pipe.scheduler = type(pipe.scheduler)(shift=6.0)
+    call = {name: x.bfloat16() if isinstance(x, torch.Tensor) else x for name, x in call(0).items()}
+    untouched = drawn(pipe, call, steps=50)
+    plan = extrapolation(range(50), pipe.scheduler.timesteps.tolist(), 1.0, describe_model(pipe.transformer))
+    assert 1 - plan.timesteps[1] / plan.timesteps[0] < 4e-3
+    with apply_dqar(pipe, plan) as session:
+        assert torch.equal(drawn(pipe, call, steps=50), untouched)
+    assert session.trace.to_pandas("model").step.tolist() == list(range(50))
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_a_planned_run_is_a_plain_loop(name):
     """Random kernels and readouts at every step, computed ones too."""
