@@ -1,11 +1,5 @@
 """Dynamic Quantized Attention Reuse in Diffusion Transformers: see README.md."""
 
-import logging
-
-# Loaded with diffusers where it is installed, torchao reports kernels of GPUs that aren't here, in every notebook.
-for _name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
-    logging.getLogger(_name).setLevel(logging.ERROR)
-
 from dqar.attention import DQARSession, apply_dqar, remove_dqar
 from dqar.config import CacheFormat, DQARConfig, Probe
 from dqar.controller import Decision, DQARController

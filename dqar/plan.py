@@ -13,9 +13,10 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
+if TYPE_CHECKING:
+    import pandas as pd
 
 BRANCHES = ("cond", "uncond")
 """Of classifier-free guidance."""
@@ -48,7 +49,7 @@ class ReusePlan:
     scheduler: str | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("num_layers", "num_inference_steps"):
             if not is_index(getattr(self, name), None) or getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not accepted: an int of 1 or more")
@@ -99,6 +100,12 @@ class ReusePlan:
     def share(self) -> float:
         """Share of a guided run's sites that are reused."""
         return len(self.sites) / (self.num_inference_steps * self.num_layers * len(BRANCHES))
+
+    def check_layers(self, num_layers: int) -> None:
+        """Raises ``ValueError`` for a model of another number of attention layers."""
+        if num_layers != self.num_layers:
+            layers = f"{self.num_layers} layer" + "s" * (self.num_layers != 1)
+            raise ValueError(f"the plan was made for {layers}, this model has {num_layers}: make one for it")
 
     def check_run(self, num_inference_steps: int, scheduler: str | None = None) -> None:
         """Raises ``ValueError`` for a run that the plan wasn't made for, saying what it was made for."""

@@ -53,7 +53,7 @@ class ForecastPlan:
     readouts: tuple[tuple[float, ...], ...] = field(default=(), repr=False)
     scheduler: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("weights", "readouts"):
             object.__setattr__(self, name, tuple(tuple(map(float, row)) for row in getattr(self, name)))
         object.__setattr__(self, "readouts", self.readouts or ((),) * len(self.weights))
@@ -171,13 +171,15 @@ def extrapolation(
     The polynomial is in the step's index, through the last ``order + 1`` computed outputs. ``guidance_scale`` is 1 for
     a run without guidance.
     """
-    rows, done = [], []
+    rows: list[tuple[float, ...]] = []
+    done: list[int] = []
     for step in range(len(timesteps)):
         if step in computed:
             done.insert(0, step)
             rows.append(())
             continue
         line = lagrange_weights(done[: order + 1], step)
-        row = [w * guidance_scale for w in line]
-        rows.append((*row, *(w * (1 - guidance_scale) for w in line if guidance_scale > 1), 0.0))
-    return ForecastPlan(rows, computed, timesteps, guidance_scale, order + 1, model)
+        cond = [w * guidance_scale for w in line]
+        uncond = [w * (1 - guidance_scale) for w in line] if guidance_scale > 1 else []
+        rows.append((*cond, *uncond, 0.0))
+    return ForecastPlan(tuple(rows), frozenset(computed), tuple(timesteps), guidance_scale, order + 1, model)

@@ -1,17 +1,124 @@
-"""Forecasts of the whole model's output from the last computed ones, as a ``ForecastPlan`` weights them."""
+"""The forecast engine: the whole model's output from the last computed ones, as a ``ForecastPlan`` weights them."""
 
 from __future__ import annotations
 
 import math
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-from dqar.families import last_layer
+from dqar.controller import DQARController
+from dqar.families import describe_model, last_layer
 from dqar.forecast.plan import ForecastPlan
 from dqar.plan import BRANCHES
+from dqar.run import Call, Run, Stream
+from dqar.takeover import Handler
+from dqar.trace import MODEL, StepFacts, Trace
+
+
+class ForecastEngine:
+    """Computes the whole model at some steps and forecasts its output at the others. See ``dqar.attention.Engine``.
+
+    Args:
+        model: the diffusers transformer, without wrappers.
+        plan: which steps are computed, and how the others are forecast.
+        trace: to write to.
+
+    Raises:
+        ValueError: a plan for another model, or readouts for a model whose last layer isn't known.
+    """
+
+    looks, saves = False, True
+
+    def __init__(self, model: torch.nn.Module, plan: ForecastPlan, trace: Trace):
+        plan.check_model(describe_model(model))
+        self.model, self.plan, self.trace = model, plan, trace
+        self._seen = FinalHiddenStates(model) if any(plan.readouts) else None
+
+    @property
+    def controller(self) -> DQARController:
+        """There is none: raises ``AttributeError``."""
+        raise AttributeError("a ForecastPlan decides about no site, so that there is no controller: read the trace")
+
+    def handlers(self) -> list[tuple[torch.nn.Module, Handler]]:
+        """The modules to take over, and who answers their calls."""
+        return [] if self._seen is None else [(self._seen.layer, self._seen.see)]
+
+    def new_state(self) -> OutputForecast:
+        """For one stream."""
+        return OutputForecast(self.plan)
+
+    def clear(self) -> None:
+        """Nothing is kept but the streams' own."""
+
+    def begin_run(self, run: Run, latents: torch.Tensor) -> None:
+        """Raises ``ValueError`` for a run that the plan wasn't made for."""
+        if run.timesteps is None:
+            raise ValueError(
+                "a ForecastPlan needs the timesteps: apply it to the pipeline, not to its transformer, and call "
+                "scheduler.set_timesteps in a loop of your own"
+            )
+        self.plan.check_run(run.timesteps.values, type(run.scheduler).__name__)
+        self.plan.check_latents(latents.shape[1:], getattr(self.model.config, "sample_size", None))
+
+    def call(self, compute: Callable[[], Any], run: Run, call: Call, named: dict[str, Any], first: bool) -> Any:
+        """The model's output, computed and corrected, or forecast, as the plan says.
+
+        Raises:
+            ValueError: what a forecast draws on wasn't computed, as in a run that began late.
+        """
+        plan, step, latents = self.plan, run.index, named["hidden_states"]
+        forecast: OutputForecast = call.stream.state
+        rows = next(iter(call.slices.values()))
+        fresh = step in plan.computed
+        if fresh:
+            output = compute()
+            call.output = output[0]
+            forecast.keep(step, output[0], call.slices, latents.shape[1])
+            if self._seen is not None:
+                forecast.read_out(step, self._seen.take(), call.slices, latents[rows].shape)
+        if call.output is None or not (fresh or forecast.usable(step)):
+            raise ValueError(
+                f"at step {step} the plan draws on what steps {plan.drawn_on(step)} computed, which isn't there: the "
+                "run began late, or changed what it draws; make a plan for such runs, or one that computes step "
+                f"{step}"
+            )
+        self._record(run, call, fresh, forecast.nbytes(call.output) // len(call.slices))
+        if fresh and not (plan.weights[step] and forecast.usable(step)):
+            return output
+        if fresh and plan.guided and len(call.slices) == 1:
+            raise ValueError(
+                f"the plan corrects what is computed at step {step}, for which it needs both branches of guidance in "
+                "one call, and this pipeline makes two: give it a plan without such weights"
+            )
+        sample = forecast.output(step, latents[rows], call.output, tuple(call.slices))
+        return Transformer2DModelOutput(sample=sample) if named.get("return_dict", True) else (sample,)
+
+    def _record(self, run: Run, call: Call, fresh: bool, nbytes: int) -> None:
+        """Traces whether a call was computed or forecast, and the bytes kept for each of its branches."""
+        snr = None if run.levels is None else run.levels.snr(run.index)
+        facts = StepFacts(run.number, run.index, run.total_steps, run.timestep, snr_schedule=snr)
+        rows = self.trace.open(MODEL, facts)
+        for branch in call.slices:
+            rows.add(-1, branch, "compute" if fresh else "reuse", "plan", nbytes)
+
+    def before_step(self, run: Run, stream: Stream, prediction: torch.Tensor) -> None:
+        """Raises ``ValueError`` for a run of another guidance scale, as the guided ``prediction`` tells.
+
+        Waited for at the first step, so that no run is drawn in vain, and at the last one for all others.
+        """
+        forecast: OutputForecast = stream.state
+        scale = forecast.guidance(run.index, prediction)
+        if scale is not None:
+            forecast.scales.append(scale)
+        if forecast.scales and (run.index == 0 or run.last):
+            scales, forecast.scales = torch.stack(forecast.scales).tolist(), []
+            for value, noise in scales:
+                self.plan.check_guidance(value, noise)
 
 
 class FinalHiddenStates:
@@ -72,8 +179,8 @@ class OutputForecast:
     def __init__(self, plan: ForecastPlan):
         self.plan = plan
         self._branches = BRANCHES if plan.guided else BRANCHES[:1]
-        self._kernels: list[torch.Tensor] | None = None
-        self._matrices: torch.Tensor | None = None
+        self._kernels: list[torch.Tensor] = []
+        self._matrices: list[torch.Tensor] = []
         self.forget()
 
     def forget(self) -> None:
@@ -81,13 +188,15 @@ class OutputForecast:
         self.outputs: dict[str, list[torch.Tensor]] = {branch: [] for branch in BRANCHES}
         self.steps: dict[str, list[int]] = {branch: [] for branch in BRANCHES}
         self.read: dict[int, torch.Tensor] = {}
+        self.scales: list[torch.Tensor] = []
+        """Guidance scales that nobody has looked at yet, and how far rounding may have moved each, ``[2]``."""
         self._states: dict[str, torch.Tensor] = {}
         self._returned: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def nbytes(self, newest: torch.Tensor | None) -> int:
+    def nbytes(self, newest: torch.Tensor) -> int:
         """Bytes kept, of both branches; the whole ``newest`` output counts once."""
         older = [output for outputs in self.outputs.values() for output in outputs[1:]]
-        return sum(tensor.nbytes for tensor in (*older, *self.read.values())) + (0 if newest is None else newest.nbytes)
+        return sum(tensor.nbytes for tensor in (*older, *self.read.values())) + newest.nbytes
 
     def keep(self, step: int, output: torch.Tensor, rows: dict[str, slice], channels: int) -> None:
         """Keeps the output ``[B, C, H, W]`` of a computed step; the first ``channels`` predict noise, others don't."""
@@ -122,7 +231,7 @@ class OutputForecast:
         states = torch.cat([self._states.pop(branch) for branch in self._branches], -1)
         states = states.to(_widest(states.device))
         size = math.prod(latents[1:]) // states.shape[1]
-        if self._matrices is None or self._matrices.device != states.device:
+        if not self._matrices or self._matrices[0].device != states.device:
             numbers = states.shape[-1] * size
             given = [row or (0.0,) * numbers for row in self.plan.readouts]
             if {len(row) for row in given} != {numbers}:
@@ -130,7 +239,7 @@ class OutputForecast:
                     f"the plan's readouts are not accepted: {numbers} numbers a step fit this model; make a plan for it"
                 )
             matrices = torch.tensor(given, dtype=states.dtype).view(len(given), states.shape[-1], size)
-            self._matrices = matrices.to(states.device)
+            self._matrices = list(matrices.to(states.device))
         self.read = {later: from_patches(states @ self._matrices[later], latents) for later in coming}
 
     def output(self, step: int, latents: torch.Tensor, newest: torch.Tensor, branches: tuple[str, ...]) -> torch.Tensor:
@@ -186,7 +295,7 @@ class OutputForecast:
         In float64 where the device has it: of neighbouring outputs the weights nearly cancel, which TF32 would turn
         into noise.
         """
-        if self._kernels is None or self._kernels[0].device != device:
+        if not self._kernels or self._kernels[0].device != device:
             rows = self.plan.weights
             numbers = torch.tensor([w for row in rows for w in row], dtype=_widest(device)).to(device)
             parts = numbers.split([len(row) for row in rows])
