@@ -246,7 +246,7 @@ class DQARSession:
         )
         if trains and not self._warned and self._engine.saves:
             self._warned = True
-            warnings.warn("gradients are on, so DQAR reuses nothing: draw under torch.no_grad()", stacklevel=4)
+            warnings.warn("gradients are on, so DQAR reuses nothing: draw under torch.no_grad()", stacklevel=5)
         return trains
 
     def _end_run(self, run: Run) -> None:

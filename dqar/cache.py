@@ -36,11 +36,6 @@ class StoredTensor:
         return StoredTensor(self.data.clone(), self.dtype)
 
     @property
-    def shape(self) -> torch.Size:
-        """Of the tensor."""
-        return self.data.shape
-
-    @property
     def nbytes(self) -> int:
         """Bytes, as stored."""
         return self.data.nbytes

@@ -104,6 +104,7 @@ class DQARController:
         latent_norm: torch.Tensor | float | None = None,
         timestep: float | None = None,
         run: int | None = None,
+        latent_size: str | None = None,
     ) -> None:
         """Opens a denoising step. A step that doesn't follow the last one begins a new run with an empty cache.
 
@@ -118,6 +119,7 @@ class DQARController:
             latent_norm: ‖x_t‖₂, a feature of the policy.
             timestep: for the trace.
             run: number of the run, where several share a trace.
+            latent_size: height and width, as in ``"32 x 32"``, for the trace.
 
         Raises:
             ValueError: a step outside the run, or a run that the plan wasn't made for.
@@ -161,7 +163,16 @@ class DQARController:
         self._table: dict[str, Sequence[str]] = {}
         self._rows: dict[str, Rows] = {}
         self._facts = StepFacts(
-            self._run, step_index, total_steps, timestep, threshold, snr, gate_snr, snr_schedule, latent_norm
+            self._run,
+            step_index,
+            total_steps,
+            timestep,
+            threshold,
+            snr,
+            gate_snr,
+            snr_schedule,
+            latent_norm,
+            latent_size,
         )
 
     def complete_step(self, snr: torch.Tensor | float) -> None:
@@ -304,16 +315,8 @@ class DQARController:
         ):
             self._add_computed(layer_id, entry.branch, entry.nbytes, entropies)
 
-    def record(
-        self, layer_id: int, branch: str, entropy: torch.Tensor | None = None, tokens: int | None = None
-    ) -> None:
-        """Records a computed site that no later step will reuse, so that nothing is cached; entropy ``[B, H]``."""
-        self.record_together(layer_id, {branch: slice(None)}, entropy, tokens)
-
-    def record_together(
-        self, layer_id: int, rows: dict[str, slice], entropy: torch.Tensor | None, tokens: int | None
-    ) -> None:
-        """``record`` for several branches."""
+    def record(self, layer_id: int, rows: dict[str, slice], entropy: torch.Tensor | None, tokens: int | None) -> None:
+        """Records computed branches that no later step will reuse, so that nothing is cached; entropy ``[B, H]``."""
         entropies = self._entropies(layer_id, rows, entropy, tokens)
         for branch in rows:
             self._add_computed(layer_id, branch, 0, entropies)

@@ -104,8 +104,10 @@ class ReuseEngine:
         for layer_id, layer in enumerate(self._layers):
             check_processor(layer, layer_id)
         config, scheduler = self.config, type(run.scheduler).__name__
-        if config.plan is not None and run.timesteps is not None:
-            config.plan.check_run(run.total_steps, scheduler)
+        if config.plan is not None:
+            config.plan.check_latents(_size(latents))
+            if run.timesteps is not None:
+                config.plan.check_run(run.total_steps, scheduler)
         if not config.gates_on_snr or config.probe.snr_source != "predicted" or run.levels is not None:
             return
         if run.timesteps is not None:
@@ -116,7 +118,7 @@ class ReuseEngine:
         warnings.warn(
             "DQAR on a bare transformer knows no SNR, so the gate stays closed: apply it to the pipeline, or set "
             "snr_range=None and no policy",
-            stacklevel=4,
+            stacklevel=5,
         )
 
     def call(self, compute: Callable[[], Any], run: Run, call: Call, named: dict[str, Any], first: bool) -> Any:
@@ -176,6 +178,7 @@ class ReuseEngine:
             latent_norm=norm,
             timestep=run.timestep,
             run=run.number,
+            latent_size=_size(stream.latents),
         )
 
     def _length_of_prompt(self, call: Call, named: dict[str, Any]) -> float | None:
@@ -194,6 +197,11 @@ class ReuseEngine:
         if guided.shape == latents.shape:
             stream.state.clean = run.levels.clean(run.index, latents, guided)
             stream.state.controller.complete_step(stats.snr(stream.state.clean, latents).mean())
+
+
+def _size(latents: torch.Tensor) -> str:
+    """Height and width, as in ``"32 x 32"``."""
+    return " x ".join(map(str, latents.shape[-2:]))
 
 
 def _compiled(transformer: torch.nn.Module, model: torch.nn.Module, blocks: list[torch.nn.Module]) -> bool:

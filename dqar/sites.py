@@ -96,7 +96,17 @@ class OpenCall:
         if self.controller.wants_commit(layer_id):
             self.controller.commit_together(layer_id, rows, entropy, tokens, tensors, partners)
         else:
-            self.controller.record_together(layer_id, rows, entropy, tokens)
+            self.controller.record(layer_id, rows, entropy, tokens)
+
+
+@dataclass(slots=True)
+class _Given:
+    """What an attention is called with, ``[B, N, C]`` and, of a cross-attention, ``[B, words, C]`` and its mask."""
+
+    original: Callable[..., torch.Tensor]
+    hidden_states: torch.Tensor
+    caption: torch.Tensor | None
+    mask: torch.Tensor | None
 
 
 class _TakenAttention:
@@ -121,45 +131,31 @@ class _TakenAttention:
         **kwargs: Any,
     ) -> torch.Tensor:
         """Answers the attention's calls."""
-        opened = self.opened()
-        output = None
+        opened, output = self.opened(), None
         if opened is not None:
-            output = self._answer(opened, original, hidden_states, encoder_hidden_states, attention_mask)
+            output = self._answer(opened, _Given(original, hidden_states, encoder_hidden_states, attention_mask))
         if output is None:
             return original(hidden_states, encoder_hidden_states, attention_mask, **kwargs)
         return output
 
-    def _answer(
-        self,
-        opened: OpenCall,
-        original: Callable[..., torch.Tensor],
-        hidden_states: torch.Tensor,
-        caption: torch.Tensor | None,
-        mask: torch.Tensor | None,
-    ) -> torch.Tensor | None:
+    def _answer(self, opened: OpenCall, given: _Given) -> torch.Tensor | None:
         """The attention's output; ``None``: it is computed as ever."""
         raise NotImplementedError
 
-    def _seen_by_hooks(
-        self,
-        answer: Callable[[torch.Tensor], torch.Tensor],
-        original: Callable[..., torch.Tensor],
-        hidden_states: torch.Tensor,
-        *more: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def _seen_by_hooks(self, given: _Given, answer: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """The answer; through the module where others' hooks are on it, past it where there are none."""
         attn: Any = self.attention
         if not (attn._forward_hooks or attn._forward_pre_hooks or "forward" in vars(attn)):
-            return answer(hidden_states)
+            return answer(given.hidden_states)
         processor = attn.processor
 
-        def with_the_original(x: torch.Tensor) -> torch.Tensor:
+        def with_the_original(hidden_states: torch.Tensor) -> torch.Tensor:
             attn.processor = processor
-            return answer(x)
+            return answer(hidden_states)
 
         attn.processor = _Answer(with_the_original)
         try:
-            return original(hidden_states, *more)
+            return given.original(given.hidden_states, given.caption, given.mask)
         finally:
             attn.processor = processor
 
@@ -209,26 +205,19 @@ class Site(_TakenAttention):
         """The modules to take over, and who answers their calls."""
         return [(self.attention, self.attend)]
 
-    def _answer(
-        self,
-        opened: OpenCall,
-        original: Callable[..., torch.Tensor],
-        hidden_states: torch.Tensor,
-        caption: torch.Tensor | None,
-        mask: torch.Tensor | None,
-    ) -> torch.Tensor | None:
+    def _answer(self, opened: OpenCall, given: _Given) -> torch.Tensor | None:
         if not opened.choices:
             return None
-        if caption is not None or mask is not None:
-            given = "attention_mask" if caption is None else "encoder_hidden_states"
-            raise ValueError(f"layer {self.layer_id} was given {given}: DQAR takes unmasked self-attention only")
+        if given.caption is not None or given.mask is not None:
+            name = "attention_mask" if given.caption is None else "encoder_hidden_states"
+            raise ValueError(f"layer {self.layer_id} was given {name}: DQAR takes unmasked self-attention only")
         check_processor(self.attention, self.layer_id)
         choice = opened.choices[self.layer_id]
         if self._is_plain(opened, choice):
-            output = original(hidden_states)
-            self._computed(opened, opened.rows(hidden_states, self.layer_id), None, hidden_states.shape[1], output)
+            output, rows = given.original(given.hidden_states), opened.rows(given.hidden_states, self.layer_id)
+            self._computed(opened, rows, None, output.shape[1], output)
             return output
-        return self._seen_by_hooks(lambda x: self._attend(opened, choice, x), original, hidden_states)
+        return self._seen_by_hooks(given, functools.partial(self._attend, opened, choice))
 
     def _is_plain(self, opened: OpenCall, choice: Choice) -> bool:
         """Whether the layer is computed for all branches, as ever."""
@@ -336,17 +325,11 @@ class AttentionAndFeedForward(Site):
         """See ``Site``."""
         return [(self.attention, self.attend), (self.block.ff, self.feed_forward)]
 
-    def _answer(
-        self,
-        opened: OpenCall,
-        original: Callable[..., torch.Tensor],
-        hidden_states: torch.Tensor,
-        caption: torch.Tensor | None,
-        mask: torch.Tensor | None,
-    ) -> torch.Tensor | None:
+    def _answer(self, opened: OpenCall, given: _Given) -> torch.Tensor | None:
         if opened.choices:
-            opened.waiting[self.layer_id] = _Waiting(hidden_states.shape[:-1], opened.choices[self.layer_id])
-        return super()._answer(opened, original, hidden_states, caption, mask)
+            shape = given.hidden_states.shape[:-1]
+            opened.waiting[self.layer_id] = _Waiting(shape, opened.choices[self.layer_id])
+        return super()._answer(opened, given)
 
     def _computed(
         self, opened: OpenCall, rows: Rows, entropy: torch.Tensor | None, tokens: int, output: torch.Tensor
@@ -420,17 +403,10 @@ class Residual(AttentionAndFeedForward):
         opened.reused(layer_id, choice.cached)
         return torch.cat([output[r] if b in choice.fresh else hidden_states[r] + changes[b] for b, r in rows.items()])
 
-    def _answer(
-        self,
-        opened: OpenCall,
-        original: Callable[..., torch.Tensor],
-        hidden_states: torch.Tensor,
-        caption: torch.Tensor | None,
-        mask: torch.Tensor | None,
-    ) -> torch.Tensor | None:
+    def _answer(self, opened: OpenCall, given: _Given) -> torch.Tensor | None:
         if self.layer_id not in opened.waiting:  # called by itself, not by its block
             return None
-        return Site._answer(self, opened, original, hidden_states, caption, mask)
+        return Site._answer(self, opened, given)
 
     def _attend(self, opened: OpenCall, choice: Choice, hidden_states: torch.Tensor) -> torch.Tensor:
         """What isn't computed is left zero, and its rows are dropped by the block."""
@@ -476,19 +452,11 @@ class CrossAttention(_TakenAttention):
     With ``cache.cross_attention`` they are computed at a call's first step only, to the bit what they would be at any.
     """
 
-    def _answer(
-        self,
-        opened: OpenCall,
-        original: Callable[..., torch.Tensor],
-        hidden_states: torch.Tensor,
-        caption: torch.Tensor | None,
-        mask: torch.Tensor | None,
-    ) -> torch.Tensor | None:
+    def _answer(self, opened: OpenCall, given: _Given) -> torch.Tensor | None:
         # Without a caption it attends to itself after all; another's processor does what it does.
-        if caption is None or type(self.attention.processor) is not AttnProcessor2_0:
+        if given.caption is None or type(self.attention.processor) is not AttnProcessor2_0:
             return None
-        answer = functools.partial(self._attend, opened, caption, mask)
-        return self._seen_by_hooks(answer, original, hidden_states, caption, mask)
+        return self._seen_by_hooks(given, functools.partial(self._attend, opened, given.caption, given.mask))
 
     def _attend(
         self,

@@ -57,6 +57,8 @@ class StepFacts:
     snr_schedule: float | None = None
     """The noise schedule's own."""
     latent_norm: torch.Tensor | float | None = None
+    latent_size: str | None = None
+    """Height and width, as in ``"32 x 32"``."""
 
 
 @dataclass(slots=True)
@@ -173,7 +175,7 @@ class Trace:
 
         self.resolve()
         first = ("run", "step", "total_steps", "timestep")
-        last = ("threshold", "snr", "snr_gate", "snr_schedule", "latent_norm")
+        last = ("threshold", "snr", "snr_gate", "snr_schedule", "latent_norm", "latent_size")
         sites = ("module", "layer", "branch", "decision", "reason", "entropy", "age")
         columns: dict[str, list[Any]] = {name: [] for name in (*first, *sites, *last, "tokens", "bytes")}
         for rows in self._all():
