@@ -162,18 +162,8 @@ class DQARController:
         self._looks = self._measures and step_index % config.probe.interval == 0
         self._table: dict[str, Sequence[str]] = {}
         self._rows: dict[str, Rows] = {}
-        self._facts = StepFacts(
-            self._run,
-            step_index,
-            total_steps,
-            timestep,
-            threshold,
-            snr,
-            gate_snr,
-            snr_schedule,
-            latent_norm,
-            latent_size,
-        )
+        signals = (threshold, snr, gate_snr, snr_schedule, latent_norm, latent_size)
+        self._facts = StepFacts(self._run, step_index, total_steps, timestep, *signals)
 
     def complete_step(self, snr: torch.Tensor | float) -> None:
         """Writes the SNR by the step's own prediction, known only after the model ran, to the step's trace rows."""
