@@ -1,4 +1,5 @@
-# Everything runs in a virtual environment of the project's own, made on first use.
+# Everything runs in a virtual environment of the project's own, made on first use by PYTHON3 (3.11 or newer).
+PYTHON3 ?= python3
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
@@ -13,14 +14,15 @@ figures: $(READY)
 results: $(READY)
 	$(PYTHON) -m dqar record --profile $(PROFILE)
 
-# DiT-XL/2's shape with random weights; on a GPU: PYTHON -m dqar benchmark --device cuda --dtype bfloat16.
+# DiT-XL/2's shape with random weights; on a GPU: dqar benchmark --device cuda --dtype bfloat16.
 benchmarks: $(READY)
 	$(PYTHON) -m dqar benchmark
 
 test: $(READY)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	$(PYTHON) -m pytest
+	$(PYTHON) -m mypy
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal
 
 smoke: $(READY)
 	$(PYTHON) -m dqar record --profile smoke --work out/smoke
@@ -31,11 +33,14 @@ lab: $(READY)
 	$(PYTHON) -m jupyterlab --notebook-dir notebooks
 
 clean:
-	rm -rf out recorded/smoke $(VENV) .pytest_cache .ruff_cache *.egg-info
+	rm -rf out recorded/smoke $(VENV) dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 # torch first and pinned exactly: only so does pip take the CPU wheel where one is offered.
 $(READY): pyproject.toml constraints.txt
-	test -x $(PYTHON) || python3 -m venv $(VENV)
+	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "dqar needs Python 3.11 or newer, and $(PYTHON3) is older: make PYTHON3=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -m pip --version >/dev/null 2>&1 || $(PYTHON3) -m venv $(VENV) && $(PYTHON) -m pip --version >/dev/null || \
+		{ echo "$(PYTHON3) can't make a virtual environment: install its venv and pip (Debian: apt install python3-venv)"; exit 1; }
 	$(PYTHON) -m pip install -q "$$(grep '^torch==' constraints.txt)"
-	$(PYTHON) -m pip install -q -c constraints.txt -e .[dev,peers]
+	$(PYTHON) -m pip install -q -c constraints.txt -e .[dev]
 	touch $@

@@ -1,30 +1,93 @@
-"""The one command, ``dqar`` or ``python -m dqar``: each subcommand is the ``main`` of the module that does the work."""
+"""The one command, ``dqar`` or ``python -m dqar``: finds the subcommand, and answers every error in one line."""
 
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
+from dataclasses import dataclass
+
+import dqar
+from dqar.models.loggers import silence_torchao
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: the module whose ``run(arguments)`` does it and returns an exit code, and what it is for."""
+
+    module: str
+    purpose: str
+    resumes: bool = False
+    """Whether the same command goes on after an interruption."""
+
 
 COMMANDS = {
-    "workbook": ("dqar.workbook", "runs the notebooks and makes the figures"),
-    "plan": ("dqar.forecast.fit", "makes a forecast plan for a profile"),
-    "calibrate": ("dqar.measure.calibrate", "proposes a gate for a profile's model"),
-    "record": ("dqar.studies.record", "makes the long measurements that the figures draw from"),
-    "benchmark": ("dqar.studies.benchmarks", "times the mechanism at DiT-XL/2's size"),
-    "train": ("dqar.training.command", "trains the embedded models"),
+    "workbook": Command("dqar.workbook", "run the notebooks and make the figures", resumes=True),
+    "plan": Command("dqar.commands.plan", "fit a forecast plan, which computes only some steps of a run"),
+    "calibrate": Command("dqar.commands.calibrate", "propose entropy threshold and SNR range for a model"),
+    "record": Command("dqar.commands.record", "make the long measurements that the figures draw from", resumes=True),
+    "benchmark": Command("dqar.commands.benchmark", "time reuse at DiT-XL/2's size, or the cost of deciding"),
+    "train": Command("dqar.commands.train", "train the embedded models", resumes=True),
 }
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a subcommand; returns its exit code, or 2 if there is none of that name."""
+    """Runs a subcommand; errors go to standard error, one line each.
+
+    Returns:
+        The exit code: 0; 1 if something failed; 2 for a wrong argument, or a file that is missing or can't be read or
+        written; 130 for Ctrl-C.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments and arguments[0] in COMMANDS:
-        return importlib.import_module(COMMANDS[arguments[0]][0]).main(arguments[1:])
-    lines = [f"  {name:10} {purpose}" for name, (_, purpose) in COMMANDS.items()]
-    print(
-        "usage: dqar COMMAND [OPTIONS]\n\n" + "\n".join(lines) + "\n\n`dqar COMMAND --help` lists a command's options."
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else 2
+    name, *options = arguments
+    if name == "--version":
+        print(f"dqar {dqar.__version__}")
+        return 0
+    if name not in COMMANDS:
+        return _fail("dqar", f"command {name!r} is unknown: choose one of {', '.join(COMMANDS)}", 2)
+    silence_torchao()
+    try:
+        return importlib.import_module(COMMANDS[name].module).run(options)
+    except KeyboardInterrupt:
+        kept = "what is finished is kept, and the same command continues"
+        return _fail(f"dqar {name}", f"stopped; {kept if COMMANDS[name].resumes else 'nothing was written'}", 130)
+    except (ValueError, OSError, RuntimeError, ImportError, FloatingPointError) as error:
+        logging.getLogger(__name__).info("failed", exc_info=True)  # for the log file of commands that have one
+        code = 2 if isinstance(error, (ValueError, OSError)) else 1
+        return _fail(f"dqar {name}", _missing(error) or str(error) or type(error).__name__, code)
+
+
+def usage() -> str:
+    """What ``dqar --help`` prints."""
+    lines = [f"  {name:10} {command.purpose}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: dqar COMMAND [OPTIONS]",
+            "",
+            "Dynamic Quantized Attention Reuse in Diffusion Transformers.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "`dqar COMMAND --help` lists a command's options, `dqar --version` prints the version.",
+            "Exit codes: 0, 1 if something failed, 2 for a wrong argument or a missing file, 130 for Ctrl-C.",
+        ]
     )
-    return 0 if arguments in (["-h"], ["--help"]) else 2
+
+
+def _missing(error: Exception) -> str:
+    """What to install if ``error`` is about a package that only an extra brings."""
+    if not isinstance(error, ModuleNotFoundError) or not error.name or error.name.split(".")[0] == "dqar":
+        return ""
+    return f"needs {error.name.split('.')[0]}, which isn't installed: pip install 'dqar[workbook]'"
+
+
+def _fail(command: str, message: str, code: int) -> int:
+    print(f"{command}: {' '.join(message.split())}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

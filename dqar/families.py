@@ -18,16 +18,20 @@ class Family:
     Attributes:
         branch_order: how the family's pipelines stack the branches of guidance in one batch.
         last_layer: the linear layer that reads the output from the last hidden states.
+        channels: the axis of the latents' channels; of packed tokens ``[B, tokens, C]`` always the last.
     """
 
-    branch_order: tuple[str, str] = ("cond", "uncond")
+    branch_order: tuple[str, str] = ("uncond", "cond")
     last_layer: str = "proj_out"
+    channels: int = 1
 
 
 FAMILIES = {
-    "DiTTransformer2DModel": Family(last_layer="proj_out_2"),
-    "PixArtTransformer2DModel": Family(("uncond", "cond")),
-    "LatteTransformer3DModel": Family(("uncond", "cond")),
+    "DiTTransformer2DModel": Family(("cond", "uncond"), last_layer="proj_out_2"),
+    "PixArtTransformer2DModel": Family(),
+    "LatteTransformer3DModel": Family(),
+    "LuminaNextDiT2DModel": Family(("cond", "uncond")),
+    "CogVideoXTransformer3DModel": Family(channels=2),
 }
 CONDITIONS = ("class_labels", "encoder_hidden_states", "encoder_attention_mask", "pooled_projections")
 """Arguments of a transformer that say what is to be drawn: a run, and each of its branches, keeps to them."""
@@ -107,9 +111,12 @@ def describe_model(transformer: Any) -> str:
     """What a plan must fit: class, depth, width, input size and number of parameters of a diffusers transformer."""
     model = bare(transformer)
     config = model.config
-    width = config.num_attention_heads * config.attention_head_dim
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return (
-        f"{original_class(model).__name__} of {config.num_layers} layers, {width} wide, {config.sample_size} x "
-        f"{config.sample_size} inputs, {parameters:,} parameters"
-    )
+    parts = [f"{getattr(config, 'num_layers', 'unknown')} layers"]
+    if singles := getattr(config, "num_single_layers", None):
+        parts.append(f"{singles} single layers")
+    if hasattr(config, "num_attention_heads") and hasattr(config, "attention_head_dim"):
+        parts.append(f"{config.num_attention_heads * config.attention_head_dim} wide")
+    if size := getattr(config, "sample_size", None):
+        parts.append(f"{size} x {size} inputs")
+    parts.append(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters")
+    return f"{original_class(model).__name__} of {', '.join(parts)}"

@@ -22,7 +22,7 @@ BRANCHES = ("cond", "uncond")
 """Of classifier-free guidance."""
 
 
-FORMAT, FORECAST_FORMAT = "dqar-plan-1", "dqar-forecast-1"
+FORMAT, FORECAST_FORMAT = "dqar-plan-1", "dqar-forecast-2"
 
 
 Site = tuple[int, int, str]

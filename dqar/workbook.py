@@ -1,12 +1,13 @@
-"""Runs all notebooks headlessly: ``python -m dqar workbook --profile digits``."""
+"""``dqar workbook``: runs the notebooks headlessly, keeps executed copies and HTML, and collects the figures."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import logging
+import os
 import re
 import shutil
+import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,9 @@ from papermill.exceptions import PapermillExecutionError
 from rich.console import Console
 from rich.table import Table
 
+from dqar import __main__ as command
+from dqar.commands.parser import Parser
+from dqar.figures.gallery import publish
 from dqar.measure.results import Run, atomic_path, code_hash, recorded_hash
 from dqar.models.profiles import get_profile
 
@@ -45,18 +49,23 @@ def choose(only: str | None, folder: Path = NOTEBOOKS, trained: bool = True) -> 
         trained: whether the model is; with random weights, only the notebooks about time make sense.
 
     Raises:
-        ValueError: nothing there begins so.
+        ValueError: there are no notebooks in ``folder``, or none begins so.
     """
     notebooks = sorted(folder.glob("[0-9]*.ipynb"))
+    if not notebooks:
+        raise ValueError(
+            f"no notebooks in {folder}: the package is without them. Get dqar's repository and run "
+            "`pip install -e '.[workbook]'` and `dqar workbook` there"
+        )
     if not trained:
         notebooks = [path for path in notebooks if path.stem in ABOUT_TIME]
-    if only is None and notebooks:
+    if only is None:
         return notebooks
     chosen = []
-    for prefix in (only or "").split(","):
+    for prefix in only.split(","):
         found = [path for path in notebooks if prefix.strip() and path.name.startswith(prefix.strip())]
         if not found:
-            names = ", ".join(path.stem for path in notebooks) or "none"
+            names = ", ".join(path.stem for path in notebooks)
             kind = "" if trained else " that makes sense with random weights"
             raise ValueError(f"no notebook {prefix!r}{kind} in {folder}: there are {names}")
         chosen += found
@@ -75,6 +84,7 @@ def run_notebook(path: Path, profile: str, seed: int, out: Path) -> Outcome:
     started = time.monotonic()
     parameters = {"profile": profile, "seed": seed, "out": str(out.resolve())}
     failed = folder / f"{path.stem}.failed.ipynb"
+    os.environ["TQDM_DISABLE"] = "1"  # for the kernel, whose bars would stand in the page; papermill's own bar stays
     try:
         with atomic_path(executed) as temporary:
             try:
@@ -97,53 +107,53 @@ def run_notebook(path: Path, profile: str, seed: int, out: Path) -> Outcome:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, 1 if a notebook failed, 2 for a wrong argument, 130 for Ctrl-C."""
-    parser = argparse.ArgumentParser(prog="dqar workbook", description=__doc__)
-    parser.add_argument("--profile", default="digits", help="see dqar/models/profiles.py (default: digits)")
-    parser.add_argument("--only", help="comma-separated beginnings of notebook names, such as 01,03")
-    parser.add_argument("--jobs", type=int, default=1, help="notebooks at once; more than 1 spoils the timings")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("out"), help="results, figures and executed notebooks")
-    parser.add_argument("--figures", type=Path, help="copy the figures here when all notebooks have succeeded")
+    """``dqar workbook`` for callers in Python: returns the exit code that ``dqar.__main__.main`` explains."""
+    return command.main(["workbook", *(sys.argv[1:] if arguments is None else arguments)])
+
+
+def run(arguments: list[str]) -> int:
+    """Runs the chosen notebooks; returns 0, or 1 if one failed.
+
+    Raises:
+        ValueError: an argument isn't accepted, or there are no notebooks.
+        OSError: ``--out`` or ``--figures`` can't be written.
+    """
+    parser = Parser("workbook", "Runs the notebooks and makes the figures. Keeps what is finished; resumes.")
+    parser.add_profile()
+    parser.add_argument("--only", metavar="NAMES", help="comma-separated beginnings of notebook names, such as 01,03")
+    parser.add_argument("--jobs", type=int, default=1, help="notebooks at once; more spoil timings (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="of all sampling (default: 0)")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of all that is made (default: out)")
+    parser.add_argument("--figures", type=Path, help="folder for a copy of the figures, when all notebooks succeed")
     options = parser.parse_args(arguments)
-    console = Console()
-    try:
-        if options.jobs < 1:
-            raise ValueError(f"--jobs {options.jobs} is not accepted: 1 or more")
-        profile = get_profile(options.profile)
-        Run(options.profile, options.seed, options.out)
-        notebooks = choose(options.only, trained=profile.trained)
-        logging.basicConfig(filename=options.out / "workbook.log", level=logging.INFO, format="%(asctime)s %(message)s")
-    except (ValueError, OSError) as error:
-        console.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
-        return 2
+    if options.jobs < 1:
+        raise ValueError(f"--jobs {options.jobs} is not accepted: 1 or more")
+    profile = get_profile(options.profile)
+    notebooks = choose(options.only, trained=profile.trained)
+    Run(options.profile, options.seed, options.out)
+    logging.basicConfig(filename=options.out / "workbook.log", level=logging.INFO, format="%(asctime)s %(message)s")
     warnings.filterwarnings("ignore", category=nbformat.validator.MissingIDFieldWarning)
 
-    def run(path: Path) -> Outcome:
+    def one(path: Path) -> Outcome:
         return run_notebook(path, options.profile, options.seed, options.out)
 
-    try:
-        if options.jobs == 1:
-            outcomes = [run(path) for path in notebooks]
-        else:
-            with ThreadPoolExecutor(options.jobs) as pool:
-                outcomes = list(pool.map(run, notebooks))
-    except KeyboardInterrupt:
-        console.print("[red]stopped; finished notebooks and tables are kept, the same command continues[/red]")
-        return 130
+    if options.jobs == 1:
+        outcomes = [one(path) for path in notebooks]
+    else:
+        with ThreadPoolExecutor(options.jobs) as pool:
+            outcomes = list(pool.map(one, notebooks))
+    console = Console()
     table = Table("notebook", "status", "seconds", title=f"profile {options.profile}, seed {options.seed}")
     for outcome in outcomes:
         logging.info("%s: %s in %.0f s %s", outcome.notebook, outcome.status, outcome.seconds, outcome.error)
         table.add_row(outcome.notebook, outcome.status, f"{outcome.seconds:.0f}")
     console.print(table)
-    errors = [outcome.error for outcome in outcomes if outcome.status == "failed"]
-    for error in errors:
+    failed = [outcome.error for outcome in outcomes if outcome.status == "failed"]
+    for error in failed:
         console.print(f"failed: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
-    if not errors and options.figures:
-        options.figures.mkdir(parents=True, exist_ok=True)
-        for path in (options.out / "figures").iterdir():
-            shutil.copy(path, options.figures / path.name)
-    return 1 if errors else 0
+    if not failed and options.figures:
+        publish(options.out / "figures", options.figures)
+    return 1 if failed else 0
 
 
 def _plain(text: str) -> str:

@@ -17,6 +17,7 @@ BELOW = {
     "peers": {"core", "models", "measure"},
     "studies": {"core", "models", "measure", "forecast", "peers"},
     "figures": {"core", "models", "measure", "forecast", "peers", "studies"},
+    "commands": {"core", "models", "measure", "forecast", "peers", "studies", "training"},
 }
 
 

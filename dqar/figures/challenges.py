@@ -8,9 +8,71 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from dqar.figures.style import ACCENT, BLUE, GREEN, GREY, headline, recorded, save
+from dqar.figures.style import ACCENT, BLUE, DARK, GREEN, GREY, headline, recorded, save, save_table
 from dqar.measure.results import Run
 from dqar.studies import policy
+
+LOOKING = {
+    "fused": "exact",
+    "fused, 8 of 64 queries": "8 of 64 queries",
+    "fused, every 4th step": "every 4th step",
+    "maps": "from whole attention maps",
+}
+
+
+@recorded("few-bit caches, step by step; branches that share; single reuses; the cost of looking")
+def slide15(
+    run: Run,
+    labels: pd.DataFrame,
+    oracle: pd.DataFrame,
+    accumulation: pd.DataFrame,
+    overhead: pd.DataFrame,
+    sharing: pd.DataFrame,
+) -> Figure:
+    """Slide 15: each challenge, the deck's solution, and what was measured of it."""
+    between, within = entropy_spreads(labels)
+    last = accumulation[accumulation.step == accumulation.step.max()].set_index(["bits", "variant"]).relative_error
+    delta, steps = policy.calibrated_delta(oracle), run.profile.num_inference_steps
+    with_l2, without = (policy.study(labels, delta, steps, l2=l2).auc() for l2 in (1e-4, 0.0))
+    cost = looking(overhead).median()
+    shared = shared_runs(sharing).query("target == 'output'").iloc[-1]
+    rows = [
+        (
+            "1. Threshold calibration",
+            "τ(p) = τ √(p/64)",
+            f"entropy varies by {within:.2f} nats from site to site, by {between:.2f} from class to class; other "
+            "prompt lengths: not testable here",
+        ),
+        (
+            "2. Quantization error",
+            "channel-wise salience balancing, top-k channels",
+            f"latents end {last[8, 'per tensor']:.2%} off in INT8, {last[8, 'per tensor + CSB']:.2%} with "
+            f"balancing, {last[8, 'per channel']:.2%} with a scale a channel",
+        ),
+        (
+            "3. Policy overfitting",
+            "diverse data, L2, two layers",
+            f"area under the ROC curve on unseen classes: {with_l2:.3f} with the deck's L2, {without:.3f} without",
+        ),
+        (
+            "4. Metric overhead",
+            "vectorized operations, compute once",
+            f"exact entropy adds {cost['fused']:.0%} to a step of this small model, every 4th step "
+            f"{cost['fused, every 4th step']:.0%}",
+        ),
+        (
+            "5. CFG branch sharing",
+            "separate caches, sharing where entropies agree",
+            f"sharing saves {1 - 1 / shared.macs_speedup:.0%} of the MACs at {shared.psnr:.0f} dB; "
+            "separate caches are exact",
+        ),
+    ]
+    table = pd.DataFrame(rows, columns=["Problem", "The deck's solution", "Measured"])
+    best = last[8, "per channel"] < last[8, "per tensor + CSB"]
+    title = "A scale a channel beats balancing" if best else "Balancing channels helps"
+    title = f"{title}, looking costs {cost['fused']:.0%} of a step, and sharing branches costs quality"
+    note = f"n = {sharing.image.nunique()} images (5), {len(labels):,} reuses (1, 3)"
+    return save_table(run, "slide15", title, table, [20, 27, 48], sharing, note)
 
 
 @recorded("errors of single reuses")
@@ -18,18 +80,14 @@ def slide15_thresholds(run: Run, labels: pd.DataFrame) -> Figure:
     """Challenge 1: entropy by class. Every label is one word long, so τ(p) has nothing to adapt to."""
     figure, axes = plt.subplots()
     sns.boxplot(labels, x="label", y="entropy", ax=axes, color=ACCENT, width=0.6, fliersize=0)
-    between = labels.groupby("label").entropy.mean().std()
-    within = labels.groupby("label").entropy.std().mean()
-    axes.set(
-        xlabel="class, each label p = 1 word (other lengths: not measured, the model takes no text)",
-        ylabel="entropy of a site (nats)",
-    )
+    between, within = entropy_spreads(labels)
+    axes.set(xlabel="class (every label is one word long: p = 1)", ylabel="entropy of a site (nats)")
     headline(
         figure,
-        f"Threshold calibration: at one prompt length, classes differ by {between:.2f} nats, sites of one class by "
-        f"{within:.2f} (std): the site matters, not the prompt",
+        f"Classes differ by {between:.2f} nats and the sites of one class by {within:.2f}: a threshold must adapt to "
+        "the site",
     )
-    return save(run, "slide15_thresholds", figure, labels)
+    return save(run, "slide15_thresholds", figure, labels, f"n = {len(labels):,} sites; standard deviations")
 
 
 @recorded("few-bit caches, step by step")
@@ -37,7 +95,7 @@ def slide15_accumulation(run: Run, accumulation: pd.DataFrame) -> Figure:
     """Challenge 2: error of the latents over the steps in 8, 4 and 2 bits, with CSB and kept channels."""
     figure, axes = plt.subplots(1, 3, sharey=True)
     variants = list(dict.fromkeys(accumulation.variant))
-    colors = dict(zip(variants, [GREY, BLUE, GREEN, ACCENT, "#222222"], strict=True))
+    colors = dict(zip(variants, [GREY, BLUE, GREEN, ACCENT, DARK], strict=True))
     for ax, bits in zip(axes, (8, 4, 2), strict=True):
         for variant in variants:
             part = accumulation[
@@ -47,15 +105,13 @@ def slide15_accumulation(run: Run, accumulation: pd.DataFrame) -> Figure:
         ax.set(yscale="log", xlabel="denoising step")
         ax.set_title(f"INT{bits}")
     axes[0].set_ylabel("relative error of the latents")
-    axes[2].legend(fontsize=12)
+    axes[0].legend(loc="upper left")
     last = accumulation[accumulation.step == accumulation.step.max()].set_index(["bits", "variant"]).relative_error
-    gain = {bits: last[bits, "per tensor"] / last[bits, "per tensor + CSB"] for bits in (8, 4, 2)}
+    errors = ", ".join(f"{last[bits, 'per tensor']:.1%}" for bits in (8, 4, 2))
+    gains = ", ".join(f"{last[bits, 'per tensor'] / last[bits, 'per tensor + CSB']:.1f}" for bits in (8, 4, 2))
     headline(
         figure,
-        f"Quantization error: at the last step {last[8, 'per tensor']:.1e}, {last[4, 'per tensor']:.1e}, "
-        f"{last[2, 'per tensor']:.1e} in 8, 4, 2 bits; CSB makes it "
-        + ", ".join(f"{value:.2g}×" for value in gain.values())
-        + " smaller",
+        f"In 8, 4 and 2 bits the latents end {errors} off; balancing the channels makes that {gains} times smaller",
     )
     return save(run, "slide15_accumulation", figure, accumulation)
 
@@ -66,73 +122,87 @@ def slide15_overfitting(run: Run, labels: pd.DataFrame, oracle: pd.DataFrame) ->
     delta, steps = policy.calibrated_delta(oracle), run.profile.num_inference_steps
     studies = {
         name: policy.study(labels, delta, steps, l2=l2, patience=None, max_epochs=150)
-        for name, l2 in (("no L2", 0.0), ("L2 1e-4", 1e-4), ("L2 1e-2", 1e-2))
+        for name, l2 in (("no L2", 0.0), ("the deck's L2, 0.0001", 1e-4), ("L2 of 0.01", 1e-2))
     }
     figure, axes = plt.subplots(1, len(studies), sharey=True)
     for ax, (name, study) in zip(axes, studies.items(), strict=True):
         ax.plot(study.history.epoch, study.history.train, color=GREY, lw=3, label="trained on")
         ax.plot(study.history.epoch, study.history.held_out, color=ACCENT, lw=3, label="held out")
         ax.set(xlabel="epoch")
-        ax.set_title(f"{name}: area {study.auc():.3f}")
+        ax.set_title(f"{name}:\narea {study.auc():.3f}")
     axes[0].set_ylabel("cross-entropy (nats)")
     axes[0].legend()
-    gaps = [study.history.held_out.iloc[-1] - study.history.train.iloc[-1] for study in studies.values()]
+    areas = [study.auc() for study in studies.values()]
     headline(
         figure,
-        f"Policy overfitting: held-out minus training loss after {len(study.history)} epochs: "
-        + ", ".join(f"{gap:+.3f} ({name})" for gap, name in zip(gaps, studies, strict=True)),
+        f"L2 regularization moves the area under the ROC curve by {max(areas) - min(areas):.3f} on digits that the "
+        "network has not seen",
     )
-    return save(run, "slide15_overfitting", figure, labels)
+    note = f"n = {len(labels):,} single reuses of 10 classes, {len(policy.TEST)} of them held out"
+    return save(run, "slide15_overfitting", figure, labels, note)
 
 
 @recorded("whole steps with the entropy in different ways")
-def slide15_step_overhead(run: Run, overhead: pd.DataFrame) -> Figure:
-    """Challenge 4: what the entropy costs, as a share of a whole step."""
-    wide = overhead.pivot(index="repeat", columns="method", values="seconds")
-    share = wide.div(wide["none"], axis=0) - 1
-    order = [name for name in dict.fromkeys(overhead.method) if name != "none"]
-    quartiles = share[order].quantile([0.25, 0.5, 0.75])
-    figure, axes = plt.subplots()
+def slide15_looking(run: Run, overhead: pd.DataFrame) -> Figure:
+    """Challenge 4: what the entropy costs, as a share of a whole step. The workbook's one figure of that cost."""
+    share = looking(overhead)[list(LOOKING)]
+    quartiles = share.quantile([0.25, 0.5, 0.75])
     middle = quartiles.loc[0.5]
+    figure, axes = plt.subplots()
     spread = [middle - quartiles.loc[0.25], quartiles.loc[0.75] - middle]
-    axes.barh(order, middle, xerr=spread, color=[GREY if name == "maps" else ACCENT for name in order], capsize=6)
-    for y, name in enumerate(order):
+    colors = [GREY if name == "maps" else ACCENT for name in LOOKING]
+    axes.barh(list(LOOKING.values()), middle, xerr=spread, color=colors, capsize=6)
+    for y, name in enumerate(LOOKING):
         axes.annotate(
             f"{middle[name]:+.0%}", (quartiles.loc[0.75, name], y), (10, 0), textcoords="offset points", va="center"
         )
     axes.invert_yaxis()
     axes.xaxis.set_major_formatter("{x:.0%}")
     axes.margins(x=0.15)
-    axes.set(xlabel="added to a denoising step (median, quartiles)")
+    axes.set(xlabel="time added to a denoising step (median, quartiles)", ylabel="how entropy is measured")
     headline(
         figure,
-        f"Metric overhead on this small model: exact entropy adds {middle['fused']:.0%} to a step, "
-        f"maps {middle['maps']:.0%}, "
-        f"every 4th step {middle['fused, every 4th step']:.0%}",
+        f"On this small model exact entropy adds {middle['fused']:.0%} to a step; measured at every 4th step it adds "
+        f"{middle['fused, every 4th step']:.0%}",
     )
-    return save(run, "slide15_step_overhead", figure, overhead)
+    return save(run, "slide15_looking", figure, overhead, f"{len(share)} runs taken in turn")
 
 
 @recorded("branches that share")
 def slide15_sharing(run: Run, sharing: pd.DataFrame) -> Figure:
     """Challenge 5: one branch takes the other's attention where entropies differ by less than ε."""
-    runs = sharing.groupby(["target", "epsilon"], as_index=False)[["mse", "macs_speedup", "sites_reused"]].mean()
-    runs["psnr"] = -10 * np.log10(runs.mse.replace(0, np.nan))
+    runs = shared_runs(sharing)
     figure, axes = plt.subplots()
-    for target, color in (("kv", BLUE), ("output", ACCENT)):
+    for target, label, color in (("kv", "K and V shared", BLUE), ("output", "output shared", ACCENT)):
         part = runs[runs.target == target]
-        axes.plot(part.macs_speedup, part.psnr, color=color, lw=3, marker="o", ms=10, label=f"shared {target}")
+        axes.plot(part.macs_speedup, part.psnr, color=color, lw=3, marker="o", ms=10, label=label)
         for row in part.drop_duplicates("macs_speedup").itertuples():  # beyond some ε all is shared that may be
-            axes.annotate(
-                f"ε = {row.epsilon:g}", (row.macs_speedup, row.psnr), (8, 8), textcoords="offset points", size=14
-            )
-    axes.set(xlabel="MACs: full compute / this (×)", ylabel="PSNR to full compute (dB)")
+            axes.annotate(f"ε = {row.epsilon:g}", (row.macs_speedup, row.psnr), (8, 8), textcoords="offset points")
+    axes.set(xlabel="MACs of full compute / of this", ylabel="PSNR to full compute (dB)")
     axes.margins(0.15)
     axes.legend()
     best = runs.loc[runs[runs.target == "output"].macs_speedup.idxmax()]
     headline(
         figure,
-        f"CFG branch sharing: at most {best.macs_speedup:.2f}× fewer MACs, at {best.psnr:.1f} dB; separate caches are "
-        "exact",
+        f"Sharing attention between the two branches saves at most {1 - 1 / best.macs_speedup:.0%} of the MACs, "
+        f"at {best.psnr:.0f} dB",
     )
-    return save(run, "slide15_sharing", figure, sharing)
+    return save(run, "slide15_sharing", figure, sharing, f"n = {sharing.image.nunique()} images")
+
+
+def entropy_spreads(labels: pd.DataFrame) -> tuple[float, float]:
+    """Standard deviation (nats) of the classes' mean entropies, and that of the sites within a class."""
+    by_class = labels.groupby("label").entropy
+    return by_class.mean().std(), by_class.std().mean()
+
+
+def looking(overhead: pd.DataFrame) -> pd.DataFrame:
+    """Time that measuring entropy adds to a step, as a share of it: a column a method, a row a repeat."""
+    wide = overhead.pivot(index="repeat", columns="method", values="seconds")
+    return wide.div(wide["none"], axis=0) - 1
+
+
+def shared_runs(sharing: pd.DataFrame) -> pd.DataFrame:
+    """Mean quality and cost of each target and ε; ``psnr`` in dB to full compute."""
+    runs = sharing.groupby(["target", "epsilon"], as_index=False)[["mse", "macs_speedup", "sites_reused"]].mean()
+    return runs.assign(psnr=-10 * np.log10(runs.mse.replace(0, np.nan)))

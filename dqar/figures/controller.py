@@ -8,79 +8,137 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
-from dqar.figures.style import ACCENT, BLUE, COMPUTE, GREEN, GREY, REUSE, headline, save
+from dqar.figures.style import ACCENT, BLUE, COMPUTE, DARK, GREEN, GREY, REUSE, SMALLEST, headline, save
 from dqar.measure.results import Run
 from dqar.studies import architecture
 
 PSEUDOCODE = """\
-controller = DQARController(num_layers=28, config)
-for step in range(total_steps):
-    controller.begin_step(step, total_steps, snr)
-    for layer_id in range(num_layers):
-        decision = controller.should_reuse(
-            layer_id, branch)
-        if decision.use_cache:
-            K = decision.entry.k.dequantize()
-            V = decision.entry.v.dequantize()
-            controller.reuse(decision.entry)
-            Q = fresh query
-        else:
-            Q, K, V = fresh projections
-            controller.commit(layer_id, branch,
-                keys=K, values=V, entropy=H)
-        output = softmax(Q @ K.T / sqrt(d)) @ V"""
+controller = DQARController(28, config)
+for step in range(steps):
+  controller.begin_step(step, steps, snr)
+  for layer in range(28):
+    decision = controller.should_reuse(
+      layer, branch)
+    if decision.use_cache:
+      K = decision.entry.k.dequantize()
+      V = decision.entry.v.dequantize()
+      controller.reuse(decision.entry)
+      Q = fresh query
+    else:
+      Q, K, V = fresh projections
+      controller.commit(layer, branch,
+        keys=K, values=V, entropy=H)
+    output = softmax(Q @ K.T / √d) @ V"""
 
 
-def slide09_controller(run: Run, gated: pd.DataFrame) -> Figure:
-    """The controller's calls, and what it answered at every site of a real run."""
-    figure, (left, right) = plt.subplots(1, 2, width_ratios=(1.08, 1))
+REASONS = {
+    # as traced: how it is called and coloured
+    "reuse": ("reused", REUSE),
+    "entropy": ("entropy too high", BLUE),
+    "snr": ("SNR outside", COMPUTE),
+    "streak": ("limit of 3 in a row", GREEN),
+    "no cache": ("nothing kept yet", DARK),
+    "schedule": ("not scheduled", "#FFFFFF"),
+}
+
+
+def slide09(run: Run, gated: pd.DataFrame) -> Figure:
+    """Slide 9's loop, and what the controller answered at every site of a real run."""
+    figure, panels = plt.subplot_mosaic(
+        [["code", "map"], ["code", "reasons"]], width_ratios=(1.12, 1), height_ratios=(1, 0.22)
+    )
+    left, right, legend = panels["code"], panels["map"], panels["reasons"]
     left.axis("off")
+    legend.axis("off")
     left.add_patch(FancyBboxPatch((0, 0), 1, 1, boxstyle="round,pad=0.01", fc="#F3F5F7", ec="none"))
-    left.text(0.02, 0.97, PSEUDOCODE, family="DejaVu Sans Mono", size=12.6, va="top", linespacing=1.5)
+    left.text(0.02, 0.98, PSEUDOCODE, family="DejaVu Sans Mono", size=SMALLEST, va="top", linespacing=1.45)
     left.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     left.set_title("What is called")
-    method = "calibrated, kv"
-    table = gated[(gated.method == method) & (gated.branch == "cond") & (gated.run == gated.run.min())]
-    reasons = ["reuse", "entropy", "snr", "streak", "no cache", "schedule"]
-    colors = [REUSE, BLUE, COMPUTE, GREEN, "#222222", "#FFFFFF"]
-    grid = table.pivot(index="layer", columns="step", values="reason").map(reasons.index)
-    right.pcolormesh(
-        grid.columns, grid.index, grid.values, cmap=ListedColormap(colors), vmin=-0.5, vmax=len(reasons) - 0.5
-    )
-    present = [i for i in range(len(reasons)) if (grid.values == i).any()]
-    handles = [plt.Rectangle((0, 0), 1, 1, fc=colors[i], ec=GREY) for i in present]
-    names = {"reuse": "reused", "streak": "limit of 3 in a row", "snr": "SNR outside", "entropy": "entropy too high"}
-    right.legend(handles, [names.get(reasons[i], reasons[i]) for i in present], fontsize=13, ncols=2,
-                 loc="upper center", bbox_to_anchor=(0.5, -0.16))  # fmt: skip
+    calibrated = (gated.family == "calibrated") & (gated.target == "kv")
+    table = gated[calibrated & (gated.branch == "cond") & (gated.run == gated.run.min())]
+    names = list(REASONS)
+    grid = table.pivot(index="layer", columns="step", values="reason").map(names.index)
+    colors = ListedColormap([color for _, color in REASONS.values()])
+    right.pcolormesh(grid.columns, grid.index, grid.values, cmap=colors, vmin=-0.5, vmax=len(names) - 0.5,
+                     rasterized=True)  # fmt: skip
+    present = [REASONS[name] for i, name in enumerate(names) if (grid.values == i).any()]
+    handles = [plt.Rectangle((0, 0), 1, 1, fc=color, ec=GREY) for _, color in present]
+    legend.legend(handles, [label for label, _ in present], ncols=2, loc="center")
     right.grid(False)
     right.set(xlabel="denoising step", ylabel="layer")
     right.set_title("What it answered")
     share = (table.decision == "reuse").mean()
-    headline(figure, f"Every decision has a reason: {share:.0%} of the sites of this run were reused")
-    return save(run, "slide09_controller", figure, gated)
+    headline(figure, f"The controller gives a reason for every decision; here it reused {share:.0%} of the sites")
+    return save(run, "slide09", figure, gated, "calibrated gate, conditional branch")
 
 
-def slide10_architecture(run: Run) -> Figure:
-    """The package as it is: modules by level, arrows from the code's own imports."""
-    inner, outer = architecture.core_graph(), architecture.folder_graph()
-    figure, panels = plt.subplots(1, 2, width_ratios=(3, 4))
-    for axes, own, color, size in zip(panels, (inner, outer), (ACCENT, BLUE), (14, 14), strict=True):
-        place = _places(architecture.levels(own))
-        axes.axis("off")
-        axes.set(xlim=(0, 1), ylim=(-0.8, max(y for _, y in place.values()) + 0.5))
-        for name, (x, y) in place.items():
-            axes.text(x, y, name, ha="center", va="center", size=size, weight="bold", zorder=2, color="white",
-                      bbox={"boxstyle": "round,pad=0.4", "fc": color, "ec": "white"})  # fmt: skip
-        for name, imports in own.items():
-            # An import that another one implies is left out, as in every layered picture.
-            implied = {deeper for other in imports for deeper in _below(own, other)}
-            for other in imports - implied:
-                arrow = {"arrowstyle": "->", "color": GREY, "lw": 2, "shrinkA": 20, "shrinkB": 20}
-                axes.annotate("", place[other], place[name], zorder=1, arrowprops=arrow)
-    panels[0].set_title(f"The core: {len(inner)} modules", size=18)
-    panels[1].set_title("The folders around it", size=18)
-    headline(figure, "The core imports nothing that measures, draws or trains, and no import goes in a circle")
-    return save(run, "slide10_architecture", figure, pd.DataFrame())
+BOXES = {
+    # slide 10's boxes: where each stands, what it does, and its files
+    "Controller": ((0.5, 0.84), "asks the others,\nreuses, keeps", ("controller.py", "gate.py")),
+    "Policy": ((0.125, 0.47), "predicts whether\na reuse is harmless", ("policy.py",)),
+    "Scheduler": ((0.375, 0.47), "says which layers\nmay reuse", ("scheduler.py",)),
+    "Stats": ((0.625, 0.47), "measures entropy,\nSNR and norms", ("stats.py",)),
+    "Cache": ((0.875, 0.47), "stores K and V\nor the output", ("cache.py",)),
+    "Quantizer": ((0.875, 0.12), "INT8, INT4, INT2;\nbalanced channels", ("quantizer.py",)),
+}
+
+
+def slide10(run: Run) -> Figure:
+    """Slide 10's tree of six boxes, each with its responsibility and the length of its files."""
+    figure, axes = plt.subplots()
+    axes.axis("off")
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    lines = {}
+    for name, ((x, y), purpose, files) in BOXES.items():
+        lines[name] = sum(len((architecture.PACKAGE / file).read_text().splitlines()) for file in files)
+        color = "#FBE9DD" if name == "Controller" else "white"
+        axes.add_patch(FancyBboxPatch((x - 0.108, y - 0.11), 0.216, 0.22, boxstyle="round,pad=0.008", zorder=2, lw=3,
+                                      fc=color, ec=ACCENT))  # fmt: skip
+        axes.text(x, y + 0.075, name, ha="center", va="center", size=20, weight="bold", zorder=3)
+        axes.text(x, y - 0.01, purpose, ha="center", va="center", zorder=3)
+        axes.text(x, y - 0.09, f"{lines[name]} lines", ha="center", va="center", color=GREY, zorder=3)
+    trunk = {"color": GREY, "lw": 3, "zorder": 0}
+    axes.plot([0.5, 0.5], [0.73, 0.65], **trunk)
+    axes.plot([0.125, 0.875], [0.65, 0.65], **trunk)
+    arrow = {"arrowstyle": "-|>", "color": GREY, "lw": 3, "shrinkA": 0}
+    for name in ("Policy", "Scheduler", "Stats", "Cache"):
+        x = BOXES[name][0][0]
+        axes.annotate("", (x, 0.585), (x, 0.65), arrowprops=arrow)
+    axes.annotate("", (0.875, 0.235), (0.875, 0.35), arrowprops=arrow)
+    rest = [count for name, count in lines.items() if name != "Controller"]
+    headline(figure, f"One controller asks five modules, each a file of {min(rest)} to {max(rest)} lines")
+    return save(run, "slide10", figure, pd.DataFrame())
+
+
+def slide10_imports(run: Run) -> Figure:
+    """The core as it is: modules by level, arrows from the code's own imports."""
+    graph = architecture.core_graph()
+    return _draw_imports(run, "slide10_imports", graph, ACCENT, f"The core's {len(graph)} modules import each other "
+                         "in one direction only, and nothing that measures, draws or trains")  # fmt: skip
+
+
+def slide10_folders(run: Run) -> Figure:
+    """The package's folders by level, arrows from the code's own imports."""
+    graph = architecture.folder_graph()
+    return _draw_imports(run, "slide10_folders", graph, BLUE, "The folders around the core import downwards only")
+
+
+def _draw_imports(run: Run, name: str, graph: dict[str, set[str]], color: str, title: str) -> Figure:
+    figure, axes = plt.subplots()
+    place = _places(architecture.levels(graph))
+    axes.axis("off")
+    axes.set(xlim=(0, 1), ylim=(-0.8, max(y for _, y in place.values()) + 0.5))
+    for module, (x, y) in place.items():
+        axes.text(x, y, module, ha="center", va="center", size=SMALLEST, weight="bold", zorder=2, color="white",
+                  bbox={"boxstyle": "round,pad=0.3", "fc": color, "ec": "white"})  # fmt: skip
+    for module, imports in graph.items():
+        # An import that another one implies is left out, as in every layered picture.
+        implied = {deeper for other in imports for deeper in _below(graph, other)}
+        for other in imports - implied:
+            arrow = {"arrowstyle": "->", "color": GREY, "lw": 2, "shrinkA": 14, "shrinkB": 18}
+            axes.annotate("", place[other], place[module], zorder=1, arrowprops=arrow)
+    headline(figure, title)
+    return save(run, name, figure, pd.DataFrame())
 
 
 def _places(levels: dict[str, int]) -> dict[str, tuple[float, float]]:
@@ -90,7 +148,7 @@ def _places(levels: dict[str, int]) -> dict[str, tuple[float, float]]:
         row = sorted(name for name in levels if levels[name] == j)
         for i, name in enumerate(row):
             aside = 0.17 * (-1) ** j if len(row) == 1 else 0
-            place[name] = ((i + 0.5) / len(row) + aside, j - 0.5 * (i % 2 and len(row) > 3))
+            place[name] = ((i + 0.5) / len(row) + aside, j - 0.5 * (i % 2 and len(row) > 6))
     return place
 
 

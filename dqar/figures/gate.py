@@ -9,51 +9,41 @@ import torch
 from matplotlib.figure import Figure
 
 from dqar import stats
-from dqar.figures.style import ACCENT, BLUE, GREY, headline, save
+from dqar.figures.style import ACCENT, BLUE, COMPUTE, DARK, GREY, headline, recorded, save
 from dqar.measure.calibrate import propose_gate
 from dqar.measure.results import Run
-from dqar.studies import trace
+from dqar.studies import policy, trace
 
 
-def slide05_gate(run: Run, sites: pd.DataFrame) -> Figure:
-    """The entropy-SNR plane: where the gates open, and how wrong a reuse would be there."""
-    known = sites.dropna(subset=["change"])
-    figure, (left, right) = plt.subplots(1, 2, width_ratios=(3, 2))
-    points = left.scatter(known.snr, known.entropy, c=known.change.clip(upper=1), s=14, cmap="cividis_r", lw=0)
-    figure.colorbar(points, ax=left, label="relative error of a reuse", pad=0.01)
+def slide05(run: Run, sites: pd.DataFrame) -> Figure:
+    """The rule, and the entropy-SNR plane: where the gates open, and how wrong a reuse would be there."""
+    shown = sites.dropna(subset=["change"])
+    figure, axes = plt.subplots()
+    points = axes.scatter(shown.snr, shown.entropy, c=shown.change.clip(upper=1), s=18, cmap="cividis_r", lw=0,
+                          rasterized=True)  # fmt: skip
+    figure.colorbar(points, ax=axes, label="relative error of a reuse", pad=0.01)
     gate = propose_gate(sites)
     low, high = gate.snr_range
-    inside = known[known.snr.between(low, high) & (known.entropy < gate.entropy_threshold)]
-    left.set(xscale="log", xlabel="SNR (predicted $x_0$)", ylabel="attention entropy (nats)")
-    bottom = min(1.8, known.entropy.min() - 0.1)
-    left.set_ylim(bottom, np.log(sites.tokens.iloc[0]) + 0.1)
-    for threshold, label, style in (
-        (2.0, "deck's gate: H < 2.0", ":"),
-        (gate.entropy_threshold, "calibrated gate", "-"),
+    bottom = min(1.7, shown.entropy.min() - 0.1)
+    for threshold, label, style, color in (
+        (gate.entropy_threshold, f"gate calibrated on this model: H < {gate.entropy_threshold:.2f}", "-", ACCENT),
+        (2.0, "the deck's gate: H < 2.0", "--", DARK),
     ):
-        left.plot(
-            [low, low, high, high], [bottom, threshold, threshold, bottom], ls=style, color=ACCENT, lw=3, label=label
+        axes.plot(
+            [low, low, high, high], [bottom, threshold, threshold, bottom], ls=style, color=color, lw=4, label=label
         )
-    left.legend(loc="lower right", fontsize=14)
-    deck_opens = int((known.snr.between(low, high) & (known.entropy < 2.0)).sum())
-    left.set_title(f"The deck's gate opens for {deck_opens:,} of {len(known):,} sites")
-    relations = trace.relations(sites)
-    names = ["entropy", "entropy,\nsame step", "SNR", "SNR,\nsame layer"]
-    values = list(relations.values())
-    right.barh(names, values, color=[BLUE, BLUE, GREY, GREY])
-    for y, value in enumerate(values):
-        right.annotate(f"{value:+.2f}", (value, y), (6 if value >= 0 else -6, 0), textcoords="offset points",
-                       va="center", ha="left" if value >= 0 else "right", size=15)  # fmt: skip
-    right.invert_yaxis()
-    right.axvline(0, color=GREY)
-    right.set(xlim=(-1.1, 1.1), xlabel="Spearman's ρ")
-    right.set_title("Does it predict the error?")
+    axes.set(xscale="log", xlabel="SNR (with the predicted $x_0$)", ylabel="entropy of attention (nats)")
+    axes.set_ylim(bottom, np.log(sites.tokens.iloc[0]) + 0.7)
+    axes.legend(loc="upper right")
+    axes.set_title(r"Reuse if  $H_t<\tau(p)=\tau\,\sqrt{p/64}$  and  $\mathrm{SNR}_t\in[a,b]$", size=20, pad=12)
+    opened = int((shown.snr.between(low, high) & (shown.entropy < 2.0)).sum())
+    inside = shown[shown.snr.between(low, high) & (shown.entropy < gate.entropy_threshold)]
     headline(
         figure,
-        f"Inside the calibrated gate a reuse errs by {inside.change.median():.0%} (median), "
-        f"over all sites by {known.change.median():.0%}",
+        f"The deck's gate opens at {opened:,} of {len(shown):,} sites; in a calibrated one a reuse errs by "
+        f"{inside.change.median():.0%}, against {shown.change.median():.0%} over all sites",
     )
-    return save(run, "slide05_gate", figure, sites)
+    return save(run, "slide05", figure, sites, f"medians; n = {run.profile.num_samples} images")
 
 
 def slide05_tau(run: Run, sites: pd.DataFrame) -> Figure:
@@ -61,7 +51,7 @@ def slide05_tau(run: Run, sites: pd.DataFrame) -> Figure:
     figure, axes = plt.subplots()
     words = np.arange(1, 129)
     axes.plot(words, [stats.tau(2.0, int(p)) for p in words], color=ACCENT, lw=4, label=r"$\tau(p)=2.0\,\sqrt{p/64}$")
-    axes.scatter([8], [2.0], s=160, color=GREY, marker="X", zorder=3, label="the deck's example: τ(8) ≈ 2.0")
+    axes.scatter([8], [2.0], s=200, color=DARK, marker="X", zorder=3, label="the deck's example: τ(8) ≈ 2.0")
     axes.scatter([8, 64], [stats.tau(2.0, 8), 2.0], s=120, color=ACCENT, zorder=3)
     axes.annotate(f"τ(8) = {stats.tau(2.0, 8):.2f}", (8, stats.tau(2.0, 8)), (14, -8), textcoords="offset points")
     axes.annotate("τ(64) = 2.00", (64, 2.0), (8, -24), textcoords="offset points")
@@ -71,27 +61,60 @@ def slide05_tau(run: Run, sites: pd.DataFrame) -> Figure:
     axes.set(xlabel="prompt length p (words)", ylabel="entropy threshold (nats)", ylim=(0, None))
     axes.legend(loc="lower right")
     reached = next((int(p) for p in range(1, 100_000) if stats.tau(2.0, int(p)) > sites.entropy.min()), None)
-    axes.set_title(f"On this model τ(p) first reaches a measured entropy at p = {reached} words")
-    return save(run, "slide05_tau", figure, sites)
+    headline(
+        figure, f"The deck's threshold is lower than every entropy of this model up to prompts of {reached - 1} words"
+    )
+    return save(run, "slide05_tau", figure, sites, f"n = {run.profile.num_samples} images")
 
 
-def samples_grid(run: Run, images: dict[str, torch.Tensor]) -> Figure:
+@recorded("errors of single reuses")
+def slide05_correlations(run: Run, sites: pd.DataFrame, labels: pd.DataFrame) -> Figure:
+    """Spearman's ρ of entropy with two measures of a reuse's error, and with step and SNR held fixed.
+
+    Args:
+        labels: the error that each of some reuses alone causes in the finished image (``sensitivity.site_errors``).
+    """
+    relations = trace.relations(sites)
+    held = policy.correlations(labels).query("layer < 0 and signal == 'entropy'").set_index("given").rho
+    rows = {
+        "change since the step before,\nall sites": relations["entropy"],
+        "change since the step before,\nwithin one step": relations["entropy_within_step"],
+        "error of the finished image,\nall sites": held["nothing"],
+        "error of the finished image,\nstep and SNR held fixed": held["step and SNR"],
+        "error of the finished image,\nstep, SNR and layer held fixed": held["step, SNR and layer"],
+    }
+    figure, axes = plt.subplots()
+    values = list(rows.values())
+    bars = axes.barh(list(rows), values, color=[ACCENT if value > 0 else BLUE for value in values])
+    axes.bar_label(bars, [f"{value:+.2f}" for value in values], padding=6)
+    axes.invert_yaxis()
+    axes.axvline(0, color=GREY)
+    axes.axvspan(0, 1, color=COMPUTE, alpha=0.6, zorder=0)
+    axes.text(0.98, 4.4, "what the deck expects", ha="right", color=GREY)
+    axes.set(xlim=(-1, 1), xlabel="rank correlation with entropy (Spearman's ρ)")
+    change, error = ("small" if rho > 0 else "large" for rho in (relations["entropy"], held["nothing"]))
+    headline(
+        figure,
+        f"Where entropy is low, the change since the step before is {change}, "
+        f"and the error that a reuse leaves in the image is {error}",
+    )
+    note = f"n = {len(sites):,} sites; {len(labels):,} single reuses in {labels.image.nunique()} images"
+    return save(run, "slide05_correlations", figure, labels, note)
+
+
+def samples(run: Run, images: dict[str, torch.Tensor]) -> Figure:
     """The same seeds under each method, and below each its difference from full compute, five times amplified."""
     methods = list(images)
-    reference = images[methods[0]]
-    rows = [(m, images[m], False) for m in methods]
-    rows = [
-        row
-        for m, x, _ in rows
-        for row in ([(m, x, False)] + ([("5 × difference", x, True)] if m != methods[0] else []))
-    ]
-    figure, axes = plt.subplots(len(rows), len(reference), squeeze=False)
-    for (name, x, is_difference), line in zip(rows, axes, strict=True):
-        for image, original, ax in zip(x, reference, line, strict=True):
+    reference = images[methods[0]][:8]
+    figure, axes = plt.subplots(2 * len(methods) - 1, len(reference), squeeze=False)
+    rows = [(methods[0], False), *((method, difference) for method in methods[1:] for difference in (False, True))]
+    for (method, is_difference), line in zip(rows, axes, strict=True):
+        for image, original, ax in zip(images[method], reference, line, strict=False):
             picture = (0.5 + 5 * (image - original)).clamp(0, 1) if is_difference else image
             options = {"cmap": "coolwarm" if is_difference else "gray_r", "vmin": 0, "vmax": 1}
             ax.imshow(picture.permute(1, 2, 0), **options)
             ax.set(xticks=[], yticks=[])
-        line[0].set_ylabel(name.replace(", ", ",\n"), rotation=0, ha="right", va="center", size=13)
-    headline(figure, "Same seeds: full compute and reuse")
-    return save(run, "samples", figure, pd.DataFrame())
+        label = "5 × difference" if is_difference else method.replace(", ", ",\n")
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center", size=16)
+    headline(figure, "The same digits from the same noise: full compute, and three ways of reuse")
+    return save(run, "samples", figure, pd.DataFrame(), f"{len(reference)} images of the same seeds")

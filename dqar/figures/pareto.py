@@ -9,10 +9,24 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
-from dqar.figures.style import ACCENT, BLUE, COMPUTE, GREEN, GREY, headline, recorded, save, save_table
+from dqar.figures.style import (
+    ACCENT,
+    BLUE,
+    COMPUTE,
+    DARK,
+    GREEN,
+    GREY,
+    headline,
+    missing,
+    recorded,
+    save,
+    save_table,
+    write_table,
+)
 from dqar.forecast.plan import ForecastPlan
 from dqar.measure.results import Run, slug
 from dqar.studies import cache_memory, pareto
+from dqar.studies.compare import FULL
 
 SAMPLER_NAMES = {"dpm-solver++": "DPM-Solver++", "ddim": "DDIM"}
 
@@ -31,6 +45,7 @@ OTHERS = "#A9B4BF"
 
 
 TARGETS = {"reference": "to the 50-step reference", "converged": "to the converged solution"}
+COMPARED = {"reference": "full compute", "converged": "converged solution"}
 
 
 @recorded("quality and MACs of every method")
@@ -41,29 +56,30 @@ def _slide13_pareto(run: Run, table: pd.DataFrame) -> Figure:
     for axes, (target, label) in zip(panels, TARGETS.items(), strict=True):
         _draw_families(axes, points, target)
         steps = run.profile.num_inference_steps
-        axes.set(xlabel="MACs: full compute / this (×)", xscale="log", xlim=(1.08, 6.3))
+        axes.set(xlabel="MACs of full compute / of this", xscale="log", xlim=(1.08, 6.3))
         ticks = (1.25, 1.5, 2, 3, 4, 5, 6)
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
-        axes.set_title(label.replace("50", str(steps)), size=17)
-    full = points[points.family == "full compute"].psnr_converged.iloc[0]
-    error = panels[1].axhline(full, color="#222222", ls="--", lw=2)
-    panels[1].legend([error], ["full compute's own error"], loc="lower left", fontsize=13)
-    ours = points[points.family.str.startswith(pareto.OURS)].psnr_reference.max()  # NaN without a plan
-    panels[0].set(ylabel="PSNR (dB)", ylim=(12, max(66.0, ours + 3)))
-    panels[0].legend(loc="lower left", ncols=2, fontsize=13)
+        axes.set_title(label.replace("50", str(steps)))
+    full = points[points.family == FULL.name].psnr_converged.iloc[0]
+    error = panels[1].axhline(full, color=DARK, ls="--", lw=2)
+    panels[1].legend([error], ["full compute's own error"], loc="upper right")
+    ours = points[points.family == pareto.PLAN].psnr_reference.max()  # NaN without a plan
+    panels[0].set(ylabel="PSNR (dB)", ylim=(0, max(66.0, ours + 3)))
+    panels[0].legend(loc="lower left", ncols=2, columnspacing=1, handlelength=1.3)
     verdicts = pareto.verdicts(points)
     won = int((verdicts.ours > verdicts.peer).sum())
     headline(
         figure,
-        f"{SAMPLER_NAMES[sampler]}: DQAR's plans lead at {won} of {len(verdicts)} budgets, "
-        f"by {(verdicts.ours - verdicts.peer).median():.1f} dB (median)",
+        f"With {SAMPLER_NAMES[sampler]}, DQAR's plans are better than every peer at {won} of {len(verdicts)} budgets, "
+        f"by {(verdicts.ours - verdicts.peer).median():.1f} dB in the median",
     )
-    return save(run, f"slide13_pareto_{slug(sampler).replace('-', '_')}", figure, table)
+    note = f"n = {table.image.nunique()} images; PSNR of the mean squared error"
+    return save(run, f"slide13_pareto_{slug(sampler).replace('-', '_')}", figure, table, note)
 
 
 def _draw_families(axes: Axes, points: pd.DataFrame, target: str) -> None:
-    peers = [f for f in points.family.unique() if not f.startswith(pareto.OURS) and f != "full compute"]
+    peers = [f for f in points.family.unique() if f not in (pareto.PLAN, FULL.name)]
     others = [family for family in peers if family not in SHOWN]
     for number, family in enumerate(others):
         line = pareto.frontier(points[points.family == family], target)
@@ -72,7 +88,7 @@ def _draw_families(axes: Axes, points: pd.DataFrame, target: str) -> None:
     for family, (color, marker) in SHOWN.items():
         line = pareto.frontier(points[points.family == family], target)
         axes.plot(line.macs_speedup, line[f"psnr_{target}"], color=color, lw=2, marker=marker, ms=8, label=family)
-    line = pareto.frontier(points[points.family == f"{pareto.OURS}, {target}"], target)
+    line = pareto.frontier(pareto.own_plans(points, target), target)
     axes.plot(line.macs_speedup, line[f"psnr_{target}"], color=ACCENT, lw=4.5, marker="D", ms=10, label="DQAR plan")
 
 
@@ -83,35 +99,47 @@ def slide13_pareto(run: Run, sampler: str, table: pd.DataFrame | None) -> Figure
     return _slide13_pareto(run, table)
 
 
-def slide12_pareto_verdicts(run: Run, tables: dict[str, pd.DataFrame]) -> Figure:
-    """At each budget: DQAR's plan, the best peer at its best settings, and the MACs needed for the peer's quality."""
+def slide12_pareto(run: Run, tables: dict[str, pd.DataFrame]) -> Figure:
+    """At each budget: DQAR's plan and the best peer at its best settings; all columns are in the Markdown."""
     found = [pareto.verdicts(pareto.summary(table)).assign(sampler=sampler) for sampler, table in tables.items()]
+    if not found:
+        return missing(run, "slide12_pareto", "quality and MACs of every method")
     verdicts = pd.concat(found, ignore_index=True)
+    verdicts["cell"] = [f"{ours:.1f} / {peer:.1f}" for ours, peer in zip(verdicts.ours, verdicts.peer, strict=True)]
+    wide = verdicts.pivot(index=["sampler", "target"], columns="budget", values="cell").reset_index()
+    wide["sampler"], wide["target"] = wide.sampler.map(SAMPLER_NAMES), wide.target.map(COMPARED)
+    wide.columns = ["Sampler", "PSNR to", *(f"{budget:g}×" for budget in wide.columns[2:])]
+    won, enough = int((verdicts.ours > verdicts.peer).sum()), int((verdicts.macs_needed.round(2) <= 0.8).sum())
+    title = (
+        f"DQAR's plans are ahead at {won} of {len(verdicts)} budgets; at {enough} they need at most 0.8 of the MACs "
+        "for the best peer's quality"
+    )
+    note = f"a cell: plan / best peer (dB); columns: MAC reduction; n = {tables[next(iter(tables))].image.nunique()}"
+    source = next(iter(tables.values()))
+    figure = save_table(run, "slide12_pareto", title, wide, [16, 22, *[14] * (len(wide.columns) - 2)], source, note)
     shown = pd.DataFrame(
         {
             "sampler": verdicts.sampler.map(SAMPLER_NAMES),
             "PSNR to": verdicts.target,
-            "fewer MACs": verdicts.budget.map("{:g}×".format),
+            "MAC reduction": verdicts.budget.map("{:g}×".format),
             "DQAR (dB)": verdicts.ours.map("{:.1f}".format),
             "best peer (dB)": verdicts.peer.map("{:.1f}".format),
             "which": verdicts.which,
             "MACs for the peer's quality": verdicts.macs_needed.map(lambda x: "–" if np.isnan(x) else f"{x:.2f} of it"),
         }
     )
-    won, enough = int((verdicts.ours > verdicts.peer).sum()), int((verdicts.macs_needed.round(2) <= 0.8).sum())
-    title = f"Ahead at {won} of {len(verdicts)} budgets; at {enough} the peer's quality takes at most 0.8 of its MACs"
-    source = next(iter(tables.values()))
-    return save_table(run, "slide12_pareto_verdicts", title, shown, [14, 11, 9, 12, 12, 46, 16], source)
+    write_table(run, "slide12_pareto", shown)
+    return figure
 
 
 @recorded("images of plans and their rivals")
 def slide13_plan_distances(run: Run, table: pd.DataFrame) -> Figure:
-    """Fréchet distance at equal MACs (``outcomes.beside_plans``): growth over full compute on the same seeds."""
+    """Fréchet distance at equal MACs (``results.beside_plans``): growth over full compute on the same seeds."""
     figure, axes = plt.subplots()
     budgets = sorted(table.budget.unique())
     kinds = {"DQAR plan": (ACCENT, "D"), "output extrapolation": SHOWN["output extrapolation"]}
     kinds |= {"best other cache": SHOWN["SeaCache"], "fewer steps": SHOWN["fewer steps"]}
-    lowest, box = 0, {"fc": "white", "ec": "none", "pad": 1}
+    box = {"fc": "white", "ec": "none", "pad": 1}
     for number, (kind, (color, marker)) in enumerate(kinds.items()):
         own = table[table.kind == kind].set_index("budget").reindex(budgets)
         spread = [own.fd_growth - own.fd_growth_low, own.fd_growth_high - own.fd_growth]
@@ -119,55 +147,52 @@ def slide13_plan_distances(run: Run, table: pd.DataFrame) -> Figure:
         axes.errorbar(where, own.fd_growth, spread, fmt=marker, ms=12, color=color, capsize=6, lw=3, label=kind)
         for x, row in zip(where, own.itertuples(), strict=True):
             top = (x, row.fd_growth_high)
-            axes.annotate(f"{row.psnr:.1f}", top, (0, 6), textcoords="offset points", ha="center", size=14, bbox=box)
-    for budget in budgets:
-        own = table[table.budget == budget]
-        lowest += own.loc[own.fd_growth.idxmin()].kind == "DQAR plan"
-    axes.axhline(0, color="#222222", ls="--", lw=2)
+            axes.annotate(f"{row.psnr:.0f} dB", top, (0, 6), textcoords="offset points", ha="center", bbox=box)
+    axes.axhline(0, color=DARK, ls="--", lw=2)
     axes.set_xticks(range(len(budgets)), [f"{budget:g}× fewer MACs" for budget in budgets])
-    axes.set(xlim=(-0.5, len(budgets) - 0.5), ylabel="FD-digits over full compute's (95 %)")
-    axes.legend(fontsize=15)
+    axes.set(xlim=(-0.5, len(budgets) - 0.5), ylabel="FD-digits over full compute's")
+    axes.legend()
     plans = table[table.kind == "DQAR plan"]
     farther = int((plans.fd_growth_low > 0).sum())
     headline(
         figure,
-        f"Fréchet distance (and PSNR to full compute, dB): {farther} of {len(plans)} plans are "
-        f"farther from the data than full compute; a plan is the lowest at {lowest} of {len(budgets)} budgets",
+        f"{farther} of {len(plans)} plans are farther from the data than full compute; beside each point stands its "
+        "PSNR to full compute",
     )
-    return save(run, "slide13_plan_distances", figure, table)
+    return save(run, "slide13_plan_distances", figure, table, "n = 1,000 images; bars: 95 %")
 
 
 def slide08_plans(run: Run, plans: dict[str, list[ForecastPlan]]) -> Figure:
-    """The steps that each plan computes; and the error it was predicted to have against the one it has."""
+    """The steps that each plan for full compute's images computes; and the error it was predicted to have."""
     figure, (left, right) = plt.subplots(1, 2, width_ratios=(3, 2))
-    names, rows = [], []
-    for name, own in plans.items():
-        for plan in own:
-            rows.append([step in plan.computed for step in range(plan.num_inference_steps)])
-            names.append(f"{plan.macs_speedup:.2g}×")
-        names[-len(own)] = f"{name.replace('dpm-solver++', 'DPM++').replace('ddim', 'DDIM')}  {names[-len(own)]}"
-    left.pcolormesh(np.array(rows), cmap=ListedColormap([COMPUTE, ACCENT]), vmin=0, vmax=1, ec="white", lw=0.4)
+    sampler, shown = next(iter(plans.items()))
+    rows = [[step in plan.computed for step in range(plan.num_inference_steps)] for plan in shown]
+    colors = ListedColormap([COMPUTE, ACCENT])
+    left.pcolormesh(np.array(rows), cmap=colors, vmin=0, vmax=1, ec="white", lw=0.4, rasterized=True)
     left.invert_yaxis()
-    left.set_yticks(np.arange(len(names)) + 0.5, names, fontsize=12)
-    for top in np.cumsum([len(own) for own in plans.values()]):
-        left.axhline(top, color="white", lw=5)
-    left.set(xlabel="denoising step")
-    left.set_title("Computed steps (orange)", size=17)
+    left.set_yticks(np.arange(len(shown)) + 0.5, [f"{plan.macs_speedup:.2g}×" for plan in shown])
+    left.set(xlabel="denoising step", ylabel="MAC reduction")
+    left.set_title(f"Computed steps (orange), {SAMPLER_NAMES[sampler.split(',')[0]]}")
     left.grid(False)
     pairs = []
-    for (name, own), color in zip(plans.items(), (ACCENT, BLUE, GREEN, GREY), strict=False):
-        trials = pd.DataFrame([trial for plan in own for trial in plan.provenance["trials"]])
+    for (name, made), color in zip(plans.items(), (ACCENT, BLUE, GREEN, GREY), strict=False):
+        trials = pd.DataFrame([trial for plan in made for trial in plan.provenance["trials"]])
+        name = name.replace("dpm-solver++", "DPM-Solver++").replace("ddim", "DDIM")
         right.scatter(trials.predicted**0.5, trials.measured**0.5, color=color, s=45, lw=0, alpha=0.8, label=name)
         pairs.append(trials)
-    right.set(xscale="log", yscale="log", xlabel="predicted RMS (latents)", ylabel="measured RMS (images)")
-    right.set_ylim(top=0.1)  # room for the legend
-    right.legend(fontsize=12, loc="upper left")
-    right.set_title("Every set of steps tried", size=17)
+    right.set(xscale="log", yscale="log", xlabel="predicted error (latents)", ylabel="measured error (images)")
+    right.set_ylim(top=0.3)  # room for the legend
+    right.legend(loc="upper left")
+    right.set_title("Every set of steps tried")
     trials = pd.concat(pairs)
     rho = trials.predicted.corr(trials.measured, "spearman")
-    headline(figure, f"Which steps a plan computes; predicted errors rank like measured ones (ρ = {rho:.2f})")
+    headline(
+        figure,
+        f"A plan computes the steps that matter: the error it predicts ranks {len(trials)} sets of steps "
+        f"like the measured one (correlation {rho:.2f})",
+    )
     trials.attrs["provenance"] = next(iter(plans.values()))[-1].provenance
-    return save(run, "slide08_plans", figure, trials)
+    return save(run, "slide08_plans", figure, trials, "errors: root mean square")
 
 
 @recorded("quality and MACs of every method")
@@ -182,23 +207,27 @@ def slide06_forecast_cache(run: Run, points: pd.DataFrame) -> Figure:
     for order, color in colors.items():
         panels[0].scatter([], [], color=color, s=120, label=("as is", "linear forecast", "quadratic forecast")[order])
     for bits, marker in markers.items():
-        panels[0].scatter([], [], color="#222222", marker=marker, s=120, label="32 bit" if bits == 16 else f"INT{bits}")
+        panels[0].scatter(
+            [], [], color="#222222", marker=marker, s=120, label="unquantized" if bits == 16 else f"INT{bits}"
+        )
     panels[0].set(xscale="log", xlabel="cache (MB an image)", ylabel="PSNR to the reference (dB)")
     panels[0].set_xticks([0.75, 1.5, 3, 6], ["0.75", "1.5", "3", "6"])
     panels[0].minorticks_off()
-    panels[0].set_title("Filled: every 2nd step computed; hollow: every 3rd", size=16)
-    panels[0].legend(fontsize=13, ncols=2)
+    panels[0].set_title("Filled: every 2nd step computed, hollow: every 3rd", size=16)
+    panels[0].legend(loc="center", ncols=2, columnspacing=1, handletextpad=0.3)
     linear = points[(points.order == 1) & (points.interval == 2)].set_index("bits")
     losses = [linear.psnr_reference[16] - linear.psnr_reference[bits] for bits in (8, 4)]
     shares = [linear.cache_bytes[bits] / linear.cache_bytes[16] for bits in (8, 4)]
     bars = panels[1].bar(["INT8", "INT4"], losses, color=[ACCENT, BLUE])
-    panels[1].bar_label(
-        bars, [f"{x:.1f} dB\n{s:.2f} of the bytes" for x, s in zip(losses, shares, strict=True)], size=14
-    )
+    panels[1].bar_label(bars, [f"{x:.1f} dB\n{s:.2f} of the bytes" for x, s in zip(losses, shares, strict=True)])
     panels[1].margins(y=0.25)
-    panels[1].set(ylabel="PSNR lost against 32 bit (dB)")
+    panels[1].set(ylabel="PSNR lost to quantization (dB)")
     panels[1].set_title("Linear forecast, every 2nd step", size=16)
-    headline(figure, f"Attention and feed-forward forecast from a cache in few bits: INT8 costs {losses[0]:.1f} dB")
+    headline(
+        figure,
+        f"Forecasting attention and feed-forward from an INT8 cache loses {losses[0]:.2f} dB and takes "
+        f"{shares[0]:.2f} of the bytes",
+    )
     return save(run, "slide06_forecast_cache", figure, points)
 
 
@@ -222,5 +251,9 @@ def slide12_cache_memory(run: Run) -> Figure:
             "model's output only": [f"{x / 1e6:.2f} MB" for x in rows.output_cache_bytes],
         }
     )
-    title = "Cache of a linear forecast, one sample (✗: over 24 GiB with the weights)"
-    return save_table(run, "slide12_cache_memory", title, shown, [32, 16, 19, 13, 13, 20], pd.DataFrame())
+    title = (
+        f"Keeping every site takes up to {linear[16].max() / 1e9:.0f} GB a sample; the model's output alone takes at "
+        f"most {rows.output_cache_bytes.max() / 1e6:.0f} MB"
+    )
+    note = "linear forecast, one sample; ✗: over 24 GiB with the weights"
+    return save_table(run, "slide12_cache_memory", title, shown, [25, 13, 15, 13, 13, 16], pd.DataFrame(), note)

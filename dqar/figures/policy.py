@@ -9,54 +9,90 @@ from matplotlib.figure import Figure
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_curve
 
-from dqar.figures.style import ACCENT, BLUE, GREY, headline, recorded, save
+from dqar.figures.style import ACCENT, BLUE, COMPUTE, DARK, GREY, headline, recorded, save
 from dqar.measure.results import Run
 from dqar.studies import policy
 
-DECIDERS = {"oracle": "#222222", "policy": ACCENT, "rule": BLUE, "chance": GREY}
+DECIDERS = {"oracle": DARK, "policy": ACCENT, "rule": BLUE, "chance": GREY}
+NAMES = {"oracle": "measured errors", "policy": "the network", "rule": "the rule", "chance": "chance"}
 
 
 @recorded("errors of single reuses")
-def slide07_policy(run: Run, labels: pd.DataFrame, oracle: pd.DataFrame) -> Figure:
-    """Training curve, ROC against the rule, calibration, and what each feature is worth."""
+def slide07(run: Run, labels: pd.DataFrame, oracle: pd.DataFrame) -> Figure:
+    """Slide 7's network with its parameter count, and how well it tells harmless reuses beside the rule."""
     delta, steps = policy.calibrated_delta(oracle), run.profile.num_inference_steps
     study, ablation = policy.study(labels, delta, steps), policy.ablation(labels, delta, steps)
-    correlations = policy.correlations(labels)
-    figure, ((losses, roc), (calibration, worth)) = plt.subplots(2, 2)
+    count = sum(parameter.numel() for parameter in study.policy.parameters())
+    figure, (left, right) = plt.subplots(1, 2, width_ratios=(1.7, 1))
+    left.axis("off")
+    left.set(xlim=(0, 10), ylim=(0, 10))
+    left.set_title(f"{count:,} parameters", size=18)
+    features = [r"$H_t$", r"$\log\,\mathrm{SNR}_t$", r"$\log\,\|x_t\|_2$", r"$t/(T-1)$", r"$\min(p,128)/128$"]
+    columns = [(2.9, features, "5 features"), (5.1, [""] * 7, "64, tanh"), (7.3, [""] * 7, "64, tanh"),
+               (9.3, [""], "1, sigmoid")]  # fmt: skip
+    places = [[(x, 5 + 1.1 * (i - (len(names) - 1) / 2)) for i in range(len(names))] for x, names, _ in columns]
+    for before, after in zip(places[:-1], places[1:], strict=True):
+        for start in before:
+            for end in after:
+                left.plot(*zip(start, end, strict=True), color=COMPUTE, lw=1, zorder=0)
+    for (x, names, label), spots in zip(columns, places, strict=True):
+        left.scatter(*zip(*spots, strict=True), s=520, color=GREY if x < 3 else ACCENT, zorder=1)
+        left.text(x, 0.2, label, ha="center", weight="bold")
+        for name, (_, y) in zip(names, spots, strict=True):
+            left.text(x - 0.5, y, name, ha="right", va="center", size=17)
+    left.text(9.3, 5.9, r"$p_\mathrm{reuse}$", ha="center", size=19)
+    areas = ablation.groupby("omitted").auc.agg(["mean", "min", "max"])
+    bars = {"network": areas.loc["nothing"], "network\nwithout\nentropy": areas.loc["entropy"]}
+    rule = study.auc("rule")
+    for number, area in enumerate(bars.values()):
+        spread = [[area["mean"] - area["min"]], [area["max"] - area["mean"]]]
+        right.bar(number, area["mean"], yerr=spread, color=ACCENT, capsize=8, alpha=1 if number == 0 else 0.55)
+        right.text(number, area["max"] + 0.02, f"{area['mean']:.2f}", ha="center")
+    right.bar(2, rule, color=GREY)
+    right.text(2, rule + 0.02, f"{rule:.2f}", ha="center")
+    right.axhline(0.5, color=DARK, ls="--", lw=2)
+    right.text(2.45, 0.52, "chance", ha="right")
+    right.set_xticks(range(3), [*bars, "slide 5's\nrule"])
+    right.set(ylim=(0, 1.05), ylabel="area under the ROC curve")
+    right.set_title("Held-out digits")
+    right.grid(axis="x", visible=False)
+    worse = "does not" if rule < 0.55 else "less well"
+    useful = "adds nothing" if areas["mean"]["entropy"] >= areas["mean"]["nothing"] else "adds little"
+    headline(
+        figure,
+        f"A network of {count:,} parameters tells harmless reuses from harmful ones, the rule {worse}; "
+        f"to the network, entropy {useful}",
+    )
+    note = f"n = {len(study.held_out)} reuses; bars: range of 3 trainings"
+    return save(run, "slide07", figure, labels, note)
+
+
+@recorded("errors of single reuses")
+def slide07_training(run: Run, labels: pd.DataFrame, oracle: pd.DataFrame) -> Figure:
+    """Training curve, ROC against the rule, and calibration of the network."""
+    study = policy.study(labels, policy.calibrated_delta(oracle), run.profile.num_inference_steps)
+    figure, (losses, roc, calibration) = plt.subplots(1, 3)
     losses.plot(study.history.epoch, study.history.train, color=GREY, lw=3, label="trained on")
     losses.plot(study.history.epoch, study.history.held_out, color=ACCENT, lw=3, label="stopped by")
     losses.axvline(study.history.held_out.idxmin(), color=GREY, ls=":")
     losses.set(xlabel="epoch", ylabel="cross-entropy (nats)")
-    losses.legend(fontsize=13)
+    losses.legend()
     losses.set_title("Training")
     for score, color in (("policy", ACCENT), ("rule", BLUE)):
         wrong, right, _ = roc_curve(study.held_out.harmless, study.held_out[score])
-        roc.plot(wrong, right, color=color, lw=3, label=f"{score}: area {study.auc(score):.2f}")
+        roc.plot(wrong, right, color=color, lw=3, label=f"{NAMES[score]}: {study.auc(score):.2f}")
     roc.plot([0, 1], [0, 1], color=GREY, ls="--")
-    roc.set(xlabel="harmful reuses accepted", ylabel="harmless accepted")
-    roc.legend(fontsize=13, loc="lower right")
-    roc.set_title("Held-out classes and seeds")
+    roc.set(xlabel="harmful reuses accepted", ylabel="harmless reuses accepted")
+    roc.legend(loc="lower right", title="area")
+    roc.set_title("Held-out digits")
     really, said = calibration_curve(study.held_out.harmless, study.held_out.policy, n_bins=8, strategy="quantile")
     calibration.plot([0, 1], [0, 1], color=GREY, ls="--")
     calibration.plot(said, really, color=ACCENT, lw=3, marker="o")
-    calibration.set(xlabel="p_reuse, as said", ylabel="harmless, in fact")
+    calibration.set(xlabel="probability, as said", ylabel="share that is harmless")
     calibration.set_title("Calibration")
-    means = ablation.groupby("omitted", sort=False).auc.agg(["mean", "min", "max"])
-    spread = [means["mean"] - means["min"], means["max"] - means["mean"]]
-    colors = [ACCENT if name == "nothing" else GREY for name in means.index]
-    worth.barh(means.index, means["mean"], xerr=spread, color=colors, capsize=4)
-    worth.invert_yaxis()
-    worth.set(xlim=(0.5, 1.0), xlabel="area under the ROC curve without …")
-    worth.set_title("What a feature is worth")
-    worth.tick_params(axis="y", labelsize=13)
-    given = correlations[(correlations.layer < 0) & (correlations.signal == "entropy")].set_index("given").rho
-    headline(
-        figure,
-        f"The policy's area is {study.auc():.2f}, without entropy {means['mean']['entropy']:.2f}; the rule's "
-        f"{study.auc('rule'):.2f} (ρ of entropy and error {given['nothing']:+.2f}, given step and SNR "
-        f"{given['step and SNR']:+.2f})",
-    )
-    return save(run, "slide07_policy", figure, labels)
+    worst = np.abs(really - said).max()
+    headline(figure, f"The network's probabilities are off by at most {worst:.2f} on digits that it has not seen")
+    return save(run, "slide07_training", figure, labels, f"n = {len(study.held_out)} held-out reuses")
 
 
 @recorded("errors of single reuses")
@@ -66,11 +102,16 @@ def slide07_entropy_by_layer(run: Run, labels: pd.DataFrame) -> Figure:
     figure, axes = plt.subplots()
     table = correlations[correlations.layer >= 0]
     axes.bar(table.layer, table.rho, color=[ACCENT if rho > 0 else BLUE for rho in table.rho])
-    axes.axhline(0, color="#222222")
-    axes.set(xlabel="layer", ylabel="partial Spearman's ρ (entropy, error | step, SNR)")
+    axes.axhline(0, color=DARK)
+    axes.set(xlabel="layer", ylabel="rank correlation, step and SNR held fixed")
     rising = int((table.rho > 0).sum())
-    axes.set_title(f"The error rises with entropy in {rising} of {len(table)} layers, falls in {len(table) - rising}")
-    return save(run, "slide07_entropy_by_layer", figure, labels)
+    headline(
+        figure,
+        f"At equal step and SNR, the error of a reuse rises with entropy in {rising} layers and falls "
+        f"in {len(table) - rising}",
+    )
+    note = f"n = {len(labels):,} single reuses, some {len(labels) // len(table)} a layer"
+    return save(run, "slide07_entropy_by_layer", figure, labels, note)
 
 
 @recorded("runs of rule, policy, oracle and chance")
@@ -84,20 +125,17 @@ def slide07_deciders(run: Run, deciders: pd.DataFrame) -> Figure:
     for ax, target in zip(axes, ("output", "kv"), strict=True):
         for name, color in DECIDERS.items():
             part = runs[(runs.target == target) & (runs.method == name)].sort_values("sites_reused")
-            ax.plot(part.sites_reused, part.psnr, color=color, lw=3, marker="o", ms=9, label=name,
+            ax.plot(part.sites_reused, part.psnr, color=color, lw=3, marker="o", ms=9, label=NAMES[name],
                     ls="--" if name == "oracle" else "-")  # fmt: skip
         ax.xaxis.set_major_formatter("{x:.0%}")
         ax.set(xlabel="sites reused (share)", ylabel="PSNR to full compute (dB)")
         ax.set_title(f"reuse of {'K and V' if target == 'kv' else 'the attention output'}")
     axes[0].legend()
     wide = _at_equal_share(runs[runs.target == "output"])
-    headline(
-        figure,
-        "At 20% of the sites (output): "
-        + ", ".join(f"{name} {wide[name]:.1f} dB" for name in DECIDERS if name in wide)
-        + "; nothing twice in a row",
-    )
-    return save(run, "slide07_deciders", figure, deciders)
+    kept = ", ".join(f"{wide[name]:.0f} dB by {NAMES[name]}" for name in DECIDERS if name in wide)
+    headline(figure, f"Reusing 20% of the attention outputs keeps {kept}")
+    note = f"n = {deciders.image.nunique()} images; no site twice in a row"
+    return save(run, "slide07_deciders", figure, deciders, note)
 
 
 @recorded("runs of accepted decisions")
@@ -107,21 +145,22 @@ def slide07_delta(run: Run, oracle: pd.DataFrame) -> Figure:
     figure, (left, right) = plt.subplots(1, 2)
     shown = accepted[accepted.share > 0]
     left.plot(shown.share, shown.fd_growth, color=ACCENT, lw=4, marker="o", ms=10)
-    left.axhline(policy.DELTA_FD, color=GREY, ls="--", label="accepted growth")
+    left.axhline(policy.DELTA_FD, color=GREY, ls="--", label="accepted")
     left.xaxis.set_major_formatter("{x:.0%}")
     left.yaxis.set_major_formatter("{x:.1%}")
     left.set(xlabel="sites reused", ylabel="growth of FD-digits")
     left.legend()
     right.plot(shown.delta, shown.psnr, color=ACCENT, lw=4, marker="o", ms=10)
-    right.axvline(delta, color=GREY, ls="--", label=f"δ = {delta:.1e}")
+    right.axvline(delta, color=GREY, ls="--", label="accepted")
     right.set(xscale="log", xlabel="largest error accepted of a site (MSE)", ylabel="PSNR of the run (dB)")
     right.legend()
+    chosen = shown[shown.delta == delta].iloc[0]
     headline(
         figure,
-        f"A reuse is labelled harmless below δ = {delta:.1e}: a run of such reuses changes the Fréchet distance by "
-        f"{shown.fd_growth[shown.delta == delta].mean():+.1%}",
+        f"A run of the most harmful reuses that count as harmless changes the Fréchet distance by "
+        f"{chosen.fd_growth:+.1%} and reaches {chosen.psnr:.0f} dB",
     )
-    return save(run, "slide07_delta", figure, oracle)
+    return save(run, "slide07_delta", figure, oracle, f"n = {oracle.image.nunique()} images; distance: FD-digits")
 
 
 def _at_equal_share(runs: pd.DataFrame, share: float = 0.2) -> dict[str, float]:

@@ -3,34 +3,88 @@
 from __future__ import annotations
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from dqar.figures.style import ACCENT, BLUE, headline, save
+from dqar.figures.style import ACCENT, BLUE, GREY, headline, save
 from dqar.measure.results import Run
 
+CACHES = {
+    # bits and mode of a row of quantization_quality: what it is called
+    (16, "per_channel"): "K and V in FP16",
+    (8, "per_tensor"): "INT8, a scale a tensor",
+    (8, "per_channel"): "INT8, a scale a channel",
+    (8, "mixed"): "K in FP16, V in INT8",
+    (4, "per_channel"): "INT4, a scale a channel",
+    (2, "per_channel"): "INT2, a scale a channel",
+}
 
-def slide06_quantization(run: Run, error: pd.DataFrame, quality: pd.DataFrame) -> Figure:
+
+def slide06(run: Run, quality: pd.DataFrame) -> Figure:
+    """Slide 6's formula, and the bytes of each kind of cache with what its bits cost in the image.
+
+    Args:
+        quality: of ``quantized_cache.quantization_quality``.
+    """
+    table = quality[quality.target == "kv"].set_index(["bits", "mode"]).loc[list(CACHES)].reset_index()
+    # Kept as it is, a value takes this profile's bytes; the deck counts FP16's two.
+    unquantized = table.cache_bytes[0] * 2 / run.profile.dtype.itemsize
+    share = table.cache_bytes.where(table.bits < 16, unquantized) / unquantized
+    figure, axes = plt.subplots()
+    names = list(CACHES.values())
+    colors = [GREY if bits == 16 else BLUE if mode == "mixed" else ACCENT for bits, mode in CACHES]
+    bars = axes.barh(names, share, color=colors)
+    quality_of = [
+        "" if np.isinf(row.psnr_cache) else f" of FP16; image {row.psnr_cache:.0f} dB" for row in table.itertuples()
+    ]
+    axes.bar_label(bars, [f"{s:.2f}{text}" for s, text in zip(share, quality_of, strict=True)], padding=8,
+                   bbox={"fc": "white", "ec": "none", "pad": 1})  # fmt: skip
+    axes.invert_yaxis()
+    axes.grid(visible=False)
+    axes.axvline(0.5, color=GREY, ls="--", lw=2, zorder=0)
+    axes.set(xlim=(0, 1.15), xlabel="memory of the cache, scales included (FP16 = 1; dashed: the deck's INT8, 0.5)")
+    axes.set_xticks(np.arange(0, 1.01, 0.25))
+    axes.set_title(
+        r"$K_q=\mathrm{clip}(\mathrm{round}(K/s_K),\,-127,\,127),\quad s_K=\max|K|\,/\,127$", size=20, pad=14
+    )
+    by_name = dict(zip(names, zip(share, table.psnr_cache, strict=True), strict=True))
+    scales, mixed = by_name["INT8, a scale a channel"], by_name["K in FP16, V in INT8"]
+    headline(
+        figure,
+        f"With a scale a channel, INT8 takes {scales[0]:.2f} of FP16's memory; "
+        f"the mixed mode keeps K in FP16 and takes {mixed[0]:.2f}",
+    )
+    note = f"n = {max(4, run.profile.num_samples // 2)} images, every 2nd step reused; dB: PSNR to an unquantized cache"
+    return save(run, "slide06", figure, quality, note)
+
+
+def slide06_errors(run: Run, error: pd.DataFrame, quality: pd.DataFrame) -> Figure:
     """Error against bytes for each tensor, bit width and mode; and what the bits cost in the image."""
     figure, (left, right) = plt.subplots(1, 2)
-    means = error.groupby(["tensor", "bits", "mode"], as_index=False)[["relative_error", "bytes_per_value"]].mean()
-    sns.lineplot(means, x="bytes_per_value", y="relative_error", hue="mode", style="tensor", markers=True, ax=left,
-                 markersize=12, lw=2, errorbar=None)  # fmt: skip
-    left.set(xscale="log", yscale="log", xlabel="bytes per value, scales included", ylabel="relative error (RMS)")
-    left.set_xticks([0.25, 0.5, 1.0, 2.0], ["0.25", "0.5", "1", "2 (FP16)"])
+    plain = {"per_tensor": "tensor", "per_channel": "channel", "per_token": "token"}
+    means = error.assign(scale=error["mode"].map(plain)).groupby(["tensor", "bits", "scale"], as_index=False)
+    means = means[["relative_error", "bytes_per_value"]].mean().rename(columns={"scale": "a scale per"})
+    sns.lineplot(means, x="bytes_per_value", y="relative_error", hue="a scale per", style="tensor", markers=True,
+                 ax=left, markersize=12, lw=2, errorbar=None)  # fmt: skip
+    left.set(xscale="log", yscale="log", xlabel="bytes a value, scales included", ylabel="relative error")
+    left.set_xticks([0.25, 0.5, 1.0], ["0.25", "0.5", "1"])
     left.minorticks_off()
     left.set_title("Error of the cached tensors")
-    left.legend(fontsize=12, loc="lower left")
-    shown = quality[quality.bits < 16].assign(kind=lambda t: t.target + ", " + t["mode"])
-    sns.stripplot(shown, x="psnr_cache", y=shown.bits.map("INT{}".format), hue="target", ax=right, size=13, jitter=0.12,
-                  palette={"kv": BLUE, "output": ACCENT}, order=["INT8", "INT4", "INT2"])  # fmt: skip
-    right.set(xlabel="PSNR to unquantized reuse (dB)", ylabel="")
-    right.legend(title="what is cached", fontsize=14, title_fontsize=14)
-    right.set_title("Error in the image (a dot a mode)")
+    left.legend(loc="lower left", ncols=2)
+    shown = quality[quality.bits < 16].assign(what=lambda t: t.target.map({"kv": "K and V", "output": "output"}))
+    sns.stripplot(shown, x="psnr_cache", y=shown.bits.map("INT{}".format), hue="what", ax=right, size=13, jitter=False,
+                  dodge=True,
+                  palette={"K and V": BLUE, "output": ACCENT}, order=["INT8", "INT4", "INT2"])  # fmt: skip
+    right.set(xlabel="PSNR to the unquantized cache (dB)", ylabel="")
+    right.legend(title="what is cached")
+    right.set_title("Of the finished image")
     best = shown.groupby("bits").psnr_cache.max()
     headline(
         figure,
-        f"Best mode, dB to an unquantized cache: {best[8]:.0f} at 8 bits, {best[4]:.0f} at 4, {best[2]:.0f} at 2",
+        f"Images from a cache in 8, 4 and 2 bits come to {best[8]:.0f}, {best[4]:.0f} and {best[2]:.0f} dB "
+        "of those from an unquantized cache",
     )
-    return save(run, "slide06_quantization", figure, quality)
+    note = f"n = {max(4, run.profile.num_samples // 2)} images, every 2nd step reused"
+    return save(run, "slide06_errors", figure, quality, note)

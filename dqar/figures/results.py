@@ -7,67 +7,197 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from dqar.figures.style import ACCENT, BLUE, GREY, headline, recorded, save, save_table
+from dqar.figures.style import ACCENT, COMPUTE, GREY, SLIDE14, headline, missing, save, save_table
+from dqar.figures.trace import events
 from dqar.measure.results import Run
+from dqar.studies.compare import FULL, OURS
+from dqar.studies.pareto import PLAN
 
-FORECAST = "plan: model's output forecast, every 2nd step"
+CLAIMED = pd.DataFrame(
+    # slide 12: ms a step, MB, reuse events, FID; and the method that stands for it here
+    [
+        ("Baseline", FULL.name, 11.2, 199, 0, 10.2),
+        ("Static", "static, kv", 8.8, 195, 0, 10.5),
+        ("PTQ4DiT", "W8A8 + CSB", 10.8, 170, 0, 10.6),
+        ("DQAR", "DQAR rule, kv", 8.6, 163, 47, 10.8),
+    ],
+    columns=["name", "method", "ms_per_step", "megabytes", "events", "fd"],
+)
 
 
-CLAIMED = {
-    # slide 12: ms a step, MB, reuse events, FID
-    "full compute": ("11.2", "199", "0", "10.2"),
-    "static, kv": ("8.8", "195", "0", "10.5"),
-    "W8A8 + CSB": ("10.8", "170", "0", "10.6"),
-    "DQAR rule, kv": ("8.6", "163", "47", "10.8"),
-}
+def measured(summary: pd.DataFrame) -> pd.DataFrame:
+    """Slide 12's four methods as measured, in its order; NaN where nothing was recorded.
+
+    Args:
+        summary: of ``studies.results.summary``.
+    """
+    rows = summary.set_index("method").reindex(CLAIMED.method).reset_index()
+    return rows.assign(name=CLAIMED.name, megabytes=(rows.weight_bytes + rows.added_bytes) / 1e6)
 
 
-def slide12_results(run: Run, summary: pd.DataFrame, bounds: pd.DataFrame) -> Figure:
-    """The deck's results table: claimed, bound, measured."""
-    names = {"full compute": "Baseline", "static, kv": "Static", "W8A8 + CSB": "PTQ4DiT", "DQAR rule, kv": "DQAR"}
-    measured = summary.set_index("method")
-    most = bounds.set_index(["target", "sites"]).speedup_bound
-    limits = {
-        "full compute": "weights alone: 1350 MB in FP16",
-        "static, kv": f"every 2nd step: 700 events (1,400 with guidance); K, V of all sites: {most['kv', 1400]:.2f}×",
-        "W8A8 + CSB": "same MACs; int8 kernels decide",
-        "DQAR rule, kv": f"47 events save {1 - 1 / most['kv', 47]:.1%} (kv), {1 - 1 / most['output', 47]:.1%} (output)",
-    }
-    rows = []
-    for method, claim in CLAIMED.items():
-        got = measured.loc[method] if method in measured.index else pd.Series(np.nan, index=measured.columns)
-        rows.append(
-            (
-                names[method],
-                "{} ms, {} MB, {} events, FID {}".format(*claim),
-                limits[method],
-                f"{_number(got.ms_per_step, '.1f')} ms ({_number(got.speedup, '.2f')}×), weights "
-                f"{_number(got.weight_bytes / 1e6, '.1f')} MB, cache {_number(got.cache_bytes / 1e6, '.2f')} MB, peak "
-                f"+{_number(got.added_bytes / 1e6, '.0f')} MB, {_number(got.events, '.0f')} events, FD-digits "
-                f"{_number(got.fd, '.2f')}",
-            )
+def slide12(run: Run, summary: pd.DataFrame) -> Figure:
+    """Slide 12's table with its columns and its Improvement row, each claimed and measured."""
+    here = measured(summary)
+    names = {"PTQ4DiT": "PTQ4DiT (here W8A8 + CSB)"}
+    rows = [
+        (
+            names.get(claim.name, claim.name),
+            "claimed\nmeasured",
+            f"{claim.ms_per_step}\n{_number(got.ms_per_step, '.1f')}",
+            f"{claim.megabytes}\n{_number(got.megabytes, '.0f')}",
+            f"{claim.events}\n{_number(got.events, '.0f')}",
+            f"{claim.fd}\n{_number(got.fd, '.2f')} ({_number(got.fd_low, '.2f')} to {_number(got.fd_high, '.2f')})",
         )
-    table = pd.DataFrame(
-        rows, columns=["Method", "Claimed (DiT-XL/2, A100)", "Bound", f"Measured ({run.profile.name})"]
+        for claim, got in zip(CLAIMED.itertuples(), here.itertuples(), strict=True)
+    ]
+    full, ours = here.iloc[0], here.iloc[-1]
+    longer = ours.ms_per_step / full.ms_per_step - 1
+    larger = ours.megabytes / full.megabytes - 1
+    rows.append(
+        (
+            "Improvement",
+            "claimed\nmeasured",
+            f"−23.2%\n{_percent(longer)}",
+            f"−18.1%\n{_percent(larger)}",
+            "–\n–",
+            f"+0.6\n{_number(ours.fd_growth, '+.2f')} ({_number(ours.fd_growth_low, '+.2f')} to "
+            f"{_number(ours.fd_growth_high, '+.2f')})",
+        )
     )
-    title = "Slide 12: what the deck claims, what arithmetic allows, what was measured"
-    return save_table(run, "slide12_results", title, table, [10, 28, 32, 52], summary)
+    columns = ["Method", "", "Runtime\n(ms a step)", "Memory\n(MB)", "Reuse events", "FID claimed, FD-digits measured"]
+    table = pd.DataFrame(rows, columns=columns)
+    slower, more = ("more" if x > 0 else "less" for x in (longer, larger))
+    title = (
+        f"Reuse of K and V by a calibrated gate takes {abs(longer):.0%} {slower} time than full compute "
+        f"and {abs(larger):.0%} {more} memory"
+        if longer == longer
+        else "Slide 12 as claimed; nothing has been recorded here yet"
+    )
+    note = "MB: weights and peak" + ("" if np.isnan(full.images) else f"; ( ): 95 %, n = {full.images:,.0f} images")
+    return save_table(run, "slide12", title, table, [17, 11, 13, 12, 11, 29], summary, note)
 
 
 def slide12_methods(run: Run, summary: pd.DataFrame) -> Figure:
-    """Every method: cost and quality, measured in this project."""
-    table = pd.DataFrame(
+    """Measured speed against what the MACs promise, every method."""
+    if summary.speedup.isna().all():
+        return missing(run, "slide12_methods", "time and images of every method")
+    figure, axes = plt.subplots()
+    shown = summary.dropna(subset=["speedup", "macs_speedup"])
+    gates = shown.family.isin(["DQAR rule", "DQAR policy"])
+    kinds = {
+        "DQAR's plans": (shown.family == PLAN, ACCENT, "D"),
+        "DQAR's gates": (gates, ACCENT, "o"),
+        "fewer steps": (shown.family == "fewer steps", GREY, "X"),
+    }
+    rest = ~pd.concat([inside for inside, _, _ in kinds.values()], axis=1).any(axis=1)
+    kinds["everything else"] = (rest & (shown.method != FULL.name), "#A9B4BF", "s")
+    for label, (inside, color, marker) in kinds.items():
+        part = shown[inside]
+        spread = [part.speedup - part.speedup_low, part.speedup_high - part.speedup]
+        axes.errorbar(part.macs_speedup, part.speedup, spread, fmt=marker, ms=11, color=color, label=label, capsize=5,
+                      mfc="white" if label == "DQAR's gates" else color)  # fmt: skip
+    end = shown.macs_speedup.max() * 1.05
+    axes.plot([1, end], [1, end], color=GREY, ls="--", zorder=0)
+    axes.text(end, end, "as the MACs promise ", ha="right", va="bottom", color=GREY)
+    axes.set(xlabel="MACs of full compute / of this", ylabel="speedup over full compute")
+    axes.legend(loc="lower right")
+    low, high = shown[gates].speedup.min(), shown[gates].speedup.max()
+    every = "Every gate makes this model slower" if high < 1 else "Gates change the speed of this model"
+    plans = shown[kinds["DQAR's plans"][0]]
+    realised = ((plans.speedup - 1) / (plans.macs_speedup - 1)).median()
+    headline(
+        figure,
+        f"{every}: {low:.2f} to {high:.2f} times full speed; a plan realises {realised:.0%} of the speedup "
+        "that its MACs promise",
+    )
+    return save(run, "slide12_methods", figure, summary, "median and quartiles of timings taken in turn")
+
+
+def slide13(run: Run, summary: pd.DataFrame, gated: pd.DataFrame) -> Figure:
+    """Slide 13's four bars, claimed beside measured, and what became of "zero reuse in steps 0 to 15"."""
+    here = measured(summary)
+    figure, panels = plt.subplot_mosaic([["claimed", "measured"], ["events", "events"]], height_ratios=(1.25, 1))
+    colors = [ACCENT if name == "DQAR" else GREY for name in CLAIMED.name]
+    claimed, found, early = panels.values()
+    bars = claimed.barh(CLAIMED.name, CLAIMED.fd, color=colors)
+    claimed.bar_label(bars, [f"{fd}" for fd in CLAIMED.fd], padding=4)
+    claimed.set(xlim=(0, 13))
+    claimed.set_title("Claimed: FID")
+    spread = np.nan_to_num([here.fd - here.fd_low, here.fd_high - here.fd]).clip(min=0)
+    found.barh(here.name, here.fd, xerr=spread, color=colors, capsize=5)
+    for y, row in enumerate(here.itertuples()):
+        found.annotate(_number(row.fd, ".2f"), (np.nanmax([row.fd_high, row.fd, 0]), y), (8, 0),
+                       textcoords="offset points", va="center")  # fmt: skip
+    found.set(yticks=range(len(here)), yticklabels=[], xlim=(0, 6.5))
+    found.set_title("Measured: FD-digits (not FID)")
+    for ax in (claimed, found):
+        ax.invert_yaxis()
+        ax.grid(visible=False)
+    reuse = events(gated, "calibrated")
+    before = int(reuse[reuse.index <= 15].sum())
+    early.axvspan(-0.5, 15.5, color=COMPUTE, zorder=0)
+    early.bar(reuse.index, reuse, color=ACCENT, label=f"measured: {before} in steps 0 to 15")
+    early.plot(SLIDE14.step, SLIDE14.events, color=GREY, ls=":", marker="o", lw=2, label="claimed")
+    early.set(xlabel="denoising step", ylabel="reuse events", xlim=(-0.5, run.profile.num_inference_steps + 0.5))
+    early.set_ylim(0, 1.45 * max(SLIDE14.events.max(), reuse.max()))
+    early.legend(loc="upper left", ncols=2)
+    growth = "nothing was recorded"
+    if here.fd_growth.notna().iloc[-1]:
+        ours = here.iloc[-1]
+        growth = f"Images of DQAR's rule are {abs(ours.fd_growth):.2f} {'farther' if ours.fd_growth > 0 else 'closer'}"
+        growth += f" {'from' if ours.fd_growth > 0 else 'to'} the data than full compute's"
+    headline(figure, f"{growth}; reuse begins at step {int(reuse[reuse > 0].index.min())}, not after step 15")
+    count = summary.images.max()
+    note = "" if np.isnan(count) else f"n = {int(count):,} images; bars: 95 % (bootstrap)"
+    return save(run, "slide13", figure, summary, note)
+
+
+def slide13_distances(run: Run, summary: pd.DataFrame) -> Figure:
+    """Fréchet distance's growth over full compute and PSNR, for DQAR and the plainest rivals."""
+    if summary.fd.isna().all():
+        return missing(run, "slide13_distances", "images of every method")
+    half = f"{run.profile.num_inference_steps // 2} steps"
+    names = {
+        **{"static, kv": "every 2nd step, K and V", "static, output": "every 2nd step, output", half: half},
+        **{"W8A8 + CSB": "W8A8 + CSB", "DQAR rule, kv": "DQAR rule, K and V"},
+        **{"DQAR policy, output": "DQAR network, output", "DQAR plan, 2×": "DQAR plan, 2×"},
+    }
+    table = summary.set_index("method").reindex(list(names)).dropna(subset=["fd"]).reset_index()
+    figure, (left, right) = plt.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    colors = [ACCENT if family in OURS else GREY for family in table.family]
+    spread = [table.fd_growth - table.fd_growth_low, table.fd_growth_high - table.fd_growth]
+    labels = table.method.map(names)
+    left.barh(labels, table.fd_growth, xerr=np.clip(spread, 0, None), color=colors, capsize=5)
+    left.axvline(0, color=GREY)
+    left.invert_yaxis()
+    left.set(xlabel="FD-digits over full compute's")
+    bars = right.barh(labels, table.psnr, color=colors)
+    right.bar_label(bars, [f"{psnr:.1f}" for psnr in table.psnr], padding=5)
+    right.set(xlabel="PSNR to full compute (dB)", xlim=(0, 1.25 * table.psnr.max()))
+    right.grid(visible=False)
+    closer = int((table.fd_growth_high < 0).sum())
+    headline(
+        figure,
+        f"{closer} of {len(table)} methods come closer to the data than full compute: a smaller distance is no better "
+        "image",
+    )
+    return save(run, "slide13_distances", figure, summary, f"n = {int(table.images.max()):,} images; bars: 95 %")
+
+
+def methods_table(summary: pd.DataFrame) -> pd.DataFrame:
+    """Every method's cost and quality, in words; "–" where nothing was recorded."""
+    return pd.DataFrame(
         {
             "Method": summary.method,
-            "ms/step": [_number(x, ".1f") for x in summary.ms_per_step],
+            "ms a step": [_number(x, ".1f") for x in summary.ms_per_step],
             "Speedup (quartiles)": [
-                f"{r.speedup:.2f}× ({r.speedup_low:.2f}–{r.speedup_high:.2f})" if r.speedup == r.speedup else "–"
+                f"{r.speedup:.2f} ({r.speedup_low:.2f}–{r.speedup_high:.2f})" if r.speedup == r.speedup else "–"
                 for r in summary.itertuples()
             ],
-            "MACs": [_number(x, ".2f", "×") for x in summary.macs_speedup],
+            "MAC reduction": [_number(x, ".2f", "×") for x in summary.macs_speedup],
             "Events": [_number(x, ".0f") for x in summary.events],
-            "Sites": [_number(x * 100, ".0f", " %") for x in summary.sites_reused],
-            "MB: weights, cache, peak +": [
+            "Sites reused": [_number(x * 100, ".0f", " %") for x in summary.sites_reused],
+            "MB: weights, cache, added at the peak": [
                 f"{_number(r.weight_bytes / 1e6, '.1f')}, {_number(r.cache_bytes / 1e6, '.2f')}, "
                 f"{_number(r.added_bytes / 1e6, '.0f')}"
                 for r in summary.itertuples()
@@ -77,47 +207,15 @@ def slide12_methods(run: Run, summary: pd.DataFrame) -> Figure:
             ],
             "PSNR": [_number(x, ".1f", " dB") if x != np.inf else "identical" for x in summary.psnr],
             "SSIM": [_number(x, ".4f") for x in summary.ssim],
-            "Class": [_number(x * 100, ".1f", " %") for x in summary.class_accuracy],
+            "Class right": [_number(x * 100, ".1f", " %") for x in summary.class_accuracy],
             "n": [_number(x, ".0f") for x in summary.images],
         }
     )
-    title = "All methods, same seeds (MACs: saved over full compute; –: not recorded)"
-    return save_table(run, "slide12_methods", title, table, [27, 8, 20, 7, 7, 6, 17, 20, 9, 7, 8, 5], summary)
-
-
-@recorded("images of every method")
-def slide13_quality(run: Run, summary: pd.DataFrame | None) -> Figure:
-    """Fréchet distance and PSNR of every method, with intervals."""
-    table = summary.dropna(subset=["fd"]).reset_index(drop=True)
-    table.attrs = {}
-    figure, (left, right) = plt.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-    colors = [ACCENT if name.startswith("DQAR") else BLUE if name == "full compute" else GREY for name in table.method]
-    spread = [(table.fd - table.fd_low).clip(lower=0), (table.fd_high - table.fd).clip(lower=0)]
-    left.barh(table.method, table.fd, xerr=spread, color=colors, capsize=4)
-    left.invert_yaxis()
-    left.tick_params(axis="y", labelsize=13)
-    left.set(xlabel="FD-digits to held-out digits (95 %)")
-    shown = table[np.isfinite(table.psnr)]
-    right.barh(shown.method, shown.psnr, color=[colors[i] for i in shown.index])
-    right.set(xlabel="PSNR to full compute (dB)", xlim=(0, 1.2 * shown.psnr.max() if len(shown) else 1))
-    right.grid(axis="y", visible=False)
-    for y, row in enumerate(table.itertuples()):
-        text = "identical" if np.isinf(row.psnr) else f"{row.psnr:.1f}"
-        right.annotate(
-            text, (0 if np.isinf(row.psnr) else row.psnr, y), (6, 0), textcoords="offset points", va="center", size=14
-        )
-    others = table[table.method != "full compute"]
-    text = f"FD-digits of {int(table.images.max()):,} images"
-    if len(others):
-        worst = others.loc[others.fd_growth.idxmax()]
-        closer, farther = int((others.fd_growth_high < 0).sum()), int((others.fd_growth_low > 0).sum())
-        text += (
-            f": {farther} of {len(others)} methods are farther from the data than full compute, {closer} are closer; "
-            f"largest growth {worst.fd_growth:+.2f} ({worst.method})"
-        )
-    headline(figure, text)
-    return save(run, "slide13_quality", figure, summary)
 
 
 def _number(value: float, spec: str, unit: str = "") -> str:
-    return "–" if value != value else f"{value:{spec}}{unit}"
+    return "–" if value != value else f"{value:{spec}}{unit}".replace("-", "−")
+
+
+def _percent(value: float) -> str:
+    return _number(100 * value, "+.0f", "%")

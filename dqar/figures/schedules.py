@@ -8,46 +8,99 @@ import pandas as pd
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
-from dqar.figures.style import ACCENT, BLUE, COMPUTE, GREY, REUSE, headline, save
+from dqar.figures.style import ACCENT, BLUE, COMPUTE, GREEN, GREY, REUSE, headline, save
 from dqar.measure.results import Run
+from dqar.scheduler import eligible_layers
+
+NAMES = {
+    "depth_aware": "the deck's, shallow first",
+    "linear": "linear",
+    "linear_reverse": "deep first",
+    "all": "all layers",
+    "static 2": "every 2nd step",
+    "static 3": "2 of 3 steps",
+}
 
 
-def slide08_layer_step_maps(run: Run, maps: pd.DataFrame) -> Figure:
+def slide08(run: Run, sites: pd.DataFrame) -> Figure:
+    """How much each layer's attention changes from step to step: what "shallow layers stabilise first" turns out to be.
+
+    Args:
+        sites: of ``trace.sites``.
+    """
+    shown = sites.dropna(subset=["change"])
+    layers, steps = shown.layer.max() + 1, run.profile.num_inference_steps
+    ends = [max(eligible_layers(step, steps, layers, "depth_aware")) for step in range(steps)]
+    shallow, middle = ends[0], ends[steps // 2]
+    figure, (left, right) = plt.subplots(1, 2, width_ratios=(1, 1.1))
+    grid = shown.groupby(["layer", "step"]).change.mean().unstack()
+    mesh = left.pcolormesh(grid.columns, grid.index, grid.values, cmap="cividis_r", vmin=0, vmax=0.4, rasterized=True)
+    left.step(range(steps), np.array(ends) + 0.5, where="mid", color=ACCENT, lw=4, label="the deck reuses below")
+    left.legend(loc="upper left")
+    left.grid(False)
+    left.set(xlabel="denoising step", ylabel="layer", xlim=(0.5, steps - 0.5), ylim=(-0.5, layers - 0.5))
+    left.set_title("Relative change since the step before")
+    figure.colorbar(mesh, ax=left, extend="max", pad=0.01)
+    groups = {
+        f"shallow: 0 to {shallow}": (shown.layer <= shallow, BLUE),
+        f"middle: {shallow + 1} to {middle}": (shown.layer.between(shallow + 1, middle), GREEN),
+        f"deep: {middle + 1} to {layers - 1}": (shown.layer > middle, GREY),
+    }
+    late = {}
+    for name, (inside, color) in groups.items():
+        quartiles = shown[inside].groupby("step").change.quantile([0.25, 0.5, 0.75]).unstack()
+        right.plot(quartiles.index, quartiles[0.5], color=color, lw=4, label=name)
+        right.fill_between(quartiles.index, quartiles[0.25], quartiles[0.75], color=color, alpha=0.2, lw=0)
+        late[name.split(":")[0]] = shown[inside & (shown.step >= steps // 2)].change.median()
+    right.set(xlabel="denoising step", ylabel="relative change", ylim=(0, 0.4))
+    right.legend(title="layers")
+    right.set_title("Median and middle half, by depth")
+    first = shown[shown.layer <= shallow].groupby("step").change.median()
+    early = first[first.index < 0.3 * (steps - 1)].median()
+    least = "least" if late["shallow"] < min(late["middle"], late["deep"]) else "not least"
+    headline(
+        figure,
+        f"Shallow layers change {least} late in the run ({late['shallow']:.0%} a step, deep ones {late['deep']:.0%}), "
+        f"but by {early:.0%} early, where the deck reuses only them",
+    )
+    return save(run, "slide08", figure, sites, f"n = {run.profile.num_samples} images, both branches")
+
+
+def slide08_maps(run: Run, maps: pd.DataFrame) -> Figure:
     """What each schedule did, as traced, at every step and layer."""
-    methods = list(dict.fromkeys(maps.method))
+    families = list(dict.fromkeys(maps.family))
     figure, axes = plt.subplots(2, 3, sharex=True, sharey=True)
-    for ax, method in zip(axes.flat, methods, strict=True):
-        grid = (maps[maps.method == method].pivot(index="layer", columns="step", values="decision") == "reuse").astype(
-            int
-        )
-        ax.pcolormesh(grid.columns, grid.index, grid.values, cmap=ListedColormap([COMPUTE, REUSE]), vmin=0, vmax=1)
-        ax.set_title(f"{method}: {grid.values.mean():.0%} reused", size=17)
+    for ax, family in zip(axes.flat, families, strict=True):
+        table = maps[maps.family == family].pivot(index="layer", columns="step", values="decision")
+        grid = (table == "reuse").astype(int)
+        colors = ListedColormap([COMPUTE, REUSE])
+        ax.pcolormesh(grid.columns, grid.index, grid.values, cmap=colors, vmin=0, vmax=1, rasterized=True)
+        ax.set_title(f"{NAMES[family]}: {grid.values.mean():.0%}", size=17)
         ax.grid(False)
     for ax in axes[1]:
         ax.set_xlabel("denoising step")
     for ax in axes[:, 0]:
         ax.set_ylabel("layer")
-    headline(figure, "Six schedules, six different runs (orange: reused, at most three steps in a row)")
-    return save(run, "slide08_layer_step_maps", figure, maps)
+    headline(figure, "Six schedules reuse different layers (orange) at different steps, at most three steps in a row")
+    return save(run, "slide08_maps", figure, maps, "one image")
 
 
-def slide08_quality_against_macs(run: Run, schedules: pd.DataFrame) -> Figure:
+def slide08_quality(run: Run, schedules: pd.DataFrame) -> Figure:
     """PSNR against MACs saved: schedules and reuse targets, and the plainest rival, fewer steps."""
     figure, axes = plt.subplots()
-    table = schedules.assign(kind=[m.split(", ")[-1] if ", " in m else "fewer steps" for m in schedules.method])
+    table = schedules.assign(kind=schedules.target.fillna("fewer steps"))
+    labels = {"kv": "reuse of K and V", "output": "reuse of the attention output", "fewer steps": "fewer steps"}
     for kind, color, marker in (("kv", BLUE, "o"), ("output", ACCENT, "D"), ("fewer steps", GREY, "X")):
         part = table[table.kind == kind]
-        axes.scatter(part.macs_speedup, part.psnr, color=color, marker=marker, s=170, zorder=3,
-                     label=kind if kind == "fewer steps" else f"reuse of {kind}")  # fmt: skip
-        offset = (10, -5) if kind == "kv" else (10, 6)  # the points of kv are near each other
-        for row in part.itertuples():
-            text, place = row.method.split(",")[0], (row.macs_speedup, row.psnr)
-            axes.annotate(text, place, offset, textcoords="offset points", size=13, color=color)
-    axes.set(xlabel="MACs: full compute / this (×, further right is cheaper)", ylabel="PSNR to full compute (dB)")
-    axes.margins(0.12)
-    axes.legend()
+        axes.scatter(part.macs_speedup, part.psnr, color=color, marker=marker, s=200, zorder=3, label=labels[kind])
+        for row in part[part.kind != "kv"].itertuples():  # the points of K and V lie too close together for names
+            text, place = NAMES.get(row.family, row.method), (row.macs_speedup, row.psnr)
+            axes.annotate(text, place, (10, 6), textcoords="offset points", color=color)
+    axes.set(xlabel="MACs of full compute / of this (further right is cheaper)", ylabel="PSNR to full compute (dB)")
+    axes.margins(0.15)
+    axes.legend(loc="upper right")
     rival = table[table.kind == "fewer steps"].sort_values("macs_speedup")
     ours = table[table.kind != "fewer steps"]
     ahead = int((ours.psnr > np.interp(ours.macs_speedup, rival.macs_speedup, rival.psnr)).sum())
-    axes.set_title(f"{ahead} of {len(ours)} attention-only schedules beat fewer steps at equal MACs")
-    return save(run, "slide08_quality_against_macs", figure, schedules)
+    headline(figure, f"{ahead} of {len(ours)} schedules of attention reuse beat fewer steps at equal MACs")
+    return save(run, "slide08_quality", figure, schedules, f"n = {run.profile.num_samples} images")

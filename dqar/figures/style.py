@@ -1,32 +1,36 @@
-"""Colours, saving and headlines that all figures share."""
+"""What all figures share: colours, sizes, headlines, tables, and files that change only with what they show."""
 
 from __future__ import annotations
 
 import functools
+import io
 import json
+import re
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 
+import matplotlib.colors as mcolors
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from IPython.display import Markdown
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from PIL import Image, ImageChops, UnidentifiedImageError
 
 from dqar.measure.results import Run, atomic_path, provenance
 
 ACCENT = "#D55E00"
 """DQAR, in every figure."""
-
-
 REUSE, COMPUTE = ACCENT, "#DCE3EA"
-
-
-BLUE, GREEN, GREY = "#0072B2", "#009E73", "#555555"
-
-
+BLUE, GREEN, GREY, DARK = "#0072B2", "#009E73", "#5B6670", "#222222"
 BRANCH_COLORS = {"cond": BLUE, "uncond": GREEN}
-
+SMALLEST = 16
+"""Points of the smallest text on the 12.8 × 7.2 inch canvas."""
+LARGEST_FILE = 120_000
+"""Bytes of a PNG."""
 
 # Slide 14's table: step, entropy (nats), SNR, reuse events.
 SLIDE14 = pd.DataFrame(
@@ -50,81 +54,174 @@ SLIDE14 = pd.DataFrame(
 def use_style() -> None:
     """16:9, readable from the back of a room."""
     sns.set_theme(context="talk", style="whitegrid", palette="colorblind")
+    sizes = ("font.size", "xtick.labelsize", "ytick.labelsize", "legend.fontsize", "legend.title_fontsize")
     plt.rcParams.update(
         {
+            **dict.fromkeys(sizes, SMALLEST),
+            "axes.labelsize": 17,
+            "axes.titlesize": 18,
+            "axes.titleweight": "bold",
             "figure.figsize": (12.8, 7.2),
             "figure.constrained_layout.use": True,
-            "axes.titleweight": "bold",
-            "axes.titlesize": "medium",
-            "svg.fonttype": "none",
+            "svg.fonttype": "path",
+            "svg.hashsalt": "dqar",
             "font.family": "DejaVu Sans",
         }
     )
 
 
-def save(run: Run, name: str, figure: Figure, table: pd.DataFrame, transparent: bool = False) -> Figure:
-    """Writes ``name`` as PNG (2560 × 1440), SVG and JSON sidecar to the run's figures; closes and returns the figure.
+def save(run: Run, name: str, figure: Figure, table: pd.DataFrame, note: str = "") -> Figure:
+    """Writes ``name`` as PNG (1920 × 1080, with a palette), SVG and JSON sidecar; closes and returns the figure.
 
-    The footer and the sidecar say what was measured; ``table.attrs`` brings the provenance of a measured table.
+    The footer says what was measured: ``note`` (how many images, what the bars are), model, device and seed. Date and
+    commit stand in the sidecar alone, and the files are written only where picture or words have changed: drawing the
+    same thing again changes no file.
+
+    Args:
+        name: ``"slide14"`` is slide 14 of the deck; any other name, such as ``"slide14_curves"``, is appendix.
+        table: what is drawn; ``table.attrs`` brings the provenance of a measured one.
     """
     source = table.attrs.get("provenance") or provenance(run.profile, run.seed)
-    text = f"profile {source['profile']['name']} · {source['device']}, {source['dtype']} · seed {source['seed']}"
-    figure.get_layout_engine().set(rect=(0, 0.035, 1, 0.965))
-    figure.text(0.995, 0.008, f"{text} · {source['commit']} · {source['date'][:10]}", ha="right", size=10, color=GREY)
-    for suffix, options in ((".png", {"dpi": 200}), (".svg", {"metadata": {"Date": None}})):
-        with atomic_path(run.figures / f"{name}{suffix}") as path:
-            figure.savefig(path, transparent=transparent, **options)
-    title = figure.get_suptitle().replace("\n", " ") or (figure.axes[0].get_title() if figure.axes else "")
-    with atomic_path(run.figures / f"{name}.json") as path:
-        path.write_text(json.dumps({"figure": name, "title": title, **source}, indent=2) + "\n")
+    device = source["device"].replace("(R)", "").removesuffix(" Processor")
+    figure.get_layout_engine().set(rect=(0, 0.045, 1, 0.955))
+    place = {"size": SMALLEST, "color": GREY, "va": "bottom"}
+    figure.text(0.008, 0.008, note, ha="left", **place)
+    if len(table.columns):  # something was measured
+        text = f"{source['profile']['name']} · {device} · seed {source['seed']}"
+        figure.text(0.992, 0.008, text, ha="right", **place)
+    title = figure.get_suptitle() or (figure.axes[0].get_title() or figure.axes[0].get_title("left"))
+    title = title.replace("\n", " ")
+    panels = [f"{ax.get_ylabel()} against {ax.get_xlabel()}" for ax in figure.axes if ax.get_xlabel()]
+    texts = [text for text in figure.findobj(Text) if text.get_text().strip() and text.get_visible()]
+    words = {
+        "figure": name,
+        "title": title,
+        "alt": ". ".join([title, *panels, note]).replace("\n", " ").strip(". ") + ".",
+        "smallest_text": min(text.get_fontsize() for text in texts),
+    }
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=150)
+    png = with_palette(Image.open(drawn))
+    target = path_of(run, name).with_suffix(".png")
+    if not shows_the_same(target, png, words):
+        with atomic_path(target.with_suffix(".svg")) as path:
+            figure.savefig(path, dpi=100, metadata={"Date": None})
+        with atomic_path(target) as path:
+            path.write_bytes(png)
+        with atomic_path(target.with_suffix(".json")) as path:
+            path.write_text(json.dumps({**words, **source}, indent=2, ensure_ascii=False) + "\n")
     plt.close(figure)
     return figure
 
 
-def save_table(
-    run: Run, name: str, title: str, table: pd.DataFrame, widths: list[int], source: pd.DataFrame | None = None
-) -> Figure:
-    """Writes a table as Markdown and LaTeX and, drawn, as a figure; ``widths`` in characters a column."""
+def path_of(run: Run, name: str) -> Path:
+    """Where a figure of that name goes, without suffix; its folder is made."""
+    folder = run.figures / ("deck" if re.fullmatch(r"slide\d\d", name) else "appendix")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / name
+
+
+def with_palette(picture: Image.Image) -> bytes:
+    """A PNG of ``picture`` in as many of 256 colours as fit ``LARGEST_FILE``; in 16 where not even those fit."""
+    picture = picture.convert("RGB")
+    # A palette of the picture's own. The strip and the exact entries keep white and the project's colours as they are.
+    exact = np.array([mcolors.to_rgb(color) for color in ("white", ACCENT, COMPUTE, BLUE, GREEN, GREY, DARK)]) * 255
+    sample = Image.new("RGB", (picture.width, picture.height + 20 * len(exact)))
+    sample.paste(picture)
+    for row, color in enumerate(exact):
+        top = picture.height + 20 * row
+        sample.paste(tuple(color.round().astype(int)), (0, top, picture.width, top + 20))
+    for colors in (256, 128, 64, 32, 16):
+        palette = sample.quantize(colors, dither=Image.Dither.NONE)
+        entries = np.array(palette.getpalette()).reshape(-1, 3)
+        for color in exact:
+            entries[np.abs(entries - color).sum(1).argmin()] = color.round()
+        palette.putpalette(entries.ravel().tolist())
+        file = io.BytesIO()
+        picture.quantize(palette=palette, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+        if file.tell() <= LARGEST_FILE:
+            break
+    return file.getvalue()
+
+
+def shows_the_same(target: Path, png: bytes, words: dict) -> bool:
+    """Whether the figure at ``target`` has the pixels of ``png`` and the ``words`` of a sidecar already."""
+    try:
+        pictures = [Image.open(file).convert("RGB") for file in (target, io.BytesIO(png))]
+        before = json.loads(target.with_suffix(".json").read_text())
+    except (OSError, UnidentifiedImageError, ValueError):
+        return False
+    same_words = words == {key: before.get(key) for key in words}
+    same_size = pictures[0].size == pictures[1].size
+    return same_words and same_size and ImageChops.difference(*pictures).getbbox() is None
+
+
+def write_table(run: Run, name: str, table: pd.DataFrame) -> None:
+    """Writes a table as Markdown and LaTeX."""
     for suffix, text in ((".md", table.to_markdown(index=False)), (".tex", _latex(table))):
-        with atomic_path(run.figures / f"{name}{suffix}") as path:
+        with atomic_path(path_of(run, name).with_suffix(suffix)) as path:
             path.write_text(text + "\n")
+
+
+def save_table(
+    run: Run,
+    name: str,
+    title: str,
+    table: pd.DataFrame,
+    widths: list[int],
+    source: pd.DataFrame | None = None,
+    note: str = "",
+) -> Figure:
+    """Writes a table as Markdown and LaTeX and, drawn, as a figure.
+
+    Args:
+        widths: in characters a column; some 95 fill the canvas.
+        source: the measured table that it was made of, with its provenance.
+    """
+    write_table(run, name, table.map(lambda cell: str(cell).replace("\n", " / ")))
+    wide = [int(0.85 * width) for width in widths]  # bold letters take more room
     cells = [
-        ["\n".join(textwrap.wrap(str(x), width)) for x, width in zip(row, widths, strict=True)]
-        for row in [table.columns, *table.values]
+        [_wrapped(str(x), width) for x, width in zip(row, chars, strict=True)]
+        for row, chars in [(table.columns, wide), *((row, widths) for row in table.values)]
     ]
-    heights = [0.45 + max(cell.count("\n") + 1 for cell in row) for row in cells]
-    total, size = sum(heights), min(18.0, 400 / sum(heights), 1560 / sum(widths))
+    heights = [0.5 + max(cell.count("\n") + 1 for cell in row) for row in cells]
+    total = max(sum(heights), 12)
     figure, axes = plt.subplots()
     axes.set(xlim=(0, sum(widths)), ylim=(total, 0))
     axes.axis("off")
-    axes.set_title(title, loc="left")
+    headline(figure, title)
     lefts = np.cumsum([0, *widths[:-1]])
     top = 0.0
+    size = max(SMALLEST, min(19, 330 / total, 1500 / sum(widths)))
     for number, (row, height) in enumerate(zip(cells, heights, strict=True)):
         if number % 2 == 0 and number:
             axes.axhspan(top, top + height, color="#F3F5F7", zorder=0)
         for left, cell in zip(lefts, row, strict=True):
-            weight = "bold" if number == 0 else "normal"
-            axes.text(left + 0.5, top + height / 2, cell, va="center", size=size, weight=weight, linespacing=1.15)
+            ours = number and row[0].startswith("DQAR")
+            color = ACCENT if ours or cell in ("✗", "does not hold") else GREEN if cell == "✓" else DARK
+            weight = "bold" if number == 0 or ours else "normal"
+            place = {"va": "center", "linespacing": 1.15, "size": size, "weight": weight, "color": color}
+            axes.text(left + 0.5, top + height / 2, cell, **place)
         axes.axhline(top + height, color="#B8C0C8", lw=2 if number == 0 else 0.6)
         top += height
-    return save(run, name, figure, source if source is not None else table)
+    return save(run, name, figure, source if source is not None else table, note)
+
+
+def _wrapped(text: str, width: int) -> str:
+    return "\n".join(part for line in text.split("\n") for part in textwrap.wrap(line, width) or [""])
 
 
 def headline(figure: Figure, text: str) -> None:
-    """The finding, as the figure's title."""
-    figure.suptitle("\n".join(textwrap.wrap(text, 80)), weight="bold", size=19.5)
+    """The finding, in one sentence, as the figure's title; lines of about equal length."""
+    number = len(textwrap.wrap(text, 68))
+    width = next(width for width in range(len(text) // number, 69) if len(textwrap.wrap(text, width)) <= number)
+    figure.suptitle("\n".join(textwrap.wrap(text, width)), weight="bold", size=21)
 
 
-def times(series: pd.Series) -> str:
-    return f"{series.iloc[-1] / series.iloc[0]:,.0f}-fold"
-
-
-def _latex(table: pd.DataFrame) -> str:
-    return table.style.hide(axis="index").to_latex(hrules=True).replace("%", r"\%").replace("_", r"\_")
-
-
-use_style()
+def answer(*figures: Figure) -> Markdown:
+    """What a notebook found, for its last lines: the findings that stand above ``figures``."""
+    found = [" ".join(figure.get_suptitle().split()) for figure in figures if figure.get_suptitle()]
+    return Markdown("## What this shows\n\n" + "\n".join(f"- **{text}.**" for text in found))
 
 
 def recorded(what: str) -> Callable:
@@ -135,13 +232,44 @@ def recorded(what: str) -> Callable:
         def figure_or_gap(run: Run, *tables: pd.DataFrame | None) -> Figure:
             if all(table is not None for table in tables):
                 return draw(run, *tables)
-            figure, axes = plt.subplots()
-            axes.axis("off")
-            command = f"python -m dqar record --profile {run.profile.name}"
-            text = f"not measured yet for profile {run.profile.name}:\n{what}\n\n{command}"
-            axes.text(0.5, 0.5, text, ha="center", va="center", size=26, color=GREY)
-            return save(run, draw.__name__, figure, pd.DataFrame())
+            return missing(run, draw.__name__, what)
 
         return figure_or_gap
 
     return decorate
+
+
+def missing(run: Run, name: str, what: str) -> Figure:
+    """A figure in place of one whose measurement has not been recorded, with the command that records it."""
+    figure, axes = plt.subplots()
+    axes.axis("off")
+    text = f"not measured yet for profile {run.profile.name}:\n{what}\n\ndqar record --profile {run.profile.name}"
+    axes.text(0.5, 0.5, text, ha="center", va="center", size=26, color=GREY)
+    return save(run, name, figure, pd.DataFrame())
+
+
+LATEX = {
+    **{sign: f"\\{sign}" for sign in "&%_#"},
+    **{
+        "×": r"$\times$",
+        "≤": r"$\le$",
+        "≥": r"$\ge$",
+        "≈": r"$\approx$",
+        "√": r"$\surd$",
+        "∈": r"$\in$",
+        "·": r"$\cdot$",
+    },
+    **{"τ": r"$\tau$", "ρ": r"$\rho$", "δ": r"$\delta$", "ε": r"$\epsilon$", "α": r"$\alpha$", "Σ": r"$\Sigma$"},
+    **{"−": "--", "–": "--", "²": r"\textsuperscript{2}", "₀": "$_0$", "‖": r"$\|$", "→": r"$\to$"},
+    **{"✓": r"$\checkmark$", "✗": "no", "∈": r"$\in$", "·": r"$\cdot$"},
+}
+"""Signs that a LaTeX document with ``amssymb`` can't take as they are."""
+
+
+def _latex(table: pd.DataFrame) -> str:
+    text = table.style.hide(axis="index").to_latex(hrules=True)
+    # What pandas writes itself has an & between two columns; those in a cell are not surrounded by spaces.
+    return re.sub("|".join(LATEX), lambda found: LATEX[found[0]], text.replace(" & ", "\0")).replace("\0", " & ")
+
+
+use_style()

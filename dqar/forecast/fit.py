@@ -1,317 +1,658 @@
 """Makes forecast plans: which steps to compute, and the weights that forecast the others from them.
 
-1. **Trajectories** of a few calibration images: the run's own states (``target="reference"``), or those of the same
-   sampler with five times the steps (``"converged"``), at the run's timesteps.
-2. **Steps.** What is known at a computed step, its latents and the last two outputs of both branches, is fitted by
+1. **Trajectories.** The pipeline itself runs the calibration calls in full compute: the run itself
+   (``target="reference"``), or one with five times the steps (``"converged"``), at the run's timesteps.
+2. **Steps.** What is known at a computed step, its latents and the last two outputs of each branch, is fitted by
    least squares to the latents at any later step. The residual of each such jump needs inner products of the
    trajectories only, so that all jumps of all lengths are known at once; weighted by what an error made there does to
    the finished image, they add up, and dynamic programming finds the best steps for a budget.
-3. **Weights.** The planned run is followed from step to step, and at each the output is fitted that would lead the
-   scheduler to the target's next latents. So a forecast also mends what those before it did wrong. Each cached tensor
-   is weighted by a small kernel: what a pixel's neighbours did tells where the output bends. So do the hidden states
-   that the last layer was given at the newest computed step, of which a matrix reads what to add.
+3. **Weights.** All calls are followed from step to step, side by side, computing only the chosen steps. At each step
+   the outputs are fitted that would lead the schedulers to the target's next latents. So a forecast also mends what
+   those before it did wrong. Each cached tensor is weighted by a small kernel: what a pixel's neighbours did tells
+   where the output bends. So do the hidden states that the last layer was given at the newest computed step, of which
+   a matrix reads what to add. Each branch of guidance has weights of its own; all are fitted together, to what
+   guidance makes of them.
 4. **Refinement.** Neighbouring sets of steps are tried, and kept if the joint error of a run is smaller on images that
    the weights were not fitted on.
 """
 
 from __future__ import annotations
 
-import argparse
-import copy
+import hashlib
+import json
 import math
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline
-from rich.console import Console
 from tqdm import tqdm
 
-from dqar.config import check
-from dqar.families import describe_model
+from dqar.config import check, check_choice
+from dqar.families import bare, describe_model, family
+from dqar.forecast.lockstep import Answer, Lockstep, Moment
 from dqar.forecast.plan import ForecastPlan
-from dqar.forecast.run import FinalHiddenStates, from_patches, to_patches
-from dqar.forecast.steps import Jumps, choose_steps, measure_gains
-from dqar.forecast.trajectories import (
-    PLAN_SEED,
-    RIDGE,
-    Target,
-    Trajectories,
-    finished,
-    make_run_scheduler,
-    predict,
-    trajectories,
-)
-from dqar.measure.results import provenance
-from dqar.models.guidance import guide
-from dqar.models.pipelines import load_pipeline
-from dqar.models.profiles import SCHEDULERS, Profile, get_profile
+from dqar.forecast.run import channels_back, channels_first, from_patches, to_patches, weighted_sum
+from dqar.forecast.steps import RIDGE, Jumps, choose_steps, gram, least_squares
+from dqar.plan import write_json
 
+Target = Literal["reference", "converged"]
+
+FINER = 5
+"""Steps of the converged run for each one of the planned run."""
 HISTORY = 4
-
-
-KERNEL = 5
-"""Side of the kernels: on the digits, each size more (1, 3, 5) brought 1 to 2 dB on images not fitted on."""
-
-
+"""Outputs of each branch that a forecast draws on."""
+KERNELS = {1: (), 2: (5, 5), 3: (3, 3, 3)}
+"""Kernels by the axes of the latents' grid: on the digits, each size more (1, 3, 5) brought 1 to 2 dB on images not
+fitted on. Packed tokens have none."""
 NEIGHBOURS_RIDGE = 1e-5
-"""The same for the weights of a pixel's neighbours, the many of which would else fit noise."""
-
-
+"""As ``RIDGE``, for the weights of a pixel's neighbours, the many of which would else fit noise."""
 READOUT_RIDGE = 3e-3
 """The same for what is read from the hidden states."""
+GAIN_IMAGES, GAIN_POINTS = 8, 10
+"""Images, and steps, at which it is measured what an error does to the finished image."""
+
+
+def fit_plan(
+    pipe: Any,
+    calls: Sequence[Mapping[str, Any]],
+    num_inference_steps: int,
+    macs: float = 3.0,
+    target: Target = "reference",
+    *,
+    refinements: int = 12,
+    seed: int = 0,
+    work: str | Path | None = None,
+    max_bytes: float | None = None,
+) -> ForecastPlan:
+    """Makes a plan for any diffusers pipeline with a transformer, from calls of the pipeline itself.
+
+    Args:
+        pipe: the pipeline, with the scheduler it is to be used with, on its device, in its dtype. It is left as it was.
+        calls: one dictionary of keyword arguments for each call: prompts, images, guidance, sizes, as they will be
+            used. 60 to 120 images of different content are a good number; a call may draw several. Each is drawn from
+            the noise of its ``generator`` or ``latents``, or of a seed of its own.
+        num_inference_steps: of the runs that the plan is for.
+        macs: full compute's multiply-accumulates over the plan's, at least.
+        target: what the plan is to reach: the run itself, or the solution that five times the steps find.
+        refinements: neighbouring sets of steps to try.
+        seed: of the first call without generator or latents; the next one's is one more.
+        work: a folder for what was computed: a fit that was interrupted goes on from there.
+        max_bytes: refuses to begin where the trajectories may need more memory than this.
+
+    Returns:
+        The plan, its provenance with the errors of all that was tried.
+
+    Raises:
+        ValueError: what can't be planned, before the first image where it can be told: fewer than two images, another
+            argument out of range, a stochastic scheduler, guidance that isn't a weighted sum of its branches.
+        RuntimeError, FloatingPointError: a call failed, naming it.
+    """
+    check("macs", macs, 1 <= macs <= num_inference_steps / 2, "from 1 to half the steps")
+    calibration = Calibration(pipe, calls, num_inference_steps, target, seed=seed, work=work, max_bytes=max_bytes)
+    return calibration.plan(max(2, int(calibration.num_steps / macs)), refinements)
 
 
 @dataclass(frozen=True)
-class _State:
-    """What a step of a planned run begins with; the outputs newest first."""
+class Trajectory:
+    """One call in full compute: where each step led, ``[steps, images, ...]``, and what the choice of steps needs."""
 
-    scheduler: Any
-    latents: torch.Tensor
-    conds: tuple[torch.Tensor, ...] = ()
-    unconds: tuple[torch.Tensor, ...] = ()
-    hidden_states: torch.Tensor | None = None
-    """Both branches' in one, ``[images, tokens, width]``."""
+    previous: torch.Tensor
+    gram: torch.Tensor
+    timesteps: tuple[float, ...]
+    branches: tuple[str, ...]
+    scales: tuple[float, float]
+    """The least and the largest guidance scale of its steps."""
+    latents: tuple[int, ...]
+    """Shape of one image's output."""
+    hidden_states: tuple[int, int]
+    """Tokens and width of one branch's, 0 where they aren't known."""
+
+    @property
+    def images(self) -> int:
+        """Images of the call."""
+        return self.previous.shape[1]
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A planned run that was followed: its ``weights`` and ``readouts``, as ``ForecastPlan`` has them, what each step
-    began with, and each image's mean squared error when finished, ``[images]``."""
+    """A planned run that was followed: its ``weights`` and ``readouts``, as ``ForecastPlan`` has them, and each image's
+    mean squared error when finished, ``[images]``.
+
+    ``guided`` is what the schedulers were given, and ``raw`` what the model returned at computed steps, for each call
+    by step: a fit that begins alike goes on from it.
+    """
 
     computed: tuple[int, ...]
     fitted_on: int
     weights: tuple[tuple[float, ...], ...]
     readouts: tuple[tuple[float, ...], ...]
-    states: tuple[_State, ...]
     error: torch.Tensor
+    guided: list[dict[int, torch.Tensor]] = field(repr=False)
+    raw: list[dict[int, list[torch.Tensor]]] = field(repr=False)
 
 
-def fit(
-    pipe: DiffusionPipeline,
-    profile: Profile,
-    computed: tuple[int, ...],
-    known: Trajectories,
-    fitted_on: int,
-    like: Fitted | None = None,
-) -> Fitted:
-    """Follows a run that computes only at ``computed``, and fits each step's weights as it comes by.
+class Calibration:
+    """Calibration calls of a pipeline, run in full compute once; plans of any number of computed steps follow.
 
-    Args:
-        fitted_on: the first so many images of ``known`` are fitted on; all follow.
-        like: an earlier fit on the same images: what it did before the first step that differs is taken from it.
+    Args: see ``fit_plan``.
+
+    Attributes:
+        trajectories: one for each call.
+        num_steps: of the runs; fewer than ``num_inference_steps`` where they begin late.
+        gains: what a squared error of the latents at each step is worth in the end, ``[steps + 1]``.
     """
-    start = 0
-    if like is not None and like.fitted_on == fitted_on:
-        start = min(set(computed) ^ set(like.computed), default=known.num_steps - 1)
-    states = (
-        list(like.states[: start + 1])
-        if start
-        else [_State(make_run_scheduler(pipe, known.num_steps), known.latents[0])]
-    )
-    rows, readouts = (list(like.weights[:start]), list(like.readouts[:start])) if start else ([], [])
-    for step in range(start, known.num_steps):
-        state, scheduler = states[step], copy.deepcopy(states[step].scheduler)
-        t, latents, conds, unconds = scheduler.timesteps[step], state.latents, state.conds, state.unconds
-        model_input, hidden_states = scheduler.scale_model_input(latents, t), state.hidden_states
-        if step in computed:
-            with FinalHiddenStates(pipe.transformer) as seen:
-                cond, uncond = predict(pipe, profile, model_input, t, known.labels)
-            conds = (cond, *conds)[:HISTORY]
-            unconds = () if uncond is None else (uncond, *unconds)[:HISTORY]
-            hidden_states = torch.cat(seen.take().split(len(latents)), -1)
-        newest = guide(conds[0], unconds[0] if unconds else None, profile.guidance_scale)
-        if step == 0:
-            rows.append(())
-            readouts.append(())
-            output = newest
-        else:
-            columns = torch.cat([_neighbourhoods(x) for x in (*conds, *unconds, model_input)], -1)
-            # The output that takes the scheduler to the target's next latents: they are affine in it.
-            nowhere = _copied_step(scheduler, torch.zeros_like(latents), t, latents)
-            slope = (_copied_step(scheduler, torch.ones_like(latents), t, latents) - nowhere).flatten()[0]
-            wanted = (known.latents[step + 1] - nowhere) / slope - newest
-            weights, matrix = _fit_step(columns[:fitted_on], hidden_states[:fitted_on], wanted[:fitted_on])
-            centers = weights.view(-1, KERNEL**2)[:, KERNEL**2 // 2]
-            centers[0] += profile.guidance_scale if unconds else 1
-            if unconds:
-                centers[len(conds)] += 1 - profile.guidance_scale
-            rows.append(tuple(float(f"{w:.7g}") for w in weights.tolist()))
-            readouts.append(tuple(float(f"{w:.5g}") for w in matrix.flatten().tolist()))
-            read = from_patches(hidden_states.double() @ matrix, latents.shape)
-            output = ((columns @ weights).view_as(latents) + read).to(latents.dtype)
-        latents = scheduler.step(output, t, latents).prev_sample
-        states.append(_State(scheduler, latents, conds, unconds, hidden_states))
-    error = (finished(pipe, latents) - finished(pipe, known.latents[-1])).square().flatten(1).mean(1)
-    return Fitted(computed, fitted_on, tuple(rows), tuple(readouts), tuple(states), error)
+
+    def __init__(
+        self,
+        pipe: Any,
+        calls: Sequence[Mapping[str, Any]],
+        num_inference_steps: int,
+        target: Target = "reference",
+        *,
+        seed: int = 0,
+        work: str | Path | None = None,
+        max_bytes: float | None = None,
+    ):
+        check_choice("target", target, get_args(Target))
+        calls = list(calls)
+        check("calls", calls, calls and all(isinstance(call, Mapping) for call in calls), "one or more dictionaries")
+        counted = isinstance(num_inference_steps, int) and num_inference_steps >= 4
+        check("num_inference_steps", num_inference_steps, counted, "an int of 4 or more")
+        self.pipe, self.calls, self.target, self.seed = pipe, calls, target, seed
+        self.num_inference_steps = num_inference_steps
+        self._work = None if work is None else Path(work)
+        if self._work is not None:
+            self._work.mkdir(parents=True, exist_ok=True)
+        with Lockstep(pipe, num_inference_steps):  # refuses pipelines of another kind
+            model = describe_model(pipe.transformer)
+        weights = [p.flatten()[:8].float() for p in bare(pipe.transformer).parameters() if not p.is_meta]
+        scheduler = type(pipe.scheduler).__name__, dict(pipe.scheduler.config)
+        self._key = _digest(model, weights, scheduler, num_inference_steps, target, seed)
+        self.trajectories: list[Trajectory] = []
+        with tqdm(total=len(calls) * num_inference_steps, desc=f"{target} trajectories", leave=False) as bar:
+            for number, call in enumerate(calls):
+                self.trajectories.append(self._kept(number, call, bar))
+                if number == 0:
+                    bound = self._memory()
+                    bar.set_postfix_str(f"at most {bound / 1e9:.2f} GB beside the pipeline")
+                    if max_bytes is not None and bound > max_bytes:
+                        raise ValueError(
+                            f"{len(calls)} calls may take {bound / 1e9:.2f} GB, more than max_bytes: give a folder "
+                            "`work`, or fewer calls"
+                        )
+        first = self.trajectories[0]
+        for number, other in enumerate(self.trajectories):
+            for name in ("timesteps", "branches", "latents"):
+                if getattr(other, name) != getattr(first, name):
+                    raise ValueError(f"calibration call {number} has other {name} than call 0: make a plan for each")
+        images = sum(one.images for one in self.trajectories)
+        check("calls", f"{len(calls)} of {images} images", images >= 2, "two images or more, better 60 to 120")
+        self.num_steps, self.images = len(first.timesteps), images
+        self.gains = self._kept_gains()
+
+    def plan(self, num_computed: int, refinements: int = 12, starts: Sequence[tuple[int, ...]] = ()) -> ForecastPlan:
+        """The best plan found that computes ``num_computed`` steps.
+
+        Args:
+            num_computed: how many; the first step always is.
+            refinements: neighbours to try.
+            starts: sets of steps to begin with, in place of the predicted ones: of an earlier plan that is to be
+                improved.
+
+        Its provenance has ``trials``, the sets of steps that were tried, each with its ``predicted`` and ``measured``
+        mean squared error: the latter of finished latents that the weights had not been fitted on.
+        """
+        check("refinements", refinements, isinstance(refinements, int) and refinements >= 0, "an int of 0 or more")
+        size = sum(math.prod(one.previous.shape[1:]) for one in self.trajectories)
+        jumps = Jumps(sum(one.gram for one in self.trajectories), size, self.num_steps)
+        half, best = self.images // 2, None
+        path = None if self._work is None else self._work / f"trials-{self._digest()}-{num_computed}.json"
+        done = json.loads(path.read_text()) if path is not None and path.exists() else []
+        trials = {tuple(steps): (predicted, measured) for steps, predicted, measured in done}
+        tried: dict[tuple[int, ...], tuple[float, float]] = {}
+        generator = np.random.default_rng(len(starts))
+        starts = starts or [choose_steps(jumps, num_computed, self.gains**power)[0] for power in (0, 0.5, 1)]
+        for trial in tqdm(range(len(starts) + refinements), desc=f"refining {num_computed} steps", leave=False):
+            steps = starts[trial] if trial < len(starts) else self._neighbour(tried, generator)
+            if steps in tried:
+                continue
+            fitted = None
+            if steps not in trials:
+                fitted = self.fit(steps, half, like=best)
+                trials[steps] = self._predicted(jumps, steps), fitted.error[half:].mean().item()
+                if path is not None:
+                    write_json(path, [[list(s), *errors] for s, errors in trials.items()])
+            if not tried or trials[steps][1] < min(measured for _, measured in tried.values()):
+                best = fitted
+            tried[steps] = trials[steps]
+        computed = min(tried, key=lambda steps: tried[steps][1])
+        final = self.fit(computed, self.images)
+        first = self.trajectories[0]
+        scales = [scale for one in self.trajectories for scale in one.scales]
+        source = {
+            "target": self.target,
+            "calibration_images": self.images,
+            "trials": [{"computed": list(s), "predicted": p, "measured": m} for s, (p, m) in tried.items()],
+            "calls": self._digest(),
+            "versions": {name: version(name) for name in ("torch", "diffusers")},
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        return ForecastPlan(
+            final.weights,
+            computed,
+            first.timesteps,
+            (_rounded(min(scales)), _rounded(max(scales))) if len(first.branches) > 1 else (1.0, 1.0),
+            HISTORY,
+            describe_model(self.pipe.transformer),
+            self.kernel,
+            source,
+            final.readouts,
+            type(self.pipe.scheduler).__name__,
+            first.latents,
+        )
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """The kernels' sides, by the latents' grid."""
+        return KERNELS[len(self.trajectories[0].latents) - 1]
+
+    def fit(self, computed: tuple[int, ...], fitted_on: int, like: Fitted | None = None) -> Fitted:
+        """Follows the calls, computing only at ``computed``, and fits each step's weights as it comes by.
+
+        Args:
+            fitted_on: the first so many images are fitted on; all are followed.
+            like: an earlier fit on the same images: what it did before the first step that differs is replayed.
+        """
+        start = 0
+        if like is not None and like.fitted_on == fitted_on:
+            start = min(set(computed) ^ set(like.computed), default=self.num_steps - 1)
+        # The last computed step before is computed anew, for its hidden states.
+        again = max((step for step in computed if step < start), default=0)
+        replayed = [{step: raw for step, raw in own.items() if step < again} for own in (like.raw if start else [])]
+        rows = list(like.weights[:start]) if start else []
+        readouts = list(like.readouts[:start]) if start else []
+        guided: list[dict[int, torch.Tensor]] = [{} for _ in self.calls]
+        raw: list[dict[int, list[torch.Tensor]]] = [{} for _ in self.calls]
+        channels = family(self.pipe.transformer).channels
+        step, runs = 0, []
+        with Lockstep(self.pipe, self.num_inference_steps, self.seed) as lockstep:
+            for runs, moments in lockstep.follow(self.calls, computed, replayed or None, HISTORY):  # noqa: B007
+                for own, moment in zip(raw, moments, strict=True):
+                    if step in computed:
+                        own[step] = moment.raw
+                if step < start:
+                    answers = [like.guided[i].get(step) for i in range(len(moments))]
+                elif step == 0:
+                    rows.append(())
+                    readouts.append(())
+                    answers = [None] * len(moments)
+                else:
+                    weights, matrices = self._fit_step(step, moments, fitted_on, channels)
+                    rows.append(tuple(float(f"{w:.7g}") for w in weights.flatten().tolist()))
+                    read = [] if matrices is None else matrices.flatten().tolist()
+                    readouts.append(tuple(float(f"{w:.5g}") for w in read))
+                    answers = [_forecast(moment, weights, matrices, self.kernel, channels) for moment in moments]
+                for own, answer in zip(guided, answers, strict=True):
+                    if answer is not None:
+                        own[step] = answer.cpu()
+                lockstep.answers = [Answer(answer) for answer in answers]
+                step += 1
+        errors = [
+            (self._finished(run.previous.float()) - self._finished(one.previous[-1].float()))
+            .square()
+            .flatten(1)
+            .mean(1)
+            for run, one in zip(runs, self.trajectories, strict=True)
+        ]
+        return Fitted(computed, fitted_on, tuple(rows), tuple(readouts), torch.cat(errors), guided, raw)
+
+    # --- recording ---------------------------------------------------------------------------------------------------
+
+    def _kept(self, number: int, call: Mapping[str, Any], bar: tqdm) -> Trajectory:
+        if self._work is None:
+            return self._record(number, call, bar)
+        path = self._work / f"call-{number}-{_digest(self._key, call)}.pt"
+        if not path.exists():
+            temporary = path.with_name(f".{path.name}.{os.getpid()}")
+            try:
+                torch.save(vars(self._record(number, call, bar)), temporary)
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
+        return Trajectory(**torch.load(path, weights_only=True, mmap=True))
+
+    def _record(self, number: int, call: Mapping[str, Any], bar: tqdm) -> Trajectory:
+        if self.target == "reference":
+            return self._run(number, call, self.num_inference_steps, 1, bar)
+        coarse = self._timesteps(number, call)
+        # Without and with both ends.
+        for steps in (FINER * self.num_inference_steps, FINER * (self.num_inference_steps - 1) + 1):
+            fine = self._run(number, call, steps, FINER, bar, expected=coarse)
+            if fine is not None:
+                return fine
+        raise ValueError(
+            f"{type(self.pipe.scheduler).__name__} with {FINER} times {self.num_inference_steps} steps doesn't visit "
+            "the same timesteps: use timestep_spacing='trailing', or target='reference'"
+        )
+
+    def _timesteps(self, number: int, call: Mapping[str, Any]) -> tuple[float, ...]:
+        """Those that a run of this call visits."""
+        with Lockstep(self.pipe, self.num_inference_steps, self.seed) as lockstep:
+            for [run], [_] in lockstep.follow([call], first=number):
+                return run.upcoming
+        return ()
+
+    def _run(
+        self,
+        number: int,
+        call: Mapping[str, Any],
+        steps: int,
+        every: int,
+        bar: tqdm,
+        expected: tuple[float, ...] | None = None,
+    ) -> Trajectory | None:
+        latents, outputs, timesteps, scales = [], {}, [], []
+        moment: Moment | None = None
+        with Lockstep(self.pipe, steps, self.seed) as lockstep:
+            for step, ([run], [moment]) in enumerate(lockstep.follow([call], first=number)):
+                if expected is not None and step == 0 and run.upcoming[::every] != expected:
+                    return None
+                if step == 0:
+                    moment.line()  # refuses stochastic samplers and those that clip
+                    if moment.scale < 0:
+                        name = type(bare(self.pipe.transformer)).__name__
+                        raise ValueError(f"{name} stacks the conditional branch first: dqar.families needs to know")
+                if step % every == 0:
+                    latents.append(moment.of_images(moment.sample).cpu())
+                    timesteps.append(moment.timestep)
+                    scales.append(moment.scale)
+                    for branch, own in moment.outputs.items():
+                        outputs.setdefault(branch, []).append(own[0][moment.part])
+                    bar.update()
+        latents.append(run.previous)
+        stacked = torch.stack(latents)
+        for name, values in {"latents": stacked, **{k: torch.stack(v) for k, v in outputs.items()}}.items():
+            if not values.isfinite().all():
+                raise FloatingPointError(
+                    f"the {name} of calibration call {number} hold NaN or inf: draw it without DQAR"
+                )
+        return Trajectory(
+            stacked[1:],
+            gram(stacked, {branch: torch.stack(own) for branch, own in outputs.items()}),
+            tuple(timesteps),
+            tuple(outputs),
+            (min(scales), max(scales)),
+            tuple(moment.outputs["cond"][0].shape[1:]),
+            tuple(moment.hidden_states["cond"].shape[1:]) if moment.hidden_states else (0, 0),
+        )
+
+    def _memory(self) -> int:
+        """The most bytes that the fit takes beside the pipeline, if all calls are as the first."""
+        one, calls = self.trajectories[0], len(self.calls)
+        branches, latents, numbers = len(one.branches), one.previous[0].nbytes, one.previous[0].numel()
+        (tokens, width), steps = one.hidden_states, len(one.timesteps)
+        trajectories = 0 if self._work is not None else calls * steps * latents
+        # What each call shows, and what this fit and the best one so far keep: outputs, at half the steps at most.
+        hidden = branches * one.images * tokens * width * latents // numbers
+        followed = calls * (hidden + (HISTORY + 1) * branches * latents)
+        kept = 2 * calls * (steps + steps * branches // 2) * latents
+        kernels = branches * (HISTORY + 1) * math.prod(self.kernel)
+        patch = numbers // one.images // tokens if tokens else 0
+        system = 8 * (2 * (branches * width) ** 2 + 3 * branches * width * patch * kernels + 3 * numbers * kernels)
+        return trajectories + followed + kept + system
+
+    def _digest(self) -> str:
+        return _digest(self._key, self.calls)
+
+    # --- which steps -------------------------------------------------------------------------------------------------
+
+    def _kept_gains(self) -> np.ndarray:
+        path = None if self._work is None else self._work / f"gains-{self._digest()}.json"
+        if path is not None and path.exists():
+            return np.array(json.loads(path.read_text()))
+        gains = self._measure_gains()
+        if path is not None:
+            write_json(path, gains.tolist())
+        return gains
+
+    def _measure_gains(self) -> np.ndarray:
+        """The squared error of the finished image for a squared error of the latents at each step, ``[steps + 1]``.
+
+        At ``GAIN_POINTS`` steps the latents of the first ``GAIN_IMAGES`` are displaced by the error of a jump of the
+        usual length, and the run is finished in full compute; between the points, interpolated.
+        """
+        number = 1
+        while number < len(self.calls) and sum(one.images for one in self.trajectories[:number]) < GAIN_IMAGES:
+            number += 1
+        calls, steps = self.calls[:number], self.num_steps
+        jump = max(1, steps // 16)
+        where = np.unique(np.linspace(jump, steps - 1, GAIN_POINTS).round().astype(int))
+        latents, outputs, raw = [], [], [{} for _ in calls]
+        with Lockstep(self.pipe, self.num_inference_steps, self.seed) as lockstep:
+            for step, (runs, moments) in enumerate(lockstep.follow(calls)):  # noqa: B007
+                latents.append([moment.of_images(moment.sample).cpu() for moment in moments])
+                outputs.append([[own[0][m.part] for own in m.outputs.values()] for m in moments])
+                for own, moment in zip(raw, moments, strict=True):
+                    own[step] = moment.raw
+            final = [self._finished(run.previous.float()) for run in runs]
+        measured = []
+        for point in tqdm(where.tolist(), desc="gains", leave=False):
+            start = max(0, point - jump)
+            columns = torch.stack(
+                [
+                    torch.cat([x.flatten() for x in parts])
+                    for parts in (latents[start], *zip(*outputs[start], strict=True))
+                ],
+                1,
+            ).double()
+            target = torch.cat([x.flatten() for x in latents[point]]).double()
+            displaced = (columns @ least_squares(columns, target) - target).split([x.numel() for x in latents[point]])
+            displacements = [d.view_as(x).to(x.dtype) for d, x in zip(displaced, latents[point], strict=True)]
+            replayed = [{step: own[step] for step in range(point)} for own in raw]
+            with Lockstep(self.pipe, self.num_inference_steps, self.seed) as lockstep:
+                for step, (runs, _) in enumerate(lockstep.follow(calls, replayed=replayed)):  # noqa: B007
+                    if step == point - 1:
+                        lockstep.answers = [Answer(displacement=d) for d in displacements]
+                moved = [self._finished(run.previous.float()) - own for run, own in zip(runs, final, strict=True)]
+            error = torch.cat([x.flatten() for x in moved]).square().mean()
+            measured.append(float(error / torch.cat([x.flatten() for x in displacements]).float().square().mean()))
+        return np.interp(np.arange(steps + 1), where, measured)
+
+    def _predicted(self, jumps: Jumps, computed: tuple[int, ...]) -> float:
+        path = [None, *computed, jumps.num_steps]
+        landings = zip(path[:-2], path[1:-1], path[2:], strict=True)
+        return float(
+            sum(self.gains[later] * jumps.errors(step, before)[later - step - 1] for before, step, later in landings)
+        )
+
+    def _neighbour(
+        self, tried: Mapping[tuple[int, ...], tuple[float, float]], generator: np.random.Generator
+    ) -> tuple[int, ...]:
+        """One computed step of the best set, but not the first, moved by one or two, so that the set is new."""
+        computed = min(tried, key=lambda steps: tried[steps][1])
+        for _ in range(100):
+            moved = list(computed)
+            which = generator.integers(1, len(moved))
+            moved[which] += int(generator.choice([-2, -1, 1, 2]))
+            if 0 < moved[which] < self.num_steps and moved[which] not in computed and tuple(sorted(moved)) not in tried:
+                return tuple(sorted(moved))
+        return computed  # nearly all steps are computed, or all neighbours tried
+
+    # --- weights -----------------------------------------------------------------------------------------------------
+
+    def _fit_step(
+        self, step: int, moments: Sequence[Moment], fitted_on: int, channels: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One step's weights ``[branches, tensors, ...kernel]`` and readouts ``[branches, width, size]``, float64."""
+        system, left = StepSystem(self.kernel), fitted_on
+        for moment, trajectory in zip(moments, self.trajectories, strict=True):
+            images = min(left, moment.images)
+            left -= images
+            if not images:
+                break
+            start, slope = moment.line()
+            device = moment.guided.device
+            goal = trajectory.previous[step].to(device).float() - moment.of_images(start)
+            goal = goal / slope - moment.of_images(moment.guided).float()
+            maps, states = [], []
+            for branch, outputs in moment.outputs.items():
+                share = moment.shares[branch]
+                tensors = [channels_first(x[moment.part].to(device), channels) for x in (*outputs, moment.latents)]
+                maps.append(share * neighbourhoods(tensors, self.kernel)[:images])
+                if moment.hidden_states:
+                    states.append(share * moment.hidden_states[branch][:images].to(device).double())
+            goal = channels_first(goal, channels)[:images]
+            system.add(torch.cat(maps, -1), torch.cat(states, -1) if states else None, goal)
+        weights, matrix = system.solve()
+        branches = len(moments[0].outputs)
+        weights = weights.reshape(branches, -1, *self.kernel)
+        center = tuple(side // 2 for side in self.kernel)
+        weights[(slice(None), 0, *center)] += 1  # what was fitted is a change of the newest output
+        return weights, None if matrix is None else matrix.view(branches, -1, matrix.shape[-1])
+
+    def _finished(self, latents: torch.Tensor) -> torch.Tensor:
+        """What is compared in the end: a pixel-space model's latents are the picture, which clips them."""
+        return latents if hasattr(self.pipe, "vae") else latents.clamp(-1, 1)
 
 
-def make_plan(
-    pipe: DiffusionPipeline,
-    profile: Profile,
-    num_computed: int,
-    known: Trajectories,
-    gains: np.ndarray,
-    refinements: int = 12,
-    starts: Sequence[tuple[int, ...]] = (),
-) -> ForecastPlan:
-    """The best plan found that computes ``num_computed`` steps.
-
-    Args:
-        refinements: neighbours to try.
-        starts: sets of steps to begin with, in place of the predicted ones: of an earlier plan that is to be improved.
-
-    Its provenance has ``trials``, the sets of steps that were tried, each with its ``predicted`` and ``measured`` mean
-    squared error: the latter of finished images in [-1, 1] that the weights had not been fitted on.
-    """
-    jumps, half = Jumps(known), len(known.labels) // 2
-    trials: dict[tuple[int, ...], tuple[float, float]] = {}
-    best: Fitted | None = None
-    generator = np.random.default_rng(len(starts))
-    starts = starts or [choose_steps(jumps, num_computed, gains**power)[0] for power in (0, 0.5, 1)]
-    for trial in tqdm(range(len(starts) + refinements), desc=f"refining {num_computed} steps", leave=False):
-        steps = starts[trial] if trial < len(starts) else _neighbour(best.computed, known.num_steps, trials, generator)
-        if steps in trials:
-            continue
-        fitted = fit(pipe, profile, steps, known, half, like=best)
-        error = fitted.error[half:].mean().item()
-        if not trials or error < min(measured for _, measured in trials.values()):
-            best = fitted
-        trials[steps] = _predicted(jumps, steps, gains), error
-    final = fit(pipe, profile, best.computed, known, len(known.labels))
-    scheduler = make_run_scheduler(pipe, known.num_steps)
-    source = {
-        "target": known.target,
-        "calibration_images": len(known.labels),
-        "trials": [{"computed": list(s), "predicted": p, "measured": m} for s, (p, m) in trials.items()],
-        **provenance(profile, PLAN_SEED),
-    }
-    guidance, model = max(1.0, profile.guidance_scale), describe_model(pipe.transformer)
-    timesteps = scheduler.timesteps.tolist()
-    return ForecastPlan(
-        final.weights,
-        best.computed,
-        timesteps,
-        guidance,
-        HISTORY,
-        model,
-        KERNEL,
-        source,
-        final.readouts,
-        type(scheduler).__name__,
-    )
-
-
-def _predicted(jumps: Jumps, computed: tuple[int, ...], gains: np.ndarray) -> float:
-    path = [None, *computed, jumps.num_steps]
-    landings = zip(path[:-2], path[1:-1], path[2:], strict=True)
-    return float(sum(gains[later] * jumps.errors(step, before)[later - step - 1] for before, step, later in landings))
-
-
-def _neighbour(
-    computed: tuple[int, ...], num_steps: int, tried: Collection[tuple[int, ...]], generator: np.random.Generator
-) -> tuple[int, ...]:
-    """One computed step, but not the first, moved by one or two, so that the set is new."""
-    for _ in range(100):
-        moved = list(computed)
-        which = generator.integers(1, len(moved))
-        moved[which] += int(generator.choice([-2, -1, 1, 2]))
-        if 0 < moved[which] < num_steps and moved[which] not in computed and tuple(sorted(moved)) not in tried:
-            return tuple(sorted(moved))
-    return computed  # nearly all steps are computed, or all neighbours tried
-
-
-def _neighbourhoods(x: torch.Tensor) -> torch.Tensor:
-    """What a kernel sees of ``[images, C, H, W]``: ``[images, C * H * W, KERNEL²]`` in float64, zeros beyond edges."""
-    seen = F.unfold(x.flatten(0, 1)[:, None].double(), KERNEL, padding=KERNEL // 2)
-    return seen.transpose(1, 2).reshape(len(x), -1, KERNEL**2)
-
-
-def _fit_step(
-    columns: torch.Tensor, hidden_states: torch.Tensor, wanted: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The kernels and the matrix of the hidden states that together come closest to what is wanted.
+class StepSystem:
+    """Least squares for one step's weights, summed up over calls: the kernels, and the matrix of the hidden states.
 
     The kernels are the same for all pixels, while the matrix has a column for each of a patch's. It is eliminated
     first, which leaves a small system for the kernels.
-
-    Args:
-        columns: ``[images, C * H * W, K]``, what the kernels see.
-        hidden_states: ``[images, tokens, width]``.
-        wanted: ``[images, C, H, W]``.
-
-    Returns:
-        ``[K]`` and ``[width, size of a patch]``, float64.
     """
-    tokens, kernels = hidden_states.shape[1], columns.shape[2]
-    maps = columns.transpose(1, 2).reshape(-1, *wanted.shape[1:])
-    maps = to_patches(maps, tokens).view(len(wanted), kernels, tokens, -1).permute(0, 2, 3, 1)
-    maps, goal = maps.flatten(0, 1), to_patches(wanted.double(), tokens).flatten(0, 1)  # [rows, size, K], [rows, size]
-    norms, state_norms = maps.flatten(0, 1).norm(dim=0), hidden_states.double().flatten(0, 1).norm(dim=0)
-    maps, states = maps / norms.clamp_min(1e-12), hidden_states.double().flatten(0, 1) / state_norms.clamp_min(1e-12)
 
-    of_states = states.T @ states
-    of_states.diagonal().add_(READOUT_RIDGE)
-    factor = torch.linalg.cholesky(of_states)
-    by_maps, by_goal = states.T @ maps.flatten(1), states.T @ goal
-    for_maps, for_goal = torch.cholesky_solve(by_maps, factor), torch.cholesky_solve(by_goal, factor)
-    by_maps, for_maps = by_maps.view(-1, kernels), for_maps.reshape(-1, kernels)
+    def __init__(self, kernel: tuple[int, ...]):
+        side = math.prod(kernel)
+        self._ridge = torch.full((side,), NEIGHBOURS_RIDGE, dtype=torch.float64)
+        self._ridge[side // 2] = RIDGE
+        self._sums: dict[str, torch.Tensor] = {}
+        self._width = 0
 
-    ridge = torch.full((KERNEL**2,), NEIGHBOURS_RIDGE, dtype=maps.dtype, device=maps.device)
-    ridge[KERNEL**2 // 2] = RIDGE
-    flat = maps.flatten(0, 1)
-    system = flat.T @ flat - by_maps.T @ for_maps
-    system.diagonal().add_(ridge.repeat(kernels // len(ridge)))
-    weights = torch.linalg.solve(system, flat.T @ goal.flatten() - by_maps.T @ for_goal.flatten())
-    matrix = for_goal - (for_maps @ weights).view_as(for_goal)
-    return weights / norms.clamp_min(1e-12), matrix / state_norms.clamp_min(1e-12)[:, None]
+    def add(self, maps: torch.Tensor, states: torch.Tensor | None, goal: torch.Tensor) -> None:
+        """Adds images.
+
+        Args:
+            maps: ``[images, C, ...grid, K]`` float64, what the kernels see.
+            states: ``[images, tokens, width]``, the hidden states, if they are read.
+            goal: ``[images, C, ...grid]``.
+        """
+        kernels = maps.shape[-1]
+        if states is None:
+            maps, goal = maps.reshape(-1, kernels), goal.double().flatten()
+            self._sum("maps", maps.T @ maps)
+            self._sum("goal", maps.T @ goal)
+            return
+        tokens = states.shape[1]
+        maps = maps.movedim(-1, 1).flatten(0, 1)
+        maps = to_patches(maps, tokens).view(len(goal), kernels, tokens, -1).permute(0, 2, 3, 1).flatten(0, 1)
+        goal = to_patches(goal.double(), tokens).flatten(0, 1)  # [rows, size]; maps [rows, size, K]
+        states, flat = states.double().flatten(0, 1), maps.flatten(0, 1)
+        self._sum("maps", flat.T @ flat)
+        self._sum("goal", flat.T @ goal.flatten())
+        self._sum("states", states.T @ states)
+        self._sum("states_maps", states.T @ maps.flatten(1))
+        self._sum("states_goal", states.T @ goal)
+
+    def _sum(self, name: str, part: torch.Tensor) -> None:
+        self._sums[name] = self._sums[name] + part if name in self._sums else part
+
+    def solve(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """``[K]``, and ``[width, size of a patch]`` or ``None``; float64."""
+        sums = self._sums
+        kernels, norms = len(sums["goal"]), sums["maps"].diagonal().sqrt().clamp_min(1e-12)
+        system, goal = sums["maps"] / norms / norms[:, None], sums["goal"] / norms
+        for_maps = for_goal = None
+        if "states" in sums:
+            state_norms = sums["states"].diagonal().sqrt().clamp_min(1e-12)
+            of_states = sums["states"] / state_norms / state_norms[:, None]
+            of_states.diagonal().add_(READOUT_RIDGE)
+            factor = torch.linalg.cholesky(of_states)
+            by_maps = (sums["states_maps"] / state_norms[:, None]).view(len(state_norms), -1, kernels) / norms
+            by_goal = sums["states_goal"] / state_norms[:, None]
+            for_maps = torch.cholesky_solve(by_maps.flatten(1), factor).reshape(-1, kernels)
+            for_goal = torch.cholesky_solve(by_goal, factor)
+            system = system - by_maps.reshape(-1, kernels).T @ for_maps
+            goal = goal - by_maps.reshape(-1, kernels).T @ for_goal.flatten()
+        system.diagonal().add_(self._ridge.to(system).repeat(kernels // len(self._ridge)))
+        weights = torch.linalg.solve(system, goal)
+        if for_maps is None:
+            return weights / norms, None
+        matrix = for_goal - (for_maps @ weights).view_as(for_goal)
+        return weights / norms, matrix / state_norms[:, None]
 
 
-def _copied_step(scheduler: Any, output: torch.Tensor, t: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-    return copy.deepcopy(scheduler).step(output, t, latents).prev_sample
+def neighbourhoods(tensors: Sequence[torch.Tensor], kernel: tuple[int, ...]) -> torch.Tensor:
+    """What the kernels see of ``[images, C, ...grid]`` tensors, zeros beyond edges, as ``[images, C, ...grid, K]``.
+
+    In float64. K counts the kernels' numbers, one tensor's after the other's.
+    """
+    seen = []
+    for x in tensors:
+        x = x.double()
+        padded = F.pad(x, [pad for side in reversed(kernel) for pad in (side // 2, side // 2)])
+        for axis, side in enumerate(kernel):
+            padded = padded.unfold(2 + axis, side, 1)
+        seen.append(padded.reshape(*x.shape, -1))
+    return torch.cat(seen, -1)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, or 2 for a wrong argument."""
-    parser = argparse.ArgumentParser(prog="dqar plan", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--profile", default="digits", help="see dqar/models/profiles.py (default: digits)")
-    parser.add_argument("--scheduler", help=f"in place of the profile's: one of {', '.join(SCHEDULERS)}")
-    parser.add_argument("--macs", type=float, default=3.0, help="full compute's over the plan's, at least (default: 3)")
-    parser.add_argument("--target", default="reference", help=f"{' or '.join(get_args(Target))} (default: reference)")
-    parser.add_argument("--images", type=int, default=120, help="calibration images (default: 120)")
-    parser.add_argument("--refinements", type=int, default=12, help="neighbouring sets of steps to try (default: 12)")
-    parser.add_argument("--start", type=Path, help="an earlier plan with as many computed steps, to be improved")
-    parser.add_argument("--out", type=Path, default=Path("plan.json"))
-    options = parser.parse_args(arguments)
-    console = Console()
-    try:
-        changes = {"scheduler": options.scheduler} if options.scheduler else {}
-        profile = get_profile(options.profile, **changes)
-        check("--macs", options.macs, 1 <= options.macs <= profile.num_inference_steps / 2, "from 1 to half the steps")
-        check("--images", options.images, options.images >= 2, "2 or more")
-        check("--refinements", options.refinements, options.refinements >= 0, "0 or more")
-        number = int(profile.num_inference_steps / options.macs)
-        starts = [] if options.start is None else [tuple(sorted(ForecastPlan.load(options.start).computed))]
-        if starts and len(starts[0]) != number:
-            raise ValueError(f"{options.start} computes {len(starts[0])} steps, {number} are wanted")
-        pipe = load_pipeline(profile)
-        known = trajectories(pipe, profile, options.target, options.images)
-        gains = measure_gains(pipe, profile, known.first(8))
-        plan = make_plan(pipe, profile, number, known, gains, options.refinements, starts)
-        plan.save(options.out)
-    except (ValueError, OSError, RuntimeError) as error:
-        console.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
-        return 2
-    error = min(trial["measured"] for trial in plan.provenance["trials"])
-    # Images in [-1, 1] have four times the squared error of those in [0, 1].
-    quality = f"{-10 * math.log10(max(error / 4, 1e-12)):.1f} dB to the {options.target} on images not fitted on"
-    console.print(
-        f"{options.out}: computes {len(plan.computed)} of {plan.num_inference_steps} steps, "
-        f"{plan.macs_speedup:.2f}× fewer MACs; {quality}",
-        highlight=False,
-    )
-    return 0
+def _forecast(
+    moment: Moment, weights: torch.Tensor, matrices: torch.Tensor | None, kernel: tuple[int, ...], channels: int
+) -> torch.Tensor:
+    """What the scheduler is given in place of ``moment.guided``, if each branch's output is its forecast."""
+    change = torch.zeros_like(moment.of_images(moment.guided), dtype=torch.float64)
+    for number, (branch, outputs) in enumerate(moment.outputs.items()):
+        tensors = [channels_first(x[moment.part].to(change.device), channels) for x in (*outputs, moment.latents)]
+        forecast = weighted_sum(tensors, weights[number])
+        if matrices is not None:
+            states = moment.hidden_states[branch].to(change.device).double()
+            forecast = forecast + from_patches(states @ matrices[number], forecast.shape)
+        newest = outputs[0][moment.part].to(change.device)
+        forecast = channels_back(forecast, channels).to(newest.dtype)
+        change += moment.shares[branch] * (forecast.double() - newest.double())
+    guided = moment.guided.clone()
+    for first in range(0, len(guided), moment.images):
+        part = guided[first : first + moment.images][moment.part]
+        part.copy_((part.double() + change).to(part.dtype))
+    return guided
+
+
+def _rounded(scale: float) -> float:
+    """A guidance scale as it was probably given: measured ones are off by rounding."""
+    return max(1.0, float(f"{scale:.4g}"))
+
+
+def _digest(*parts: Any) -> str:
+    """Twelve letters that stand for any arguments of calls, by what they hold."""
+    found = hashlib.sha256()
+
+    def add(part: Any) -> None:
+        found.update(type(part).__name__.encode())
+        if isinstance(part, torch.Tensor):
+            found.update(str(part.shape).encode() + part.detach().cpu().float().numpy().tobytes())
+        elif isinstance(part, torch.Generator):
+            add(part.get_state())
+        elif isinstance(part, Mapping):
+            for name in sorted(part, key=str):
+                add(str(name))
+                add(part[name])
+        elif isinstance(part, (list, tuple)):
+            for one in part:
+                add(one)
+        elif hasattr(part, "tobytes"):  # NumPy's arrays, PIL's images
+            found.update(part.tobytes())
+        elif isinstance(part, (str, int, float, bool, type(None))):
+            found.update(repr(part).encode())
+        else:
+            found.update(repr(type(part)).encode())
+
+    add(parts)
+    return found.hexdigest()[:12]

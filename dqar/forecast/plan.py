@@ -8,35 +8,36 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dqar.plan import FORECAST_FORMAT, is_index, lagrange_weights, reading, steps_in_words, write_json
+from dqar.plan import BRANCHES, FORECAST_FORMAT, is_index, lagrange_weights, reading, steps_in_words, write_json
 
 
 @dataclass(frozen=True)
 class ForecastPlan:
-    """The steps at which the whole model is computed; at all others its guided output is forecast from the cache.
+    """The steps at which the whole model is computed; at all others its output is forecast from the cache.
 
-    The forecast of a step is a weighted sum of what the cache holds, newest first, and of the latents:
-    ``Σ_k a_k cond_k + Σ_k b_k uncond_k + c x_t``, with weights that ``dqar.forecast.fit`` fits: small kernels by which
-    tensors are convolved, the same for all channels. A computed step has weights too, by which its fresh output is
-    corrected; without any, it passes as it is.
+    Each branch of guidance is forecast from its own outputs, newest first, and from the model's input:
+    ``Σ_k a_k output_k + c x_t``, with weights that ``dqar.forecast.fit`` fits: small kernels by which tensors are
+    convolved, the same for all channels. A computed step has weights too, by which its fresh output is corrected;
+    without any, it passes as it is.
 
-    To that a step may add a read-out of the hidden states that the newest computed step gave to the model's last layer:
-    that layer only reads the output from them, but they tell more of where it goes.
+    A step may also add a linear readout of the last hidden states, which predict how the output will change better
+    than the output itself does: of those that the newest computed step gave to the model's last layer.
 
     Attributes:
-        weights: one row per step: ``(a_1 ... a_K, b_1 ... b_K, c)``, or without guidance ``(a_1 ... a_K, c)``, with K
-            the number of outputs cached by then, ``history`` at most, and each weight a kernel of ``kernel`` ×
-            ``kernel`` numbers, row by row; ``()``: the fresh output as it is.
+        weights: one row per step: ``(a_1 ... a_K, c)`` of the conditional branch, then of the unconditional one where
+            there is guidance, with K the number of outputs cached by then, ``history`` at most, and each weight a
+            ``kernel``, row by row; ``()``: the fresh output as it is.
         computed: the steps that compute.
-        timesteps: of the scheduler that it was made with.
-        guidance_scale: of the runs that it was made for; 1: without guidance.
-        history: outputs that are kept.
+        timesteps: of the runs that it was made for; of a run that begins late, those that it visits.
+        guidance: the least and the largest guidance scale that it was made for; ``(1, 1)``: without guidance.
+        history: outputs that are kept of each branch.
         model: ``describe_model`` of the model that it was made for.
-        kernel: side of the kernels, odd; 1: each weight is one number.
-        readouts: one row per step: a matrix from a token's hidden states of both branches, cond first, to what is added
-            to the forecast of its patch (rows, columns and channels of it), row by row; ``()``: nothing is added.
+        kernel: the kernels' sides, odd, one for each axis of the latents' grid; ``()``: each weight is one number.
+        readouts: one row per step: for each branch a matrix from a token's hidden states to what is added to the
+            forecast of its patch (rows, columns and channels of it), row by row, cond first; ``()``: nothing is added.
         provenance: where it comes from, and with which errors; saved with it, not compared.
         scheduler: class name of the sampler that its weights were fitted under; ``None``: any, as of an extrapolation.
+        latents: shape of one image's output, without the batch; ``None``: any, as of an extrapolation.
 
     Raises:
         ValueError: step 0 isn't computed as it is, or a row of the wrong length, naming it.
@@ -45,31 +46,37 @@ class ForecastPlan:
     weights: tuple[tuple[float, ...], ...] = field(repr=False)
     computed: frozenset[int]
     timesteps: tuple[float, ...] = field(repr=False)
-    guidance_scale: float
+    guidance: tuple[float, float]
     history: int
     model: str
-    kernel: int = 1
+    kernel: tuple[int, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     readouts: tuple[tuple[float, ...], ...] = field(default=(), repr=False)
     scheduler: str | None = None
+    latents: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("weights", "readouts"):
             object.__setattr__(self, name, tuple(tuple(map(float, row)) for row in getattr(self, name)))
         object.__setattr__(self, "readouts", self.readouts or ((),) * len(self.weights))
         object.__setattr__(self, "computed", frozenset(self.computed))
-        object.__setattr__(self, "timesteps", tuple(map(float, self.timesteps)))
+        for name in ("timesteps", "guidance"):
+            object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
+        object.__setattr__(self, "kernel", tuple(self.kernel))
+        object.__setattr__(self, "latents", None if self.latents is None else tuple(self.latents))
         steps = len(self.timesteps)
         if not is_index(self.history, None) or self.history < 1:
             raise ValueError(f"history={self.history!r} is not accepted: an int of 1 or more")
-        if not is_index(self.kernel, None) or self.kernel % 2 == 0:
-            raise ValueError(f"kernel={self.kernel!r} is not accepted: an odd int of 1 or more")
+        if not all(is_index(side, None) and side % 2 for side in self.kernel):
+            raise ValueError(f"kernel={self.kernel!r} is not accepted: odd sides of 1 or more")
+        if len(self.guidance) != 2 or not 1 <= self.guidance[0] <= self.guidance[1] < math.inf:
+            raise ValueError(f"guidance={self.guidance!r} is not accepted: two scales, 1 <= least <= largest")
         if len(self.weights) != steps or not all(is_index(step, steps) for step in self.computed):
             raise ValueError(f"{len(self.weights)} rows and computed steps {sorted(self.computed)} for {steps} steps")
         if 0 not in self.computed or self.weights[0]:
             raise ValueError("step 0 is not accepted: it has nothing to forecast from, and no weights")
         for step, row in enumerate(self.weights):
-            length = ((2 if self.guided else 1) * self.cached_at(step) + 1) * self.kernel**2
+            length = len(self.branches) * (self.cached_at(step) + 1) * math.prod(self.kernel)
             if not all(map(math.isfinite, row)) or len(row) not in (
                 (0, length) if step in self.computed else (length,)
             ):
@@ -87,7 +94,12 @@ class ForecastPlan:
     @property
     def guided(self) -> bool:
         """Whether there are two branches."""
-        return self.guidance_scale > 1
+        return self.guidance[1] > 1
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """Those that it forecasts."""
+        return BRANCHES if self.guided else BRANCHES[:1]
 
     @property
     def num_inference_steps(self) -> int:
@@ -107,8 +119,18 @@ class ForecastPlan:
         """The computed steps whose outputs a step's forecast draws on, newest first, its own included."""
         return sorted((done for done in self.computed if done <= step), reverse=True)[: self.history]
 
+    def late(self, timesteps: Sequence[float]) -> int:
+        """How many of a scheduler's timesteps are over when the plan's runs begin, as in image-to-image."""
+        late = len(timesteps) - len(self.timesteps)
+        return late if late > 0 and _close(self.timesteps, timesteps[late:]) else 0
+
     def check_run(self, timesteps: Sequence[float], scheduler: str | None = None) -> None:
-        """Raises ``ValueError`` for a run with other timesteps or another sampler, saying how they differ."""
+        """Raises ``ValueError`` for a run with other timesteps or another sampler, saying how they differ.
+
+        Args:
+            timesteps: those that the run visits.
+            scheduler: class name of its sampler.
+        """
         if None not in (scheduler, self.scheduler) and scheduler != self.scheduler:
             raise ValueError(
                 f"the plan was fitted under {self.scheduler}, this run uses {scheduler}: make one for this sampler"
@@ -119,7 +141,7 @@ class ForecastPlan:
                 "make one for this number of steps"
             )
         for step, (wanted, given) in enumerate(zip(self.timesteps, timesteps, strict=True)):
-            if wanted != float(given):
+            if not _close([wanted], [given]):
                 raise ValueError(
                     f"the plan was made for another spacing of the timesteps: step {step} is at {wanted:g}, "
                     f"in this run at {float(given):g}"
@@ -127,19 +149,28 @@ class ForecastPlan:
 
     def check_guidance(self, scale: float, noise: float) -> None:
         """Raises ``ValueError`` for a run of another guidance scale, which rounding may have moved by ``noise``."""
-        if abs(scale - self.guidance_scale) > 1e-4 * self.guidance_scale + noise:
+        least, largest = self.guidance
+        slack = 1e-4 * largest + noise
+        if scale < least - slack or scale > largest + slack:
             run = "is without guidance" if abs(scale - 1) < 1e-3 else f"has {scale:.4g}"
+            scales = f"{least:g}" if least == largest else f"{least:g} to {largest:g}"
             raise ValueError(
-                f"the plan was made for guidance_scale={self.guidance_scale:g}, this run {run}: make one for this "
-                "guidance"
+                f"the plan was made for guidance_scale={scales}, this run {run}: make one for this guidance"
             )
 
-    def check_latents(self, shape: Sequence[int], sample_size: int | None) -> None:
-        """Raises ``ValueError`` for latents ``[C, H, W]`` of another size than the model was made for, as plans are."""
-        if sample_size is not None and any(side != sample_size for side in shape[-2:]):
+    def check_latents(self, shape: Sequence[int], sample_size: Any) -> None:
+        """Raises ``ValueError`` for outputs of another size than the plan was fitted on.
+
+        Args:
+            shape: of one image's output, without the batch.
+            sample_size: of images that the model was made for, where an int: an extrapolation's, which wasn't fitted.
+        """
+        expected = self.latents
+        if expected is None and isinstance(sample_size, int) and len(shape) == 3:
+            expected = (shape[0], sample_size, sample_size)
+        if expected is not None and tuple(shape) != expected:
             raise ValueError(
-                f"the plan was made for {sample_size} x {sample_size} latents, these are {shape[-2]} x {shape[-1]}: "
-                "make one for this size"
+                f"the plan was made for {_sides(expected)} latents, these are {_sides(shape)}: make one for this size"
             )
 
     def check_model(self, model: str) -> None:
@@ -163,13 +194,22 @@ class ForecastPlan:
             return cls(**content)
 
 
+def _close(ours: Sequence[float], theirs: Sequence[float]) -> bool:
+    """Whether two lists of timesteps are the same but for the rounding of another device."""
+    return all(math.isclose(our, float(their), rel_tol=1e-6) for our, their in zip(ours, theirs, strict=True))
+
+
+def _sides(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape[1:] if len(shape) == 3 else shape))
+
+
 def extrapolation(
     computed: Collection[int], timesteps: Sequence[float], guidance_scale: float, model: str, order: int = 1
 ) -> ForecastPlan:
     """The plainest plan: the guided output continued in a straight line (``order=1``), or as it was last (0).
 
-    The polynomial is in the step's index, through the last ``order + 1`` computed outputs. ``guidance_scale`` is 1 for
-    a run without guidance.
+    The polynomial is in the step's index, through each branch's last ``order + 1`` computed outputs.
+    ``guidance_scale`` is 1 for a run without guidance.
     """
     rows: list[tuple[float, ...]] = []
     done: list[int] = []
@@ -179,7 +219,6 @@ def extrapolation(
             rows.append(())
             continue
         line = lagrange_weights(done[: order + 1], step)
-        cond = [w * guidance_scale for w in line]
-        uncond = [w * (1 - guidance_scale) for w in line] if guidance_scale > 1 else []
-        rows.append((*cond, *uncond, 0.0))
-    return ForecastPlan(tuple(rows), frozenset(computed), tuple(timesteps), guidance_scale, order + 1, model)
+        rows.append((*line, 0.0) * (2 if guidance_scale > 1 else 1))
+    scale = max(1, guidance_scale)
+    return ForecastPlan(tuple(rows), frozenset(computed), tuple(timesteps), (scale, scale), order + 1, model)

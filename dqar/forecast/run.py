@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from dqar.controller import DQARController
-from dqar.families import describe_model, last_layer
+from dqar.families import describe_model, family, last_layer
 from dqar.forecast.plan import ForecastPlan
 from dqar.plan import BRANCHES
 from dqar.run import Call, Run, Stream
@@ -22,6 +22,8 @@ from dqar.trace import MODEL, StepFacts, Trace
 
 class ForecastEngine:
     """Computes the whole model at some steps and forecasts its output at the others. See ``dqar.attention.Engine``.
+
+    A step is counted from where the plan's runs begin, in the trace too.
 
     Args:
         model: the diffusers transformer, without wrappers.
@@ -50,7 +52,7 @@ class ForecastEngine:
 
     def new_state(self) -> OutputForecast:
         """For one stream."""
-        return OutputForecast(self.plan)
+        return OutputForecast(self.plan, family(self.model).channels)
 
     def clear(self) -> None:
         """Nothing is kept but the streams' own."""
@@ -62,8 +64,13 @@ class ForecastEngine:
                 "a ForecastPlan needs the timesteps: apply it to the pipeline, not to its transformer, and call "
                 "scheduler.set_timesteps in a loop of your own"
             )
-        self.plan.check_run(run.timesteps.values, type(run.scheduler).__name__)
-        self.plan.check_latents(latents.shape[1:], getattr(self.model.config, "sample_size", None))
+        late = self._late(run)
+        self.plan.check_run(run.timesteps.values[late:], type(run.scheduler).__name__)
+        if run.index < late:
+            raise ValueError(
+                f"the plan was made for runs that begin at timestep {self.plan.timesteps[0]:g}, this one begins at "
+                f"{run.timestep:g}: make one for this strength"
+            )
 
     def call(self, compute: Callable[[], Any], run: Run, call: Call, named: dict[str, Any], first: bool) -> Any:
         """The model's output, computed and corrected, or forecast, as the plan says.
@@ -71,39 +78,37 @@ class ForecastEngine:
         Raises:
             ValueError: what a forecast draws on wasn't computed, as in a run that began late.
         """
-        plan, step, latents = self.plan, run.index, named["hidden_states"]
+        plan, step = self.plan, run.index - self._late(run)
         forecast: OutputForecast = call.stream.state
-        rows = next(iter(call.slices.values()))
+        latents, branches = named["hidden_states"], tuple(call.slices)
         fresh = step in plan.computed
         if fresh:
             output = compute()
             call.output = output[0]
-            forecast.keep(step, output[0], call.slices, latents.shape[1])
+            forecast.keep(step, output[0], call.slices, latents)
+            if step == min(plan.computed):
+                size = getattr(self.model.config, "sample_size", None)
+                plan.check_latents(forecast.outputs[branches[0]][0].shape[1:], size)
             if self._seen is not None:
-                forecast.read_out(step, self._seen.take(), call.slices, latents[rows].shape)
-        if call.output is None or not (fresh or forecast.usable(step)):
+                forecast.read_out(step, self._seen.take(), call.slices)
+        if call.output is None or not (fresh or forecast.usable(step, branches)):
             raise ValueError(
                 f"at step {step} the plan draws on what steps {plan.drawn_on(step)} computed, which isn't there: the "
                 "run began late, or changed what it draws; make a plan for such runs, or one that computes step "
                 f"{step}"
             )
-        self._record(run, call, fresh, forecast.nbytes(call.output) // len(call.slices))
-        if fresh and not (plan.weights[step] and forecast.usable(step)):
+        self._record(run, step, branches, fresh, forecast.nbytes(call.output) // len(branches))
+        if fresh and not (plan.weights[step] and forecast.usable(step, branches)):
             return output
-        if fresh and plan.guided and len(call.slices) == 1:
-            raise ValueError(
-                f"the plan corrects what is computed at step {step}, for which it needs both branches of guidance in "
-                "one call, and this pipeline makes two: give it a plan without such weights"
-            )
-        sample = forecast.output(step, latents[rows], call.output, tuple(call.slices))
+        sample = forecast.output(step, latents, call.output, call.slices)
         return Transformer2DModelOutput(sample=sample) if named.get("return_dict", True) else (sample,)
 
-    def _record(self, run: Run, call: Call, fresh: bool, nbytes: int) -> None:
+    def _record(self, run: Run, step: int, branches: Sequence[str], fresh: bool, nbytes: int) -> None:
         """Traces whether a call was computed or forecast, and the bytes kept for each of its branches."""
         snr = None if run.levels is None else run.levels.snr(run.index)
-        facts = StepFacts(run.number, run.index, run.total_steps, run.timestep, snr_schedule=snr)
+        facts = StepFacts(run.number, step, run.total_steps - self._late(run), run.timestep, snr_schedule=snr)
         rows = self.trace.open(MODEL, facts)
-        for branch in call.slices:
+        for branch in branches:
             rows.add(-1, branch, "compute" if fresh else "reuse", "plan", nbytes)
 
     def before_step(self, run: Run, stream: Stream, prediction: torch.Tensor) -> None:
@@ -112,13 +117,16 @@ class ForecastEngine:
         Waited for at the first step, so that no run is drawn in vain, and at the last one for all others.
         """
         forecast: OutputForecast = stream.state
-        scale = forecast.guidance(run.index, prediction)
+        scale = forecast.guidance(run.index - self._late(run), prediction)
         if scale is not None:
             forecast.scales.append(scale)
-        if forecast.scales and (run.index == 0 or run.last):
+        if forecast.scales and (run.count == 1 or run.last):
             scales, forecast.scales = torch.stack(forecast.scales).tolist(), []
             for value, noise in scales:
                 self.plan.check_guidance(value, noise)
+
+    def _late(self, run: Run) -> int:
+        return 0 if run.timesteps is None else self.plan.late(run.timesteps.values)
 
 
 class FinalHiddenStates:
@@ -134,7 +142,7 @@ class FinalHiddenStates:
         self.layer = last_layer(transformer)
         self._newest: dict[int, torch.Tensor] = {}  # by thread
 
-    def see(self, original: Callable, hidden_states: torch.Tensor) -> torch.Tensor:
+    def see(self, original: Callable[..., Any], hidden_states: torch.Tensor) -> torch.Tensor:
         """Answers the last layer's calls, as it would."""
         self._newest[threading.get_ident()] = hidden_states
         return original(hidden_states)
@@ -153,20 +161,85 @@ class FinalHiddenStates:
         self._handle.remove()
 
 
+def shared_part(output: torch.Tensor, latents: torch.Tensor) -> tuple[slice, ...]:
+    """The part of an output ``[B, ...]`` that says where the latents ``[B, ...]`` go, as an index of both.
+
+    Learned variances follow the noise in more channels; the latents' own channels and tokens come before those of
+    masks, images and references that are given with them.
+
+    Raises:
+        ValueError: an output of another layout than the latents.
+    """
+    if output.ndim != latents.ndim or output.ndim < 3:
+        raise ValueError(
+            f"the model makes {tuple(output.shape)} of latents {tuple(latents.shape)}: a ForecastPlan needs an output "
+            "of its input's layout"
+        )
+    return (slice(None), *(slice(min(sides)) for sides in zip(output.shape[1:], latents.shape[1:], strict=True)))
+
+
+def channels_first(x: torch.Tensor, channels: int) -> torch.Tensor:
+    """``[B, ..., C, ...]`` as ``[B, C, ...grid]``; ``channels`` is the axis of C. Packed tokens: ``[B, C, tokens]``."""
+    return x.movedim(2 if x.ndim == 3 else channels, 1)
+
+
+def channels_back(x: torch.Tensor, channels: int) -> torch.Tensor:
+    """What ``channels_first`` moved, as it was."""
+    return x.movedim(1, 2 if x.ndim == 3 else channels)
+
+
+def patch_sides(grid: Sequence[int], tokens: int) -> tuple[int, ...] | None:
+    """The sides of each token's patch of a grid ``([frames,] height, width)``, or of packed tokens ``(tokens,)``.
+
+    A patch is square; what then remains is its frames. ``None``: tokens that don't tile the grid.
+    """
+    size, rest = divmod(math.prod(grid), tokens)
+    if rest or len(grid) == 1:
+        return None if rest or size != 1 else (1,)
+    for side in range(math.isqrt(size), 0, -1):
+        frames = size // side**2
+        sides = (side, side) if len(grid) == 2 else (frames, side, side)
+        if size == math.prod(sides) and not any(whole % part for whole, part in zip(grid, sides, strict=True)):
+            return sides
+    return None
+
+
+def _tiling(grid: Sequence[int], tokens: int) -> tuple[int, ...]:
+    sides = patch_sides(grid, tokens)
+    if sides is None:
+        raise ValueError(f"{tokens} tokens don't tile latents of {tuple(grid)}: make a plan without readouts")
+    return sides
+
+
 def to_patches(x: torch.Tensor, tokens: int) -> torch.Tensor:
-    """``[B, C, H, W]`` as ``[B, tokens, size]``: each token's square patch, its rows, columns and channels."""
-    batch, channels, height, width = x.shape
-    side = math.isqrt(height * width // tokens)
-    parts = x.view(batch, channels, height // side, side, width // side, side)
-    return parts.permute(0, 2, 4, 3, 5, 1).reshape(batch, tokens, side * side * channels)
+    """``[B, C, ...grid]`` as ``[B, tokens, size]``: each token's patch, its places in order, and their channels."""
+    grid, sides = x.shape[2:], _tiling(x.shape[2:], tokens)
+    split = [number for whole, side in zip(grid, sides, strict=True) for number in (whole // side, side)]
+    axes = len(grid)
+    order = (0, *range(2, 2 + 2 * axes, 2), *range(3, 3 + 2 * axes, 2), 1)
+    return x.reshape(*x.shape[:2], *split).permute(order).reshape(len(x), tokens, -1)
 
 
-def from_patches(patches: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+def from_patches(patches: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """What ``to_patches`` made of a tensor of this shape, put together again."""
-    batch, channels, height, width = shape
-    side = math.isqrt(height * width // patches.shape[1])
-    parts = patches.view(batch, height // side, width // side, side, side, channels)
-    return parts.permute(0, 5, 1, 3, 2, 4).reshape(shape)
+    grid, sides = shape[2:], _tiling(shape[2:], patches.shape[1])
+    axes = len(grid)
+    parts = patches.view(len(patches), *(g // s for g, s in zip(grid, sides, strict=True)), *sides, shape[1])
+    order = (0, 1 + 2 * axes, *(axis for pair in range(1, 1 + axes) for axis in (pair, pair + axes)))
+    return parts.permute(order).reshape(shape)
+
+
+def weighted_sum(tensors: Sequence[torch.Tensor], kernels: torch.Tensor) -> torch.Tensor:
+    """The sum of ``[B, C, ...grid]`` tensors, each convolved by its kernel ``[tensors, ...sides]``, zeros beyond edges.
+
+    In the kernels' dtype. Kernels without sides are one number each.
+    """
+    if kernels.ndim == 1:
+        return sum(x.to(kernels.dtype) * kernel for x, kernel in zip(tensors, kernels, strict=True))
+    stacked = torch.stack(list(tensors), 2).to(kernels.dtype).flatten(0, 1)
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[kernels.ndim - 2]
+    padding = tuple(side // 2 for side in kernels.shape[1:])
+    return convolve(stacked, kernels[None], padding=padding).view_as(tensors[0])
 
 
 class OutputForecast:
@@ -174,11 +247,14 @@ class OutputForecast:
 
     They have the latents' size, a thousandth of what the sites inside a DiT-XL/2 would take, so they aren't quantized.
     Hidden states aren't kept: what all steps up to the next computed one read from them is read at once.
+
+    Args:
+        plan: whose forecasts these are.
+        channels: the axis of the latents' channels.
     """
 
-    def __init__(self, plan: ForecastPlan):
-        self.plan = plan
-        self._branches = BRANCHES if plan.guided else BRANCHES[:1]
+    def __init__(self, plan: ForecastPlan, channels: int = 1):
+        self.plan, self.channels = plan, channels
         self._kernels: list[torch.Tensor] = []
         self._matrices: list[torch.Tensor] = []
         self.forget()
@@ -187,87 +263,81 @@ class OutputForecast:
         """Drops everything: a new run begins."""
         self.outputs: dict[str, list[torch.Tensor]] = {branch: [] for branch in BRANCHES}
         self.steps: dict[str, list[int]] = {branch: [] for branch in BRANCHES}
-        self.read: dict[int, torch.Tensor] = {}
+        self.read: dict[str, dict[int, torch.Tensor]] = {branch: {} for branch in BRANCHES}
+        self._returned: dict[str, tuple[int, torch.Tensor]] = {}
         self.scales: list[torch.Tensor] = []
         """Guidance scales that nobody has looked at yet, and how far rounding may have moved each, ``[2]``."""
-        self._states: dict[str, torch.Tensor] = {}
-        self._returned: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def nbytes(self, newest: torch.Tensor) -> int:
         """Bytes kept, of both branches; the whole ``newest`` output counts once."""
         older = [output for outputs in self.outputs.values() for output in outputs[1:]]
-        return sum(tensor.nbytes for tensor in (*older, *self.read.values())) + newest.nbytes
+        read = [tensor for by_step in self.read.values() for tensor in by_step.values()]
+        return sum(tensor.nbytes for tensor in (*older, *read)) + newest.nbytes
 
-    def keep(self, step: int, output: torch.Tensor, rows: dict[str, slice], channels: int) -> None:
-        """Keeps the output ``[B, C, H, W]`` of a computed step; the first ``channels`` predict noise, others don't."""
+    def keep(self, step: int, output: torch.Tensor, rows: dict[str, slice], latents: torch.Tensor) -> None:
+        """Keeps the output ``[B, ...]`` of a computed step, so much of it as is about the ``latents`` ``[B, ...]``."""
+        output = output[shared_part(output, latents)]
         for branch, part in rows.items():
             outputs, steps = self.outputs[branch], self.steps[branch]
-            outputs.insert(0, output[part, :channels])
+            outputs.insert(0, output[part])
             steps.insert(0, step)
             del outputs[self.plan.history :], steps[self.plan.history :]
+            self._returned[branch] = step, output[part]
 
-    def usable(self, step: int) -> bool:
+    def usable(self, step: int, branches: Sequence[str]) -> bool:
         """Whether all that the plan's weights of this step draw on is there, and from the steps that it expects."""
         expected = self.plan.drawn_on(step)
-        if any(self.steps[branch][: len(expected)] != expected for branch in self._branches):
+        if any(b not in self.plan.branches or self.steps[b][: len(expected)] != expected for b in branches):
             return False
-        return not self.plan.readouts[step] or step in self.read
+        return not self.plan.readouts[step] or all(step in self.read[branch] for branch in branches)
 
-    def read_out(self, step: int, hidden_states: torch.Tensor, rows: dict[str, slice], latents: torch.Size) -> None:
-        """Reads what this step and those up to the next computed one add to their forecasts.
+    def read_out(self, step: int, hidden_states: torch.Tensor, rows: dict[str, slice]) -> None:
+        """Reads what this step and those up to the next computed one add to their forecasts, after ``keep``.
 
         Args:
-            hidden_states: ``[B, tokens, width]``, of the computed step.
-            rows: the branches' rows of them; what is in several calls is read when it is complete.
-            latents: ``[b, c, H, W]``, the size of one branch's.
+            hidden_states: ``[B, tokens, width]``, or frame by frame ``[B * frames, tokens, width]``, of the computed
+                step.
+            rows: the branches' rows of the batch.
 
         Raises:
             ValueError: a plan whose readouts are of another size than the model's hidden states and patches.
         """
-        self._states |= {branch: hidden_states[part] for branch, part in rows.items()}
-        if any(branch not in self._states for branch in self._branches):
-            return
         coming = range(step, min((c for c in self.plan.computed if c > step), default=len(self.plan.readouts)))
-        states = torch.cat([self._states.pop(branch) for branch in self._branches], -1)
-        states = states.to(_widest(states.device))
-        size = math.prod(latents[1:]) // states.shape[1]
-        if not self._matrices or self._matrices[0].device != states.device:
-            numbers = states.shape[-1] * size
+        batch, device = sum(part.stop - part.start for part in rows.values()), hidden_states.device
+        states = hidden_states.reshape(batch, -1, hidden_states.shape[-1]).to(_widest(device))
+        shape = channels_first(self.outputs[next(iter(rows))][0], self.channels).shape
+        size, branches = math.prod(shape[1:]) // states.shape[1], self.plan.branches
+        if not self._matrices or self._matrices[0].device != device:
+            numbers = len(branches) * states.shape[-1] * size
             given = [row or (0.0,) * numbers for row in self.plan.readouts]
             if {len(row) for row in given} != {numbers}:
                 raise ValueError(
                     f"the plan's readouts are not accepted: {numbers} numbers a step fit this model; make a plan for it"
                 )
-            matrices = torch.tensor(given, dtype=states.dtype).view(len(given), states.shape[-1], size)
-            self._matrices = list(matrices.to(states.device))
-        self.read = {later: from_patches(states @ self._matrices[later], latents) for later in coming}
+            matrices = torch.tensor(given, dtype=states.dtype).view(len(given), len(branches), states.shape[-1], size)
+            self._matrices = list(matrices.to(device).unbind(1))
+        for branch, part in rows.items():
+            if branch in branches:
+                matrices = self._matrices[branches.index(branch)]
+                self.read[branch] = {later: from_patches(states[part] @ matrices[later], shape) for later in coming}
 
-    def output(self, step: int, latents: torch.Tensor, newest: torch.Tensor, branches: tuple[str, ...]) -> torch.Tensor:
-        """The model's output at ``step``, like the ``newest`` computed one ``[B, C, H, W]``, with the noise forecast.
-
-        The branches differ as they last did, so that guidance by the plan's scale makes the forecast of them, and any
-        other scale shows.
+    def output(self, step: int, latents: torch.Tensor, newest: torch.Tensor, rows: dict[str, slice]) -> torch.Tensor:
+        """The model's output at ``step``: the ``newest`` computed one ``[B, ...]``, with the latents' part forecast.
 
         Args:
-            latents: ``[b, c, H, W]`` of one branch.
-            branches: of the call, as its batch stacks them.
+            latents: ``[B, ...]``, as the model is given them.
+            rows: the branches' rows of the batch.
         """
-        kernel = self._kernel(step, latents.device)
-        drawn_on = len(self.plan.drawn_on(step))
-        outputs = [output for branch in self._branches for output in self.outputs[branch][:drawn_on]]
-        cached = torch.stack([*outputs, latents], 2).to(kernel.dtype)
-        forecast = F.conv2d(cached.flatten(0, 1), kernel, padding=self.plan.kernel // 2).view_as(latents)
-        if step in self.read:
-            forecast = forecast + self.read[step]
-        parts = {"cond": forecast}
-        if self.plan.guided:
-            difference = (self.outputs["cond"][0] - self.outputs["uncond"][0]).to(forecast.dtype)
-            uncond = forecast - self.plan.guidance_scale * difference
-            parts = {"cond": uncond + difference, "uncond": uncond}
-        output, channels = newest.clone(), latents.shape[1]
-        output[:, :channels] = torch.cat([parts[branch] for branch in branches]).to(output.dtype)
-        if self.plan.guided:
-            self._returned = parts["uncond"].to(output.dtype), parts["cond"].to(output.dtype)
+        output, part = newest.clone(), shared_part(newest, latents)
+        for branch, own in rows.items():
+            drawn_on = self.outputs[branch][: len(self.plan.drawn_on(step))]
+            parts = [channels_first(x, self.channels) for x in (*drawn_on, latents[part][own])]
+            forecast = weighted_sum(parts, self._kernel(step, branch, latents.device))
+            if step in self.read[branch]:
+                forecast = forecast + self.read[branch][step]
+            forecast = channels_back(forecast, self.channels).to(output.dtype)
+            output[part][own] = forecast
+            self._returned[branch] = step, forecast
         return output
 
     def guidance(self, step: int, guided: torch.Tensor) -> torch.Tensor | None:
@@ -275,32 +345,56 @@ class OutputForecast:
 
         Both on the device, ``[2]`` float32; ``None``: can't tell.
         """
-        returned, self._returned = self._returned, None
-        if returned is None and self.steps["cond"][:1] == [step]:
-            if self.steps["uncond"][:1] != [step]:
-                return torch.tensor([1.0, 0.0], device=guided.device)
-            returned = self.outputs["uncond"][0], self.outputs["cond"][0]
-        if returned is None:
+        returned = {branch: output for branch, (made, output) in self._returned.items() if made == step}
+        if "cond" not in returned:
             return None
-        eps = torch.finfo(guided.dtype).eps
-        uncond, cond = (part.float() for part in returned)
-        guided = guided[: len(cond), : cond.shape[1]].float()  # DiTPipeline denoises both halves
+        if "uncond" not in returned:
+            return torch.tensor([1.0, 0.0], device=guided.device)
+        uncond, cond = (returned[branch].float() for branch in ("uncond", "cond"))
+        if guided.ndim != cond.ndim:
+            return None
+        guided = guided[: len(cond)][shared_part(guided, cond)].float()  # DiTPipeline denoises both halves
+        if guided.shape != cond.shape:
+            return None
+        eps = torch.finfo(returned["cond"].dtype).eps
+        scale = mixture(guided, cond, uncond)[0]
         difference, size = cond - uncond, math.sqrt(guided.numel())
-        scale = ((guided - uncond) * difference).sum() / difference.square().sum()
         return torch.stack([scale, 16 * eps * (guided.norm() + uncond.norm()) / difference.norm() / size])
 
-    def _kernel(self, step: int, device: torch.device) -> torch.Tensor:
-        """A step's weights ``[1, tensors, kernel, kernel]``; those of all steps go to the device at once.
+    def _kernel(self, step: int, branch: str, device: torch.device) -> torch.Tensor:
+        """A step's weights of a branch ``[tensors, ...sides]``; those of all steps go to the device at once.
 
         In float64 where the device has it: of neighbouring outputs the weights nearly cancel, which TF32 would turn
         into noise.
         """
+        branches = self.plan.branches
         if not self._kernels or self._kernels[0].device != device:
             rows = self.plan.weights
             numbers = torch.tensor([w for row in rows for w in row], dtype=_widest(device)).to(device)
             parts = numbers.split([len(row) for row in rows])
-            self._kernels = [part.view(1, -1, self.plan.kernel, self.plan.kernel) for part in parts]
-        return self._kernels[step]
+            tensors = [len(row) // len(branches) // math.prod(self.plan.kernel) for row in rows]
+            self._kernels = [
+                part.view(len(branches), number, *self.plan.kernel) for part, number in zip(parts, tensors, strict=True)
+            ]
+        return self._kernels[step][branches.index(branch)]
+
+
+def mixture(
+    guided: torch.Tensor, cond: torch.Tensor, uncond: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """How ``guided`` is made of both branches' outputs: ``a * cond + b * uncond``, by least squares.
+
+    Returns:
+        The guidance scale ``a / (a + b)``, ``a`` and ``b``, on the device. Pipelines that negate the model's output
+        have ``a + b = -1``.
+    """
+    dtype = _widest(guided.device)
+    guided, difference, uncond = (x.flatten().to(dtype) for x in (guided, cond - uncond, uncond))
+    dd, du, uu = difference @ difference, difference @ uncond, uncond @ uncond
+    gd, gu = guided @ difference, guided @ uncond
+    determinant = dd * uu - du.square()
+    ahead, total = (gd * uu - gu * du) / determinant, (gu * dd - gd * du) / determinant
+    return (ahead / total).float(), ahead, total - ahead
 
 
 def _widest(device: torch.device) -> torch.dtype:

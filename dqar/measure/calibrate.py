@@ -1,24 +1,19 @@
-"""Proposes a gate for any model: ``python -m dqar calibrate --profile digits --share 0.3`` (or ``--psnr 40``)."""
+"""Proposes a gate for any model, for a share of sites or a PSNR: ``dqar calibrate`` is the command."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import math
-from typing import get_args
 
 import pandas as pd
 from diffusers import DiffusionPipeline
-from rich.console import Console
 from tqdm import tqdm
 
-from dqar.config import DQARConfig, ReuseTarget, check
+from dqar.config import DQARConfig, check
 from dqar.measure import metrics
 from dqar.measure.recorders import ChangeRecorder
 from dqar.measure.sampling import LOOK, sample
-from dqar.models.pipelines import load_pipeline
-from dqar.models.profiles import Profile, get_profile
+from dqar.models.profiles import Profile
 
 KEYS = ["run", "step", "layer", "branch"]
 
@@ -27,7 +22,7 @@ def trace_sites(pipe: DiffusionPipeline, profile: Profile, seed: int, num_sample
     """Every site of an untouched denoising: the trace, with the ``change`` of its output since the step before."""
     with ChangeRecorder(pipe.transformer, profile.num_inference_steps) as changes:
         drawn = sample(pipe, profile, seed, LOOK, num_samples=num_samples, description="trace")
-    return drawn.trace.to_pandas().merge(pd.DataFrame(changes.rows), on=KEYS, how="left")
+    return drawn.traced.to_pandas().merge(pd.DataFrame(changes.rows), on=KEYS, how="left")
 
 
 def propose_gate(sites: pd.DataFrame, share: float = 0.5, snr_range: tuple[float, float] = (0.5, 50.0)) -> DQARConfig:
@@ -99,9 +94,9 @@ def calibrate(
         gate = propose_gate(sites, max(quantile, 1e-6), snr_range)
         config = dataclasses.replace(base, entropy_threshold=gate.entropy_threshold, snr_range=snr_range)
         drawn = sample(pipe, profile, seed, config, num_samples=num_samples, description=f"quantile {quantile:.2f}")
-        reused = float((drawn.trace.to_pandas().decision == "reuse").mean())
+        reused = float((drawn.traced.to_pandas().decision == "reuse").mean())
         rows.append((quantile, config, reused, metrics.mean_psnr(drawn.images, reference)))
-        too_open = reused > share if share is not None else rows[-1][3] < psnr
+        too_open = reused > share if share is not None else rows[-1][3] < (psnr or 0)
         if quantile == 1.0 and not too_open:
             break
         low, high = (low, quantile) if too_open else (quantile, high)
@@ -110,7 +105,7 @@ def calibrate(
         best = min(rows, key=lambda row: abs(row[2] - share))
         check("share", share, best[2] > share / 2, f"the widest gate, SNR in {snr_range}, reuses {rows[0][2]:.1%}")
     else:
-        kept = [row for row in rows if row[3] >= psnr]
+        kept = [row for row in rows if row[3] >= (psnr or 0)]
         check("psnr", psnr, bool(kept), f"the narrowest gate tried reaches {max(row[3] for row in rows):.1f} dB")
         best = max(kept, key=lambda row: row[2])
     table = pd.DataFrame(
@@ -123,45 +118,3 @@ def calibrate(
 def _round(value: float, direction) -> float:
     unit = 10.0 ** (math.floor(math.log10(value)) - 1)
     return float(f"{direction(value / unit) * unit:.6g}")
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, or 2 for a wrong argument or a goal out of reach."""
-    parser = argparse.ArgumentParser(prog="dqar calibrate", description=__doc__)
-    parser.add_argument("--profile", default="digits", help="see dqar/models/profiles.py (default: digits)")
-    goal = parser.add_mutually_exclusive_group(required=True)
-    goal.add_argument("--share", type=float, help="wanted share of sites reused, in (0, 1)")
-    goal.add_argument("--psnr", type=float, help="wanted PSNR to full compute, dB")
-    parser.add_argument("--reuse-target", choices=get_args(ReuseTarget), default="output")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num-samples", type=int, default=4, help="images of the trace and of each trial")
-    options = parser.parse_args(arguments)
-    console = Console()
-    try:
-        profile = get_profile(options.profile)
-        base = DQARConfig(schedule="all", reuse_target=options.reuse_target)
-        config, trials = calibrate(
-            load_pipeline(profile),
-            profile,
-            options.seed,
-            share=options.share,
-            psnr=options.psnr,
-            base=base,
-            num_samples=options.num_samples,
-        )
-    except (ValueError, OSError, RuntimeError) as error:
-        console.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
-        return 2
-    chosen = trials[trials.entropy_threshold == config.entropy_threshold].iloc[-1]
-    steps = f"{profile.num_inference_steps} steps of {profile.scheduler}"
-    print(f"measured on {options.num_samples} images of profile {profile.name}, {steps}:")
-    print(trials.to_markdown(index=False, floatfmt=".4g"))
-    proposal = {
-        "entropy_threshold": config.entropy_threshold,
-        "snr_range": config.snr_range,
-        "schedule": config.schedule,
-        "reuse_target": config.reuse_target,
-    }
-    print(f"proposed, {chosen.share:.1%} of sites at {chosen.psnr:.1f} dB: {json.dumps(proposal)}")
-    print(f"as τ(p) = base·√(p/64) of one-word labels: base = {config.entropy_threshold * 8:.4g}")
-    return 0

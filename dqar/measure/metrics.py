@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 from torchmetrics.functional.image import structural_similarity_index_measure
 from tqdm import tqdm
 
-
-def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_args, **_kwargs) -> int:
-    return sdpa_flop_count(query, key, value)
+from dqar.models.classifier import Classifier
 
 
-# torch counts the attention kernels of GPUs, but not the CPU's.
-_UNCOUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+def _attention_flops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_args: Any, **_kwargs: Any) -> int:
+    return sdpa_flop_count(query.shape, key.shape, value.shape)
+
+
+_FLOPS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    # torch has formulas for the attention kernels of GPUs, but not for the CPU's, nor for integers.
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._int_mm: flop_registry[torch.ops.aten.mm],
+}
 
 
 def psnr(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -33,13 +42,21 @@ def mean_psnr(images: torch.Tensor, reference: torch.Tensor) -> float:
     return float(-10 * (images.double() - reference.double()).square().mean().log10())
 
 
+def decibels(squared_error: float | pd.Series) -> Any:
+    """PSNR in dB of a mean squared error of images in [0, 1], or of a series of them; ``inf`` at 0."""
+    with np.errstate(divide="ignore"):
+        return -10 * np.log10(squared_error)
+
+
 def ssim(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """Structural similarity per image, ``[N]``; a 3-pixel window (σ 0.5) below 32 pixels, else 11 (σ 1.5)."""
     _same_shape(images, reference)
     small = images.shape[-1] < 32
-    return structural_similarity_index_measure(
+    similarity = structural_similarity_index_measure(
         images, reference, sigma=0.5 if small else 1.5, kernel_size=3 if small else 11, data_range=1.0, reduction="none"
     )
+    assert isinstance(similarity, torch.Tensor)  # a tuple only where the whole image is asked for
+    return similarity
 
 
 def frechet_distance(features: torch.Tensor, reference: torch.Tensor) -> float:
@@ -64,20 +81,39 @@ def frechet_distance(features: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def classify(classifier: torch.nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def classify(classifier: Classifier, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Predicted classes ``[N]`` and features ``[N, D]`` of images in [0, 1]."""
     features = classifier.features(images * 2 - 1)
     return classifier.head(features).argmax(1), features
 
 
+class _FlopCounter(TorchDispatchMode):
+    """``torch.utils.flop_counter.FlopCounterMode``'s sum alone: following the modules, too, takes it twice the time."""
+
+    def __init__(self):
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        formula = _FLOPS.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=result)
+        return result
+
+
 def count_macs(call: Callable[[], object]) -> int:
-    """Multiply-accumulates of all matrix products, convolutions and attentions that ``call`` executes."""
-    with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter:
+    """Multiply-accumulates of all matrix products, convolutions and attentions that ``call`` executes.
+
+    By the formulas of ``torch.utils.flop_counter``, of whatever reaches a kernel: nothing is derived.
+    """
+    with _FlopCounter() as counter:
         call()
-    return counter.get_total_flops() // 2
+    return counter.flops // 2
 
 
-def interleaved_times(calls: dict[str, Callable[[], object]], repeats: int, device: str = "cpu") -> pd.DataFrame:
+def interleaved_times(calls: Mapping[str, Callable[[], object]], repeats: int, device: str = "cpu") -> pd.DataFrame:
     """Times the calls in turn (A B C A B C ...) after one warm-up each; tidy: method, repeat, seconds.
 
     Only ratios within one such table are meaningful: never compare across runs.

@@ -12,14 +12,12 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from dqar.models.profiles import WEIGHTS, Profile, get_profile
@@ -27,15 +25,19 @@ from dqar.models.profiles import WEIGHTS, Profile, get_profile
 PACKAGE = Path(__file__).parent.parent
 
 
-RECORDED = PACKAGE.parent / "recorded"
-"""Long measurements of ``dqar.studies.record``, by profile; those of the shipped model are committed."""
+IN_A_CHECKOUT = (PACKAGE.parent / "pyproject.toml").exists()
+
+
+RECORDED = PACKAGE.parent / "recorded" if IN_A_CHECKOUT else Path("recorded")
+"""Long measurements of ``dqar.studies.record``, by profile: those in the repository, of the shipped models, or, of an
+installed package, those in the working folder."""
 
 
 class Run:
     """One run of the workbook: a profile, a seed, and the folder that its results and figures go to.
 
     Args:
-        profile: name of a profile in ``dqar.models.pipelines``.
+        profile: name of a profile in ``dqar.models.profiles``.
         seed: of all sampling.
         out: folder for ``results/`` and ``figures/``, made if it isn't there.
 
@@ -47,6 +49,7 @@ class Run:
     def __init__(self, profile: str, seed: int = 0, out: str | Path = "out"):
         self.profile = get_profile(profile)
         self.seed = seed
+        self.recordings = RECORDED / profile
         self.results, self.figures = Path(out) / "results" / profile, Path(out) / "figures"
         for folder in (self.results, self.figures):
             try:
@@ -71,7 +74,7 @@ class Run:
 
     def recorded(self, name: str) -> pd.DataFrame | None:
         """A table of ``dqar.studies.record`` for this profile, with its provenance; ``None`` if it isn't recorded."""
-        path = RECORDED / self.profile.name / f"{name}.parquet"
+        path = self.recordings / f"{name}.parquet"
         return load_table(path) if path.exists() else None
 
 
@@ -91,13 +94,16 @@ def provenance(profile: Profile, seed: int) -> dict[str, Any]:
         "versions": {name: version(name) for name in ("torch", "diffusers", "numpy", "pandas")},
         "python": platform.python_version(),
         "commit": _commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "fingerprint": _fingerprint(profile, seed),
     }
 
 
 def save_table(table: pd.DataFrame, path: Path, source: dict[str, Any]) -> None:
     """Writes parquet with the provenance ``source`` in its metadata."""
+    import pyarrow as pa  # here, since plans are fitted without any table
+    import pyarrow.parquet as pq
+
     arrow = pa.Table.from_pandas(table, preserve_index=False)
     arrow = arrow.replace_schema_metadata({**(arrow.schema.metadata or {}), b"provenance": json.dumps(source).encode()})
     with atomic_path(path) as temporary:
@@ -110,6 +116,9 @@ def load_table(path: Path) -> pd.DataFrame:
     Raises:
         ValueError: truncated, or without provenance.
     """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
         arrow = pq.read_table(path)
         source = json.loads(arrow.schema.metadata[b"provenance"])
@@ -135,23 +144,31 @@ def _fingerprint(profile: Profile, seed: int) -> str:
     return hashlib.sha256(f"{profile}|{seed}|{code_hash()}|{torch.__version__}".encode()).hexdigest()[:16]
 
 
-# A change of these can't change a measurement.
-_DRAWING = {
-    *("workbook.py", "measure/results.py", "studies/results.py", "studies/claims.py", "studies/conclusions.py"),
-    *("studies/architecture.py", "studies/record.py", "studies/policy.py"),
+_NOT_MEASURING = {
+    *(
+        "workbook.py",
+        "__main__.py",
+        "api.py",
+        "measure/results.py",
+        "studies/architecture.py",
+        "studies/cache_memory.py",
+    ),
+    *("studies/challenges.py", "studies/claims.py", "studies/conclusions.py", "studies/controller.py"),
+    *("studies/overhead.py", "studies/pareto.py", "studies/policy.py", "studies/record.py", "studies/recording.py"),
+    *("studies/results.py",),
 }
+"""Modules that no table of ``Run.table`` depends on: they arrange, draw or record what is kept until it is removed."""
 
 
 @functools.cache
 def code_hash(everything: bool = False) -> str:
     """A digest of the weights and of the code that measures, or of all the code."""
     digest = hashlib.sha256()
-    modules = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*.py")}
-    drawing = (
-        set() if everything else _DRAWING | {name for name in modules if name.startswith(("figures/", "training/"))}
-    )
-    files = [path for name, path in modules.items() if name not in drawing]
-    for path in sorted([*files, *WEIGHTS.rglob("*.safetensors")]):
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = path.relative_to(PACKAGE).as_posix()
+        if everything or not (name in _NOT_MEASURING or name.startswith(("commands/", "figures/", "training/"))):
+            digest.update(path.read_bytes())
+    for path in sorted(WEIGHTS.rglob("*.safetensors")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -41,6 +41,17 @@ class Samples:
     labels: torch.Tensor
     trace: Trace | None = None
 
+    @property
+    def traced(self) -> Trace:
+        """The trace.
+
+        Raises:
+            ValueError: DQAR was off.
+        """
+        if self.trace is None:
+            raise ValueError("these samples have no trace: DQAR was off")
+        return self.trace
+
 
 def sample(
     pipe: DiffusionPipeline,
@@ -73,7 +84,7 @@ def sample(
         batches = []
         for part in tqdm(images.split(profile.batch_size), desc=description, leave=False):
             drawn = pipe(
-                **_conditions(pipe, part),
+                **conditions(pipe, part),
                 guidance_scale=profile.guidance_scale,
                 num_inference_steps=num_inference_steps or profile.num_inference_steps,
                 generator=noise_generators(seed, part),
@@ -93,7 +104,7 @@ def class_labels(pipe: DiffusionPipeline, images: torch.Tensor) -> torch.Tensor:
     return images % num_classes(pipe)
 
 
-def _conditions(pipe: DiffusionPipeline, images: torch.Tensor) -> dict:
+def conditions(pipe: DiffusionPipeline, images: torch.Tensor) -> dict:
     """What the pipeline is asked for in these images."""
     labels = class_labels(pipe, images).tolist()
     if not isinstance(pipe, PixArtAlphaPipeline):

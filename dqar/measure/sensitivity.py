@@ -16,6 +16,7 @@ from tqdm import tqdm
 from dqar.config import ReuseTarget
 from dqar.measure.sampling import LOOK, class_labels, first_latents, sample
 from dqar.models.guidance import guided_prediction
+from dqar.models.pipelines import to_images
 from dqar.models.profiles import Profile
 from dqar.plan import BRANCHES
 
@@ -46,7 +47,7 @@ def site_errors(
         own output) and ``error`` (mean squared error of the finished image in [0, 1], against full compute).
     """
     steps = profile.num_inference_steps
-    known = _what_is_known(pipe, profile, seed, first_image, num_images)
+    features = _features(pipe, profile, seed, first_image, num_images)
     numbers = torch.arange(first_image, first_image + num_images)
     labels = class_labels(pipe, numbers)
     scheduler = copy.deepcopy(pipe.scheduler)
@@ -54,7 +55,7 @@ def site_errors(
     states = [_State(first_latents(pipe, scheduler, seed, numbers), scheduler)]
     for _ in tqdm(range(steps), desc="reference", leave=False):
         states.append(states[-1].advance(pipe, labels, profile.guidance_scale))
-    finished = _to_image(states[-1].latents)
+    finished = to_images(pipe, states[-1].latents)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + first_image)
     blocks = pipe.transformer.transformer_blocks
     rows = []
@@ -69,17 +70,17 @@ def site_errors(
             changes = swap.changes
         for _ in range(step + 1, steps):
             state = state.advance(pipe, labels[images], profile.guidance_scale)
-        errors = (_to_image(state.latents) - finished[images]).square().flatten(1).mean(1)
+        errors = (to_images(pipe, state.latents) - finished[images]).square().flatten(1).mean(1)
         table = pd.DataFrame({"image": images + first_image, "label": labels[images], "step": step, "layer": layers})
-        rows.append(table.assign(branch=[BRANCHES[b] for b in branches], change=changes, error=errors))
-    return pd.concat(rows, ignore_index=True).merge(known, on=["image", "step", "layer", "branch"])
+        rows.append(table.assign(branch=[BRANCHES[b] for b in branches], change=changes.numpy(), error=errors.numpy()))
+    return pd.concat(rows, ignore_index=True).merge(features, on=["image", "step", "layer", "branch"])
 
 
-def _what_is_known(pipe, profile, seed, first_image, num_images) -> pd.DataFrame:
+def _features(pipe: DiffusionPipeline, profile: Profile, seed: int, first_image: int, num_images: int) -> pd.DataFrame:
     """The policy's features at every site: what a trace of the image alone, nothing reused, says before the site."""
     tables = []
     for image in tqdm(range(first_image, first_image + num_images), desc="traces", leave=False):
-        trace = sample(pipe, profile, seed, LOOK, first_image=image, num_samples=1).trace.to_pandas()
+        trace = sample(pipe, profile, seed, LOOK, first_image=image, num_samples=1).traced.to_pandas()
         by_site = trace.sort_values("step").groupby(["layer", "branch"])
         trace["entropy"] = by_site.entropy.shift(1)  # of the result that would be reused
         tables.append(
@@ -154,7 +155,7 @@ class _Swap:
 
 
 @contextmanager
-def _replaced(blocks: torch.nn.ModuleList, target: ReuseTarget) -> Iterator[_Swap]:
+def _replaced(blocks: Any, target: ReuseTarget) -> Iterator[_Swap]:
     swap = _Swap(len(blocks))
     handles = []
     for layer, block in enumerate(blocks):
@@ -167,7 +168,3 @@ def _replaced(blocks: torch.nn.ModuleList, target: ReuseTarget) -> Iterator[_Swa
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _to_image(latents: torch.Tensor) -> torch.Tensor:
-    return (latents / 2 + 0.5).clamp(0, 1).float()

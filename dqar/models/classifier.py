@@ -21,7 +21,7 @@ def load_classifier(name: str = "digits", folder: Path | None = None) -> Classif
     """
     path = (folder or WEIGHTS) / f"{name}-classifier"
     if not path.exists():
-        command = f"python -m dqar train {path.name} --out {path.parent}"
+        command = f"dqar train {path.name} --out {path.parent}"
         raise OSError(f"the weights in {path} are missing: `{command}` makes them")
     try:
         return CLASSIFIERS[name].from_pretrained(path)

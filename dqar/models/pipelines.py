@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -123,8 +124,14 @@ def load_pipeline(profile: Profile) -> DiffusionPipeline:
     return pipe
 
 
-cached_pipeline = functools.cache(load_pipeline)
-"""One pipeline a profile, shared by all that measure in one process."""
+def cached_pipeline(profile: Profile) -> DiffusionPipeline:
+    """One pipeline for all profiles of the same model, sampler, dtype and device, shared within the process."""
+    return _cached_pipeline(
+        dataclasses.replace(profile, num_inference_steps=1, guidance_scale=1.0, num_samples=1, batch_size=1, repeats=1)
+    )
+
+
+_cached_pipeline = functools.lru_cache(maxsize=8)(load_pipeline)
 
 
 def _load_pretrained(profile: Profile) -> DiffusionPipeline:
@@ -133,19 +140,21 @@ def _load_pretrained(profile: Profile) -> DiffusionPipeline:
         "dit-xl-2": (DiTPipeline, DiTTransformer2DModel),
         "pixart": (PixArtAlphaPipeline, PixArtTransformer2DModel),
     }[profile.model]
-    wanted, parts = profile.weights, {}
+    if profile.weights is None:
+        raise ValueError(f"profile {profile.name!r} doesn't say where its weights come from: weights=Weights(...)")
+    asked, parts = profile.weights, {}
     try:
         if profile.transformer is not None:
-            wanted = profile.transformer
+            asked = profile.transformer
             parts["transformer"] = transformer.from_pretrained(
-                wanted.source, subfolder="transformer", revision=wanted.revision, dtype=profile.dtype
+                asked.source, subfolder="transformer", revision=asked.revision, dtype=profile.dtype
             )
-            wanted = profile.weights
-        return pipeline.from_pretrained(wanted.source, revision=wanted.revision, dtype=profile.dtype, **parts)
+            asked = profile.weights
+        return pipeline.from_pretrained(asked.source, revision=asked.revision, dtype=profile.dtype, **parts)
     except OSError as error:
-        at = f" at revision {wanted.revision}" if wanted.revision else ""
+        at = f" at revision {asked.revision}" if asked.revision else ""
         raise OSError(
-            f"profile {profile.name!r} needs {wanted.source}{at} from the Hugging Face hub, its local cache or a "
+            f"profile {profile.name!r} needs {asked.source}{at} from the Hugging Face hub, its local cache or a "
             "folder: is there a network? Once it has been loaded, HF_HUB_OFFLINE=1 uses the cache"
         ) from error
 
@@ -183,9 +192,7 @@ def load_embedded(name: str, dtype: torch.dtype = torch.float32, folder: Path | 
     """
     path = (folder or WEIGHTS) / name
     if not (path / DiffusionPipeline.config_name).exists():
-        raise OSError(
-            f"the weights in {path} are missing: `python -m dqar train {name} --out {path.parent}` makes them"
-        )
+        raise OSError(f"the weights in {path} are missing: `dqar train {name} --out {path.parent}` makes them")
     try:
         return PIPELINES[name].from_pretrained(path, dtype=dtype)
     except (SafetensorError, OSError, ValueError) as error:
@@ -198,6 +205,14 @@ def num_classes(pipe: DiffusionPipeline) -> int:
     ``DiTPipeline``'s transformer embeds 1,000 classes and the null class, whatever number was trained.
     """
     return len(set(pipe.labels.values())) or pipe.transformer.config.num_embeds_ada_norm
+
+
+@torch.no_grad()
+def to_images(pipe: DiffusionPipeline, latents: torch.Tensor) -> torch.Tensor:
+    """Finished latents ``[B, C, H, W]`` as images ``[B, C, H, W]`` float32 in [0, 1], decoded where there is a VAE."""
+    vae = getattr(pipe, "vae", None)
+    pixels = latents if vae is None else vae.decode(latents / vae.config.scaling_factor).sample
+    return (pixels / 2 + 0.5).clamp(0, 1).float()
 
 
 def make_scheduler(name: str, like: SchedulerMixin) -> SchedulerMixin:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from diffusers import DiffusionPipeline
 
+from dqar.peers.rival import Rival
 from dqar.peers.shared import check_range, load_package, quiet, watched
 
 
@@ -102,3 +103,48 @@ def dbcache_taylorseer(
         taylorseer_order,
     ):
         yield
+
+
+RIVALS = (
+    Rival(
+        "DBCache",
+        keeps="the blocks between the first and the last",
+        source="cache-dit",
+        adapter=dbcache,
+        sweep=tuple(
+            {"Fn_compute_blocks": blocks, "residual_diff_threshold": threshold, "max_warmup_steps": 4}
+            for blocks, thresholds in ((1, (0.05, 0.06, 0.08, 0.12, 0.2)), (8, (0.08, 0.12, 0.2, 0.3, 0.4)))
+            for threshold in thresholds
+        ),
+        decides_by_batch=True,
+    ),
+    Rival(
+        "DBCache + TaylorSeer",
+        keeps="the blocks between the first and the last, forecast",
+        source="cache-dit",
+        adapter=dbcache_taylorseer,
+        sweep=tuple(
+            {
+                "Fn_compute_blocks": blocks,
+                "residual_diff_threshold": threshold,
+                "max_warmup_steps": 4,
+                "max_continuous_cached_steps": cached,
+            }
+            for blocks, pairs in (
+                (1, ((0.05, 2), (0.08, 2), (0.12, 3), (0.2, 3), (0.2, 5))),
+                (8, ((0.08, 2), (0.12, 3), (0.2, 3), (0.4, 4), (0.4, 8))),
+            )
+            for threshold, cached in pairs
+        ),
+        decides_by_batch=True,
+    ),
+    Rival(
+        "DBPrune",
+        keeps="blocks whose residual changes little",
+        source="cache-dit 1.5.3",
+        unusable=(
+            "cache-dit 1.5.3's PrunedBlocks_Pattern_3_4_5 calls its own _process_block_outputs with one argument too "
+            "many, so that the first step of a run raises TypeError"
+        ),
+    ),
+)

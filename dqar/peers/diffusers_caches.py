@@ -27,6 +27,7 @@ from diffusers.hooks import (
 from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from diffusers.hooks.mag_cache import _MAG_CACHE_LEADER_BLOCK_HOOK
 
+from dqar.peers.rival import Rival
 from dqar.peers.shared import COMPONENTS, Progress, calibrate, check_range, quiet, watched
 
 
@@ -53,7 +54,7 @@ def _diffusers_cache(
                 step_index=run.step,
                 num_inference_steps=num_inference_steps,
                 timestep=run.timestep,
-                sigma=_flow_sigma(pipe.scheduler, run.timestep),
+                sigma=flow_sigma(pipe.scheduler, run.timestep),
             )
             _set_cache_context(pipe.transformer, context)
 
@@ -62,7 +63,7 @@ def _diffusers_cache(
         yield run
 
 
-def _flow_sigma(scheduler: Any, timestep: float) -> float:
+def flow_sigma(scheduler: Any, timestep: float) -> float:
     """σ in ``x / (√ᾱ + √(1−ᾱ)) = (1 − σ) x0 + σ ε``: a variance-preserving step as one of flow matching."""
     alpha_bar = float(scheduler.alphas_cumprod[round(timestep)])
     signal, noise = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
@@ -246,7 +247,7 @@ def sea_cache(
     def config(run: Progress) -> SeaCacheConfig:
         def latents(_module: torch.nn.Module, args: tuple, kwargs: dict) -> list[torch.Tensor]:
             batch = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            sigma = _flow_sigma(pipe.scheduler, run.timestep)
+            sigma = flow_sigma(pipe.scheduler, run.timestep)
             scale = math.sqrt((1 - sigma) ** 2 + sigma**2)  # 1 / (√ᾱ + √(1−ᾱ))
             return list((batch * scale)[:, :, None].unbind())
 
@@ -327,3 +328,109 @@ def faster_cache(
 
         pipe.transformer.forward = swapped
         yield
+
+
+_INTERVALS = tuple({"interval": interval, "order": order} for interval in (2, 3, 4, 5, 6) for order in (1, 2))
+
+
+RIVALS = (
+    Rival(
+        "TaylorSeer, diffusers",
+        keeps="attention and feed-forward of every block",
+        source="diffusers' TaylorSeerCacheConfig",
+        adapter=diffusers_taylorseer,
+        sweep=_INTERVALS,
+    ),
+    Rival(
+        "TaylorSeer-Lite, diffusers",
+        keeps="the model's last layer",
+        source="diffusers' TaylorSeerCacheConfig",
+        adapter=diffusers_taylorseer_lite,
+        sweep=_INTERVALS,
+    ),
+    Rival(
+        "PAB",
+        keeps="attention",
+        source="Pyramid Attention Broadcast, Zhao et al. 2024, arXiv 2408.12588; diffusers",
+        adapter=pyramid_attention_broadcast,
+        # Up to 1.5 times fewer MACs: feed-forward is always computed.
+        sweep=tuple(
+            {"skip_range": skip_range, "timesteps": timesteps}
+            for timesteps in ((100, 800), (0, 1000))
+            for skip_range in (2, 3, 4, 6, 8)
+        ),
+    ),
+    Rival(
+        "First-Block-Cache",
+        keeps="all blocks but the first",
+        source="ParaAttention; diffusers",
+        adapter=first_block_cache,
+        sweep=tuple({"threshold": threshold} for threshold in (0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.1, 0.15)),
+        decides_by_batch=True,
+    ),
+    Rival(
+        "MagCache",
+        keeps="all blocks",
+        source="Ma et al. 2025, arXiv 2506.09045; diffusers",
+        adapter=mag_cache,
+        sweep=tuple(
+            {"threshold": threshold, "max_skip_steps": skip, "retention_ratio": retention}
+            for threshold, skip, retention in (
+                (0.01, 2, 0.2),
+                (0.02, 3, 0.2),
+                (0.06, 3, 0.2),
+                (0.12, 4, 0.2),
+                (0.01, 2, 0.1),
+                (0.02, 3, 0.1),
+                (0.06, 3, 0.1),
+                (0.12, 4, 0.1),
+                (0.24, 5, 0.1),
+                (0.24, 6, 0.04),
+            )
+        ),
+        needs_calibration=True,
+    ),
+    Rival(
+        "SeaCache",
+        keeps="all blocks",
+        source="arXiv 2602.18993; diffusers",
+        adapter=sea_cache,
+        sweep=tuple(
+            {"threshold": threshold, "max_consecutive_cached": cached, "residual_order": order}
+            for order in (1, 0)
+            for threshold, cached in ((0.05, 2), (0.1, 2), (0.25, 2), (0.5, 3), (1.0, 4))
+        ),
+        decides_by_batch=True,
+        strong=True,
+    ),
+    Rival(
+        "FasterCache",
+        keeps="the unconditional branch, and attention",
+        source="Lv et al. 2024, arXiv 2410.19355; diffusers",
+        adapter=faster_cache,
+        # Up to 2.1 times fewer MACs: the conditional half is always computed.
+        sweep=tuple(
+            {"uncond_skip_range": uncond, "uncond_timesteps": (-1, most), "attention_timesteps": (-1, most)}
+            for most in (641, 1000)
+            for uncond in (2, 3, 5, 8)
+        ),
+    ),
+    Rival(
+        "TaylorSeer, diffusers' defaults",
+        keeps="nothing",
+        source="diffusers' TaylorSeerCacheConfig",
+        unusable=(
+            "its default patterns end in `attn` and match no module of DiT's, so that it silently does nothing: images "
+            "and MACs of a run are those of the untouched pipeline (use 'TaylorSeer, diffusers')"
+        ),
+    ),
+    Rival(
+        "Text KV cache",
+        keeps="nothing",
+        source="diffusers' TextKVCacheConfig",
+        unusable=(
+            "diffusers' TextKVCache hooks NucleusMoEImageTransformerBlock only, and DiT has no text: images and MACs "
+            "of a run are those of the untouched pipeline"
+        ),
+    ),
+)

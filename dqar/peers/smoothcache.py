@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.models.attention import BasicTransformerBlock
 
+from dqar.peers.rival import Rival
 from dqar.peers.shared import COMPONENTS, block_modules, calibrate, check_range, load_package, watched
 
 
@@ -53,7 +54,7 @@ def smoothcache(
 
     def measure(draw: Callable[[], None]) -> dict[str, list[list[float]]]:
         with watched(pipe, num_inference_steps):
-            seen = [_ChangeMeter(module, lookahead) for module in block_modules(pipe.transformer)]
+            seen = [ChangeMeter(module, lookahead) for module in block_modules(pipe.transformer)]
             draw()
         count = len(COMPONENTS)
         return {name: _mean_changes([meter.changes for meter in seen[i::count]]) for i, name in enumerate(COMPONENTS)}
@@ -75,7 +76,7 @@ def smoothcache(
             helper.disable()
 
 
-class _ChangeMeter:
+class ChangeMeter:
     """Relative L1 change of a module's output against the ones 1, 2, ... ``lookahead`` steps before.
 
     ``changes[k][s]`` is ``‖o_{s+k+1} − o_s‖₁ / ‖o_{s+k+1}‖₁``, over the whole batch, as SmoothCache measures it.
@@ -132,3 +133,20 @@ def _silent(forward: Callable) -> Callable:
             return forward(*args, **kwargs)
 
     return silent
+
+
+RIVALS = (
+    Rival(
+        "SmoothCache",
+        keeps="attention and feed-forward of every block, each on a schedule of its own",
+        source="Liu et al. 2024, arXiv 2411.10510; dit-smoothcache",
+        adapter=smoothcache,
+        sweep=(
+            *({"threshold": threshold, "lookahead": 3} for threshold in (0.08, 0.1, 0.12, 0.15, 0.18, 0.25, 0.35)),
+            {"threshold": 0.35, "lookahead": 5},
+            {"threshold": 0.6, "lookahead": 5},
+            {"threshold": 0.6, "lookahead": 7},
+        ),
+        needs_calibration=True,
+    ),
+)

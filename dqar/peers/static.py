@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from diffusers import DiffusionPipeline
 
+from dqar.peers.rival import Rival
 from dqar.peers.shared import Progress, block_modules, check_range, watched
 
 
@@ -47,3 +48,14 @@ def _reused(forward: Callable, run: Progress, num_inference_steps: int, interval
         return kept[0]
 
     return reuse
+
+
+RIVALS = (
+    Rival(
+        "static interval",
+        keeps="attention and feed-forward of every block",
+        source="FORA, Selvaraju et al. 2024, arXiv 2407.01425",
+        adapter=static_interval,
+        sweep=tuple({"interval": n, "from_end": from_end} for n in (2, 3, 4, 5, 6) for from_end in (False, True)),
+    ),
+)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from diffusers import DiffusionPipeline
 
+from dqar.peers.rival import Rival
 from dqar.peers.shared import Progress, block_modules, check_range, watched
 
 
@@ -67,3 +68,18 @@ class _TaylorForecast:
                 factors.append((factors[-1] - before) / since)
         self._factors, self._computed_at = factors, step
         return factors[0]
+
+
+RIVALS = (
+    Rival(
+        "TaylorSeer",
+        keeps="attention and feed-forward of every block",
+        source="Liu et al., ICCV 2025, arXiv 2503.06923",
+        adapter=taylorseer,
+        sweep=tuple(
+            {"interval": interval, "order": order}
+            for interval, order in ((2, 1), (2, 2), (3, 1), (3, 2), (3, 3), (4, 1), (4, 2), (4, 4), (5, 2), (6, 2))
+        ),
+        strong=True,
+    ),
+)

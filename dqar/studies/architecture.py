@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent
 CORE = "core"
 """The top level of the package, and of ``forecast`` what a plan needs to run."""
-ABOVE_THE_CORE = {"__init__", "__main__", "workbook"}
+ABOVE_THE_CORE = {"__init__", "__main__", "api", "workbook"}
 """Top-level modules that put the parts together."""
 RUNTIME = {"forecast.plan", "forecast.run"}
 
@@ -89,7 +89,7 @@ def _imports(path: Path) -> set[str]:
     def visit(node: ast.AST) -> None:
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
             return
-        if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("dqar."):
+        if isinstance(node, ast.ImportFrom) and node.module and f"{node.module}.".startswith("dqar."):
             base = node.module.removeprefix("dqar").removeprefix(".")
             inside = {f"{base}.{alias.name}".removeprefix(".") for alias in node.names}
             names.update((inside | {base}) & modules)

@@ -1,4 +1,4 @@
-"""What the mechanism costs at DiT-XL/2's size: ``python -m dqar benchmark`` (``make benchmarks``).
+"""What the mechanism costs at DiT-XL/2's size: ``dqar benchmark`` (``make benchmarks``).
 
 Everything is timed in turn within one run and read as ratios. Each device has a table of its own in
 ``recorded/benchmarks``: a GPU's stands beside a CPU's, and the two are never mixed. ``--overhead`` measures instead
@@ -7,30 +7,31 @@ what deciding costs on the small digits model, beside hand-written floors (``dqa
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
+import functools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, get_args
 
 import pandas as pd
 import torch
-from rich.console import Console
 from torch.nn import functional as F
 
 from dqar import stats
 from dqar.attention import apply_dqar
 from dqar.config import DQARConfig, Probe
 from dqar.families import describe_model
-from dqar.forecast.plan import ForecastPlan, extrapolation
+from dqar.forecast.plan import extrapolation
 from dqar.measure import metrics
-from dqar.measure.results import RECORDED, Run, load_table, provenance, save_table, slug
+from dqar.measure.results import RECORDED, Run, load_table, provenance, save_table
 from dqar.models.pipelines import EmbeddedDiTPipeline, load_pipeline, make_scheduler, random_dit_xl_2
 from dqar.models.profiles import get_profile
 from dqar.plan import BRANCHES, ReusePlan
-from dqar.quantizer import quantize
+from dqar.quantizer import QuantizeMode, quantize
 from dqar.studies import overhead
+from dqar.studies.compare import Method
 
 
 def overhead_of_looking(run: Run) -> pd.DataFrame:
@@ -49,10 +50,15 @@ def overhead_of_looking(run: Run) -> pd.DataFrame:
 
 
 FOLDER = RECORDED / "benchmarks"
+"""Of the recorded tables."""
 
 
 OVERHEAD = "overhead/digits-cpu.parquet"
 """Of ``dqar.studies.overhead``'s table, within the folder."""
+
+
+SITES, FORECAST = "plan of sites", "forecast plan"
+"""Families of whole denoisings by a plan."""
 
 
 STEPS = 4
@@ -65,7 +71,7 @@ GUIDANCE = 7.5
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-Calls = dict[str, Callable[[], object]]
+Calls = dict[str, Callable[[], Any]]
 
 
 def attention_calls(device: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Calls:
@@ -94,7 +100,8 @@ def layer_calls(pipe: EmbeddedDiTPipeline, hidden_states: torch.Tensor) -> Calls
         return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
 
     def with_cached(key: Callable, value: Callable) -> torch.Tensor:
-        out = F.scaled_dot_product_attention(*map(by_head, (attn.to_q(hidden_states), key(), value())))
+        query = by_head(attn.to_q(hidden_states))
+        out = F.scaled_dot_product_attention(query, by_head(key()), by_head(value()))
         return attn.to_out[0](out.transpose(1, 2).flatten(2))
 
     output, key, value = attn(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
@@ -116,75 +123,86 @@ def quantizer_calls(pipe: EmbeddedDiTPipeline, hidden_states: torch.Tensor) -> C
     attn = pipe.transformer.transformer_blocks[0].attn1
     calls: Calls = {"layer computed": lambda: attn(hidden_states)}
     for bits in (8, 4, 2):
-        for mode in ("per_tensor", "per_channel", "per_token"):
-            kept = quantize(hidden_states, bits, mode, batch_dims=1)
-            calls[f"quantize INT{bits} {mode}"] = lambda b=bits, m=mode: quantize(hidden_states, b, m, batch_dims=1)
-            calls[f"dequantize INT{bits} {mode}"] = kept.dequantize
+        for mode in get_args(QuantizeMode):
+            again = functools.partial(quantize, hidden_states, bits, mode, batch_dims=1)
+            calls[f"quantize INT{bits} {mode}"] = again
+            calls[f"dequantize INT{bits} {mode}"] = again().dequantize
     return calls
 
 
 def every_second_step(num_layers: int) -> ReusePlan:
     """Attention computed at even steps and reused at odd ones, in all layers and both branches."""
     sites = {(s, layer, b) for s in range(1, STEPS, 2) for layer in range(num_layers) for b in BRANCHES}
-    return ReusePlan(sites, num_layers, STEPS)
+    return ReusePlan(frozenset(sites), num_layers, STEPS)
 
 
-def step_configs(pipe: EmbeddedDiTPipeline) -> dict[str, DQARConfig | ForecastPlan | None]:
+def step_methods(pipe: EmbeddedDiTPipeline) -> list[Method]:
     """What a whole denoising is timed with; the first is the untouched pipeline."""
     num_layers = len(pipe.transformer.transformer_blocks)
     pipe.scheduler.set_timesteps(STEPS)
     timesteps, model = pipe.scheduler.timesteps.tolist(), describe_model(pipe.transformer)
     look = DQARConfig(schedule="none", probe=Probe(record=True))
     half = every_second_step(num_layers)
-    late = ReusePlan({(s, layer, b) for s in range(1, STEPS) for _, layer, b in half.sites}, num_layers, STEPS)
-    return {
-        "plain": None,
-        "applied, closed": DQARConfig(schedule="none"),
-        "entropy, exact": look,
-        "entropy, 32 of 256 queries": dataclasses.replace(look, probe=Probe(record=True, queries=32)),
-        "entropy, every 4th step": dataclasses.replace(look, probe=Probe(record=True, interval=4)),
-        "plan: output, every 2nd step": DQARConfig(plan=half, reuse_target="output"),
-        "plan: K and V, every 2nd step": DQARConfig(plan=half),
-        "plan: output, 3 of 4 steps": DQARConfig(plan=late, reuse_target="output"),
-        "plan: model's output forecast, every 2nd step": extrapolation(range(0, STEPS, 2), timesteps, GUIDANCE, model),
-    }
+    most = {(step, layer, branch) for step in range(1, STEPS) for _, layer, branch in half.sites}
+    late = ReusePlan(frozenset(most), num_layers, STEPS)
+    forecast = extrapolation(range(0, STEPS, 2), timesteps, GUIDANCE, model)
+    return [
+        Method("plain"),
+        Method("applied, closed", "closed", DQARConfig(schedule="none")),
+        Method("entropy, exact", "entropy", look),
+        Method(
+            "entropy, 32 of 256 queries", "entropy", DQARConfig(schedule="none", probe=Probe(record=True, queries=32))
+        ),
+        Method("entropy, every 4th step", "entropy", DQARConfig(schedule="none", probe=Probe(record=True, interval=4))),
+        Method("plan: output, every 2nd step", SITES, DQARConfig(plan=half, reuse_target="output")),
+        Method("plan: K and V, every 2nd step", SITES, DQARConfig(plan=half)),
+        Method("plan: output, 3 of 4 steps", SITES, DQARConfig(plan=late, reuse_target="output")),
+        Method("plan: model's output forecast, every 2nd step", FORECAST, forecast),
+    ]
 
 
-def drawing(pipe: EmbeddedDiTPipeline, config: DQARConfig | ForecastPlan | None, images: int) -> Callable[[], object]:
+def drawing(pipe: EmbeddedDiTPipeline, method: Method, images: int) -> Callable[[], object]:
     """A guided denoising of so many images, DQAR put on before and taken off after it."""
 
     def call() -> object:
-        with apply_dqar(pipe, config) if config is not None else contextlib.nullcontext():
-            return pipe([207] * images, GUIDANCE, torch.Generator().manual_seed(0), STEPS, output_type="latent").images
+        with contextlib.nullcontext() if method.config is None else apply_dqar(pipe, method.config):
+            return pipe([207] * images, GUIDANCE, torch.Generator().manual_seed(0), STEPS, output_type="latent")
 
     return call
 
 
+def compiled_methods(pipe: EmbeddedDiTPipeline) -> list[Method]:
+    """What is timed with every block compiled; full compute compiled is the fair baseline, not compiled the first."""
+    plain, *others = step_methods(pipe)
+    chosen = [m for m in others if m.family == "closed" or (m.family == SITES and m.columns()["target"] != "kv")]
+    compiled = [dataclasses.replace(method, name=f"compiled, {method.name}") for method in (plain, *chosen)]
+    return [dataclasses.replace(plain, name="eager, plain"), *compiled]
+
+
 def compiled_calls(pipe: EmbeddedDiTPipeline, images: int, device: str) -> Calls:
-    """The same with every block compiled, full compute compiled being the fair baseline; CUDA graphs on a GPU."""
+    """``compiled_methods`` on a pipeline whose blocks are compiled here; with CUDA graphs on a GPU."""
     for block in pipe.transformer.transformer_blocks:
         block.compile(mode="reduce-overhead" if device == "cuda" else "default")
-    configs = step_configs(pipe)
-    calls = {f"compiled, {name}": drawing(pipe, configs[name], images) for name in configs if name in COMPILED}
-    return {"eager, plain": torch.compiler.set_stance("force_eager")(drawing(pipe, None, images)), **calls}
-
-
-COMPILED = ("plain", "applied, closed", "plan: output, every 2nd step", "plan: output, 3 of 4 steps")
+    eager, *compiled = compiled_methods(pipe)
+    calls = {method.name: drawing(pipe, method, images) for method in compiled}
+    return {eager.name: torch.compiler.set_stance("force_eager")(drawing(pipe, eager, images)), **calls}
 
 
 def run(device: str, dtype: torch.dtype, images: int, num_layers: int, repeats: int, path: Path) -> pd.DataFrame:
     """Times everything and saves it, part by part.
 
     Returns:
-        Tidy: ``part``, ``method``, ``repeat``, ``seconds``; of whole denoisings also ``macs`` and ``peak_bytes``
-        (``metrics.peak_memory_bytes``), else NaN. The first method of a part is what the others are compared with.
+        Tidy: ``part``, ``method``, ``repeat``, ``seconds``; of whole denoisings also ``family`` and ``target`` (see
+        ``Method.columns``), and, not compiled, ``macs`` and ``peak_bytes`` (``metrics.peak_memory_bytes``); else NaN.
+        The first method of a part is what the others are compared with.
         ``"compiled"`` is left out where there is no C++ compiler.
     """
     whole = random_dit_xl_2(dtype=dtype, num_layers=num_layers)
     pipe = EmbeddedDiTPipeline(whole.transformer, make_scheduler("dpm-solver++", whole.scheduler)).to(device)
     pipe.set_progress_bar_config(disable=True)
     hidden_states = torch.randn(2 * images, 256, 1152, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    steps = {name: drawing(pipe, config, images) for name, config in step_configs(pipe).items()}
+    methods = {"step": step_methods(pipe), "compiled": compiled_methods(pipe)}
+    steps = {method.name: drawing(pipe, method, images) for method in methods["step"]}
     parts: dict[str, tuple[Callable[[], Calls], int]] = {
         "attention": (lambda: attention_calls(device, dtype), 20 * repeats),
         "layer": (lambda: layer_calls(pipe, hidden_states), 4 * repeats),
@@ -200,6 +218,9 @@ def run(device: str, dtype: torch.dtype, images: int, num_layers: int, repeats: 
         with torch.no_grad():
             made = calls()
             table = metrics.interleaved_times(made, times, device).assign(part=part)
+            if part in methods:
+                facts = pd.DataFrame([method.columns() for method in methods[part]])
+                table = table.merge(facts[["method", "family", "target"]], on="method")
             if part == "step":
                 costs = pd.DataFrame([{"method": name, **_costs(call, device)} for name, call in made.items()])
                 table = table.merge(costs, on="method")
@@ -217,8 +238,8 @@ def _costs(call: Callable[[], object], device: str) -> dict[str, float]:
 def summary(table: pd.DataFrame) -> pd.DataFrame:
     """Each method beside its part's first: ``cost`` (time, relative) with quartiles, and ``ms``.
 
-    Of whole denoisings also ``macs_speedup``, ``realised`` (the share of the MAC saving that the clock shows), and
-    ``peak_bytes``.
+    Of whole denoisings also ``family`` and ``target``, ``macs_speedup``, ``realised`` (the share of the MAC saving that
+    the clock shows), and ``peak_bytes``.
     """
     rows = []
     for part, own in table.groupby("part", sort=False):
@@ -227,14 +248,27 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
         ratios.columns = ["cost_high", "cost", "cost_low"]
         for method in own.method.unique():
             mine = own[own.method == method]
-            row = {"part": part, "method": method, "ms": 1000 * mine.seconds.median(), **ratios.loc[method]}
+            row = {"part": part, "method": method, "family": mine.family.iloc[0], "target": mine.target.iloc[0]}
+            row |= {"ms": 1000 * mine.seconds.median(), **ratios.loc[method]}
             if "macs" in mine and mine.macs.notna().all():
                 speedup = own[own.method == baseline].macs.iloc[0] / mine.macs.iloc[0]
                 row |= {"macs_speedup": speedup, "peak_bytes": mine.peak_bytes.iloc[0]}
                 if speedup > 1.001:
                     row["realised"] = (1 / row["cost"] - 1) / (speedup - 1)
             rows.append(row)
-    columns = ["part", "method", "ms", "cost", "cost_low", "cost_high", "macs_speedup", "realised", "peak_bytes"]
+    columns = [
+        "part",
+        "method",
+        "family",
+        "target",
+        "ms",
+        "cost",
+        "cost_low",
+        "cost_high",
+        "macs_speedup",
+        "realised",
+        "peak_bytes",
+    ]
     return pd.DataFrame(rows).reindex(columns=columns)
 
 
@@ -247,9 +281,10 @@ def targets(table: pd.DataFrame) -> pd.DataFrame:
         ("exact entropy, share of a step", 0.05 if on_gpu else 0.10, entropy, entropy <= (0.05 if on_gpu else 0.10))
     ]
     rows.append(("applied with everything closed", 0.01, closed, closed < 0.01))
-    for method in steps.index[steps.index.str.startswith("plan: ") & ~steps.index.str.contains("K and V")]:
-        realised = steps.realised[method]
-        rows.append((f"realised share of MACs saved, {method.removeprefix('plan: ')}", 0.9, realised, realised >= 0.9))
+    # K and V need fresh queries: what they save is small, and nobody promised it.
+    plans = steps.family.isin((SITES, FORECAST)) & (steps.target != "kv")
+    for method, realised in steps.realised[plans].items():
+        rows.append((f"realised share of MACs saved, {method}", 0.9, realised, realised >= 0.9))
     return pd.DataFrame(rows, columns=["target", "bound", "measured", "met"])
 
 
@@ -275,36 +310,3 @@ def run_overhead(repeats: int, path: Path) -> pd.DataFrame:
     path.parent.mkdir(parents=True, exist_ok=True)
     save_table(overhead.measure(load_pipeline(profile), repeats), path, provenance(profile, 0))
     return load_table(path)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, or 2 for a wrong argument."""
-    parser = argparse.ArgumentParser(prog="dqar benchmark", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--dtype", default="float32", choices=tuple(DTYPES))
-    parser.add_argument("--images", type=int, default=1, help="drawn at once, each guided (default: 1)")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--num-layers", type=int, default=28, help="fewer for a trial")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the table (default: recorded/benchmarks)")
-    parser.add_argument("--overhead", action="store_true", help="what deciding costs on the digits model, on one CPU")
-    options = parser.parse_args(arguments)
-    console = Console()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        console.print("--device cuda needs a CUDA GPU and there is none", style="red")
-        return 2
-    if min(options.images, options.repeats, options.num_layers) < 1:
-        console.print("--images, --repeats and --num-layers take 1 or more", style="red")
-        return 2
-    options.out.mkdir(parents=True, exist_ok=True)
-    if options.overhead:
-        table = run_overhead(options.repeats, options.out / OVERHEAD)
-        console.print(overhead.summary(table).round(3).to_string(index=False), highlight=False)
-        console.print(f"saved: {options.out / OVERHEAD}")
-        return 0
-    name = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
-    path = options.out / f"{slug(name)}-{options.dtype}-batch-{options.images}.parquet"
-    table = run(options.device, DTYPES[options.dtype], options.images, options.num_layers, options.repeats, path)
-    console.print(summary(table).round(3).to_string(index=False), highlight=False)
-    console.print(targets(table).round(3).to_string(index=False), highlight=False)
-    console.print(f"saved: {path}")
-    return 0

@@ -9,6 +9,7 @@ import pandas as pd
 from dqar import stats
 from dqar.measure.results import Run
 from dqar.studies import gate, schedules, trace
+from dqar.studies.compare import only
 
 
 def bounds() -> pd.DataFrame:
@@ -30,15 +31,14 @@ def bounds() -> pd.DataFrame:
 
 def errata(run: Run) -> pd.DataFrame:
     """One row per doubtful statement of the slides: slide, claimed, bound (fact or limit), measured (this run)."""
-    sites, gates = trace.sites(run), gate.gates(run).set_index("method")
-    by_schedule = schedules.schedules(run).set_index("method")
-    deck, calibrated = gates.loc["deck's gate, kv"], gates.loc["calibrated, kv"]
+    sites, gates, by_schedule = trace.sites(run), gate.gates(run), schedules.schedules(run)
+    deck, calibrated = (only(gates, family=family, target="kv") for family in ("deck's gate", "calibrated"))
     by_step = sites.groupby("step")[["entropy", "snr"]].mean()
     tokens, layers = int(sites.tokens.iloc[0]), sites.layer.nunique()
     low, high = sites.entropy.min(), sites.entropy.max()
     most = bounds().set_index(["target", "sites"]).speedup_bound
     relations = trace.relations(sites)
-    every = {target: by_schedule.loc[f"static 2, {target}"] for target in ("kv", "output")}
+    every = {target: only(by_schedule, family="static 2", target=target) for target in ("kv", "output")}
     rows = [
         (
             "4",
@@ -110,7 +110,7 @@ def errata(run: Run) -> pd.DataFrame:
 
 def _events(run: Run) -> str:
     gated = gate.gated_sites(run)
-    reuse = gated[(gated.method == "calibrated, kv") & (gated.decision == "reuse")]
+    reuse = gated[(gated.family == "calibrated") & (gated.target == "kv") & (gated.decision == "reuse")]
     if reuse.empty:
         return "no reuse"
     outside = int((~reuse.snr_gate.between(0.5, 50)).sum())

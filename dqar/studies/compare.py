@@ -1,103 +1,302 @@
-"""Methods on the same seeds, against full compute: what each costs and what it draws."""
+"""One way to measure: what a method draws beside a reference, a row an image, and what that took, counted as it ran."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import math
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import pandas as pd
+import torch
+from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
-from dqar.config import CacheFormat, DQARConfig
+from dqar.config import DQARConfig
+from dqar.forecast.plan import ForecastPlan
 from dqar.measure import metrics
-from dqar.measure.results import Run
-from dqar.measure.sampling import OPEN, sample
-from dqar.models.classifier import CLASSIFIERS, load_classifier
-from dqar.models.pipelines import cached_pipeline
+from dqar.measure.sampling import Samples, sample
+from dqar.models.classifier import CLASSIFIERS, Classifier, load_classifier
+from dqar.models.pipelines import cached_pipeline, load_pipeline
 from dqar.models.profiles import Profile
+from dqar.peers import w8a8
+from dqar.peers.registry import Peer
+from dqar.plan import ReusePlan
+from dqar.trace import MODEL, SELF_ATTENTION
+
+CALIBRATION_SEED = 300
+"""Of the images that W8A8's salience is measured on: none that is compared."""
+
+
+SMALL_BATCH = 5
+"""Images at once for rivals that decide for a whole batch."""
+
+
+OURS = ("DQAR rule", "DQAR policy", "DQAR sites", "DQAR plan")
+"""Families that are this project's own."""
+
+
+FACTS = [
+    *("method", "family", "budget", "made_for", "target", "schedule", "interval", "order", "bits", "mode", "scheduler"),
+    *("steps", "dtype"),
+]
+"""Columns of ``Method.columns``."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to draw the same images.
+
+    Attributes:
+        name: for people and files, unlike any other's in a comparison.
+        family: what it is one setting of; its name if left out.
+        config: what DQAR is applied with.
+        peer: a rival's cache, in place of DQAR.
+        w8a8: linear layers in integers, with or without salience balancing.
+        num_inference_steps, scheduler, dtype: in place of the profile's.
+        budget: full compute's MACs over its own, at least: what it was chosen for.
+        made_for: of a forecast plan, ``"reference"`` or ``"converged"``: what it was fitted to.
+    """
+
+    name: str
+    family: str = ""
+    config: DQARConfig | ReusePlan | ForecastPlan | None = None
+    peer: Peer | None = None
+    w8a8: Literal["plain", "balanced"] | None = None
+    num_inference_steps: int | None = None
+    scheduler: str | None = None
+    dtype: torch.dtype | None = None
+    budget: float | None = None
+    made_for: str | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "family", self.family or self.name)
+
+    def columns(self) -> dict[str, Any]:
+        """What the method is, by column of ``FACTS``; those that apply."""
+        facts: dict[str, Any] = {"method": self.name, "family": self.family, "budget": self.budget}
+        facts |= {"made_for": self.made_for, "scheduler": self.scheduler, "steps": self.num_inference_steps}
+        facts["dtype"] = None if self.dtype is None else str(self.dtype).removeprefix("torch.")
+        if isinstance(self.config, DQARConfig):
+            config = self.config
+            facts |= {"target": config.reuse_target, "schedule": config.schedule, "bits": config.quantize_bits}
+            facts |= {"mode": "mixed" if config.mixed_precision else config.quantize_mode}
+            facts |= {"order": config.cache.forecast_order}
+            facts["interval"] = config.static_interval if config.schedule == "static" else None
+        return {name: facts[name] for name in FACTS if facts.get(name) is not None}
+
+    def pipeline(self, profile: Profile) -> DiffusionPipeline:
+        """The pipeline that it draws with, DQAR not applied; loaded once."""
+        profile = dataclasses.replace(
+            profile, scheduler=self.scheduler or profile.scheduler, dtype=self.dtype or profile.dtype
+        )
+        if self.w8a8 is None:
+            return cached_pipeline(profile)
+        return _quantized_pipeline(dataclasses.replace(profile, batch_size=1), self.w8a8 == "balanced")
+
+    def draw(self, profile: Profile, seed: int, **options: Any) -> Samples:
+        """``sample`` by this method; ``options`` as there."""
+        pipe, steps = self.pipeline(profile), self.num_inference_steps or profile.num_inference_steps
+        options = {"description": self.name, "num_inference_steps": steps, **options}
+        if self.peer is None:
+            return sample(pipe, profile, seed, self.config, **options)
+        if self.peer.rival.decides_by_batch:
+            profile = dataclasses.replace(profile, batch_size=min(profile.batch_size, SMALL_BATCH))
+        with self.peer.attach(pipe, steps):
+            return sample(pipe, profile, seed, **options)
+
+
+FULL = Method("full compute")
+"""The untouched pipeline: what everything is compared with."""
+
+
+@functools.lru_cache(maxsize=2)
+def _quantized_pipeline(profile: Profile, balanced: bool) -> DiffusionPipeline:
+    pipe = load_pipeline(profile)
+    salience = w8a8.measure_salience(pipe, profile, CALIBRATION_SEED) if balanced else None
+    pipe.transformer = w8a8.quantize_transformer(pipe.transformer, salience)
+    return pipe
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a method drew, and what that took.
+
+    Attributes:
+        method: that drew it.
+        images: ``[N, C, H, W]`` float32 in [0, 1], on the CPU.
+        labels: ``[N]``, classes or numbers of captions.
+        macs: multiply-accumulates an image, counted as they ran.
+        sites_reused: share of the sites (of a forecast plan: of the model's outputs) that weren't computed; 0 without
+            DQAR, NaN for a rival, which doesn't say.
+        events: such sites in a run.
+        cache_bytes: an image's, at the step that keeps most.
+    """
+
+    method: Method
+    images: torch.Tensor
+    labels: torch.Tensor
+    macs: float
+    sites_reused: float
+    events: float
+    cache_bytes: float
+
+
+def draw(method: Method, profile: Profile, seed: int, first_image: int = 0, num_samples: int | None = None) -> Drawn:
+    """Draws images of a seed's set and counts the multiply-accumulates that run meanwhile; see ``sample``."""
+    pipe, number = method.pipeline(profile), num_samples or profile.num_samples
+    if method.peer is not None and method.peer.rival.needs_calibration:  # no part of what drawing costs
+        with method.peer.attach(pipe, method.num_inference_steps or profile.num_inference_steps):
+            pass
+    results: list[Samples] = []
+    macs = metrics.count_macs(
+        lambda: results.append(method.draw(profile, seed, first_image=first_image, num_samples=number))
+    )
+    drawn = results[0]
+    reused = events = cached = 0.0 if method.peer is None else math.nan
+    if drawn.trace is not None:
+        trace = drawn.trace.to_pandas(MODEL if isinstance(method.config, ForecastPlan) else SELF_ATTENTION)
+        saved = trace.decision != "compute"
+        reused, events = float(saved.mean()), float(saved.sum() / trace.run.nunique())
+        cached = trace.groupby(["run", "step"])["bytes"].sum().max() / min(profile.batch_size, number)
+    return Drawn(method, drawn.images, drawn.labels, macs / number, reused, events, cached)
 
 
 def compare(
-    run: Run,
-    methods: dict[str, DQARConfig | int | None],
-    same_as: str | None = None,
-    num_samples: int | None = None,
+    method: Method,
+    reference: Drawn,
+    profile: Profile,
+    seed: int,
+    first_image: int = 0,
+    beside: Mapping[str, torch.Tensor] | None = None,
 ) -> pd.DataFrame:
-    """One row per method, on the same seeds as the reference (full compute).
+    """Draws by ``method`` the images that ``reference`` shows, and compares.
 
     Args:
-        methods: a configuration, a number of steps, or ``None`` for the untouched pipeline.
-        same_as: a method whose images ``psnr_cache`` compares with.
-        num_samples: in place of the profile's.
+        method: that draws; the reference's own isn't drawn again.
+        reference: images of the same seed from ``first_image`` on.
+        profile: model, sampler, guidance, steps and images at once.
+        seed, first_image: as for ``sample``.
+        beside: other images ``[N, C, H, W]`` to measure the error against, by name.
 
     Returns:
-        ``psnr`` (dB, ``inf`` if identical), ``ssim``, ``class_accuracy`` (where there is a classifier),
-        ``sites_reused`` (share), ``macs_speedup`` (counted), ``cache_bytes`` (largest at any step, per image).
+        One row an image: the columns of ``FACTS`` that apply, ``image``, ``label``; ``mse``, the mean squared error to
+        the reference, and ``mse_<name>`` to each of ``beside``; ``ssim``; ``predicted`` (class) and ``features``
+        (float16 ``[D]``), where there is a classifier; and what all images have in common: ``macs``, ``macs_speedup``
+        (the reference's over these), ``sites_reused``, ``events`` and ``cache_bytes`` of ``Drawn``.
     """
-    pipe, profile = cached_pipeline(run.profile), run.profile
-    reference = sample(pipe, profile, run.seed, num_samples=num_samples, description="reference")
-    classifier = load_classifier(profile.model) if profile.model in CLASSIFIERS and profile.trained else None
-    rows, images = [], {}
-    for method, how in tqdm(methods.items(), desc="compare", leave=False):
-        if isinstance(how, int):
-            drawn = sample(
-                pipe, profile, run.seed, num_samples=num_samples, num_inference_steps=how, description=method
-            )
-        else:
-            drawn = sample(pipe, profile, run.seed, how, num_samples=num_samples, description=method)
-        images[method] = drawn.images
-        row = {
-            "method": method,
-            # What a random model draws is no picture, and no method of it is better or worse than another.
-            "psnr": metrics.mean_psnr(drawn.images, reference.images) if profile.trained else math.nan,
-            "ssim": metrics.ssim(drawn.images, reference.images).mean().item() if profile.trained else math.nan,
-            "sites_reused": 0.0,
-            "macs_speedup": profile.num_inference_steps / how if isinstance(how, int) else 1.0,
-            "cache_bytes": 0.0,
-        }
-        if classifier is not None:
-            predicted, _ = metrics.classify(classifier, drawn.images)
-            row["class_accuracy"] = (predicted == drawn.labels).double().mean().item()
-        if same_as is not None:
-            row["psnr_cache"] = metrics.mean_psnr(drawn.images, images[same_as])
-        if drawn.trace is not None:
-            table = drawn.trace.to_pandas()
-            row["sites_reused"] = (table.decision != "compute").mean()
-            saved = row["sites_reused"] * reuse_saving(run.profile, how.reuse_target)
-            row["macs_speedup"] = 1 / (1 - saved)
-            row["cache_bytes"] = table.groupby(["run", "step"])["bytes"].sum().max() / min(
-                profile.batch_size, len(drawn.images)
-            )
-        rows.append(row)
-    return pd.DataFrame(rows)
+    number = len(reference.images)
+    drawn = reference if method == reference.method else draw(method, profile, seed, first_image, number)
+    table = pd.DataFrame({"image": range(first_image, first_image + number), "label": drawn.labels})
+    for name, value in reversed(method.columns().items()):
+        table.insert(0, name, value)
+    for name, images in {"": reference.images, **(beside or {})}.items():
+        column = f"mse_{name}" if name else "mse"
+        table[column] = (drawn.images.double() - images.double()).square().flatten(1).mean(1).numpy()
+    table["ssim"] = metrics.ssim(drawn.images, reference.images).numpy()
+    if not profile.trained:  # what a random model draws is no picture, and no method of it is better than another
+        table[["mse", "ssim"]] = math.nan
+    if (classifier := classifier_of(profile)) is not None:
+        predicted, features = metrics.classify(classifier, drawn.images)
+        table["predicted"] = predicted.numpy()
+        table["features"] = list(features.half().numpy())
+    costs = {"macs": drawn.macs, "macs_speedup": reference.macs / drawn.macs, "sites_reused": drawn.sites_reused}
+    return table.assign(**costs, events=drawn.events, cache_bytes=drawn.cache_bytes)
+
+
+def compare_all(methods: Iterable[Method], profile: Profile, seed: int, num_samples: int | None = None) -> pd.DataFrame:
+    """``summarize`` of all methods on the same seeds, beside full compute."""
+    reference = draw(FULL, profile, seed, num_samples=num_samples)
+    rows = [compare(method, reference, profile, seed) for method in tqdm(list(methods), desc="compare", leave=False)]
+    return summarize(pd.concat(rows, ignore_index=True))
+
+
+def summarize(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row a method of ``compare``'s rows, in the same order.
+
+    Returns:
+        The columns of ``FACTS`` that are there; ``images``; ``psnr`` (dB of the mean squared error, ``inf`` if
+        identical), and ``psnr_<name>`` for every ``mse_<name>``; ``ssim``, ``class_accuracy`` and the means of what all
+        images have in common, so far as it is there.
+    """
+    by = rows.groupby("method", sort=False)
+    table = by[[name for name in FACTS[1:] if name in rows]].first()
+    table["images"] = by.size()
+    for column in rows.columns[rows.columns.str.startswith("mse")]:
+        table[column.replace("mse", "psnr")] = metrics.decibels(by[column].mean())
+    if "predicted" in rows:
+        table["class_accuracy"] = (rows.predicted == rows.label).groupby(rows.method, sort=False).mean()
+    common = ("ssim", "macs", "macs_speedup", "sites_reused", "events", "cache_bytes")
+    table = table.join(by[[name for name in common if name in rows]].mean()).reset_index()
+    table.attrs = rows.attrs
+    return table
 
 
 @functools.cache
-def _macs(profile: Profile, target: str | None) -> int:
-    """MACs of a two-step, one-image sampling; with a ``target``, all sites of the second step are reused."""
-    config = None
-    if target is not None:  # the sites alone: what is kept of the modulations saves some, too
-        config = dataclasses.replace(OPEN, schedule="all", reuse_target=target, cache=CacheFormat(modulations=False))
-    pipe = cached_pipeline(profile)
-    return metrics.count_macs(
-        lambda: sample(pipe, profile, 0, config, num_samples=1, num_inference_steps=2, description="count MACs")
-    )
+def _classifier(model: str) -> Classifier:
+    return load_classifier(model)
 
 
-def reuse_saving(profile: Profile, target: str) -> float:
-    """The share of a step's MACs that reusing every attention site of it saves."""
-    full = _macs(profile, None)
-    return (full - _macs(profile, target)) / (full / 2)
+def classifier_of(profile: Profile) -> Classifier | None:
+    """The classifier of a profile's images; ``None`` where there is none, or nothing to see in them."""
+    return _classifier(profile.model) if profile.model in CLASSIFIERS and profile.trained else None
 
 
-def time_configs(run: Run, configs: dict[str, DQARConfig | None]) -> pd.DataFrame:
-    """Speedup over full compute: median and quartiles, the methods timed in turn."""
-    pipe, profile = cached_pipeline(run.profile), dataclasses.replace(run.profile, batch_size=4)
+def times(methods: Iterable[Method], profile: Profile, seed: int) -> pd.DataFrame:
+    """Seconds of drawing up to four images at once, the methods in turn: ``metrics.interleaved_times``."""
+    profile = dataclasses.replace(profile, batch_size=4)
+    number = min(4, profile.num_samples)
+    calls = {m.name: functools.partial(m.draw, profile, seed, num_samples=number) for m in methods}
+    return metrics.interleaved_times(calls, profile.repeats, profile.device)
 
-    def call(config: DQARConfig | None):
-        return lambda: sample(pipe, profile, run.seed, config, num_samples=min(4, profile.num_samples))
 
-    times = metrics.interleaved_times({m: call(c) for m, c in configs.items()}, profile.repeats, profile.device)
+def speeds(times: pd.DataFrame, profile: Profile) -> pd.DataFrame:
+    """Of each method of ``times``: ``speedup`` over full compute (median and quartiles) and ``ms_per_step``."""
     ms_per_step = times.groupby("method").seconds.median() * 1000 / profile.num_inference_steps
-    return metrics.speedups(times, "full compute").assign(ms_per_step=ms_per_step).reset_index()
+    return metrics.speedups(times, FULL.name).assign(ms_per_step=ms_per_step).reset_index()
+
+
+def only(table: pd.DataFrame, **values: Any) -> pd.Series:
+    """The first row that has these values, by column; nothing but NaN where there is none."""
+    for column, value in values.items():
+        table = table[table[column] == value] if column in table else table[:0]
+    return table.iloc[0] if len(table) else pd.Series(math.nan, index=table.columns)
+
+
+def check_again(
+    methods: Iterable[Method],
+    recorded: pd.DataFrame,
+    profile: Profile,
+    seed: int,
+    number: int,
+    full: Method = FULL,
+    tolerance: float = 3.0,
+) -> pd.DataFrame:
+    """Draws the first images anew, and warns of every method that disagrees with what was recorded of it.
+
+    Args:
+        methods: that decide nothing by measured signals: a gate decides for a batch as a whole, so that fewer images at
+            once are other decisions.
+        recorded: rows of ``compare``.
+        profile, seed: of the recorded rows.
+        number: of images.
+        full: whose images the recorded errors are to.
+        tolerance: dB that count as agreement; so do any beyond 60 dB.
+
+    Returns:
+        ``method``, and the PSNR (dB) of these images, ``recorded`` and ``live``.
+    """
+    profile = dataclasses.replace(profile, batch_size=number)
+    reference, rows = draw(full, profile, seed, num_samples=number), []
+    for method in methods:
+        before = recorded[(recorded.method == method.name) & (recorded.image < number)].mse.mean()
+        now = compare(method, reference, profile, seed).mse.mean()
+        was, live = (float(metrics.decibels(max(mse, 1e-12))) for mse in (before, now))
+        rows.append({"method": method.name, "recorded": was, "live": live})
+        if abs(was - live) > tolerance and min(was, live) < 60:
+            text = f"{method.name}: recorded {was:.1f} dB, now {live:.1f} dB: run `dqar record` anew"
+            warnings.warn(text, stacklevel=2)
+    return pd.DataFrame(rows, columns=["method", "recorded", "live"])

@@ -8,7 +8,7 @@ import pandas as pd
 
 from dqar.measure.results import Run
 from dqar.studies import claims, pareto, policy, quantized_cache, results, trace
-from dqar.studies.methods import names_at
+from dqar.studies.compare import FULL, only
 
 
 def verdicts(run: Run) -> pd.DataFrame:
@@ -16,14 +16,12 @@ def verdicts(run: Run) -> pd.DataFrame:
 
     Verdicts follow from what was recorded; a claim whose measurement is missing is not testable here.
     """
-    summary = results.summary(run).set_index("method")
+    summary = results.summary(run)
     most = claims.bounds().set_index(["target", "sites"]).speedup_bound
-    half = f"{run.profile.num_inference_steps // 2} steps"
-    plan_name = names_at(run.profile, 2)["DQAR plan"]
-    full, kv, output, fewer, plan = (
-        summary.loc[name] if name in summary.index else pd.Series(math.nan, index=summary.columns)
-        for name in ("full compute", "DQAR rule, kv", "DQAR rule, output", half, plan_name)
-    )
+    half = run.profile.num_inference_steps // 2
+    full, plan = only(summary, method=FULL.name), only(summary, family=pareto.PLAN, budget=2)
+    kv, output = (only(summary, family="DQAR rule", target=target) for target in ("kv", "output"))
+    fewer = only(summary, family="fewer steps", steps=half)
     full_bytes, kv_bytes = (row.weight_bytes + row.added_bytes for row in (full, kv))
     labels = run.recorded("labels-output")
     rho = math.nan if labels is None else policy.partial_correlation(labels, "entropy", ("step", "snr"))
@@ -50,13 +48,6 @@ def verdicts(run: Run) -> pd.DataFrame:
             f"A cache adds memory and the weights stay: weights and peak of four images come to "
             f"{kv_bytes / full_bytes:.2f} of full compute's.",
         ),
-        (
-            "FID grows by less than 1",
-            kv.fd_growth_high,
-            kv.fd_growth_high < 1,
-            f"FD-digits, not FID: {kv.fd_growth:+.2f} ({kv.fd_growth_low:+.2f} to {kv.fd_growth_high:+.2f}) at "
-            f"{kv.macs_speedup:.2f}× fewer MACs; {half}: {fewer.fd_growth:+.2f} at {fewer.macs_speedup:.2f}×.",
-        ),
     ]
     rows = [
         (
@@ -69,6 +60,12 @@ def verdicts(run: Run) -> pd.DataFrame:
             if math.isnan(value)
             else (claim, "holds" if holds else "does not hold", reason)
             for claim, value, holds, reason in tested
+        ),
+        (
+            "FID grows by less than 1",
+            "not testable here",
+            f"Digits have no FID; FD-digits: {kv.fd_growth:+.2f} ({kv.fd_growth_low:+.2f} to {kv.fd_growth_high:+.2f}) "
+            f"at {kv.macs_speedup:.2f}× fewer MACs; {half}: {fewer.fd_growth:+.2f} at {fewer.macs_speedup:.2f}×.",
         ),
         (
             "Drop-in replacement, no retraining",
@@ -86,18 +83,18 @@ def verdicts(run: Run) -> pd.DataFrame:
 
 
 def future_work(run: Run) -> pd.DataFrame:
-    """Slide 16, direction by direction: ``direction``, ``deck``, ``measured`` (or that it isn't)."""
+    """Slide 16, direction by direction: ``direction``, ``deck``, ``verdict`` (as in ``verdicts``), ``measured``."""
     quality = quantized_cache.quantization_quality(run)
     unquantized = quality[quality.bits == 16].set_index("target").cache_bytes
     found = []
     for width in (8, 4, 2):
         part = quality[quality.bits == width]
-        best = part.loc[part.psnr_cache.idxmax()]
+        best = part.iloc[int(part.psnr_cache.argmax())]
         share = best.cache_bytes / unquantized[best.target] * run.profile.dtype.itemsize / 2
         found.append(f"INT{width} {best.psnr_cache:.0f} dB in {share:.2f}")
     distance = trace.sites(run)[["layer_change", "change"]].median()
     labels, oracle = run.recorded("labels-output"), run.recorded("oracle")
-    searched = "not measured yet"
+    searched, ahead = "not measured yet", None
     if labels is not None and oracle is not None:
         runs = policy.accepted_runs(oracle).set_index("share").psnr
         searched = f"sites chosen by measured error: {runs[0.4]:.1f} dB with 40 % of all sites reused (notebook 06)"
@@ -105,27 +102,40 @@ def future_work(run: Run) -> pd.DataFrame:
     if compared is not None:
         found_at = pareto.verdicts(pareto.summary(compared), (3,)).dropna(subset=["ours"])
         for row in found_at[found_at.target == "reference"].itertuples():
+            ahead = row.ours > row.peer
             searched += f"; planned steps: {row.ours:.1f} dB at 3× fewer MACs, best peer {row.peer:.1f} (notebook 11)"
     rows = [
         (
             "Lower bit-widths",
             "INT2: 4× less memory than INT8",
+            _verdict(best.psnr_cache >= 40),
             f"best mode to an unquantized cache, and share of FP16's bytes: {', '.join(found)}",
         ),
         (
             "Cross-layer sharing",
             "2–3× more speed",
+            _verdict(distance.layer_change < distance.change),
             f"an attention output is {distance.layer_change:.0%} away from the layer before, "
             f"{distance.change:.0%} from the step before (median)",
         ),
-        ("Video DiTs", "reuse across frames", "not measured: no video model here"),
-        ("Quantization-aware training", "learn to compensate INT8 errors", "not measured: nothing is retrained here"),
-        ("Architecture search", "layers, thresholds, bits per layer", searched),
+        ("Video DiTs", "reuse across frames", _verdict(None), "not measured: no video model here"),
+        (
+            "Quantization-aware training",
+            "learn to compensate INT8 errors",
+            _verdict(None),
+            "not measured: nothing is retrained here",
+        ),
+        ("Architecture search", "layers, thresholds, bits per layer", _verdict(ahead), searched),
         (
             "Production deployment",
             "batches, several GPUs",
+            _verdict(None),
             "images don't depend on each other's cache scales (tested); one gate decides for a whole batch; "
             "several GPUs: not measured",
         ),
     ]
-    return pd.DataFrame(rows, columns=["direction", "deck", "measured"])
+    return pd.DataFrame(rows, columns=["direction", "deck", "verdict", "measured"])
+
+
+def _verdict(holds: bool | None) -> str:
+    return "not testable here" if holds is None else "holds" if holds else "does not hold"

@@ -1,15 +1,17 @@
 """What the mechanism itself costs: process CPU time of one thread, beside hand-written floors that do nothing else.
 
-``python -m dqar benchmark --overhead`` measures it on the digits model at batch 1, where a step is short and Python
+``dqar benchmark --overhead`` measures it on the digits model at batch 1, where a step is short and Python
 weighs most: every method draws one guided image in 20 steps, the methods in turn, again and again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -27,40 +29,63 @@ HALF = {"entropy_threshold": None, "snr_range": None, "schedule": "static"}
 """Computes every second step, reuses at the others."""
 
 
-PLAIN = "plain"
+FLOORS = ("attention", "attention and feed-forward", "whole blocks")
+"""What a hand-written floor keeps."""
 
 
-METHODS: dict[str, tuple[dict[str, Any], str | None, float]] = {
-    "closed gate, nothing asked": ({"schedule": "none"}, None, 0.99),
-    "attention output, 16 bit": ({**HALF, "reuse_target": "output", "quantize_bits": 16}, "attention", 0.97),
-    "attention output, INT8": ({**HALF, "reuse_target": "output"}, "attention", 0.93),
-    "attention and feed-forward, INT8": ({**HALF, "reuse_target": "block"}, "attention and feed-forward", 0.93),
-    "whole blocks, INT8": ({**HALF, "reuse_target": "residual"}, "whole blocks", 0.95),
-    "K and V, INT8": ({**HALF, "reuse_target": "kv"}, None, 1.0),
-    "the deck's default gate": ({}, None, 0.88),
-}
-"""By name: the configuration, its floor, and the goal: a share of the floor or, without one, of plain."""
+@dataclass(frozen=True)
+class Case:
+    """A configuration of DQAR, and what it is held against.
+
+    Attributes:
+        name: for people.
+        config: fields of ``DQARConfig``.
+        floor: one of ``FLOORS``; ``None``: the untouched pipeline.
+        goal: least share of its speed.
+    """
+
+    name: str
+    config: dict[str, Any]
+    floor: str | None
+    goal: float
 
 
-class _Kept:
-    """A floor: keeps a module's output at even steps, in 16 bit or what the model has, and returns it at odd ones."""
+CASES = (
+    Case("closed gate, nothing asked", {"schedule": "none"}, None, 0.99),
+    Case("attention output, 16 bit", {**HALF, "reuse_target": "output", "quantize_bits": 16}, "attention", 0.97),
+    Case("attention output, INT8", {**HALF, "reuse_target": "output"}, "attention", 0.93),
+    Case("attention and feed-forward, INT8", {**HALF, "reuse_target": "block"}, "attention and feed-forward", 0.93),
+    Case("whole blocks, INT8", {**HALF, "reuse_target": "residual"}, "whole blocks", 0.95),
+    Case("K and V, INT8", {**HALF, "reuse_target": "kv"}, None, 1.0),
+    Case("the deck's default gate", {}, None, 0.88),
+)
 
-    def __init__(self, steps: list[int], module: torch.nn.Module, residual: bool = False):
-        self.steps, self.forward, self.residual, self.kept = steps, module.forward, residual, None
 
-    def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.steps[0] % 2:
+class _Kept(torch.nn.Module):
+    """Stands in a module's place: keeps its output at even steps, in 16 bit or what the model has, and returns it at
+    odd ones; of a whole block, what it adds to its input."""
+
+    def __init__(self, module: torch.nn.Module, step: Callable[[], int], residual: bool = False):
+        super().__init__()
+        self.module, self.step, self.residual = module, step, residual
+        self.kept = torch.empty(0)
+        if residual:
+            self.norm1 = module.norm1  # DiT's last layer asks the first block's for its embedding
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.step() % 2:
             return hidden_states + self.kept if self.residual else self.kept
-        output = self.forward(hidden_states, *args, **kwargs)
+        output = self.module(hidden_states, *args, **kwargs)
         self.kept = output - hidden_states if self.residual else output
         return output
 
 
 class _KeptAttention:
-    """The floor of an attention processor."""
+    """The same as an attention processor."""
 
-    def __init__(self, steps: list[int], original: Callable):
-        self.steps, self.original, self.kept = steps, original, None
+    def __init__(self, original: Callable, step: Callable[[], int]):
+        self.original, self.step = original, step
+        self.kept = torch.empty(0)
 
     def __call__(
         self,
@@ -69,107 +94,118 @@ class _KeptAttention:
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if not self.steps[0] % 2:
+        if not self.step() % 2:
             self.kept = self.original(attn, hidden_states, encoder_hidden_states, attention_mask)
         return self.kept
 
 
 @contextlib.contextmanager
-def floor(transformer: torch.nn.Module, kind: str) -> Iterator[None]:
-    """The hand-written reuse at every second step: of ``"attention"``, ``"attention and feed-forward"`` or
-    ``"whole blocks"``. Nothing is decided, quantized, traced or checked."""
-    steps = [-1]
-    blocks = transformer.transformer_blocks
+def floor(transformer: Any, kind: str) -> Iterator[None]:
+    """Reuse at every second step as one would write it by hand: nothing is decided, quantized, traced or checked.
+
+    Args:
+        transformer: with diffusers' ``transformer_blocks``. Blocks and feed-forwards are replaced by modules around
+            them, attention processors by others; afterwards all are as they were.
+        kind: one of ``FLOORS``.
+    """
+    blocks, steps = transformer.transformer_blocks, [-1]
+    originals = list(blocks)
+    processors = [block.attn1.processor for block in originals]
 
     def count(*_args: Any) -> None:
         steps[0] += 1
 
+    def step() -> int:
+        return steps[0]
+
     handle = transformer.register_forward_pre_hook(count)
-    processors = [block.attn1.processor for block in blocks]
-    for block, processor in zip(blocks, processors, strict=True):
+    for number, (block, processor) in enumerate(zip(originals, processors, strict=True)):
         if kind == "whole blocks":
-            block.forward = _Kept(steps, block, residual=True)
+            blocks[number] = _Kept(block, step, residual=True)
             continue
-        block.attn1.processor = _KeptAttention(steps, processor)
+        block.attn1.set_processor(_KeptAttention(processor, step))
         if kind == "attention and feed-forward":
-            block.ff.forward = _Kept(steps, block.ff)
+            block.ff = _Kept(block.ff, step)
     try:
         yield
     finally:
         handle.remove()
-        for block, processor in zip(blocks, processors, strict=True):
-            block.attn1.processor = processor
-            for module in (block, block.ff):
-                vars(module).pop("forward", None)
+        for number, (block, processor) in enumerate(zip(originals, processors, strict=True)):
+            blocks[number] = block
+            block.attn1.set_processor(processor)
+            if isinstance(block.ff, _Kept):
+                block.ff = block.ff.module
 
 
-def calls(pipe: DiffusionPipeline) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
-    """By name, what puts a method on the pipeline, as a context, and what draws the image.
+Contexts = dict[tuple[str, str, str], Callable[[], contextlib.AbstractContextManager[Any]]]
 
-    Each of DQAR's twice: ``"…, modulations anew"`` leaves what doesn't depend on the latents to the model; without that
-    it is kept from the run before, of the same label, as by default.
+
+def contexts(pipe: DiffusionPipeline) -> Contexts:
+    """By ``kind``, ``method`` and ``modulations``, what puts a method on the pipeline.
+
+    Kinds are ``"plain"``, ``"floor"`` and ``"DQAR"``. Each of DQAR's comes twice: modulations that don't depend on the
+    latents are made ``"anew"`` by the model, or ``"kept"`` from the run before of the same label, as by default.
     """
-
-    def draw() -> Any:
-        generator = torch.Generator().manual_seed(0)
-        return pipe([7], GUIDANCE, generator, STEPS, output_type="latent").images
-
-    made: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {PLAIN: (contextlib.nullcontext, draw)}
-    for kind in dict.fromkeys(kind for _, kind, _ in METHODS.values() if kind is not None):
-        made[f"floor: {kind}"] = (lambda kind=kind: floor(pipe.transformer, kind), draw)
-    for name, (options, _, _) in METHODS.items():
-        for suffix, keeps in (("", {}), (", modulations anew", {"cache": CacheFormat(modulations=False)})):
-            config = DQARConfig(**options, **keeps)
-            made[name + suffix] = (lambda config=config: apply_dqar(pipe, config), draw)
+    made: Contexts = {("plain", "plain", "anew"): contextlib.nullcontext}
+    for kind in FLOORS:
+        made["floor", kind, "anew"] = functools.partial(floor, pipe.transformer, kind)
+    for case in CASES:
+        for modulations in ("kept", "anew"):
+            config = DQARConfig(**case.config, cache=CacheFormat(modulations=modulations == "kept"))
+            made["DQAR", case.name, modulations] = functools.partial(apply_dqar, pipe, config)
     return made
 
 
 def measure(pipe: DiffusionPipeline, repeats: int) -> pd.DataFrame:
-    """Tidy: ``method``, ``repeat``, ``seconds``, of process CPU time with one thread, warm-up left out.
+    """Tidy: ``kind``, ``method``, ``modulations``, ``repeat``, and ``seconds`` of process CPU time with one thread.
 
-    Within a repeat the methods come in an order of their own, so that none is always after the same other one.
+    Warm-up is left out. Within a repeat the methods come in an order of their own, so that none is always after the
+    same other one.
     """
-    methods, threads = calls(pipe), torch.get_num_threads()
+
+    def draw() -> None:
+        pipe([7], GUIDANCE, torch.Generator().manual_seed(0), STEPS, output_type="latent")
+
+    methods, threads = contexts(pipe), torch.get_num_threads()
     torch.set_num_threads(1)
     order, rows = list(methods), []
     shuffle = random.Random(0).shuffle
     try:
         for repeat in tqdm(range(repeats), desc="overhead"):
             shuffle(order)
-            for name in order:
-                context, draw = methods[name]
-                with context():
+            for key in order:
+                with methods[key]():
                     draw()  # warm, and what is kept for the next run is there
                     start = time.process_time()
                     draw()
-                    rows.append({"method": name, "repeat": repeat, "seconds": time.process_time() - start})
+                    rows.append((*key, repeat, time.process_time() - start))
     finally:
         torch.set_num_threads(threads)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=["kind", "method", "modulations", "repeat", "seconds"])
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """One row per method of ``METHODS``: ``speedup`` over plain (median and quartiles of paired repeats), with
-    modulations made ``anew`` and ``kept``; ``floor``, ``goal``, ``share`` (of the goal's floor), ``met``."""
-    wide = table.pivot(index="repeat", columns="method", values="seconds")
-    speedup = wide.rdiv(wide[PLAIN], axis=0)
+    """One row per case: ``speedup`` over plain (median and quartiles of paired repeats), with modulations made ``anew``
+    and ``kept``; ``floor``, ``goal``, ``share`` (of the goal's floor), ``met``."""
+    wide = table.pivot(index="repeat", columns=["kind", "method", "modulations"], values="seconds")
+    speedup = wide.rdiv(wide["plain", "plain", "anew"], axis=0)
     rows = []
-    for name, (_, kind, goal) in METHODS.items():
-        anew = speedup[f"{name}, modulations anew"]
-        base = 1.0 if kind is None else speedup[f"floor: {kind}"].median()
+    for case in CASES:
+        anew, kept = (speedup["DQAR", case.name, modulations] for modulations in ("anew", "kept"))
+        base = 1.0 if case.floor is None else speedup["floor", case.floor, "anew"].median()
         rows.append(
             {
-                "method": name,
+                "method": case.name,
                 "anew": anew.median(),
                 "anew_low": anew.quantile(0.25),
                 "anew_high": anew.quantile(0.75),
-                "kept": speedup[name].median(),
-                "floor": None if kind is None else base,
-                "goal": goal,
+                "kept": kept.median(),
+                "floor": None if case.floor is None else base,
+                "goal": case.goal,
                 "share": anew.median() / base,
-                "share_kept": speedup[name].median() / base,
-                "met": anew.median() / base >= goal,
-                "met_kept": speedup[name].median() / base >= goal,
+                "share_kept": kept.median() / base,
+                "met": anew.median() / base >= case.goal,
+                "met_kept": kept.median() / base >= case.goal,
             }
         )
     return pd.DataFrame(rows)

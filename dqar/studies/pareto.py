@@ -1,4 +1,4 @@
-"""Quality against speed: every method on the same model, sampler, seeds and images, and MACs counted as they run."""
+"""Notebook 11: quality against speed, every method on the same model, sampler, seeds and images."""
 
 from __future__ import annotations
 
@@ -6,29 +6,25 @@ import dataclasses
 import functools
 import itertools
 import math
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
 
-import numpy as np
 import pandas as pd
 import torch
 
 from dqar.config import CacheFormat, DQARConfig
-from dqar.forecast.fit import make_plan
-from dqar.forecast.plan import ForecastPlan
-from dqar.forecast.steps import measure_gains
-from dqar.forecast.trajectories import FINER, Target, trajectories
-from dqar.measure import metrics
-from dqar.measure.results import RECORDED, Run, load_table, slug
+from dqar.families import describe_model
+from dqar.forecast.fit import FINER, Target
+from dqar.forecast.plan import ForecastPlan, extrapolation
+from dqar.forecast.profiles import calibrate_profile, with_provenance
+from dqar.measure.results import Run, load_table, slug
 from dqar.measure.sampling import OPEN
-from dqar.models.classifier import load_classifier
 from dqar.models.profiles import Profile
-from dqar.peers.registry import SWEEPS, Peer
+from dqar.peers.registry import RIVALS, Peer
 from dqar.studies import policy
-from dqar.studies.methods import Method, computed_steps, extrapolated, plan_path, policy_config, policy_path
-
-PARETO_SEED = 700
-
+from dqar.studies.compare import FULL, OURS, Drawn, Method, check_again, compare, draw, summarize
+from dqar.studies.recording import PARETO_SEED, Recording
 
 SAMPLERS = {"dpm-solver++": "dpm-solver++-lu", "ddim": "ddim"}
 """Each sampler, and the spacing of its steps that a plan for the converged solution uses."""
@@ -38,102 +34,136 @@ SPACINGS = {
     "dpm-solver++": ("dpm-solver++", "dpm-solver++-lu", "dpm-solver++3-lu", "dpm-solver++-karras"),
     "ddim": ("ddim", "ddim-leading"),
 }
-
-
-CALIBRATED = ("SmoothCache", "MagCache")
-
-
-STRONGEST = ("SeaCache", "TaylorSeer")
-"""Of the peers, in a first look: tried with both spacings of the steps."""
+"""Of fewer steps."""
 
 
 SITE_KINDS = {2: ((0, 8), (1, 16), (1, 8), (1, 4), (2, 16), (2, 8), (2, 4)), 3: ((1, 16), (1, 8), (2, 8))}
 """Forecast orders and bits inside the blocks, by interval of the computed steps."""
 
 
-BUDGETS = (1.5, 2, 2.15, 2.5, 3, 3.8, 4, 5, 5.5)
+PLAN_BUDGETS = (1.5, 2, 2.15, 2.5, 3, 3.8, 4, 5, 5.5)
 """Full compute's MACs over a plan's, at least."""
 
 
-OURS = "DQAR plan"
+BUDGETS = (1.5, 2, 3, 4)
+"""At which methods are compared."""
+
+
+PLAN, SITES = "DQAR plan", "DQAR sites"
+"""Families."""
+
+
+# --- what is compared ------------------------------------------------------------------------------------------------
+
+
+def computed_steps(profile: Profile, budget: float) -> int:
+    """The most steps that a plan may compute within a budget."""
+    return max(2, int(profile.num_inference_steps / budget))
+
+
+def plan_path(folder: Path, sampler: str, target: Target, num_computed: int) -> Path:
+    """Where a plan is kept."""
+    return folder / "plans" / f"{slug(sampler)}-{target}-{num_computed}.json"
 
 
 def make_plans(
-    profile: Profile, sampler: str, target: Target, num_images: int = 120, refinements: int = 24
+    profile: Profile, folder: Path, sampler: str, target: Target, num_images: int = 120, refinements: int = 24
 ) -> list[ForecastPlan]:
     """The plans of all budgets for one sampler and target, read where they have been made already.
 
     Args:
+        folder: of the profile's recorded tables.
         refinements: neighbours tried for the slowest of them; the others get more, as they take less time.
     """
-    wanted = {plan_path(profile, sampler, target, n): n for n in (computed_steps(profile, b) for b in BUDGETS)}
-    missing = {path: number for path, number in wanted.items() if not path.exists()}
+    numbers = (computed_steps(profile, budget) for budget in PLAN_BUDGETS)
+    paths = {plan_path(folder, sampler, target, number): number for number in numbers}
+    missing = {path: number for path, number in paths.items() if not path.exists()}
     if missing:
         scheduler = SAMPLERS[sampler] if target == "converged" else sampler
         profile = dataclasses.replace(profile, scheduler=scheduler)
-        pipe = Method().pipeline(profile)
-        known = trajectories(pipe, profile, target, num_images)
-        gains = measure_gains(pipe, profile, known.first(8))
+        calibration = calibrate_profile(FULL.pipeline(profile), profile, target, num_images)
         for path, number in missing.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            tries = refinements * max(wanted.values()) // number  # what takes the same time at every budget
-            make_plan(pipe, profile, number, known, gains, tries).save(path)
-    return [ForecastPlan.load(path) for path in wanted]
+            tries = refinements * max(paths.values()) // number  # what takes the same time at every budget
+            with_provenance(calibration.plan(number, tries), profile).save(path)
+    return [ForecastPlan.load(path) for path in paths]
 
 
-@dataclasses.dataclass(frozen=True)
-class Contender:
-    """A method in the comparison, with its family and settings."""
+def contenders(profile: Profile, sampler: str, folder: Path) -> list[Method]:
+    """Everything that is compared under one sampler, at all its settings.
 
-    family: str
-    settings: str
-    method: Method
+    Args:
+        folder: of the profile's recorded tables: plans, labels and policies, as far as they have been made.
+    """
+    return [
+        Method(FULL.name, scheduler=sampler),
+        *fewer_steps(profile, sampler),
+        *extrapolations(profile, sampler),
+        *rivals(profile, sampler),
+        *(_method(SITES, name, sampler, config=config) for name, config in site_configs().items()),
+        *_deciding(sampler, folder),
+        *plans(profile, sampler, folder),
+    ]
 
-    @property
-    def name(self) -> str:
-        """For files and labels."""
-        return f"{self.family}: {self.settings}" if self.settings else self.family
 
-
-def contenders(profile: Profile, sampler: str) -> list[Contender]:
-    """Everything that is compared under one sampler, at all its settings; plans as far as they have been made."""
-    found = [Contender("full compute", "", Method(scheduler=sampler))]
-    steps = profile.num_inference_steps
-    counts = sorted({max(2, round(steps * share)) for share in (0.8, 0.66, 0.5, 0.4, 0.32, 0.24, 0.2)})
+def fewer_steps(profile: Profile, sampler: str) -> Iterator[Method]:
+    """Fewer steps of the sampler, spaced in every way."""
+    counts = {max(2, round(profile.num_inference_steps * x)) for x in (0.8, 0.66, 0.5, 0.4, 0.32, 0.24, 0.2)}
     for spacing in SPACINGS[sampler]:
-        for count in reversed(counts):
-            method = Method(scheduler=spacing, num_inference_steps=count)
-            found.append(Contender("fewer steps", f"{count} of {spacing}", method))
+        for count in sorted(counts, reverse=True):
+            yield _method("fewer steps", f"{count} of {spacing}", spacing, num_inference_steps=count)
+
+
+def extrapolations(profile: Profile, sampler: str) -> Iterator[Method]:
+    """The model's output extrapolated from every n-th step; the last steps are all computed."""
     for grid in dict.fromkeys((sampler, SAMPLERS[sampler])):
         for interval, last, order in itertools.product((2, 3, 4, 5, 6), (1, 4, 8), (0, 1, 2)):
             plan = extrapolated(dataclasses.replace(profile, scheduler=grid), interval, last, order)
             settings = f"every {interval}, last {last}, order {order}, {grid}"
-            method = Method(plan, scheduler=grid)
-            found.append(Contender("output extrapolation", settings, method))
-    for name, sweep in SWEEPS.items():
-        grids = (sampler, SAMPLERS[sampler]) if name in STRONGEST else (sampler,)
-        for grid in dict.fromkeys(grids):
-            for settings in sweep:
-                if name in CALIBRATED:
+            yield _method("output extrapolation", settings, grid, config=plan)
+
+
+def extrapolated(profile: Profile, interval: int, last: int, order: int) -> ForecastPlan:
+    """The output extrapolated from every ``interval``-th step; the ``last`` steps are all computed."""
+    pipe, steps = FULL.pipeline(profile), profile.num_inference_steps
+    pipe.scheduler.set_timesteps(steps)
+    computed = {*range(0, steps, interval), *range(max(0, steps - last), steps)}
+    model, timesteps = describe_model(pipe.transformer), pipe.scheduler.timesteps.tolist()
+    return extrapolation(computed, timesteps, max(1.0, profile.guidance_scale), model, order)
+
+
+def rivals(profile: Profile, sampler: str) -> Iterator[Method]:
+    """Every rival at every setting of its sweep."""
+    for name, rival in RIVALS.items():
+        for grid in dict.fromkeys((sampler, SAMPLERS[sampler]) if rival.strong else (sampler,)):
+            for settings in rival.sweep:
+                text = ", ".join(f"{key} {value}" for key, value in settings.items())
+                if rival.needs_calibration:
                     settings = {**settings, "guidance_scale": profile.guidance_scale}
-                text = ", ".join(f"{key} {value}" for key, value in settings.items() if key != "guidance_scale")
-                method = Method(scheduler=grid, peer=Peer(name, tuple(settings.items())))
-                found.append(Contender(name, f"{text}, {grid}", method))
-    for name, config in {**site_configs(), **_deciding(profile)}.items():
-        found.append(Contender("DQAR sites", name, Method(config, scheduler=sampler)))
-    for target, grid in (("reference", sampler), ("converged", SAMPLERS[sampler])):
-        for budget in BUDGETS:
-            number = computed_steps(profile, budget)
-            path = plan_path(profile, sampler, target, number)
-            if path.exists():
-                method = Method(ForecastPlan.load(path), scheduler=grid)
-                found.append(Contender(f"{OURS}, {target}", f"{number} of {steps} steps, {grid}", method))
-    return found
+                yield _method(name, f"{text}, {grid}", grid, peer=Peer(name, tuple(settings.items())))
+
+
+def plans(profile: Profile, sampler: str, folder: Path) -> Iterator[Method]:
+    """The forecast plans that have been made."""
+    steps, numbers = profile.num_inference_steps, dict[int, float]()
+    for budget in PLAN_BUDGETS:
+        numbers.setdefault(computed_steps(profile, budget), budget)
+    for target, (number, budget) in itertools.product(get_args(Target), numbers.items()):
+        grid = SAMPLERS[sampler] if target == "converged" else sampler
+        path = plan_path(folder, sampler, target, number)
+        if path.exists():
+            settings = f"for the {target}, {number} of {steps} steps, {grid}"
+            plan = ForecastPlan.load(path)
+            yield _method(PLAN, settings, grid, config=plan, budget=budget, made_for=target)
+
+
+def _method(family: str, settings: str, scheduler: str, **options: Any) -> Method:
+    return Method(f"{family}: {settings}", family, scheduler=scheduler, **options)
 
 
 def site_configs() -> dict[str, DQARConfig]:
     """DQAR inside the blocks: attention and feed-forward of all layers, or all of a block, from a quantized cache."""
-    configs = {}
+    configs: dict[str, DQARConfig] = {}
     for interval, kinds in SITE_KINDS.items():
         for order, bits in kinds:
             configs[f"every {interval}, order {order}, {bits} bit"] = dataclasses.replace(
@@ -146,84 +176,40 @@ def site_configs() -> dict[str, DQARConfig]:
                 quantize_bits=bits,
                 cooldown=4,
             )
-    linear = {f"every {n}": configs[f"every {n}, order 1, 8 bit"] for n in SITE_KINDS}
-    others = {"attention only, every 2, order 1, 8 bit": dataclasses.replace(linear["every 2"], reuse_target="output")}
+    linear = {n: configs[f"every {n}, order 1, 8 bit"] for n in SITE_KINDS}
+    others = {"attention only, every 2, order 1, 8 bit": dataclasses.replace(linear[2], reuse_target="output")}
     for interval, config in linear.items():
-        name = f"whole blocks, {interval}, order 1, 8 bit"
+        name = f"whole blocks, every {interval}, order 1, 8 bit"
         others[name] = dataclasses.replace(config, reuse_target="residual")
     return {**others, **configs}
 
 
-def _deciding(profile: Profile) -> dict[str, DQARConfig]:
+def _deciding(sampler: str, folder: Path) -> list[Method]:
     """Rule and policy over attention and feed-forward of all layers, as far as labels and policy are recorded."""
-    path, network = RECORDED / profile.name / "labels-block.parquet", policy_path(profile, "block")
-    if not (path.exists() and network.exists()):
-        return {}
-    rule = dataclasses.replace(policy.rule_gate(load_table(path)), reuse_target="block")
-    return {"rule, 8 bit": rule, "policy, 8 bit": policy_config(network, "block")}
+    labels, network = folder / "labels-block.parquet", policy.policy_path(folder, "block")
+    if not (labels.exists() and network.exists()):
+        return []
+    rule = dataclasses.replace(policy.rule_gate(load_table(labels)), reuse_target="block")
+    configs = {"rule, 8 bit": rule, "policy, 8 bit": policy.policy_config(network, "block")}
+    return [_method(SITES, name, sampler, config=config) for name, config in configs.items()]
 
 
-def targets(profile: Profile, sampler: str, num_images: int) -> dict[Target, torch.Tensor]:
-    """The images ``[N, C, H, W]`` that all are compared with: the run's own, and those of ``FINER`` times the steps."""
-    steps = {"reference": profile.num_inference_steps, "converged": FINER * profile.num_inference_steps}
-    return {
-        target: Method(scheduler=sampler, num_inference_steps=number)
-        .draw(profile, PARETO_SEED, num_samples=num_images, description=target)
-        .images
-        for target, number in steps.items()
-    }
-
-
-def measure(contender: Contender, profile: Profile, wanted: dict[Target, torch.Tensor]) -> pd.DataFrame:
-    """Draws what ``wanted`` shows; one row an image.
-
-    Returns:
-        ``family``, ``settings``, ``image``, ``mse_reference``, ``mse_converged``, ``predicted`` and ``label``;
-        ``macs`` (an image, counted) and ``cache_bytes`` (an image, largest at any step; NaN for peers).
-    """
-    number = len(wanted["reference"])
-    own = dataclasses.replace(profile, batch_size=number)
-    if contender.method.peer is not None:  # calibrates some of them: not part of what drawing costs
-        with contender.method.peer.attach(contender.method.pipeline(own), own.num_inference_steps):
-            pass
-    drawn = []
-    macs = metrics.count_macs(
-        lambda: drawn.append(contender.method.draw(own, PARETO_SEED, num_samples=number, description=contender.name))
-    )
-    images, trace = drawn[0].images, drawn[0].trace
-    predicted, _ = metrics.classify(load_classifier(profile.model), images)
-    table = pd.DataFrame({"family": contender.family, "settings": contender.settings, "image": range(number)})
-    for target, theirs in wanted.items():
-        table[f"mse_{target}"] = (images.double() - theirs.double()).square().flatten(1).mean(1)
-    cached = math.nan
-    if trace is not None:
-        rows = pd.concat([trace.to_pandas(), trace.to_pandas("model")])
-        cached = rows.groupby(["run", "step"])["bytes"].sum().max() / number
-    elif contender.method.peer is None:
-        cached = 0.0
-    return table.assign(predicted=predicted, label=drawn[0].labels, macs=macs / number, cache_bytes=cached)
+# --- what came out ---------------------------------------------------------------------------------------------------
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """One row per contender: ``macs_speedup``, ``psnr_reference``, ``psnr_converged`` (dB), ``accuracy``, bytes."""
-    by = table.groupby(["family", "settings"], sort=False)
-    found = by[["macs", "cache_bytes"]].first()
-    for target in ("reference", "converged"):
-        found[f"psnr_{target}"] = -10 * np.log10(by[f"mse_{target}"].mean().clip(lower=1e-12))
-    found["accuracy"] = by.apply(lambda own: (own.predicted == own.label).mean(), include_groups=False)
-    found = found.reset_index()
-    full = found.macs[found.family == "full compute"].iloc[0]
-    return found.assign(macs_speedup=full / found.macs)
+    """``summarize`` of a recorded comparison, with ``psnr_reference`` and ``psnr_converged`` (dB, at most 120)."""
+    errors = {name: table[name].clip(lower=1e-12) for name in ("mse", "mse_converged")}
+    return summarize(table.assign(**errors)).rename(columns={"psnr": "psnr_reference"})
 
 
 def site_points(table: pd.DataFrame | None) -> pd.DataFrame | None:
-    """Forecasts inside the blocks: ``summary`` with ``interval``, ``order``, ``bits``; ``None`` if some are missing."""
+    """Attention and feed-forward forecast at fixed intervals: ``summary``; ``None`` if some are missing."""
     if table is None:
         return None
     points = summary(table)
-    points = points[(points.family == "DQAR sites") & points.settings.str.startswith("every")]
-    parts = points.settings.str.extract(r"every (?P<interval>\d), order (?P<order>\d), (?P<bits>\d+) bit")
-    points = points.join(parts.dropna().astype(int), how="inner")
+    points = points[(points.family == SITES) & (points.schedule == "static") & (points.target == "block")]
+    points = points.astype({"interval": int, "order": int, "bits": int})
     points.attrs = table.attrs
     return points if len(points) == sum(map(len, SITE_KINDS.values())) else None
 
@@ -235,13 +221,18 @@ def frontier(points: pd.DataFrame, target: Target) -> pd.DataFrame:
     return points[points[f"psnr_{target}"] >= best].drop_duplicates("macs_speedup").sort_values("macs_speedup")
 
 
-def at_budget(points: pd.DataFrame, target: Target, budget: float) -> float:
-    """The best quality (dB) at ``budget`` times fewer MACs, or more; NaN if nothing is as fast."""
-    within = points[points.macs_speedup >= budget * 0.999][f"psnr_{target}"]
-    return within.max() if len(within) else math.nan
+def best_at(points: pd.DataFrame, target: Target, budget: float) -> pd.Series | None:
+    """The point of the best quality at ``budget`` times fewer MACs, or more; ``None`` if nothing is as fast."""
+    within = points[points.macs_speedup >= budget * 0.999]
+    return within.iloc[int(within[f"psnr_{target}"].argmax())] if len(within) else None
 
 
-def verdicts(points: pd.DataFrame, budgets: Sequence[float] = (1.5, 2, 3, 4)) -> pd.DataFrame:
+def own_plans(points: pd.DataFrame, target: Target) -> pd.DataFrame:
+    """DQAR's plans that were made for a target: none is compared under another one."""
+    return points[(points.family == PLAN) & (points.made_for == target)]
+
+
+def verdicts(points: pd.DataFrame, budgets: Sequence[float] = BUDGETS) -> pd.DataFrame:
     """At each budget: DQAR's best plan and the best peer, in dB, and the MACs that each needs for the other's quality.
 
     Returns:
@@ -249,49 +240,31 @@ def verdicts(points: pd.DataFrame, budgets: Sequence[float] = (1.5, 2, 3, 4)) ->
         peer's at the peer's quality or better, by the plans that were made.
     """
     rows = []
-    for target in ("reference", "converged"):
-        mine = points[points.family == f"{OURS}, {target}"]
-        peers = points[~points.family.str.startswith("DQAR") & (points.family != "full compute")]
+    for target in get_args(Target):
+        quality = f"psnr_{target}"
+        mine, peers = own_plans(points, target), points[~points.family.isin((*OURS, FULL.name))]
         for budget in budgets:
-            within = peers[peers.macs_speedup >= budget * 0.999]
-            if not len(within) or not len(mine):
+            best, ours = best_at(peers, target, budget), best_at(mine, target, budget)
+            if best is None or not len(mine):
                 continue
-            best = within.loc[within[f"psnr_{target}"].idxmax()]
-            as_good = mine[mine[f"psnr_{target}"] >= best[f"psnr_{target}"]]
+            as_good = mine[mine[quality] >= best[quality]]
             needed = best.macs_speedup / as_good.macs_speedup.max() if len(as_good) else math.nan
-            rows.append(
-                {
-                    "target": target,
-                    "budget": budget,
-                    "ours": at_budget(mine, target, budget),
-                    "peer": best[f"psnr_{target}"],
-                    "which": f"{best.family}: {best.settings}",
-                    "macs_needed": needed,
-                }
-            )
+            decibels = math.nan if ours is None else ours[quality]
+            rows.append((target, budget, decibels, best[quality], best.method, needed))
     return pd.DataFrame(rows, columns=["target", "budget", "ours", "peer", "which", "macs_needed"])
 
 
-def parts(
-    profile: Profile, sampler: str, num_images: int, per_family: int | None = None
-) -> dict[str, Callable[[], pd.DataFrame]]:
-    """A measurement for every contender, by name; they share the images that they are compared with.
-
-    Args:
-        per_family: so many settings of each at most; ``None``: all.
-    """
-    wanted: dict[Target, torch.Tensor] = {}
-
-    def one(contender: Contender) -> pd.DataFrame:
-        if not wanted:
-            wanted.update(targets(dataclasses.replace(profile, batch_size=num_images), sampler, num_images))
-        return measure(contender, profile, wanted)
-
-    families: dict[str, list[Contender]] = {}
-    for contender in contenders(profile, sampler):
-        families.setdefault(contender.family, []).append(contender)
-    chosen = [contender for own in families.values() for contender in own[:per_family]]
-    return {slug(contender.name): functools.partial(one, contender) for contender in chosen}
+def best_of_families(table: pd.DataFrame, target: Target, budgets: Sequence[float] = BUDGETS) -> pd.DataFrame:
+    """The best quality (dB) of each family at each budget, best first; of plans, those made for this target."""
+    points = summary(table)
+    points = points[(points.family != PLAN) | (points.made_for == target)]
+    rows = {}
+    for family, members in points.groupby("family", sort=False):
+        found = (best_at(members, target, budget) for budget in budgets)
+        rows[family] = [math.nan if best is None else best[f"psnr_{target}"] for best in found]
+    columns = [f"{budget:g}×, {target}" for budget in budgets]
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=columns).dropna(how="all")
+    return table.sort_values(columns[1], ascending=False).round(1)
 
 
 def recorded(run: Run, sampler: str) -> pd.DataFrame | None:
@@ -299,53 +272,75 @@ def recorded(run: Run, sampler: str) -> pd.DataFrame | None:
     return run.recorded(f"pareto-{slug(sampler)}")
 
 
-def made_plans(profile: Profile) -> dict[str, list[ForecastPlan]]:
+def made_plans(run: Run) -> dict[str, list[ForecastPlan]]:
     """The recorded plans by sampler and target, the least saving first."""
-    found = {}
-    for sampler in SAMPLERS:
-        for target in ("reference", "converged"):
-            paths = [plan_path(profile, sampler, target, computed_steps(profile, budget)) for budget in BUDGETS]
-            plans = [ForecastPlan.load(path) for path in dict.fromkeys(paths) if path.exists()]
-            if plans:
-                found[f"{sampler}, {target}"] = plans
-    return found
+    made: dict[str, list[ForecastPlan]] = {}
+    for sampler, target in itertools.product(SAMPLERS, get_args(Target)):
+        numbers = dict.fromkeys(computed_steps(run.profile, budget) for budget in PLAN_BUDGETS)
+        paths = [plan_path(run.recordings, sampler, target, number) for number in numbers]
+        if own := [ForecastPlan.load(path) for path in paths if path.exists()]:
+            made[f"{sampler}, {target}"] = own
+    return made
 
 
-def best_of_families(table: pd.DataFrame, target: Target, budgets: Sequence[float] = (1.5, 2, 3, 4)) -> pd.DataFrame:
-    """The best quality (dB) of each family at each budget, best first."""
-    points = summary(table)
-    rows = {
-        family: [at_budget(own, target, budget) for budget in budgets]
-        for family, own in points.groupby("family", sort=False)
-    }
-    columns = [f"{budget:g}×, {target}" for budget in budgets]
-    best = pd.DataFrame.from_dict(rows, orient="index", columns=columns).dropna(how="all")
-    return best.sort_values(columns[1], ascending=False).round(1)
+def check_recorded(run: Run, sampler: str, table: pd.DataFrame, number: int = 2) -> pd.DataFrame:
+    """``check_again`` with the first of DQAR's plans, and of its plainest rivals."""
+    full, profile = Method(FULL.name, scheduler=sampler), run.profile
+    taylorseer = (method for method in rivals(profile, sampler) if method.family == "TaylorSeer")
+    kinds = (plans(profile, sampler, run.recordings), extrapolations(profile, sampler), fewer_steps(profile, sampler))
+    first = [next(methods, None) for methods in (*kinds, taylorseer)]
+    chosen = [method for method in first if method is not None]
+    return check_again(chosen, table, profile, PARETO_SEED, number, full)
 
 
-def check_recorded(
-    run: Run, sampler: str, table: pd.DataFrame, number: int = 2, tolerance: float = 3.0
-) -> pd.DataFrame:
-    """Draws the first images anew with a plan and its rivals, and warns where they disagree with what was recorded.
+# --- recording -------------------------------------------------------------------------------------------------------
 
-    Returns:
-        ``method``, and the PSNR (dB) of these images to the reference, ``recorded`` and ``live``. Within ``tolerance``
-        dB, or both beyond 60 dB, counts as agreement.
+
+def record_plans(recording: Recording) -> None:
+    """The forecast plans of all samplers, targets and budgets; saved one by one."""
+    sizes = recording.sizes
+    for sampler, target in itertools.product(SAMPLERS, get_args(Target)):
+        make_plans(recording.profile, recording.folder, sampler, target, sizes.plan_images, sizes.refinements)
+
+
+def record_pareto(recording: Recording) -> None:
+    """Quality and MACs of every method at every setting, one table a sampler: the columns of ``compare``.
+
+    ``mse_converged`` is to the images of ``FINER`` times the steps.
     """
-    profile = dataclasses.replace(run.profile, batch_size=number)
-    draw = {"num_samples": number, "description": "check"}
-    reference = Method(scheduler=sampler).draw(profile, PARETO_SEED, **draw).images
-    rows, families = [], (f"{OURS}, reference", "output extrapolation", "fewer steps", "TaylorSeer")
-    chosen = {own.family: own for own in reversed(contenders(run.profile, sampler)) if own.family in families}
-    for family in families:
-        if family not in chosen:
-            continue
-        contender = chosen[family]
-        before = table[(table.family == family) & (table.settings == contender.settings) & (table.image < number)]
-        images = contender.method.draw(profile, PARETO_SEED, **draw).images
-        live, was = metrics.mean_psnr(images, reference), -10 * math.log10(max(before.mse_reference.mean(), 1e-12))
-        rows.append({"method": contender.name, "recorded": was, "live": live})
-        if abs(was - live) > tolerance and min(was, live) < 60:
-            text = f"{contender.name}: recorded {was:.1f} dB, now {live:.1f} dB: run `make results` anew"
-            warnings.warn(text, stacklevel=2)
-    return pd.DataFrame(rows, columns=["method", "recorded", "live"])
+    record_plans(recording)
+    profile, sizes = recording.profile, recording.sizes
+    for sampler in SAMPLERS:
+        methods = contenders(profile, sampler, recording.folder)
+        chosen = _some_of_each(methods, sizes.pareto_settings)
+        parts = comparisons(chosen, profile, sampler, sizes.pareto_images)
+        recording.table(f"pareto-{slug(sampler)}", parts, PARETO_SEED)
+
+
+def comparisons(
+    methods: Sequence[Method], profile: Profile, sampler: str, num_images: int
+) -> dict[str, Callable[[], pd.DataFrame]]:
+    """A measurement for every method, by name; they share the images that they are compared with, drawn when needed."""
+    profile = dataclasses.replace(profile, batch_size=num_images)
+
+    @functools.cache
+    def images() -> tuple[Drawn, torch.Tensor]:
+        full = Method(FULL.name, scheduler=sampler)
+        finer = dataclasses.replace(full, num_inference_steps=FINER * profile.num_inference_steps)
+        converged = finer.draw(profile, PARETO_SEED, num_samples=num_images, description="converged").images
+        return draw(full, profile, PARETO_SEED, num_samples=num_images), converged
+
+    def one(method: Method) -> pd.DataFrame:
+        reference, converged = images()
+        table = compare(method, reference, profile, PARETO_SEED, beside={"converged": converged})
+        return table.drop(columns="features")  # a hundred methods' would weigh megabytes, and nobody reads them
+
+    return {slug(method.name): functools.partial(one, method) for method in methods}
+
+
+def _some_of_each(methods: Sequence[Method], number: int | None) -> list[Method]:
+    """The first ``number`` of each family, plans for another target being another one; ``None``: all."""
+    families: dict[tuple[str, str | None], list[Method]] = {}
+    for method in methods:
+        families.setdefault((method.family, method.made_for), []).append(method)
+    return [method for members in families.values() for method in members[:number]]

@@ -1,23 +1,32 @@
-"""Who should decide: the rule, the policy, measured errors, or chance? Analysis of the labels of ``sensitivity``."""
+"""Notebook 06: who should decide, the rule, the policy, measured errors, or chance (slide 7)."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
+import functools
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 import torch
 from sklearn.metrics import roc_auc_score
 
-from dqar.config import DQARConfig
+from dqar.config import DQARConfig, ReuseTarget
 from dqar.measure import metrics
 from dqar.measure.calibrate import propose_gate
+from dqar.measure.sensitivity import site_errors
 from dqar.models.classifier import load_classifier
-from dqar.models.data import load_digits_split
+from dqar.models.data import Dataset, load_split
 from dqar.plan import BRANCHES, ReusePlan
 from dqar.policy import FEATURES, ReusePolicy, policy_features, train_policy
+from dqar.studies.compare import FULL, Method
+from dqar.studies.recording import LABEL_SEED, SWEEP_SEED, Recording
+
+LABELLED: tuple[ReuseTarget, ...] = ("kv", "output", "block")
+"""What policies are trained for."""
+
 
 # Each image has a noise of its own, so that held-out classes are held-out seeds, too.
 TRAIN, STOP, TEST = range(0, 6), range(6, 8), range(8, 10)
@@ -30,8 +39,8 @@ DELTA_FD = 0.1
 
 def features_of(labels: pd.DataFrame, total_steps: int, prompt_length: int = 1) -> torch.Tensor:
     """Slide 7's features ``[B, 5]`` of labelled sites; class labels are prompts of one word."""
-    known = zip(labels.entropy, labels.snr, labels.latent_norm, labels.step, strict=True)
-    return torch.tensor([policy_features(*row, total_steps, prompt_length) for row in known])
+    rows = zip(labels.entropy, labels.snr, labels.latent_norm, labels.step, strict=True)
+    return torch.tensor([policy_features(*row, total_steps, prompt_length) for row in rows])
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,7 @@ class Study:
         return float(roc_auc_score(self.held_out.harmless, self.held_out[score]))
 
 
-def study(labels: pd.DataFrame, delta: float, total_steps: int, **training) -> Study:
+def study(labels: pd.DataFrame, delta: float, total_steps: int, **training: Any) -> Study:
     """Trains a policy on slide 7's labels, 1 where a reuse alone changes the image by less than ``delta``.
 
     Args:
@@ -59,19 +68,19 @@ def study(labels: pd.DataFrame, delta: float, total_steps: int, **training) -> S
     features = features_of(labels, total_steps)
     harmless = torch.tensor((labels.error < delta).to_numpy(), dtype=torch.float32)
     train, stop, test = (torch.tensor(labels.label.isin(classes).to_numpy()) for classes in (TRAIN, STOP, TEST))
-    policy, history = train_policy(features[train], harmless[train], features[stop], harmless[stop], **training)
-    shown = features[test]
+    network, history = train_policy(features[train], harmless[train], features[stop], harmless[stop], **training)
+    judged = features[test]
     if omit := training.get("omit"):
-        shown = shown.clone()
-        shown[:, FEATURES.index(omit)] = policy.mean[FEATURES.index(omit)]
+        judged = judged.clone()
+        judged[:, FEATURES.index(omit)] = cast(torch.Tensor, network.mean)[FEATURES.index(omit)]
     with torch.no_grad():
-        scores = policy(shown).numpy()
+        scores = network(judged).numpy()
     rows = labels[test.numpy()]
     gate = rule_gate(labels)
-    inside = rows.snr.between(*gate.snr_range)
+    inside = rows.snr.between(*(gate.snr_range or (0, np.inf)))
     rule = np.where(inside, -rows.entropy, -rows.entropy - labels.entropy.max())
     held_out = rows.assign(harmless=harmless[test].bool().numpy(), policy=scores, rule=rule)
-    return Study(policy, pd.DataFrame(history), held_out)
+    return Study(network, pd.DataFrame(history), held_out)
 
 
 def ablation(labels: pd.DataFrame, delta: float, total_steps: int, seeds: int = 3) -> pd.DataFrame:
@@ -87,17 +96,21 @@ def ablation(labels: pd.DataFrame, delta: float, total_steps: int, seeds: int = 
 def partial_correlation(labels: pd.DataFrame, of: str, given: tuple[str, ...]) -> float:
     """Spearman's ρ of ``of`` with the error, once what the ``given`` columns explain of both ranks is taken out."""
     ranks = labels[[of, "error", *given]].rank()
-    known = np.column_stack([np.ones(len(ranks)), *(ranks[name] for name in given)])
+    explaining = np.column_stack([np.ones(len(ranks)), *(ranks[name] for name in given)])
 
     def rest(name: str) -> np.ndarray:
-        return ranks[name] - known @ np.linalg.lstsq(known, ranks[name], rcond=None)[0]
+        return (ranks[name] - explaining @ np.linalg.lstsq(explaining, ranks[name], rcond=None)[0]).to_numpy()
 
     return float(np.corrcoef(rest(of), rest("error"))[0, 1])
 
 
 def correlations(labels: pd.DataFrame) -> pd.DataFrame:
     """Does entropy tell more than step and SNR do? ``signal``, ``given``, ``layer`` (-1: all), ``rho``."""
-    given = {"nothing": (), "step and SNR": ("step", "snr"), "step, SNR and layer": ("step", "snr", "layer")}
+    given: dict[str, tuple[str, ...]] = {
+        "nothing": (),
+        "step and SNR": ("step", "snr"),
+        "step, SNR and layer": ("step", "snr", "layer"),
+    }
     rows = [
         {"signal": "entropy", "given": name, "layer": -1, "rho": partial_correlation(labels, "entropy", columns)}
         for name, columns in given.items()
@@ -133,22 +146,23 @@ def plan_of(errors: pd.Series, share: float, total_steps: int) -> tuple[ReusePla
         The plan, and the largest error that it accepts.
     """
     layers = errors.index.get_level_values(1).nunique()
-    wanted = round(share * total_steps * layers * len(BRANCHES))
+    number = round(share * total_steps * layers * len(BRANCHES))
     chosen: set[tuple[int, int, str]] = set()
     largest = 0.0
-    for (step, layer, branch), error in errors.sort_values().items():
-        if len(chosen) >= wanted:
+    order = errors.sort_values()
+    for (step, layer, branch), error in zip(order.index, order, strict=True):
+        if len(chosen) >= number:
             break
         if (step - 1, layer, branch) not in chosen and (step + 1, layer, branch) not in chosen:
             chosen.add((step, layer, branch))
             largest = float(error)
-    return ReusePlan(chosen, layers, total_steps), largest
+    return ReusePlan(frozenset(chosen), layers, total_steps), largest
 
 
 def deciders(
-    labels: pd.DataFrame, policy: ReusePolicy, target: str, total_steps: int, num_layers: int
-) -> dict[tuple[str, float], DQARConfig]:
-    """Rule, policy, oracle and chance at about equal shares of reuse, by name and wanted share.
+    labels: pd.DataFrame, policy: ReusePolicy, target: ReuseTarget, total_steps: int, num_layers: int
+) -> dict[tuple[str, float], Method]:
+    """Rule, policy, oracle and chance at about equal shares of reuse, by name and the share that is asked for.
 
     Nothing is reused twice in a row, since the labels say nothing about that.
     """
@@ -158,7 +172,7 @@ def deciders(
     with torch.no_grad():
         scores = policy(features_of(labels, total_steps)).numpy()
     inside = labels.snr.between(0.5, 50).mean()
-    configs = {}
+    configs: dict[tuple[str, float], DQARConfig] = {}
     for share in (0.1, 0.2, 0.3, 0.4):
         # A gate open for a of the sites at random reuses a / (1 + a) of them, if none twice in a row.
         opened = share / (1 - share)
@@ -170,14 +184,14 @@ def deciders(
         configs["policy", share] = dataclasses.replace(base, policy=policy, policy_threshold=threshold)
         for name, order in (("oracle", errors), ("chance", by_chance)):
             configs[name, share] = dataclasses.replace(base, plan=plan_of(order, share, total_steps)[0])
-    return configs
+    return {key: Method(key[0], config=config) for key, config in configs.items()}
 
 
 def calibrated_delta(oracle: pd.DataFrame) -> float:
     """δ of the labels: the largest error that may be accepted while the set of images stays as good.
 
     Args:
-        oracle: of ``record.Recording.oracle``: runs of accepted decisions, by ``share`` and ``delta``.
+        oracle: of ``record_oracle``: runs of accepted decisions, by ``share`` and ``delta``.
 
     Returns:
         The largest ``delta`` whose run keeps the Fréchet distance to held-out data within ``DELTA_FD`` of full
@@ -189,17 +203,110 @@ def calibrated_delta(oracle: pd.DataFrame) -> float:
 
 
 def accepted_runs(oracle: pd.DataFrame) -> pd.DataFrame:
-    """Of each run of accepted decisions: ``share``, ``delta``, ``psnr`` (dB to full compute), ``fd``, ``fd_growth``."""
-    real = held_out_features()
+    """Of each run of accepted decisions: ``share``, ``delta``, ``psnr`` (dB to full compute), ``fd``, ``fd_growth``.
+
+    The Fréchet distance is to the held-out data of the model that ``oracle``'s provenance names.
+    """
+    real = held_out_features(oracle.attrs["provenance"]["profile"]["model"])
     rows = []
     for (share, delta), part in oracle.groupby(["share", "delta"]):
-        distance = metrics.frechet_distance(torch.tensor(np.stack(part.features)).float(), real)
-        psnr = -10 * math.log10(part.mse.mean()) if part.mse.mean() else math.inf
-        rows.append({"share": share, "delta": delta, "psnr": psnr, "fd": distance})
+        distance = metrics.frechet_distance(torch.tensor(np.stack(list(part.features))).float(), real)
+        rows.append({"share": share, "delta": delta, "psnr": metrics.decibels(part.mse.mean()), "fd": distance})
     table = pd.DataFrame(rows).sort_values("share", ignore_index=True)
     return table.assign(fd_growth=table.fd / table.fd[table.share == 0].item() - 1)
 
 
-def held_out_features() -> torch.Tensor:
-    """The classifier's features ``[N, D]`` of the digits that neither it nor the DiT was trained on."""
-    return metrics.classify(load_classifier(), load_digits_split("test")[0] / 2 + 0.5)[1]
+def held_out_features(model: str) -> torch.Tensor:
+    """The classifier's features ``[N, D]`` of an embedded model's test data, which neither was trained on."""
+    return metrics.classify(load_classifier(model), load_split(cast(Dataset, model), "test")[0] / 2 + 0.5)[1]
+
+
+def policy_path(folder: Path, target: ReuseTarget) -> Path:
+    """Where the policy for a reuse target lies, beside the labels that it was trained on."""
+    return folder / f"policy-{target}.safetensors"
+
+
+def policy_config(path: Path, target: ReuseTarget) -> DQARConfig:
+    """A trained policy decides; nothing twice in a row: its labels say what a single reuse does, and no more."""
+    return DQARConfig(policy=ReusePolicy.load(path), schedule="all", reuse_target=target, max_reuse_streak=1)
+
+
+# --- recording -------------------------------------------------------------------------------------------------------
+
+
+def record_labels(recording: Recording) -> None:
+    """What single reuses do to the image, at sampled sites, for every reuse target of ``LABELLED``."""
+    for target in LABELLED:
+        recorded_labels(recording, target)
+
+
+def recorded_labels(recording: Recording, target: ReuseTarget) -> pd.DataFrame:
+    """The table of ``sensitivity.site_errors`` for one reuse target, recorded if it isn't yet."""
+    pipe, sizes = FULL.pipeline(recording.profile), recording.sizes
+    parts = {
+        first: functools.partial(
+            site_errors, pipe, recording.profile, LABEL_SEED, target, first, 10, sizes.sites_per_step
+        )
+        for first in range(0, sizes.label_images, 10)
+    }
+    return recording.table(f"labels-{target}", parts, LABEL_SEED)
+
+
+def record_oracle(recording: Recording) -> pd.DataFrame:
+    """Runs of nothing but accepted decisions.
+
+    Returns:
+        The columns of ``compare``; ``share`` of all sites that are reused, and ``delta``, the largest error accepted.
+    """
+    steps, layers = _size(recording)
+
+    def part(share: float) -> pd.DataFrame:
+        errors = predicted_errors(recorded_labels(recording, "output"), steps, layers)
+        plan, delta = plan_of(errors, share, steps)
+        method = Method("oracle", config=DQARConfig(plan=plan, reuse_target="output"))
+        return recording.compare(method, SWEEP_SEED, 0, recording.sizes.part).assign(share=share, delta=delta)
+
+    shares = (0.0, 0.1, 0.2, 0.3, 0.4)
+    return recording.table("oracle", {share: functools.partial(part, share) for share in shares}, SWEEP_SEED)
+
+
+def record_policies(recording: Recording) -> None:
+    """A policy for every reuse target of ``LABELLED``."""
+    for target in LABELLED:
+        recorded_policy(recording, target)
+
+
+def recorded_policy(recording: Recording, target: ReuseTarget) -> ReusePolicy:
+    """The policy for one reuse target, trained on its labels if it isn't yet; with δ from ``record_oracle``."""
+    path = policy_path(recording.folder, target)
+    if not path.exists():
+        labels, delta = recorded_labels(recording, target), calibrated_delta(record_oracle(recording))
+        trained = study(labels, delta, recording.profile.num_inference_steps)
+        card = {"target": target, "delta": delta, "labels": len(labels), "auc_held_out": trained.auc()}
+        trained.policy.save(path, {**card, "data": labels.attrs["provenance"]})
+    return ReusePolicy.load(path)
+
+
+def record_deciders(recording: Recording) -> pd.DataFrame:
+    """Rule, policy, oracle and chance at several shares of reuse, nothing reused twice in a row.
+
+    Returns:
+        The columns of ``compare``, and ``wanted``, the share that was asked for.
+    """
+
+    def part(method: Method, share: float) -> pd.DataFrame:
+        return recording.compare(method, SWEEP_SEED, 0, recording.sizes.sweep_images).assign(wanted=share)
+
+    parts = {}
+    targets: tuple[ReuseTarget, ...] = ("output", "kv")
+    for target in targets:
+        labels, network = recorded_labels(recording, target), recorded_policy(recording, target)
+        for (name, share), method in deciders(labels, network, target, *_size(recording)).items():
+            parts[f"{target}-{name}-{share}"] = functools.partial(part, method, share)
+    return recording.table("deciders", parts, SWEEP_SEED)
+
+
+def _size(recording: Recording) -> tuple[int, int]:
+    """Steps and layers."""
+    blocks = FULL.pipeline(recording.profile).transformer.transformer_blocks
+    return recording.profile.num_inference_steps, len(blocks)

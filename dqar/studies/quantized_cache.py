@@ -10,7 +10,7 @@ from dqar.measure.results import Run
 from dqar.measure.sampling import OPEN, sample
 from dqar.models.pipelines import cached_pipeline
 from dqar.quantizer import quantize
-from dqar.studies.compare import compare
+from dqar.studies.compare import FULL, Method, compare, draw, summarize
 
 
 def quantization_error(run: Run) -> pd.DataFrame:
@@ -51,32 +51,28 @@ def quantization_error(run: Run) -> pd.DataFrame:
 
 
 def quantization_quality(run: Run) -> pd.DataFrame:
-    """Images drawn with the cache in 16, 8, 4 and 2 bits, every second step reused; ``bits``, ``mode``, ``target``.
+    """Images drawn with the cache in 16, 8, 4 and 2 bits, every second step reused: ``compare.summarize``.
 
     ``psnr`` is to full compute and holds the error of the reuse too; ``psnr_cache`` is to the same reuse with an
     unquantized cache, and holds the error of the bits alone.
     """
 
     def measure() -> pd.DataFrame:
-        tables = []
+        number = max(4, run.profile.num_samples // 2)
+        reference = draw(FULL, run.profile, run.seed, num_samples=number)
+        rows = []
         for target in ("kv", "output"):
             base = dataclasses.replace(OPEN, schedule="static", reuse_target=target, quantize_bits=16)
-            configs = {f"{target} 16 bit": base}
+            methods = [Method(f"{target} 16 bit", config=base)]
             for bits in (8, 4, 2):
                 for mode in ("per_tensor", "per_channel", "per_token"):
-                    configs[f"{target} INT{bits} {mode}"] = dataclasses.replace(
-                        base, quantize_bits=bits, quantize_mode=mode
-                    )
+                    config = dataclasses.replace(base, quantize_bits=bits, quantize_mode=mode)
+                    methods.append(Method(f"{target} INT{bits} {mode}", config=config))
             if target == "kv":
-                configs["kv K-FP16 V-INT8"] = dataclasses.replace(base, quantize_bits=8, mixed_precision=True)
-            table = compare(run, configs, same_as=f"{target} 16 bit", num_samples=max(4, run.profile.num_samples // 2))
-            tables.append(
-                table.assign(
-                    target=target,
-                    bits=[c.quantize_bits for c in configs.values()],
-                    mode=["mixed" if c.mixed_precision else c.quantize_mode for c in configs.values()],
-                )
-            )
-        return pd.concat(tables)
+                mixed = dataclasses.replace(base, quantize_bits=8, mixed_precision=True)
+                methods.append(Method("kv K-FP16 V-INT8", config=mixed))
+            unquantized = {"cache": methods[0].draw(run.profile, run.seed, num_samples=number).images}
+            rows += [compare(method, reference, run.profile, run.seed, beside=unquantized) for method in methods]
+        return summarize(pd.concat(rows, ignore_index=True))
 
     return run.table("quantization_quality", measure)

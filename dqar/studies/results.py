@@ -1,98 +1,162 @@
-"""Slides 12, 13 and 17: what each method costs and does, from the recorded images, with intervals and verdicts."""
+"""Notebook 07: what each method costs and does, from the recorded images, with intervals (slides 12, 13 and 17)."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import warnings
+import functools
+import gc
+import multiprocessing
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
 
+from dqar.config import DQARConfig, ReuseTarget
+from dqar.forecast.plan import ForecastPlan
 from dqar.measure import metrics
-from dqar.measure.results import Run, slug
-from dqar.studies import policy
-from dqar.studies.methods import EXTRAPOLATIONS, Method, methods, names_at
-from dqar.studies.record import RESULT_SEED, draw
+from dqar.measure.results import Run, load_table, slug
+from dqar.measure.sampling import OPEN
+from dqar.models.profiles import Profile
+from dqar.peers import w8a8
+from dqar.peers.registry import RIVALS
+from dqar.studies import pareto, policy
+from dqar.studies.compare import FACTS, FULL, Method, check_again, speeds, summarize, times
+from dqar.studies.recording import RESULT_SEED, Recording
+
+BOTH: tuple[ReuseTarget, ...] = ("kv", "output")
 
 
-def all_methods(run: Run) -> dict[str, Method]:
-    """The methods that were or would be recorded; only the baselines, if no policy has been."""
-    labels = run.recorded("labels-output")
-    gate = None if labels is None else policy.rule_gate(labels)
-    return methods(run.profile, gate)
+def methods(profile: Profile, folder: Path) -> list[Method]:
+    """Full compute, slide 11's baselines, DQAR by a calibrated rule, by its policy and by plans, and beside each plan
+    what saves as much.
+
+    Args:
+        folder: of the profile's recorded tables. What needs one that isn't there is left out.
+    """
+    steps, labels = profile.num_inference_steps, folder / "labels-output.parquet"
+    gate = policy.rule_gate(load_table(labels)) if labels.exists() else None
+    dtypes = {"FP16": torch.float16, "BF16": torch.bfloat16, "FP32": torch.float32}
+    static = dataclasses.replace(OPEN, schedule="static")
+    chosen = [
+        FULL,
+        *(Method(f"{FULL.name}, {n}", FULL.name, dtype=d) for n, d in dtypes.items() if d != profile.dtype),
+        *(_fewer_steps(profile, number) for number in (steps * 4 // 5, steps // 2)),
+        *(_by_target("static", "static reuse", static, target) for target in BOTH),
+        Method("W8A8", w8a8="plain"),
+        Method("W8A8 + CSB", "W8A8", w8a8="balanced"),
+        *(_by_target("DQAR rule", "DQAR rule", gate, target) for target in BOTH if gate is not None),
+    ]
+    for target in BOTH:
+        if (network := policy.policy_path(folder, target)).exists():
+            chosen.append(_by_target("DQAR policy", "DQAR policy", policy.policy_config(network, target), target))
+    rivals = _best_rivals(profile, folder)
+    for budget in pareto.BUDGETS:
+        number = pareto.computed_steps(profile, budget)
+        path = pareto.plan_path(folder, profile.scheduler, "reference", number)
+        if path.exists():
+            plan = ForecastPlan.load(path)
+            chosen += [
+                _fewer_steps(profile, number),
+                *rivals.get(budget, ()),
+                Method(f"DQAR plan, {budget:g}×", pareto.PLAN, plan, budget=budget, made_for="reference"),
+            ]
+    return list({method.name: method for method in chosen}.values())
 
 
-def samples(run: Run) -> pd.DataFrame:
-    """All recorded images of all methods; empty if there are none."""
-    tables = [run.recorded(f"samples-{slug(name)}") for name in all_methods(run)]
-    tables = [table for table in tables if table is not None]
-    found = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["method"])
-    found.attrs = tables[0].attrs if tables else {}
-    return found
+def _by_target(name: str, family: str, config: DQARConfig, target: ReuseTarget) -> Method:
+    return Method(f"{name}, {target}", family, dataclasses.replace(config, reuse_target=target))
+
+
+def _fewer_steps(profile: Profile, number: int) -> Method:
+    budgets = {pareto.computed_steps(profile, budget): budget for budget in reversed(pareto.BUDGETS)}
+    return Method(f"{number} steps", "fewer steps", num_inference_steps=number, budget=budgets.get(number))
+
+
+def _best_rivals(profile: Profile, folder: Path) -> dict[float, list[Method]]:
+    """By budget: output extrapolation and the best of all other caches, at their best recorded settings within it."""
+    path = folder / f"pareto-{slug(profile.scheduler)}.parquet"
+    if not path.exists():
+        return {}
+    points, sampler = pareto.summary(load_table(path)), profile.scheduler
+    kinds = (("output extrapolation",), pareto.extrapolations), (tuple(RIVALS), pareto.rivals)
+    best: dict[float, list[Method]] = {budget: [] for budget in pareto.BUDGETS}
+    for families, make in kinds:
+        by_name = {method.name: method for method in make(profile, sampler)}
+        for budget, chosen in best.items():
+            point = pareto.best_at(points[points.family.isin(families)], "reference", budget)
+            if point is not None and point.method in by_name:
+                method = by_name[point.method]
+                short = "extrapolation" if method.peer is None else method.family
+                chosen.append(dataclasses.replace(method, name=f"{short}, {budget:g}×", budget=budget))
+    return best
+
+
+def samples(run: Run, chosen: list[Method]) -> pd.DataFrame:
+    """The recorded images of the chosen methods; empty if there are none.
+
+    Returns:
+        The columns of ``compare``; those of ``FACTS`` are the methods' own.
+    """
+    tables = [table for method in chosen if (table := run.recorded(f"samples-{slug(method.name)}")) is not None]
+    if not tables:
+        return pd.DataFrame(columns=["method"])
+    facts = pd.DataFrame([method.columns() for method in chosen])
+    rows = pd.concat([table.drop(columns=FACTS[1:], errors="ignore") for table in tables], ignore_index=True)
+    rows = rows.merge(facts, on="method", how="left")
+    rows.attrs = tables[0].attrs
+    return rows
 
 
 def summary(run: Run, resamples: int = 200) -> pd.DataFrame:
     """One row per method; what hasn't been recorded is NaN.
 
     Returns:
-        ``images``, ``psnr`` (dB), ``ssim``, ``class_accuracy``; ``fd`` (FD-digits to held-out digits) and
-        ``fd_growth`` (over full compute, on the same seeds), with ``_low`` and ``_high``: 95 % bootstrap intervals;
-        ``sites_reused`` (share), ``events`` (a run), ``macs_speedup``; ``ms_per_step`` (four images) and ``speedup``
-        with quartiles; ``weight_bytes``, ``cache_bytes`` (an image), ``added_bytes`` (what drawing four
-        images adds to the process at its peak).
+        The columns of ``FACTS``; ``images``, ``psnr`` (dB), ``ssim``, ``class_accuracy``; ``fd`` (Fréchet distance to
+        the held-out data, in the classifier's features) and ``fd_growth`` (over full compute, on the same seeds), with
+        ``_low`` and ``_high``: 95 % bootstrap intervals; ``sites_reused`` (share), ``events`` (a run),
+        ``macs_speedup``; ``ms_per_step`` (four images) and ``speedup`` with quartiles; ``weight_bytes``,
+        ``cache_bytes`` (an image), ``added_bytes`` (what drawing four images adds to the process at its peak).
     """
-    images = samples(run)
-    table = pd.DataFrame({"method": list(all_methods(run))})
+    chosen = methods(run.profile, run.recordings)
+    images = samples(run, chosen)
+    table = pd.DataFrame([method.columns() for method in chosen])
     if len(images):
-        by_method = images.groupby("method")
-        first = by_method[["sites_reused", "events", "macs_speedup", "cache_bytes"]].mean()
-        quality = pd.DataFrame(
-            {
-                "images": by_method.size(),
-                "psnr": by_method.mse.mean().map(lambda mse: -10 * math.log10(mse) if mse else math.inf),
-                "ssim": by_method.ssim.mean(),
-                "class_accuracy": by_method.apply(lambda g: (g.predicted == g.label).mean(), include_groups=False),
-            }
-        )
-        distances = frechet_intervals(images, resamples)
-        table = table.merge(quality.join(first).join(distances.set_index("method")), on="method", how="left")
-    speed, memory = run.recorded("speed"), run.recorded("memory")
-    if speed is not None:
-        ms = speed.groupby("method").seconds.median() * 1000 / run.profile.num_inference_steps
-        ratios = metrics.speedups(speed, "full compute").assign(ms_per_step=ms).reset_index()
-        table = table.merge(ratios, on="method", how="left")
+        measured = summarize(images).drop(columns=FACTS[1:], errors="ignore")
+        distances = frechet_intervals(images, policy.held_out_features(run.profile.model), resamples)
+        table = table.merge(measured.merge(distances, on="method", how="left"), on="method", how="left")
+    seconds, memory = run.recorded("speed"), run.recorded("memory")
+    if seconds is not None:
+        table = table.merge(speeds(seconds, run.profile), on="method", how="left")
     if memory is not None:
         table = table.merge(memory, on="method", how="left")
-    table = table.reindex(columns=["method", *COLUMNS])
+    table = table.reindex(columns=[*FACTS, *COLUMNS])
     table.attrs = images.attrs
-    if speed is not None:  # the hardware on which time was measured, not the one that drew the images
-        table.attrs = {"provenance": {**speed.attrs["provenance"], "images": images.attrs.get("provenance")}}
+    if seconds is not None:  # the hardware on which time was measured, not the one that drew the images
+        table.attrs = {"provenance": {**seconds.attrs["provenance"], "images": images.attrs.get("provenance")}}
     return table
 
 
 def beside_plans(run: Run, resamples: int = 200) -> pd.DataFrame | None:
-    """FD-digits at equal MACs: every plan and its rivals (``methods.names_at``); ``None`` if no plan is recorded.
+    """Fréchet distances at equal MACs: every plan and what saves as much; ``None`` if no plan is recorded.
 
     Returns:
-        ``budget``, ``kind`` (of ``names_at``), ``psnr`` (dB to full compute), and ``fd``, ``fd_growth``
-        (over full compute, on the same seeds), with ``_low`` and ``_high`` as in ``frechet_intervals``.
+        ``budget``, ``kind`` (the family; ``"best other cache"`` of a rival), ``psnr`` (dB to full compute), and
+        ``fd``, ``fd_growth`` (over full compute, on the same seeds), with ``_low`` and ``_high`` as in
+        ``frechet_intervals``.
     """
-    names = {b: names_at(run.profile, b) for b in EXTRAPOLATIONS}
-    kinds = {name: (budget, kind) for budget, named in names.items() for kind, name in named.items()}
-    images = samples(run)
-    images = images[images.method.isin([*kinds, "full compute"])]
-    plans = [name for name in images.method.unique() if kinds.get(name, ("", ""))[1] == "DQAR plan"]
-    if not plans:
+    images = samples(run, methods(run.profile, run.recordings))
+    if not len(images) or not (images.family == pareto.PLAN).any():
         return None
-    table = frechet_intervals(images, resamples).query("method != 'full compute'")
-    psnr = -10 * np.log10(images.groupby("method").mse.mean().clip(lower=1e-12))
-    table = table.assign(psnr=table.method.map(psnr), budget=[kinds[name][0] for name in table.method])
-    table = table.assign(kind=[kinds[name][1] for name in table.method])
-    table.attrs = run.recorded(f"samples-{slug(plans[0])}").attrs
-    return table
+    budgets = images.budget[images.family == pareto.PLAN].unique()
+    images = images[images.budget.isin(budgets) | (images.method == FULL.name)]
+    distances = frechet_intervals(images, policy.held_out_features(run.profile.model), resamples)
+    points = summarize(images)[["method", "family", "budget", "psnr"]].merge(distances, on="method")
+    points = points[points.method != FULL.name].reset_index(drop=True)
+    points["kind"] = points.family.where(~points.family.isin(list(RIVALS)), "best other cache")
+    points.attrs = images.attrs
+    return points
 
 
 COLUMNS = [
@@ -103,8 +167,8 @@ COLUMNS = [
 ]
 
 
-def frechet_intervals(images: pd.DataFrame, resamples: int = 200, seed: int = 0) -> pd.DataFrame:
-    """Fréchet distance to the held-out digits by method, and its growth over full compute, with 95 % intervals.
+def frechet_intervals(images: pd.DataFrame, real: torch.Tensor, resamples: int = 200, seed: int = 0) -> pd.DataFrame:
+    """Fréchet distance to real images by method, and its growth over full compute, with 95 % intervals.
 
     Images are drawn with replacement, the same ones for all methods. A set with doublets is farther away than one
     without, so the interval is the bootstrap's pivotal one, ``2θ − q``, in which that bias cancels. The distance
@@ -112,8 +176,12 @@ def frechet_intervals(images: pd.DataFrame, resamples: int = 200, seed: int = 0)
 
     Args:
         images: rows with ``method``, ``image`` and ``features``; ``"full compute"`` among the methods.
+        real: features ``[N, D]``.
+        resamples, seed: of the bootstrap.
+
+    Returns:
+        ``method``, ``fd`` and ``fd_growth``, each with ``_low`` and ``_high``.
     """
-    real = policy.held_out_features()
     most = images.groupby("method").size().max()
     images = images.groupby("method").filter(lambda own: len(own) == most)
     wide = images.pivot(index="image", columns="method", values="features")
@@ -127,33 +195,72 @@ def frechet_intervals(images: pd.DataFrame, resamples: int = 200, seed: int = 0)
     }
     rows = []
     for method, value in values.items():
-        growth = value - values["full compute"]
+        growth = value - values[FULL.name]
         high, low = 2 * value - np.quantile(trials[method], [0.025, 0.975])
-        growth_trials = trials[method] - trials["full compute"]
+        growth_trials = trials[method] - trials[FULL.name]
         growth_high, growth_low = 2 * growth - np.quantile(growth_trials, [0.025, 0.975])
         rows.append((method, value, low, high, growth, growth_low, growth_high))
     columns = ["method", "fd", "fd_low", "fd_high", "fd_growth", "fd_growth_low", "fd_growth_high"]
     return pd.DataFrame(rows, columns=columns)
 
 
-def check_recorded(run: Run, number: int = 4, tolerance: float = 3.0) -> pd.DataFrame:
-    """Draws a few of the recorded images anew and warns where they disagree: ``method``, ``recorded``, ``live`` (dB).
+def check_recorded(run: Run, number: int = 4) -> pd.DataFrame:
+    """``check_again`` with the recorded methods that decide nothing by measured signals: baselines, and one of W8A8."""
+    fixed = [m for m in methods(run.profile, run.recordings) if m.family in ("fewer steps", "static reuse", "W8A8")]
+    half = run.profile.num_inference_steps // 2
+    fixed = [m for m in fixed if m.w8a8 != "plain" and m.num_inference_steps in (None, half)]
+    images = samples(run, fixed)
+    recorded = [method for method in fixed if method.name in set(images.method)]
+    return check_again(recorded, images, run.profile, RESULT_SEED, number)
 
-    Only of methods that decide nothing by measured signals: a gate decides for a batch as a whole, so that fewer images
-    at once are other decisions. Within ``tolerance`` dB (or both beyond 60 dB) counts as agreement.
-    """
-    rows = []
-    profile = dataclasses.replace(run.profile, batch_size=number)
-    reference = Method().draw(profile, RESULT_SEED, num_samples=number, description="reference").images
-    found = all_methods(run)
-    for name in (f"{run.profile.num_inference_steps // 2} steps", "W8A8 + CSB", "static, kv", "static, output"):
-        recorded = run.recorded(f"samples-{slug(name)}")
-        if recorded is None:
-            continue
-        live = draw(name, found[name], profile, RESULT_SEED, 0, reference).mse.mean()
-        before = recorded[recorded.image < number].mse.mean()
-        was, now = (-10 * math.log10(max(mse, 1e-12)) for mse in (before, live))
-        rows.append({"method": name, "recorded": was, "live": now})
-        if abs(was - now) > tolerance and min(was, now) < 60:
-            warnings.warn(f"{name}: recorded {was:.1f} dB, now {now:.1f} dB: run `make results` anew", stacklevel=2)
-    return pd.DataFrame(rows, columns=["method", "recorded", "live"])
+
+# --- recording -------------------------------------------------------------------------------------------------------
+
+
+def record_samples(recording: Recording) -> None:
+    """Every method's images, a table a method: the columns of ``compare``."""
+    size = recording.sizes.part
+    for method in _needed(recording):
+        # Another dtype changes next to nothing, and FP16 is slow on a CPU: no Fréchet distance of its own.
+        number = recording.sizes.samples if method.dtype is None else size
+        parts = {
+            first: functools.partial(recording.compare, method, RESULT_SEED, first, min(size, number - first))
+            for first in range(0, number, size)
+        }
+        recording.table(f"samples-{slug(method.name)}", parts, RESULT_SEED)
+
+
+def record_speed(recording: Recording) -> pd.DataFrame:
+    """Seconds of every method, four images a batch, taken in turn: ``compare.times``."""
+    measure = functools.partial(times, _needed(recording), recording.profile, RESULT_SEED)
+    return recording.table("speed", {"all": measure}, RESULT_SEED)
+
+
+def record_memory(recording: Recording) -> pd.DataFrame:
+    """``weight_bytes``, and ``added_bytes`` that drawing four images adds at its peak; a process for every method."""
+
+    def measure() -> pd.DataFrame:
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+            calls = [(recording.profile, method) for method in _needed(recording)]
+            return pd.DataFrame(tqdm(pool.imap(_memory, calls, chunksize=1), total=len(calls), desc="memory"))
+
+    return recording.table("memory", {"all": measure}, RESULT_SEED)
+
+
+def _needed(recording: Recording) -> list[Method]:
+    """All methods, and first the policies that some of them need."""
+    for target in BOTH:
+        policy.recorded_policy(recording, target)
+    return methods(recording.profile, recording.folder)
+
+
+def _memory(call: tuple[Profile, Method]) -> dict[str, object]:
+    profile, method = call
+    torch.set_num_threads(1)
+    transformer = method.pipeline(profile).transformer
+    gc.collect()
+    metrics.reset_peak_memory(profile.device)
+    loaded = metrics.peak_memory_bytes(profile.device)
+    method.draw(dataclasses.replace(profile, batch_size=4), RESULT_SEED, num_samples=4)
+    peak = metrics.peak_memory_bytes(profile.device)
+    return {"method": method.name, "weight_bytes": w8a8.weight_bytes(transformer), "added_bytes": peak - loaded}

@@ -3,56 +3,55 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pandas as pd
 
-from dqar.config import DQARConfig
 from dqar.measure.results import Run
-from dqar.measure.sampling import OPEN, sample
-from dqar.models.pipelines import cached_pipeline
-from dqar.studies.compare import compare
+from dqar.measure.sampling import OPEN
+from dqar.studies.compare import Method, compare_all
+
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "depth_aware": {"schedule": "depth_aware"},
+    "linear": {"schedule": "linear"},
+    "linear_reverse": {"schedule": "linear_reverse"},
+    "all": {"schedule": "all"},
+    "static 2": {"schedule": "static", "static_interval": 2},
+    "static 3": {"schedule": "static", "static_interval": 3},
+}
+"""Families of methods: the gate wide open under each schedule."""
 
 
-def schedule_configs() -> dict[str, DQARConfig]:
+def schedule_methods() -> list[Method]:
     """Every schedule with the gate wide open, for both reuse targets."""
-    kinds = {
-        "depth_aware": {"schedule": "depth_aware"},
-        "linear": {"schedule": "linear"},
-        "linear_reverse": {"schedule": "linear_reverse"},
-        "all": {"schedule": "all"},
-        "static 2": {"schedule": "static", "static_interval": 2},
-        "static 3": {"schedule": "static", "static_interval": 3},
-    }
-    return {
-        f"{name}, {target}": dataclasses.replace(OPEN, reuse_target=target, **options)
-        for name, options in kinds.items()
+    return [
+        Method(f"{family}, {target}", family, dataclasses.replace(OPEN, reuse_target=target, **options))
+        for family, options in SCHEDULES.items()
         for target in ("kv", "output")
-    }
+    ]
 
 
 def schedules(run: Run) -> pd.DataFrame:
-    """Quality and MACs of each schedule, and of simply taking fewer steps."""
+    """Quality and MACs of each schedule, and of simply taking fewer steps: ``compare.summarize``."""
 
     def measure() -> pd.DataFrame:
         full = run.profile.num_inference_steps
-        fewer = {f"{steps} steps": steps for steps in (full * 9 // 10, full * 8 // 10, full // 2)}
-        return compare(run, {**schedule_configs(), **fewer})
+        counts = (full * 9 // 10, full * 8 // 10, full // 2)
+        fewer = (Method(f"{steps} steps", "fewer steps", num_inference_steps=steps) for steps in counts)
+        return compare_all([*schedule_methods(), *fewer], run.profile, run.seed)
 
     return run.table("schedules", measure)
 
 
 def schedule_maps(run: Run) -> pd.DataFrame:
-    """What each schedule did at each step and layer of one image, as traced: method, step, layer, decision."""
+    """What each schedule did at each step and layer of one image: ``family``, step, layer, decision, reason."""
 
     def measure() -> pd.DataFrame:
         tables = []
-        for method, config in schedule_configs().items():
-            if config.reuse_target == "output":
-                drawn = sample(
-                    cached_pipeline(run.profile), run.profile, run.seed, config, num_samples=1, description=method
-                )
-                table = drawn.trace.to_pandas()
-                tables.append(table[table.branch == "cond"].assign(method=method.split(",")[0]))
-        return pd.concat(tables)[["method", "step", "layer", "decision", "reason"]]
+        for method in schedule_methods():
+            if method.columns()["target"] == "output":
+                table = method.draw(run.profile, run.seed, num_samples=1).traced.to_pandas()
+                tables.append(table[table.branch == "cond"].assign(family=method.family))
+        return pd.concat(tables)[["family", "step", "layer", "decision", "reason"]]
 
     return run.table("schedule_maps", measure)

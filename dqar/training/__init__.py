@@ -1,1 +1,1 @@
-"""The training of the embedded models, one file a subject; ``python -m dqar train`` is the command line."""
+"""The training of the embedded models, one file a subject; ``dqar train`` is the command."""

@@ -6,6 +6,7 @@ import json
 import os
 import textwrap
 from pathlib import Path
+from typing import Literal
 
 import matplotlib.pyplot as plt
 import torch
@@ -74,7 +75,9 @@ def draw(
     return torch.cat(images), classes
 
 
-def quality(images: torch.Tensor, labels: torch.Tensor, name: str, classifier: Classifier) -> dict[str, float]:
+def quality(
+    images: torch.Tensor, labels: torch.Tensor, name: Literal["digits", "cifar10"], classifier: Classifier
+) -> dict[str, float]:
     """Class accuracy, Fréchet distances and, against memorising, the distances to the nearest training images."""
     predicted, features = metrics.classify(classifier, images)
     real = {split: load_split(name, split)[0] / 2 + 0.5 for split in ("train", "test")}
@@ -130,7 +133,7 @@ def evaluate_digits(weights: Path, profile: Profile, num_samples: int = 500) -> 
     items = wrapped(
         "- **Data:** 80 % of scikit-learn's `load_digits` (UCI Optical Recognition of Handwritten Digits, CC BY 4.0), "
         "1,437 images; the other 20 % were not trained on. Weights: MIT, as the project.",
-        f"- **Training:** `python -m dqar train digits`, {recipe['num_steps']:,} steps of {recipe['batch_size']} "
+        f"- **Training:** `dqar train digits`, {recipe['num_steps']:,} steps of {recipe['batch_size']} "
         f"images, noise prediction, min-SNR weighting, label dropout {recipe['label_dropout']}, EMA "
         f"{recipe['ema_decay']}, seed {recipe['seed']}; {facts['hours']} hours on {facts['hardware']}, torch "
         f"{facts['torch']}. Loss and recipe: `training.json`.",

@@ -156,7 +156,7 @@ def export(recipe: LatentRecipe, work: Path, weights: Path, device: str = "cpu",
     """
     state = load_checkpoint(work / "checkpoint.pt", asdict(recipe))
     if state is None:
-        raise OSError(f"there is no checkpoint in {work}: `python -m dqar train cifar10` makes one")
+        raise OSError(f"there is no checkpoint in {work}: `dqar train cifar10` makes one")
     classifier_folder = weights / "cifar10-classifier"
     load_classifier("cifar10", work / "weights")
     if weights != work / "weights":
@@ -254,7 +254,7 @@ def _write_card(folder: Path, facts: dict, results: dict, accuracy: float, profi
         f"- **Autoencoder:** 32×32×3 to 16×16×4, {vae['parameters']:,} parameters, {vae['psnr']:.1f} dB on held-out "
         f"images; squared error and {vae['recipe']['kl_weight']:g} KL, {vae['recipe']['num_steps']:,} steps of "
         f"{vae['recipe']['batch_size']} images. Every channel of its latents has mean 0 and variance 1.",
-        f"- **Training:** `python -m dqar train cifar10`, {facts['images_seen']:,} images in steps of "
+        f"- **Training:** `dqar train cifar10`, {facts['images_seen']:,} images in steps of "
         f"{recipe['batch_size']}, noise prediction, min-SNR weighting, label dropout {recipe['label_dropout']}, "
         f"weights averaged over the last ninth, seed {recipe['seed']}; {facts['hours']} hours on {facts['hardware']}, "
         f"torch {facts['torch']}. Loss and recipe: `training.json`.",

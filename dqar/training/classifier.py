@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -38,11 +39,11 @@ class ClassifierRecipe:
     def optimizers(self, model: Classifier) -> list[torch.optim.Optimizer]:
         """What trains the model."""
         parameters = list(model.parameters())
-        kernels = [] if self.muon_learning_rate is None else [x for x in parameters if x.ndim == 4]
-        chosen = {id(x) for x in kernels}
-        others = [x for x in parameters if id(x) not in chosen]
-        adam = torch.optim.AdamW(others, lr=self.learning_rate, weight_decay=self.weight_decay)
-        return [adam, *([StackedMuon(kernels, self.muon_learning_rate)] if kernels else [])]
+        adam = partial(torch.optim.AdamW, lr=self.learning_rate, weight_decay=self.weight_decay)
+        if self.muon_learning_rate is None:
+            return [adam(parameters)]
+        kernels = [x for x in parameters if x.ndim == 4]
+        return [adam([x for x in parameters if x.ndim != 4]), StackedMuon(kernels, self.muon_learning_rate)]
 
 
 CLASSIFIER_RECIPES = {
@@ -66,7 +67,7 @@ def train_classifier(
     checkpoint = out / "classifier-checkpoint.pt"
     torch.manual_seed(recipe.seed)
     images, labels = load_split(recipe.dataset, "train")
-    model = CLASSIFIERS[recipe.dataset]().to(device, memory_format=torch.channels_last)
+    model = CLASSIFIERS[recipe.dataset]().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizers = recipe.optimizers(model)
     batches = -(-len(images) // recipe.batch_size)
     rates = [get_cosine_schedule_with_warmup(each, batches, recipe.epochs * batches) for each in optimizers]
@@ -109,7 +110,7 @@ def export_classifier(model: Classifier, accuracy: float, name: str, weights: Pa
     print(f"held-out accuracy {accuracy:.4f}")
 
 
-def held_out_accuracy(model: Classifier, dataset: str) -> float:
+def held_out_accuracy(model: Classifier, dataset: Literal["digits", "cifar10"]) -> float:
     """The share of the held-out images that a classifier puts into their class."""
     images, labels = load_split(dataset, "test")
     predicted = torch.cat([metrics.classify(model, part)[0] for part in (images / 2 + 0.5).split(500)])

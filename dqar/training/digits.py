@@ -1,10 +1,9 @@
-"""Trains the embedded models: ``python -m dqar train digits`` or ``cifar10``, and the classifiers of both.
+"""Trains the embedded digits model (``dqar train digits``).
 
-The digits model is trained here: a class-conditional diffusers ``DiTTransformer2DModel`` that predicts the noise (Ho et
-al. 2020), with min-SNR loss weighting (Hang et al. 2023), adaLN-Zero initialisation (Peebles & Xie 2023), label dropout
-for classifier-free guidance and an exponential moving average of the weights. The CIFAR-10 model has its own files in
-``dqar.training``. All of them go on from their last checkpoint, are seeded per step, log their loss and write a model
-card; weights go into the run's folder unless ``--out`` names another.
+A class-conditional diffusers ``DiTTransformer2DModel`` that predicts the noise (Ho et al. 2020), with min-SNR loss
+weighting (Hang et al. 2023), adaLN-Zero initialisation (Peebles & Xie 2023), label dropout for classifier-free guidance
+and an exponential moving average of the weights. Like every training here it goes on from its last checkpoint, is
+seeded per step, logs its loss and writes a model card.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DPMSolverMultistepScheduler
@@ -19,7 +20,7 @@ from dqar.training.checkpoints import cut_log, load_checkpoint, save_checkpoint
 from dqar.training.muon import StackedMuon
 from dqar.training.stacked_dit import StackedDiT
 
-NOISE_SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+NOISE_SCHEDULE: dict[str, Any] = dict(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
 """Linear betas, as DiT-XL/2 was trained with."""
 MICROBATCH = 32
 """Images of one backward pass on a CPU, which stay in its caches: 128 are 28 images a second and core, 32 are 46."""
@@ -89,7 +90,7 @@ class Batch:
     timesteps: torch.Tensor
     classes: torch.Tensor
 
-    def to(self, device: str) -> Batch:
+    def to(self, device: str | torch.device) -> Batch:
         """The same on a device."""
         return Batch(*(x.to(device) for x in (self.latents, self.noise, self.timesteps, self.classes)))
 
@@ -246,7 +247,7 @@ def _serve(pipe, job: tuple, shared: list[torch.Tensor], counter, compiled: bool
     try:
         while True:
             step = pipe.recv()
-            _compute_parts(*job, model, counter, step)
+            _compute_parts(*job, model, counter, step)  # type: ignore[call-arg]
             pipe.send(None)
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         return
@@ -313,7 +314,7 @@ def train_latent_dit(
                 group["lr"] = rate * recipe.rate(step)
             for optimizer in optimizers:
                 optimizer.step()
-            torch._foreach_lerp_(averages, [x.detach() for x in parameters], 9 / (10 + step))
+            torch._foreach_lerp_(tuple(averages), [x.detach() for x in parameters], 9 / (10 + step))
             log_file.write(json.dumps({"step": step, "loss": round(losses[-1], 6)}) + "\n")
             step += 1
             images, now = step * recipe.batch_size, time.monotonic()
@@ -323,7 +324,7 @@ def train_latent_dit(
                 print(f"{images:,} images, loss {mean:.4f}, {rate:.0f} images/s", flush=True)
                 said, said_step, losses = now, step, []
             checking = check is not None and step % check_steps == 0
-            if checking:
+            if check is not None and checking:
                 found = {"step": step - 1, "images": images, **check(average, images)}
                 with checks.open("a") as file:
                     file.write(json.dumps(found) + "\n")

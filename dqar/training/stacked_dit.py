@@ -9,6 +9,7 @@ float32.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from diffusers import DiTTransformer2DModel
@@ -30,6 +31,9 @@ class StackedDiT(nn.Module):
         seed: of DiT's own initialisation (Peebles & Xie 2023): Xavier weights, and zeros where adaLN-Zero wants them.
         compiled: compiles the block, once for each shape.
     """
+
+    positions: torch.Tensor
+    """Of the patches, ``[1, N, width]``."""
 
     def __init__(
         self,
@@ -76,7 +80,7 @@ class StackedDiT(nn.Module):
         self.final_weight, self.final_bias = zeros(patch, width), zeros(patch)
         stock = self._stock(num_layers=1)
         self.register_buffer("positions", stock.pos_embed.pos_embed.float().clone(), persistent=False)
-        self._block = torch.compile(_block, dynamic=False) if compiled else _block
+        self._block: Callable[..., torch.Tensor] = torch.compile(_block, dynamic=False) if compiled else _block
 
     def forward(
         self,
@@ -95,10 +99,10 @@ class StackedDiT(nn.Module):
         conditioning = F.silu(self._conditioning(timesteps, classes))
         weights = self.modulation_weight.flatten(0, 1).to(dtype)
         modulations = F.linear(conditioning.to(dtype), weights, self.modulation_bias.flatten().to(dtype))
-        modulations = modulations.view(batch, self.num_layers, -1).unbind(1)
-        stacks = (self.qkv_weight, self.qkv_bias, self.out_weight, self.out_bias)
-        stacks += (self.up_weight, self.up_bias, self.down_weight, self.down_bias)
-        for modulation, *layer in zip(modulations, *(x.to(dtype).unbind(0) for x in stacks), strict=True):
+        attention = (self.qkv_weight, self.qkv_bias, self.out_weight, self.out_bias)
+        stacks = (*attention, self.up_weight, self.up_bias, self.down_weight, self.down_bias)
+        layers = zip(*(x.to(dtype).unbind(0) for x in stacks), strict=True)
+        for modulation, layer in zip(modulations.view(batch, self.num_layers, -1).unbind(1), layers, strict=True):
             hidden = self._block(hidden, modulation, *layer, self.num_attention_heads)
         shift, scale = F.linear(conditioning, self.final_modulation_weight, self.final_modulation_bias).chunk(2, 1)
         hidden = F.layer_norm(hidden, hidden.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]

@@ -1,17 +1,21 @@
-import dataclasses
+"""The parts of the planner, against NumPy and SciPy, and what the command line makes of them."""
+
 import itertools
 
 import numpy as np
 import pytest
 import torch
-from conftest import embedded_pipeline
+from helpers import embedded_pipeline
+from scipy.ndimage import correlate
 
 from dqar import ForecastPlan
+from dqar.__main__ import main
 from dqar.families import describe_model
-from dqar.forecast.fit import READOUT_RIDGE, _fit_step, fit, main, make_plan
+from dqar.forecast.fit import NEIGHBOURS_RIDGE, READOUT_RIDGE, StepSystem, neighbourhoods
 from dqar.forecast.plan import extrapolation
-from dqar.forecast.steps import Jumps, choose_steps, measure_gains
-from dqar.forecast.trajectories import RIDGE, Trajectories, trajectories
+from dqar.forecast.profiles import calibrate_profile
+from dqar.forecast.run import weighted_sum
+from dqar.forecast.steps import RIDGE, Jumps, choose_steps, gram
 from dqar.measure import metrics
 from dqar.measure.sampling import sample
 from dqar.models.pipelines import make_scheduler
@@ -22,53 +26,68 @@ PROFILE = Profile("tiny", "digits", num_inference_steps=10, guidance_scale=3.0, 
 
 @pytest.fixture(params=["ddim", "dpm-solver++", "dpm-solver++-lu"])
 def pipe(request):
+    return tame(request.param)
+
+
+def tame(scheduler="ddim"):
+    """Weights so small that a run converges."""
     pipe = embedded_pipeline()
-    pipe.scheduler = make_scheduler(request.param, pipe.scheduler)
+    pipe.scheduler = make_scheduler(scheduler, pipe.scheduler)
     for parameter in pipe.transformer.parameters():
-        parameter.data *= 0.4  # tame enough for a run to converge
+        parameter.data *= 0.4
     return pipe
 
 
+def calibrate(pipe, num_images=4, target="reference", profile=PROFILE, **options):
+    return calibrate_profile(pipe, profile, target, num_images, **options)
+
+
 def test_trajectories_are_those_of_the_pipeline(pipe):
-    known = trajectories(pipe, PROFILE, "reference", 4, seed=5)
-    images = sample(pipe, PROFILE, 5, num_samples=4).images
-    torch.testing.assert_close((known.latents[-1] / 2 + 0.5).clamp(0, 1), images)
-    assert known.latents.shape == (11, 4, 1, 8, 8) and known.cond.shape == known.uncond.shape == (10, 4, 1, 8, 8)
+    calibration = calibrate(pipe, 10)
+    assert [one.images for one in calibration.trajectories] == [8, 2] and calibration.images == 10
+    images = sample(pipe, PROFILE, 500, num_samples=10).images
+    ends = torch.cat([one.previous[-1] for one in calibration.trajectories])
+    torch.testing.assert_close((ends / 2 + 0.5).clamp(0, 1), images)
+    assert calibration.trajectories[0].scales == pytest.approx((3, 3), rel=1e-4)
 
 
 def test_converged_trajectories_are_of_the_same_timesteps(pipe):
-    coarse, fine = (trajectories(pipe, PROFILE, target, 4) for target in ("reference", "converged"))
-    assert torch.equal(coarse.latents[0], fine.latents[0]) and torch.equal(coarse.cond[0], fine.cond[0])
-    assert fine.latents.shape == coarse.latents.shape and not torch.equal(fine.latents[1], coarse.latents[1])
+    coarse, fine = (calibrate(pipe, 4, target).trajectories[0] for target in ("reference", "converged"))
+    assert fine.timesteps == coarse.timesteps and fine.previous.shape == coarse.previous.shape
+    assert not torch.equal(fine.previous[0], coarse.previous[0])
+    pipe.scheduler.set_timesteps(10)
+    assert list(coarse.timesteps) == pipe.scheduler.timesteps.tolist()
 
 
 def test_a_spacing_without_finer_steps_is_refused():
-    pipe = embedded_pipeline()
-    pipe.scheduler = make_scheduler("ddim-leading", pipe.scheduler)
+    pipe = tame("ddim-leading")
     with pytest.raises(ValueError, match="doesn't visit the same timesteps"):
-        trajectories(pipe, PROFILE, "converged", 2)
+        calibrate(pipe, 2, "converged")
     with pytest.raises(ValueError, match="target='best'"):
-        trajectories(pipe, PROFILE, "best", 2)
+        calibrate(pipe, 2, "best")
+
+
+def random_jumps(steps, images):
+    latents, cond, uncond = torch.randn(steps + 1, images * 16), *torch.randn(2, steps, images * 16)
+    jumps = Jumps(gram(latents, {"cond": cond, "uncond": uncond}), images * 16, steps)
+    return jumps, latents.double().numpy(), cond.double().numpy(), uncond.double().numpy()
 
 
 def test_jumps_are_least_squares():
     torch.manual_seed(0)
-    known = Trajectories(torch.randn(7, 3, 1, 4, 4), *torch.randn(2, 6, 3, 1, 4, 4), torch.arange(3), "reference")
-    jumps = Jumps(known)
+    jumps, latents, cond, uncond = random_jumps(6, 3)
     for step, before in ((0, None), (3, 1), (5, 4)):
-        columns = [known.latents[step], known.cond[step], known.uncond[step]]
-        columns += [] if before is None else [known.cond[before], known.uncond[before]]
-        columns = np.stack([x.flatten().double() for x in columns], 1)
+        columns = [latents[step], cond[step], uncond[step]]
+        columns += [] if before is None else [cond[before], uncond[before]]
+        columns = np.stack(columns, 1)
         for later, error in enumerate(jumps.errors(step, before), step + 1):
-            wanted = known.latents[later].flatten().double().numpy()
-            rest = wanted - columns @ np.linalg.lstsq(columns, wanted, rcond=None)[0]
+            rest = latents[later] - columns @ np.linalg.lstsq(columns, latents[later], rcond=None)[0]
             assert error == pytest.approx((rest**2).mean(), rel=1e-6)
 
 
 def test_chosen_steps_are_the_best_of_all():
     torch.manual_seed(1)
-    known = Trajectories(torch.randn(8, 2, 1, 4, 4), *torch.randn(2, 7, 2, 1, 4, 4), torch.arange(2), "reference")
-    jumps, gains = Jumps(known), np.linspace(0.5, 2, 8)
+    jumps, gains = random_jumps(7, 2)[0], np.linspace(0.5, 2, 8)
 
     def total(path):
         ends = [None, *path, 7]
@@ -84,51 +103,69 @@ def test_chosen_steps_are_the_best_of_all():
         choose_steps(jumps, 8, gains)
 
 
-def test_kernels_and_hidden_states_are_fitted_together(monkeypatch):
-    """Against one large system in NumPy: three columns for all pixels, and five hidden states for each of a patch."""
-    monkeypatch.setattr("dqar.forecast.fit.KERNEL", 1)
+@pytest.mark.parametrize("kernel", [(), (1, 1), (3, 5), (3, 3, 3)])
+def test_kernels_see_what_they_weight(kernel):
+    """SciPy's correlation, zeros beyond the edges, for weights and for what they are fitted on."""
     torch.manual_seed(0)
-    columns, states, wanted = torch.randn(6, 32, 3).double(), torch.randn(6, 4, 5), torch.randn(6, 2, 4, 4)
-    weights, matrix = _fit_step(columns, states, wanted)
+    shape = (2, 3, *(4, 5, 6)[: len(kernel) or 1])
+    tensors, kernels = [torch.randn(shape) for _ in range(3)], torch.randn(3, *kernel).double()
+    expected = np.zeros(shape)
+    for x, own in zip(tensors, kernels, strict=True):
+        for image, channel in np.ndindex(2, 3):
+            plane = x[image, channel].double().numpy()
+            own_sides = own.numpy() if kernel else own.numpy().reshape(1)
+            expected[image, channel] += correlate(plane, own_sides, mode="constant")
+    np.testing.assert_allclose(weighted_sum(tensors, kernels), expected, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(neighbourhoods(tensors, kernel) @ kernels.flatten(), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_kernels_and_hidden_states_are_fitted_together():
+    """Against one large system in NumPy: nine numbers for all pixels, and five hidden states for each of a patch."""
+    torch.manual_seed(0)
+    maps, states, goal = torch.randn(6, 2, 4, 4, 9).double(), torch.randn(6, 4, 5), torch.randn(6, 2, 4, 4)
+    system = StepSystem((3, 3))
+    system.add(maps[:2], states[:2], goal[:2])
+    system.add(maps[2:], states[2:], goal[2:])
+    weights, matrix = system.solve()
     size = 8  # 2 x 2 pixels of two channels
-    maps = columns.view(6, 2, 2, 2, 2, 2, 3).permute(0, 2, 4, 3, 5, 1, 6).reshape(-1, size, 3).numpy()
-    goal = wanted.view(6, 2, 2, 2, 2, 2).permute(0, 2, 4, 3, 5, 1).reshape(-1, size).double().numpy()
+    rows = maps.view(6, 2, 2, 2, 2, 2, 9).permute(0, 2, 4, 3, 5, 1, 6).reshape(-1, size, 9).numpy()
+    target = goal.view(6, 2, 2, 2, 2, 2).permute(0, 2, 4, 3, 5, 1).reshape(-1, size).double().numpy()
     hidden = states.flatten(0, 1).double().numpy()
-    design = np.zeros((len(hidden), size, 3 + size * 5))
-    design[:, :, :3] = maps
+    design = np.zeros((len(hidden), size, 9 + size * 5))
+    design[:, :, :9] = rows
     for pixel in range(size):
-        design[:, pixel, 3 + 5 * pixel : 8 + 5 * pixel] = hidden
-    norms = np.sqrt((maps**2).sum((0, 1))), np.linalg.norm(hidden, axis=0)
-    ridge = np.concatenate([RIDGE * norms[0] ** 2, np.tile(READOUT_RIDGE * norms[1] ** 2, size)])
-    design = design.reshape(-1, 3 + size * 5)
-    expected = np.linalg.solve(design.T @ design + np.diag(ridge), design.T @ goal.flatten())
-    np.testing.assert_allclose(weights, expected[:3], rtol=1e-8)
-    np.testing.assert_allclose(matrix.T.flatten(), expected[3:], rtol=1e-8)
+        design[:, pixel, 9 + 5 * pixel : 14 + 5 * pixel] = hidden
+    norms = np.sqrt((rows**2).sum((0, 1))), np.linalg.norm(hidden, axis=0)
+    ridge = np.full(9, NEIGHBOURS_RIDGE)
+    ridge[4] = RIDGE
+    ridge = np.concatenate([ridge * norms[0] ** 2, np.tile(READOUT_RIDGE * norms[1] ** 2, size)])
+    design = design.reshape(-1, 9 + size * 5)
+    expected = np.linalg.solve(design.T @ design + np.diag(ridge), design.T @ target.flatten())
+    np.testing.assert_allclose(weights, expected[:9], rtol=1e-7)
+    np.testing.assert_allclose(matrix.T.flatten(), expected[9:], rtol=1e-7)
 
 
 def test_computing_every_step_reaches_the_reference(pipe):
-    known = trajectories(pipe, PROFILE, "reference", 4)
-    assert fit(pipe, PROFILE, tuple(range(10)), known, 4).error.max() < 1e-6
+    assert calibrate(pipe).fit(tuple(range(10)), 4).error.max() < 1e-6
 
 
 def test_a_fit_goes_on_from_a_like_one(pipe):
-    known = trajectories(pipe, PROFILE, "reference", 4)
-    like = fit(pipe, PROFILE, (0, 2, 3, 6, 9), known, 2)
+    calibration = calibrate(pipe)
+    like = calibration.fit((0, 2, 3, 6, 9), 2)
     computed = []
     handle = pipe.transformer.register_forward_hook(lambda *_: computed.append(1))
-    again = fit(pipe, PROFILE, (0, 2, 3, 7, 9), known, 2, like)
+    again = calibration.fit((0, 2, 3, 7, 9), 2, like)
     handle.remove()
-    anew = fit(pipe, PROFILE, (0, 2, 3, 7, 9), known, 2)
-    assert len(computed) == 2 and again.weights == anew.weights and torch.equal(again.error, anew.error)
+    anew = calibration.fit((0, 2, 3, 7, 9), 2)
+    assert len(computed) == 3  # steps 7 and 9, and 3 once more for its hidden states
+    assert again.weights == anew.weights and torch.equal(again.error, anew.error)
     assert again.weights[:6] == like.weights[:6] and again.weights[6] != like.weights[6]
-    assert fit(pipe, PROFILE, like.computed, known, 4, like).weights != like.weights  # fitted on other images
+    assert calibration.fit(like.computed, 4, like).weights != like.weights  # fitted on other images
 
 
 def test_a_plan_beats_extrapolation_on_other_images(pipe):
-    known = trajectories(pipe, PROFILE, "reference", 8)
-    gains = measure_gains(pipe, PROFILE, known, points=4)
-    plan = make_plan(pipe, PROFILE, 5, known, gains, refinements=3)
-    assert len(plan.computed) == 5 and len(plan.provenance["trials"]) >= 3
+    plan = calibrate(pipe, 8).plan(5, refinements=3)
+    assert len(plan.computed) == 5 and len(plan.provenance["trials"]) >= 3 and plan.guidance == (3, 3)
     best = min(plan.provenance["trials"], key=lambda trial: trial["measured"])
     assert sorted(plan.computed) == best["computed"]
     reference = sample(pipe, PROFILE, 77, num_samples=8).images
@@ -139,46 +176,56 @@ def test_a_plan_beats_extrapolation_on_other_images(pipe):
     assert ours > theirs + 3
 
 
-def test_an_earlier_plan_is_where_a_better_one_starts(pipe):
-    known, steps = trajectories(pipe, PROFILE, "reference", 4), (0, 1, 5, 6, 8)
-    plan = make_plan(pipe, PROFILE, 5, known, np.ones(11), 2, [steps])
+def test_an_earlier_plan_is_where_a_better_one_starts():
+    steps = (0, 1, 5, 6, 8)
+    plan = calibrate(tame()).plan(5, 2, [steps])
     trials = plan.provenance["trials"]
     assert trials[0]["computed"] == list(steps) and len(trials) > 2
     assert sorted(plan.computed) == min(trials, key=lambda trial: trial["measured"])["computed"]
 
 
 def test_what_the_planner_follows_is_what_the_pipeline_runs(pipe):
-    """Weights fitted on one run, replayed through the session on the same images, give the error that was fitted."""
-    known = trajectories(pipe, PROFILE, "reference", 4, seed=5)
-    fitted = fit(pipe, PROFILE, (0, 2, 3, 6, 9), known, 4)
-    plan = make_plan(pipe, PROFILE, 5, known, np.ones(11), refinements=0)
-    plan = dataclasses.replace(plan, weights=fitted.weights, readouts=fitted.readouts, computed={0, 2, 3, 6, 9})
-    drawn = sample(pipe, PROFILE, 5, plan, num_samples=4).images * 2 - 1
-    replayed = (drawn - known.latents[-1].clamp(-1, 1)).square().flatten(1).mean(1)
+    """The same images drawn through the session have the error that was fitted."""
+    calibration = calibrate(pipe)
+    plan = calibration.plan(5, refinements=0)
+    fitted = calibration.fit(tuple(sorted(plan.computed)), 4)
+    assert fitted.weights == plan.weights and fitted.readouts == plan.readouts
+    drawn = sample(pipe, PROFILE, 500, plan, num_samples=4).images * 2 - 1
+    replayed = (drawn - calibration.trajectories[0].previous[-1].clamp(-1, 1)).square().flatten(1).mean(1)
     torch.testing.assert_close(replayed, fitted.error, rtol=0.02, atol=1e-8)
-
-
-def test_without_guidance():
-    pipe = embedded_pipeline()
-    profile = dataclasses.replace(PROFILE, guidance_scale=1.0)
-    known = trajectories(pipe, profile, "reference", 4)
-    assert known.uncond is None
-    plan = make_plan(pipe, profile, 5, known, np.ones(11), refinements=1)
-    assert not plan.guided
-    sample(pipe, profile, 3, plan, num_samples=2)
 
 
 def test_the_command_line_saves_a_plan_and_names_wrong_arguments(tmp_path, capsys):
     path = tmp_path / "plan.json"
-    options = ["--profile", "smoke", "--macs", "2", "--images", "2", "--out", str(path)]
-    assert main(options) == 0 and "4 of 8 steps, 2.00× fewer MACs" in capsys.readouterr().out
+    options = ["--profile", "smoke", "--macs", "2", "--images", "2", "--refinements", "1", "--out", str(path)]
+    assert main(["plan", *options]) == 0 and "4 of 8 steps, 2.00× fewer MACs" in capsys.readouterr().out
     plan = ForecastPlan.load(path)
     assert len(plan.computed) == 4 and plan.provenance["profile"]["name"] == "smoke"
-    assert main([*options, "--start", str(path), "--refinements", "0"]) == 0
+    assert main(["plan", *options, "--start", str(path), "--refinements", "0"]) == 0
     assert ForecastPlan.load(path).provenance["trials"][0]["computed"] == sorted(plan.computed)
-    assert main([*options, "--start", str(path), "--macs", "4"]) == 2
-    assert "computes 4 steps, 2 are wanted" in " ".join(capsys.readouterr().out.split())
+    assert main(["plan", *options, "--start", str(path), "--macs", "4"]) == 2
+    assert "computes 4 steps, 2 are wanted" in capsys.readouterr().err
     wrongs = (["--refinements", "-1"], ["--macs", "0.5"], ["--target", "best"], ["--scheduler", "heun"])
-    for wrong in (*wrongs, ["--profile", "x"]):
-        assert main([*options, *wrong]) == 2
-        assert wrong[1] in capsys.readouterr().out
+    for wrong in (*wrongs, ["--profile", "x"], ["--prompts", "x"]):
+        assert main(["plan", *options, *wrong]) == 2
+        assert wrong[0] in (error := capsys.readouterr().err) or wrong[1] in error
+
+
+def test_the_command_line_plans_a_saved_pipeline(pixart_folder, tmp_path, capsys):
+    path, prompts = tmp_path / "plan.json", tmp_path / "prompts.txt"
+    prompts.write_text("a cat\n\ntwo big red dog\na dog runs in the park\n")
+    call = '{"guidance_scale": 4.5, "height": 8, "width": 8, "use_resolution_binning": false, "clean_caption": false}'
+    options = ["--pipeline", str(pixart_folder), "--prompts", str(prompts), "--steps", "6", "--macs", "2"]
+    options += ["--dtype", "float32", "--call", call, "--refinements", "0", "--out", str(path)]
+    assert main(["plan", *options]) == 0 and "3 of 6 steps" in capsys.readouterr().out
+    plan = ForecastPlan.load(path)
+    assert plan.provenance["calibration_images"] == 3 and plan.guidance == (4.5, 4.5) and plan.latents == (4, 8, 8)
+    for wrong in (
+        ["--call", "[1]"],
+        ["--dtype", "half-hearted"],
+        ["--call", '{"num_inference_steps": 1}'],
+        ["--macs", "9"],
+    ):
+        assert main(["plan", *options, *wrong]) == 2
+        assert wrong[1].strip('{"[]} :1') in capsys.readouterr().err
+    assert main(["plan", *options[:2]]) == 2 and "--prompts" in capsys.readouterr().err

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import draw, embedded_pipeline
 from diffusers import DiTPipeline, PixArtAlphaPipeline
+from helpers import draw, embedded_pipeline
 from scipy.ndimage import correlate
 
 from dqar import ForecastPlan, apply_dqar
@@ -39,18 +39,21 @@ def by_hand(pipe, weights, readouts, labels=(1, 2), guidance=3.0, history=2):
                 out = pipe.transformer(torch.cat([latents] * 2), timestep=t.expand(4), class_labels=labels).sample
             cond, uncond = out.chunk(2)
             conds, unconds = [cond, *conds][:history], [uncond, *unconds][:history]
-        guided = unconds[0] + guidance * (conds[0] - unconds[0])
-        if weights[step]:
-            columns = [*conds, *unconds, latents]
-            side = math.isqrt(len(weights[step]) // len(columns))
-            kernels = torch.tensor(weights[step]).double().view(len(columns), side, side)
-            guided = sum(blurred(x, kernel) for kernel, x in zip(kernels, columns, strict=True))
+        parts = [conds[0], unconds[0]]
+        for number, outputs in enumerate((conds, unconds)):
+            if not weights[step]:
+                continue
+            columns = [*outputs, latents]
+            side = math.isqrt(len(weights[step]) // len(columns) // 2)
+            kernels = torch.tensor(weights[step]).double().view(2, len(columns), side, side)[number]
+            part = sum(blurred(x, kernel) for kernel, x in zip(kernels, columns, strict=True))
             if readouts[step]:
-                of_both = torch.cat(states[-1].chunk(2), -1).double()
-                read = of_both @ torch.tensor(readouts[step]).double().view(of_both.shape[-1], 4)
+                own = states[-1].chunk(2)[number].double()
+                read = own @ torch.tensor(readouts[step]).double().view(2, own.shape[-1], 4)[number]
                 read = read.view(len(latents), 4, 4, 2, 2, 1)  # put together as DiTTransformer2DModel does
-                guided = guided + torch.einsum("nhwpqc->nchpwq", read).reshape(guided.shape)
-            guided = guided.float()
+                part = part + torch.einsum("nhwpqc->nchpwq", read).reshape(part.shape)
+            parts[number] = part.float()
+        guided = parts[1] + guidance * (parts[0] - parts[1])
         latents = pipe.scheduler.step(guided, t, latents).prev_sample
     handle.remove()
     return latents
@@ -76,13 +79,13 @@ def test_a_planned_run_is_what_it_says(pipe, kernel, reads):
     """Random weights for every step, computed ones too: the same as a plain loop."""
     torch.manual_seed(0)
     plan = plan_for(pipe)
-    tensors = [2 * min(2, sum(c <= step for c in COMPUTED)) + 1 for step in range(1, 8)]
+    tensors = [2 * (min(2, sum(c <= step for c in COMPUTED)) + 1) for step in range(1, 8)]
     rows = [(), *(tuple((0.3 / kernel * torch.randn(n * kernel**2)).tolist()) for n in tensors)]
     readouts = [
         (),
         *(tuple((0.05 * torch.randn(2 * 16 * 4)).tolist()) if reads and s != 4 else () for s in range(1, 8)),
     ]
-    plan = ForecastPlan(rows, plan.computed, plan.timesteps, 3.0, 2, plan.model, kernel, readouts=readouts)
+    plan = ForecastPlan(rows, plan.computed, plan.timesteps, (3, 3), 2, plan.model, (kernel,) * 2, readouts=readouts)
     expected = by_hand(pipe, rows, readouts)
     assert torch.equal(expected, by_hand(pipe, rows, [()] * 8)) != reads
     with apply_dqar(pipe, plan) as session:
@@ -94,9 +97,10 @@ def test_a_planned_run_is_what_it_says(pipe, kernel, reads):
     trace = session.trace.to_pandas("model")
     assert len(trace) == (2 + 2 + 2 + 2) * 8 and len(session.trace.to_pandas()) == 0
     assert sorted(set(trace[trace.decision == "compute"].step)) == list(COMPUTED)
-    outputs, steps_ahead = 2 * 2 * 64 * 4, 2 * 64 * 8  # two outputs, two images a branch, float32; a step's readout
-    assert trace[trace.step == 7].bytes.iloc[0] == outputs + reads * steps_ahead / 2
-    assert trace[trace.step == 4].bytes.iloc[0] == outputs + reads * 4 * steps_ahead / 2
+    # Two outputs, two images a branch, float32; a step's readout of one branch.
+    outputs, steps_ahead = 2 * 2 * 64 * 4, 2 * 64 * 8
+    assert trace[trace.step == 7].bytes.iloc[0] == outputs + reads * steps_ahead
+    assert trace[trace.step == 4].bytes.iloc[0] == outputs + reads * 4 * steps_ahead
     assert not pipe.transformer.proj_out_2._forward_pre_hooks
 
 
@@ -121,9 +125,9 @@ def test_extrapolation_continues_a_polynomial(pipe, order):
     for step, row in enumerate(plan.weights):
         done = [s for s in (6, 4, 1, 0) if s <= step][: order + 1]
         if row and len(done) == order + 1:
-            cond, uncond = row[: len(done)], row[len(done) : -1]
-            assert sum(w * outputs[s] for w, s in zip(cond, done, strict=True)) == pytest.approx(3 * outputs[step])
-            assert sum(w * outputs[s] for w, s in zip(uncond, done, strict=True)) == pytest.approx(-2 * outputs[step])
+            cond, uncond = row[: len(done)], row[len(done) + 1 : -1]
+            for own in (cond, uncond):
+                assert sum(w * outputs[s] for w, s in zip(own, done, strict=True)) == pytest.approx(outputs[step])
     assert plan.weights[6] == () and plan.macs_speedup == 2
 
 
@@ -177,7 +181,7 @@ def test_a_saved_plan_is_the_same(pipe, tmp_path):
     "damage",
     [
         lambda text: text[:-20],
-        lambda text: text.replace("dqar-forecast-1", "dqar-plan-1"),
+        lambda text: text.replace("dqar-forecast-2", "dqar-plan-1"),
         lambda text: text.replace('"weights"', '"heights"'),
         lambda text: json.dumps({**json.loads(text), "computed": [0, 99]}),
         lambda text: "[]",
@@ -187,28 +191,30 @@ def test_a_damaged_file_is_named(pipe, tmp_path, damage):
     path = tmp_path / "plan.json"
     plan_for(pipe).save(path)
     path.write_text(damage(path.read_text()))
-    with pytest.raises(ValueError, match="plan.json is truncated or no dqar-forecast-1 file"):
+    with pytest.raises(ValueError, match="plan.json is truncated or no dqar-forecast-2 file"):
         ForecastPlan.load(path)
 
 
 def test_wrong_tables_are_named():
     with pytest.raises(ValueError, match="step 0"):
-        ForecastPlan([(), ()], {1}, [9, 1], 1.0, 2, "model")
-    with pytest.raises(ValueError, match="step 1 are not accepted: 3 finite"):
-        ForecastPlan([(), (1.0,)], {0}, [9, 1], 2.0, 2, "model")
+        ForecastPlan([(), ()], {1}, [9, 1], (1, 1), 2, "model")
+    with pytest.raises(ValueError, match="step 1 are not accepted: 4 finite"):
+        ForecastPlan([(), (1.0,)], {0}, [9, 1], (2, 2), 2, "model")
     with pytest.raises(ValueError, match="step 1 are not accepted"):
-        ForecastPlan([(), (1.0, float("nan"))], {0}, [9, 1], 1.0, 2, "model")
+        ForecastPlan([(), (1.0, float("nan"))], {0}, [9, 1], (1, 1), 2, "model")
     with pytest.raises(ValueError, match="history=0"):
-        ForecastPlan([()], {0}, [9], 1.0, 0, "model")
-    with pytest.raises(ValueError, match="kernel=2"):
-        ForecastPlan([()], {0}, [9], 1.0, 1, "model", 2)
+        ForecastPlan([()], {0}, [9], (1, 1), 0, "model")
+    with pytest.raises(ValueError, match=r"kernel=\(3, 2\)"):
+        ForecastPlan([()], {0}, [9], (1, 1), 1, "model", (3, 2))
+    with pytest.raises(ValueError, match=r"guidance=\(3.0, 2.0\)"):
+        ForecastPlan([()], {0}, [9], (3, 2), 1, "model")
     for readouts in ([(), (1.0,), (1.0, 2.0)], [(), (math.inf,), ()], [()]):
         with pytest.raises(ValueError, match="readouts of .* are not accepted"):
-            ForecastPlan([(), (1.0, 0.0), (1.0, 0.0)], {0}, [9, 5, 1], 1.0, 1, "model", readouts=readouts)
+            ForecastPlan([(), (1.0, 0.0), (1.0, 0.0)], {0}, [9, 5, 1], (1, 1), 1, "model", readouts=readouts)
     with pytest.raises(ValueError, match="step 0 is not accepted: a readout"):
-        ForecastPlan([(), (1.0, 0.0)], {0}, [9, 1], 1.0, 1, "model", readouts=[(1.0,), ()])
+        ForecastPlan([(), (1.0, 0.0)], {0}, [9, 1], (1, 1), 1, "model", readouts=[(1.0,), ()])
     with pytest.raises(ValueError, match="the 2 weights of step 1 are not accepted: 18 finite"):
-        ForecastPlan([(), (1.0, 0.0)], {0}, [9, 1], 1.0, 1, "model", 3)
+        ForecastPlan([(), (1.0, 0.0)], {0}, [9, 1], (1, 1), 1, "model", (3, 3))
 
 
 def test_a_run_that_the_plan_was_not_made_for_is_refused(pipe):

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from conftest import random_transformer
+from helpers import random_transformer
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from dqar.measure import metrics
 
@@ -45,6 +46,21 @@ def test_macs_of_a_dit_by_the_formula():
     conditioning = (depth + 1) * (256 * width + width**2) + depth * 6 * width**2 + 2 * width**2
     patches = tokens * 4 * width * 2
     assert macs == depth * block + conditioning + patches
+
+
+def test_macs_are_those_of_torchs_own_counter():
+    model = random_transformer()
+    inputs = {"timestep": torch.tensor([5, 7]), "class_labels": torch.tensor([1, 2])}
+
+    def call():
+        return model(torch.randn(2, 1, 8, 8), **inputs)
+
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which it has no formula for
+    mapping = {attention: lambda q, k, v, *_args, **_kwargs: sdpa_flop_count(q, k, v)}
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        call()
+    with torch.no_grad():
+        assert metrics.count_macs(call) == counter.get_total_flops() // 2
 
 
 def test_interleaved_times_take_turns():

@@ -1,19 +1,19 @@
 import pandas as pd
 import pytest
 import torch
-from conftest import draw, embedded_pipeline
+from helpers import draw, embedded_pipeline
 
 from dqar.studies import benchmarks, overhead
 
 
-@pytest.mark.parametrize("kind", ["attention", "attention and feed-forward", "whole blocks"])
+@pytest.mark.parametrize("kind", overhead.FLOORS)
 def test_a_floor_is_reuse_at_every_second_step_and_nothing_else(pipe, kind):
     """Against hooks of PyTorch's own."""
     plain = draw(pipe)
-    modules = {name: set(vars(module)) for name, module in pipe.transformer.named_modules()}
+    modules = {name: (module, set(vars(module))) for name, module in pipe.transformer.named_modules()}
     with overhead.floor(pipe.transformer, kind):
         got = draw(pipe)
-    assert {name: set(vars(module)) for name, module in pipe.transformer.named_modules()} == modules
+    assert {name: (module, set(vars(module))) for name, module in pipe.transformer.named_modules()} == modules
     assert torch.equal(draw(pipe), plain) and not torch.equal(got, plain)
     kept, calls = {}, {}
 
@@ -35,22 +35,22 @@ def test_a_floor_is_reuse_at_every_second_step_and_nothing_else(pipe, kind):
 def test_every_method_is_measured_and_compared_with_its_floor(monkeypatch):
     monkeypatch.setattr(overhead, "STEPS", 2)
     table = overhead.measure(embedded_pipeline(), repeats=2)
-    assert (table.seconds > 0).all() and set(table.groupby("method").size()) == {2}
+    assert (table.seconds > 0).all() and set(table.groupby(["kind", "method", "modulations"]).size()) == {2}
     summary = overhead.summary(table)
-    assert summary.method.tolist() == list(overhead.METHODS)
+    assert summary.method.tolist() == [case.name for case in overhead.CASES]
     assert summary.floor.notna().sum() == 4
 
 
 def test_shares_are_of_the_floor_in_the_same_repeat():
-    seconds = {overhead.PLAIN: 4.0, "floor: attention": 2.0}
-    names = [*seconds, *(f"{name}{end}" for name in overhead.METHODS for end in ("", ", modulations anew"))]
-    names += ["floor: attention and feed-forward", "floor: whole blocks"]
-    rows = [{"method": n, "repeat": r, "seconds": seconds.get(n, 2.5) * (1 + r)} for n in names for r in (0, 1)]
-    row = overhead.summary(pd.DataFrame(rows)).set_index("method").loc["attention output, 16 bit"]
+    seconds = {("plain", "plain", "anew"): 4.0, ("floor", "attention", "anew"): 2.0}
+    keys = list(overhead.contexts(embedded_pipeline()))
+    rows = [(*key, repeat, seconds.get(key, 2.5) * (1 + repeat)) for key in keys for repeat in (0, 1)]
+    table = pd.DataFrame(rows, columns=["kind", "method", "modulations", "repeat", "seconds"])
+    row = overhead.summary(table).set_index("method").loc["attention output, 16 bit"]
     assert (row.anew, row.floor, row.share) == pytest.approx((1.6, 2.0, 0.8)) and not row.met
 
 
 def test_the_recorded_table_has_every_method():
     table = benchmarks.recorded_overhead()
-    assert overhead.summary(table).method.tolist() == list(overhead.METHODS)
-    assert table.groupby("method").size().min() >= 10
+    assert overhead.summary(table).method.tolist() == [case.name for case in overhead.CASES]
+    assert table.groupby(["kind", "method", "modulations"]).size().min() >= 10

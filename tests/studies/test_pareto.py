@@ -5,56 +5,47 @@ import pytest
 
 from dqar.figures.pareto import SAMPLER_NAMES
 from dqar.measure import metrics
-from dqar.measure.results import RECORDED, load_table, slug
+from dqar.measure.results import RECORDED, Run, load_table, slug
 from dqar.models.profiles import get_profile
-from dqar.peers.registry import SWEEPS
-from dqar.studies import pareto
-from dqar.studies.methods import CACHES, EXTRAPOLATIONS, Method, computed_steps, extrapolated, names_at
+from dqar.peers.registry import RIVALS
+from dqar.studies import pareto, results
+from dqar.studies.compare import OURS
+
+COLUMNS = {"image": 0, "predicted": 1, "label": 1, "cache_bytes": 0.0, "schedule": "all", "target": "block"}
 
 
 def points(rows):
-    """A recorded table with one image per contender: family, settings, MACs, PSNR to both targets."""
-    return pd.DataFrame(
-        {
-            "family": family,
-            "settings": settings,
-            "image": 0,
-            "mse_reference": 10 ** (-reference / 10),
-            "mse_converged": 10 ** (-converged / 10),
-            "predicted": 1,
-            "label": 1,
-            "macs": macs,
-            "cache_bytes": 0.0,
-        }
-        for family, settings, macs, reference, converged in rows
-    )
+    """A recorded table with one image per contender: family, target that it is made for, MACs, PSNR to both."""
+    table = pd.DataFrame(rows, columns=["method", "family", "made_for", "macs", "reference", "converged"])
+    errors = {"mse": 10 ** (-table.reference / 10), "mse_converged": 10 ** (-table.converged / 10)}
+    table = table.assign(**errors, macs_speedup=table.macs.iloc[0] / table.macs, **COLUMNS)
+    return table.assign(interval=2, order=1, bits=8)
 
 
 TABLE = points(
     [
-        ("full compute", "", 100, 120, 44),
-        ("fewer steps", "25", 50, 40, 41),
-        ("fewer steps", "10", 20, 30, 31),
-        ("output extrapolation", "a", 50, 45, 42),
-        ("output extrapolation", "b", 55, 39, 42),
-        ("DQAR plan, reference", "2", 50, 50, 40),
-        ("DQAR plan, reference", "3", 30, 46, 40),
-        ("DQAR plan, converged", "2", 50, 43, 41.5),
-        ("DQAR sites", "every 2", 50, 60, 60),
+        ("full compute", "full compute", None, 100, 120, 44),
+        ("25 steps", "fewer steps", None, 50, 40, 41),
+        ("10 steps", "fewer steps", None, 20, 30, 31),
+        ("a", "output extrapolation", None, 50, 45, 42),
+        ("b", "output extrapolation", None, 55, 39, 42),
+        ("plan of 2", "DQAR plan", "reference", 50, 50, 40),
+        ("plan of 3", "DQAR plan", "reference", 30, 46, 40),
+        ("converged plan of 2", "DQAR plan", "converged", 50, 43, 41.5),
+        ("every 2", "DQAR sites", None, 50, 60, 60),
     ]
 )
 
 
 def test_summary_has_speed_and_decibels():
-    found = pareto.summary(TABLE).set_index(["family", "settings"])
-    assert found.macs_speedup["fewer steps", "10"] == 5
-    assert found.psnr_reference["output extrapolation", "a"] == pytest.approx(45)
-    assert found.psnr_converged["full compute", ""] == pytest.approx(44)
-    assert found.accuracy.eq(1).all()
+    found = pareto.summary(TABLE).set_index("method")
+    assert found.macs_speedup["10 steps"] == 5
+    assert found.psnr_reference["a"] == pytest.approx(45) and found.psnr_converged["full compute"] == pytest.approx(44)
+    assert found.class_accuracy.eq(1).all()
 
 
 def test_the_mean_is_of_errors_not_of_decibels():
-    two = pd.concat([TABLE, TABLE.assign(image=1, mse_reference=TABLE.mse_reference * 3)])
+    two = pd.concat([TABLE, TABLE.assign(image=1, mse=TABLE.mse * 3)])
     found = pareto.summary(two)
     assert found.psnr_reference[1] == pytest.approx(40 - 10 * math.log10(2))
 
@@ -62,15 +53,15 @@ def test_the_mean_is_of_errors_not_of_decibels():
 def test_the_frontier_leaves_out_what_is_beaten():
     own = pareto.summary(TABLE)
     line = pareto.frontier(own[own.family == "output extrapolation"], "reference")
-    assert line.settings.tolist() == ["a"]
+    assert line.method.tolist() == ["a"]
     line = pareto.frontier(own[own.family == "fewer steps"], "reference")
-    assert line.settings.tolist() == ["25", "10"]
+    assert line.method.tolist() == ["25 steps", "10 steps"]
 
 
 def test_verdicts_name_the_best_peer_and_what_its_quality_takes():
     verdicts = pareto.verdicts(pareto.summary(TABLE), (2, 4)).set_index(["target", "budget"])
     row = verdicts.loc["reference", 2]
-    assert row.ours == pytest.approx(50) and row.peer == pytest.approx(45) and row.which == "output extrapolation: a"
+    assert row.ours == pytest.approx(50) and row.peer == pytest.approx(45) and row.which == "a"
     assert row.macs_needed == pytest.approx(30 / 50)  # 46 dB are enough, at 30 of the peer's 50 MACs
     row = verdicts.loc["converged", 2]
     assert row.ours == pytest.approx(41.5) and row.peer == pytest.approx(42) and math.isnan(row.macs_needed)
@@ -84,55 +75,58 @@ def test_verdicts_name_the_best_peer_and_what_its_quality_takes():
     ]
     assert pareto.site_points(None) is None and pareto.site_points(TABLE) is None  # nothing to draw
     row = verdicts.loc["reference", 4]
-    assert math.isnan(row.ours) and row.which == "fewer steps: 10"
+    assert math.isnan(row.ours) and row.which == "10 steps"
 
 
 def test_the_best_of_each_family_at_a_budget():
     best = pareto.best_of_families(TABLE, "reference", (2, 3))
-    assert best.loc["fewer steps"].tolist() == [40, 30]
+    assert best.loc["fewer steps"].tolist() == [40, 30] and best.loc["DQAR plan"].tolist() == [50, 46]
     assert best.loc["output extrapolation"].tolist()[0] == 45 and math.isnan(best.loc["output extrapolation"].iloc[1])
 
 
 @pytest.mark.parametrize("sampler", list(pareto.SAMPLERS))
 def test_every_contender_has_a_name_of_its_own_and_all_families_are_there(sampler):
-    found = pareto.contenders(get_profile("digits"), sampler)
-    assert len({contender.name for contender in found}) == len(found)
-    families = {contender.family for contender in found}
-    assert families >= {"full compute", "fewer steps", "output extrapolation", "DQAR sites", *SWEEPS}
-    assert len(
-        {(c.method.peer, c.method.config, c.method.scheduler, c.method.num_inference_steps) for c in found}
-    ) == len(found)
+    found = pareto.contenders(get_profile("digits"), sampler, RECORDED / "digits")
+    assert len({method.name for method in found}) == len(found)
+    families = {method.family for method in found}
+    assert families == {"full compute", "fewer steps", "output extrapolation", "DQAR sites", "DQAR plan", *RIVALS}
+    assert len({(m.peer, m.config, m.scheduler, m.num_inference_steps) for m in found}) == len(found)
+    table = load_table(RECORDED / "digits" / f"pareto-{slug(sampler)}.parquet")
+    assert {*table.method} == {method.name for method in found}
+    facts = table.drop_duplicates("method").set_index("method")
+    for method in found:
+        columns = method.columns()
+        assert all(facts[name][method.name] == value for name, value in columns.items() if name != "method")
 
 
-def test_a_measurement_counts_what_runs():
+def test_a_measurement_counts_what_runs(tmp_path):
     """On the embedded model: the reference is its own target, and skipped steps cost no MACs."""
-    profile = get_profile("smoke", num_inference_steps=4, batch_size=2)
-    wanted = pareto.targets(profile, "ddim", 2)
-    full = pareto.measure(pareto.Contender("full compute", "", Method(scheduler="ddim")), profile, wanted)
-    assert full.mse_reference.eq(0).all() and full.mse_converged.gt(0).all() and len(full) == 2
-    found = {c.settings: c for c in pareto.contenders(profile, "ddim") if c.family == "output extrapolation"}
-    skipping = pareto.measure(found["every 3, last 1, order 1, ddim"], profile, wanted)
-    assert skipping.macs[0] == pytest.approx(full.macs[0] / 2, rel=1e-4) and skipping.mse_reference.gt(0).all()
-    assert skipping.cache_bytes[0] == 2 * 2 * 64 * 4  # two outputs, two branches
-    assert computed_steps(profile, 2) == 2 and computed_steps(profile, 4) == 2
+    profile = get_profile("smoke", num_inference_steps=4)
+    skipping = {m.name: m for m in pareto.extrapolations(profile, "ddim")}[
+        "output extrapolation: every 3, last 1, order 1, ddim"
+    ]
+    full = pareto.contenders(profile, "ddim", tmp_path)[0]
+    full, table = (measure() for measure in pareto.comparisons([full, skipping], profile, "ddim", 2).values())
+    assert full.mse.eq(0).all() and full.mse_converged.gt(0).all() and len(full) == 2
+    assert table.macs[0] == pytest.approx(full.macs[0] / 2, rel=1e-4) and table.mse.gt(0).all()
+    assert table.cache_bytes[0] == 2 * 2 * 64 * 4  # two outputs, two branches
+    assert pareto.computed_steps(profile, 2) == 2 and pareto.computed_steps(profile, 4) == 2
 
 
-@pytest.mark.parametrize("budget", list(EXTRAPOLATIONS))
-def test_extrapolation_beside_a_plan_saves_as_much(budget):
-    rival = extrapolated(get_profile("digits"), *EXTRAPOLATIONS[budget])
-    assert budget <= rival.macs_speedup < 1.5 * budget and 49 in rival.computed
-
-
-def test_what_is_drawn_beside_a_plan_is_the_best_that_was_recorded():
-    profile = get_profile("digits")
+def test_what_is_drawn_beside_a_plan_saves_as_much_and_is_the_best_that_was_recorded():
     points = pareto.summary(load_table(RECORDED / "digits" / "pareto-dpm-solver.parquet"))
-    methods = {(c.family, c.settings): c.method for c in pareto.contenders(profile, "dpm-solver++")}
-    for budget, settings in EXTRAPOLATIONS.items():
-        within = points[points.macs_speedup >= budget * 0.999].sort_values("psnr_reference", ascending=False)
-        cache = within[within.family.isin(SWEEPS)].iloc[0]
-        assert methods[cache.family, cache.settings] == Method(peer=CACHES[budget], scheduler="dpm-solver++")
-        line = within[within.family == "output extrapolation"].iloc[0]
-        assert methods[line.family, line.settings].config == extrapolated(profile, *settings)
+    for method in results.methods(get_profile("digits"), RECORDED / "digits"):
+        if method.budget and method.family not in ("fewer steps", *OURS):
+            within = points[(points.macs_speedup >= method.budget * 0.999) & points.family.isin([method.family])]
+            best = within.loc[within.psnr_reference.idxmax()]
+            assert best.scheduler == method.scheduler and method.budget <= 1.001 * best.macs_speedup
+            if method.peer is not None:
+                assert all(f"{key} {value}" in best.method for key, value in method.peer.settings)
+
+
+def test_recorded_plans_are_found(tmp_path):
+    made = pareto.made_plans(Run("digits", 0, tmp_path))
+    assert len(made) == 4 and all(plans[0].macs_speedup < plans[-1].macs_speedup for plans in made.values())
 
 
 @pytest.mark.parametrize("sampler", list(pareto.SAMPLERS))
@@ -148,6 +142,7 @@ def test_the_readme_says_what_was_recorded(sampler):
 def test_the_readme_says_what_the_plans_save_in_time():
     profile, speed = get_profile("digits"), load_table(RECORDED / "digits" / "speed.parquet")
     speedups = metrics.speedups(speed, "full compute").speedup
-    numbers = " | ".join(f"{speedups[names_at(profile, budget)['DQAR plan']]:.2f}×" for budget in EXTRAPOLATIONS)
+    plans = [m for m in results.methods(profile, RECORDED / "digits") if m.family == "DQAR plan"]
+    numbers = " | ".join(f"{speedups[plan.name]:.2f}×" for plan in plans)
     row = f"| speedup by DPM-Solver++'s plans to the reference, two cores | {numbers} |"
     assert row in (RECORDED.parent / "README.md").read_text()

@@ -5,19 +5,22 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers import image_pipeline
 
 from dqar import DQARConfig, ReusePlan
+from dqar.__main__ import main
 from dqar.figures import policy as figures
 from dqar.measure import calibrate, metrics
-from dqar.measure.results import Run
+from dqar.measure.results import RECORDED, Run, load_table, slug
 from dqar.measure.sampling import sample
 from dqar.models.pipelines import load_pipeline
 from dqar.models.profiles import get_profile
 from dqar.policy import FEATURES, ReusePolicy, train_policy
 from dqar.studies import policy, record, results, trace
+from dqar.studies.recording import Recording
 
 
-def labels_of(number=3000, seed=0, error=lambda t: np.exp(t.snr)):
+def labels_of(number=1200, seed=0, error=lambda t: np.exp(t.snr)):
     """Synthetic labels, so that what decides the error is known."""
     rng = np.random.default_rng(seed)
     table = pd.DataFrame(
@@ -125,7 +128,9 @@ def test_a_plan_takes_the_least_errors_and_nothing_twice_in_a_row():
 def test_deciders_differ_and_reuse_about_as_much_as_wanted():
     labels = labels_of(error=noisy)
     network = policy.study(labels, float(labels.error.median()), 50).policy
-    configs = policy.deciders(labels, network, "kv", 50, 28)
+    methods = policy.deciders(labels, network, "kv", 50, 28)
+    assert all(method.name == name for (name, _), method in methods.items())
+    configs = {key: method.config for key, method in methods.items()}
     assert {name for name, _ in configs} == {"rule", "policy", "oracle", "chance"}
     assert len({str(config) for config in configs.values()}) == len(configs)
     for share in (0.1, 0.4):
@@ -140,16 +145,15 @@ def test_deciders_differ_and_reuse_about_as_much_as_wanted():
 # --- intervals -------------------------------------------------------------------------------------------------------
 
 
-def test_intervals_tell_a_shifted_set_from_the_same_one(monkeypatch):
+def test_intervals_tell_a_shifted_set_from_the_same_one():
     rng = np.random.default_rng(0)
     real = torch.tensor(rng.normal(size=(300, 4)))
-    monkeypatch.setattr(policy, "held_out_features", lambda: real)
     base = rng.normal(size=(200, 4))
     sets = {"full compute": base, "same": base, "near": base + 1e-3 * rng.normal(size=base.shape), "far": base + 0.5}
     images = pd.concat(
         pd.DataFrame({"method": name, "image": range(200), "features": list(x)}) for name, x in sets.items()
     )
-    table = results.frechet_intervals(images, resamples=100).set_index("method")
+    table = results.frechet_intervals(images, real, resamples=100).set_index("method")
     for name, x in sets.items():
         assert table.fd[name] == pytest.approx(metrics.frechet_distance(torch.tensor(x), real))
         assert table.fd_low[name] < table.fd[name] < table.fd_high[name]
@@ -160,31 +164,47 @@ def test_intervals_tell_a_shifted_set_from_the_same_one(monkeypatch):
 
 def test_distances_are_put_beside_plans(tmp_path, monkeypatch):
     real = np.random.default_rng(0).normal(size=(300, 4))
-    monkeypatch.setattr(policy, "held_out_features", lambda: torch.tensor(real))
-    errors = {"full compute": 0.0, "DQAR plan, 3×": 1e-5, "16 steps": 1e-4, "static, kv": 1e-3}
-    tables = [
-        pd.DataFrame({"method": name, "image": range(300), "mse": mse, "features": list(real + 3 * mse**0.25)})
-        for name, mse in errors.items()
+    monkeypatch.setattr(policy, "held_out_features", lambda model: torch.tensor(real))
+    rows = [
+        ("full compute", "full compute", math.nan, 0.0),
+        ("plan", "DQAR plan", 3, 1e-5),
+        ("cache", "SeaCache", 3, 3e-5),
+        ("16 steps", "fewer steps", 3, 1e-4),
+        ("25 steps", "fewer steps", 2, 1e-4),
+        ("static, kv", "static reuse", math.nan, 1e-3),
     ]
-    monkeypatch.setattr(results, "samples", lambda run: pd.concat(tables, ignore_index=True))
+    tables = [
+        pd.DataFrame({"method": name, "family": family, "budget": budget, "image": range(300), "mse": mse}).assign(
+            features=list(real + 3 * mse**0.25), ssim=1.0
+        )
+        for name, family, budget, mse in rows
+    ]
+    monkeypatch.setattr(results, "samples", lambda run, chosen: pd.concat(tables, ignore_index=True))
     table = results.beside_plans(Run("digits", 0, tmp_path), resamples=20)
-    assert table.kind.tolist() == ["DQAR plan", "fewer steps"] and table.budget.tolist() == [3, 3]
-    assert table.psnr.tolist() == pytest.approx([50, 40]) and table.fd_growth.is_monotonic_increasing
+    assert table.kind.tolist() == ["DQAR plan", "best other cache", "fewer steps"] and table.budget.eq(3).all()
+    assert table.psnr.tolist() == pytest.approx([50, 45.2288, 40]) and table.fd_growth.is_monotonic_increasing
     del tables[1]
     assert results.beside_plans(Run("digits", 0, tmp_path)) is None
+
+
+def test_what_was_recorded_is_of_the_methods_that_there_are():
+    folder = RECORDED / "digits"
+    methods = results.methods(get_profile("digits"), folder)
+    assert {method.name for method in methods} == {*load_table(folder / "speed.parquet").method}
+    assert all((folder / f"samples-{slug(method.name)}.parquet").exists() for method in methods)
+    families = {method.family for method in methods if method.budget == 3}
+    assert families == {"fewer steps", "output extrapolation", "SeaCache", "DQAR plan"}
 
 
 # --- recording -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def recording(tmp_path, monkeypatch):
-    for module in ("studies.record", "studies.methods", "measure.results"):
-        monkeypatch.setattr(f"dqar.{module}.RECORDED", tmp_path / "recorded")
-    return record.Recording(get_profile("smoke"), tmp_path / "work")
+def recorded(tmp_path):
+    return Recording(get_profile("smoke"), tmp_path / "work", tmp_path / "recorded")
 
 
-def test_an_interrupted_recording_continues_and_keeps_what_was_finished(recording):
+def test_an_interrupted_recording_continues_and_keeps_what_was_finished(recorded):
     calls = []
 
     def part(number, fail=False):
@@ -197,47 +217,48 @@ def test_an_interrupted_recording_continues_and_keeps_what_was_finished(recordin
         return measure
 
     with pytest.raises(KeyboardInterrupt):
-        recording._table("test", {1: part(1), 2: part(2, fail=True)}, seed=0)
-    assert not (recording.folder / "test.parquet").exists()
-    table = recording._table("test", {1: part(1), 2: part(2)}, seed=0)
+        recorded.table("test", {1: part(1), 2: part(2, fail=True)}, seed=0)
+    assert not (recorded.folder / "test.parquet").exists()
+    table = recorded.table("test", {1: part(1), 2: part(2)}, seed=0)
     assert calls == [1, 2, 2] and table.number.tolist() == [1, 2]
     assert table.attrs["provenance"]["profile"]["name"] == "smoke" and table.attrs["provenance"]["seconds"] >= 0
-    recording._table("test", {1: part(1), 2: part(2)}, seed=0)
+    recorded.table("test", {1: part(1), 2: part(2)}, seed=0)
     assert calls == [1, 2, 2]
-    run = Run("smoke", 0, recording.parts)
+    run = Run("smoke", 0, recorded.parts)
+    run.recordings = recorded.folder
     assert run.recorded("test").number.tolist() == [1, 2] and run.recorded("never") is None
 
 
-def test_drawn_rows_are_what_the_images_say(recording):
-    profile = get_profile("smoke", batch_size=4)
-    reference = record.Method().draw(profile, 0, num_samples=3).images
-    same = record.draw("same", record.Method(), profile, 0, 0, reference)
-    assert (same.mse == 0).all() and (same.macs_speedup == 1).all() and same.image.tolist() == [0, 1, 2]
-    plan = ReusePlan({(step, layer, "cond") for step in (1, 3) for layer in range(28)}, 28, 8)
-    config = DQARConfig(plan=plan, reuse_target="output")
-    half = record.draw("half", record.Method(config), profile, 0, 0, reference)
-    assert (half.events == 56).all() and (half.sites_reused == 56 / (8 * 28 * 2)).all() and (half.mse > 0).all()
-    assert (half.macs_speedup > 1).all() and (half.cache_bytes > 0).all()
+def test_the_command_writes_where_it_is_told_to(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(record.TABLES, "speed", lambda recording: recording.table("speed", {1: pd.DataFrame}, 0))
+    arguments = ["--profile", "smoke", "--only", "speed"]
+    assert main(["record", *arguments, "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]) == 0
+    assert (tmp_path / "out/smoke/speed.parquet").exists() and "speed: recorded in" in capsys.readouterr().out
+
+
+def test_what_no_classifier_knows_is_not_recorded(tmp_path):
+    with pytest.raises(ValueError, match="'dit-xl-2-random' can't be recorded: no classifier"):
+        Recording(get_profile("dit-xl-2-random"), tmp_path, tmp_path)
 
 
 def test_recording_names_an_unknown_table(capsys):
-    assert record.main(["--profile", "smoke", "--only", "nonsense"]) == 2
-    assert "'nonsense' is unknown: choose from labels" in capsys.readouterr().out.replace("\n", " ")
+    assert main(["record", "--profile", "smoke", "--only", "nonsense"]) == 2
+    assert "'nonsense' is unknown: choose from labels" in capsys.readouterr().err
 
 
 def test_what_was_not_recorded_is_drawn_as_missing(tmp_path):
     run = Run("smoke", 0, tmp_path)
     figures.slide07_deciders(run, None)
-    assert "not measured yet" in (run.figures / "slide07_deciders.svg").read_text()
-    assert json.loads((run.figures / "slide07_deciders.json").read_text())["figure"] == "slide07_deciders"
+    assert "not measured yet" in (run.figures / "appendix/slide07_deciders.svg").read_text()
+    assert json.loads((run.figures / "appendix/slide07_deciders.json").read_text())["figure"] == "slide07_deciders"
 
 
 # --- calibration -----------------------------------------------------------------------------------------------------
 
 
 def test_calibration_reaches_the_wanted_share_and_quality():
-    profile = get_profile("smoke")
-    pipe, base = load_pipeline(profile), DQARConfig(schedule="all", reuse_target="output", max_reuse_streak=1)
+    profile, pipe = get_profile("smoke"), image_pipeline()
+    base = DQARConfig(schedule="all", reuse_target="output", max_reuse_streak=1)
     config, trials = calibrate.calibrate(pipe, profile, 0, share=0.2, base=base, num_samples=2)
     drawn = sample(pipe, profile, 0, config, num_samples=2)
     share = (drawn.trace.to_pandas().decision == "reuse").mean()
@@ -253,12 +274,12 @@ def test_calibration_reaches_the_wanted_share_and_quality():
 
 
 def test_the_command_proposes_a_gate(capsys):
-    assert calibrate.main(["--profile", "smoke", "--share", "0.2", "--num-samples", "1"]) == 0
+    assert main(["calibrate", "--profile", "smoke", "--share", "0.2", "--num-samples", "1"]) == 0
     said = capsys.readouterr().out
     proposal = json.loads(said[said.index("{") : said.index("}") + 1])
     DQARConfig(**proposal)
     assert "measured on 1 images of profile smoke, 8 steps" in said and "τ(p)" in said
-    assert calibrate.main(["--profile", "smoke", "--share", "2"]) == 2
+    assert main(["calibrate", "--profile", "smoke", "--share", "2"]) == 2
 
 
 def test_a_trained_policy_runs_in_the_controller(tmp_path):

@@ -14,13 +14,14 @@ import torch
 from PIL import Image
 from torch import nn
 
+from dqar.__main__ import main
+from dqar.commands import train
 from dqar.measure.sampling import sample
 from dqar.models import data, pipelines, profiles
 from dqar.models.classifier import CifarClassifier, load_classifier
 from dqar.models.pipelines import load_pipeline, num_classes
 from dqar.models.profiles import get_profile
 from dqar.training import checkpoints, cifar10, digits, latent_dit
-from dqar.training import command as command_line
 from dqar.training.latent_dit import Gradients, LatentRecipe, draw_batch, train_latent_dit
 from dqar.training.muon import StackedMuon
 from dqar.training.stacked_dit import StackedDiT
@@ -86,7 +87,7 @@ def test_cifar_is_read_as_it_is_stored(cifar):
 def test_missing_or_truncated_data_is_named(cifar, monkeypatch, tmp_path, capsys):
     path = tmp_path / "cifar10-jpeg-train.parquet"
     path.write_bytes(path.read_bytes()[:500])
-    assert command_line.main(["cifar10", "--work", str(tmp_path)]) == 2
+    assert main(["train", "cifar10", "--work", str(tmp_path)]) == 2
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"{path} can't be read")
     monkeypatch.setenv("DQAR_DATA", str(tmp_path / "nowhere"))
@@ -263,40 +264,37 @@ def test_a_wrong_checkpoint_is_named(latents, tmp_path):
 
 
 def test_from_data_to_card(cifar, tmp_path, capsys, monkeypatch):
-    with pytest.raises(OSError, match=r"missing: `python -m dqar train cifar10 --out .*` makes them"):
+    with pytest.raises(OSError, match=r"missing: `dqar train cifar10 --out .*` makes them"):
         load_pipeline(get_profile("cifar10"))
-    with pytest.raises(OSError, match=r"missing: `python -m dqar train cifar10-classifier --out .*` makes them"):
+    with pytest.raises(OSError, match=r"missing: `dqar train cifar10-classifier --out .*` makes them"):
         load_classifier("cifar10")
-    monkeypatch.setattr(command_line, "LatentRecipe", lambda **changes: dataclasses.replace(TINY, **changes))
+    monkeypatch.setattr(train, "LatentRecipe", lambda **changes: dataclasses.replace(TINY, **changes))
     monkeypatch.setattr(cifar10, "VaeRecipe", lambda: TINY_VAE)
     monkeypatch.setattr(cifar10, "GUIDANCE_SCALES", (2.0,))
     monkeypatch.setattr(torch, "compile", lambda function, **_options: function)
     monkeypatch.setattr(cifar10, "train_latent_dit", lambda *a, **k: train_latent_dit(*a, **k, check_steps=2))
-    recipe = dataclasses.replace(command_line.CLASSIFIER_RECIPES["cifar10"], epochs=30, batch_size=32)
-    monkeypatch.setitem(command_line.CLASSIFIER_RECIPES, "cifar10", recipe)
+    recipe = dataclasses.replace(train.CLASSIFIER_RECIPES["cifar10"], epochs=30, batch_size=32)
+    monkeypatch.setitem(train.CLASSIFIER_RECIPES, "cifar10", recipe)
     monkeypatch.setattr(cifar10, "get_profile", lambda *a, **k: get_profile(*a, **k, num_inference_steps=2))
     work = tmp_path / "work/cifar10"
     command = ["cifar10", "--work", str(tmp_path / "work"), "--heads", "1", "--workers", "1", "--images", "120"]
 
-    assert command_line.main([*command, "--export"]) == 2
-    assert capsys.readouterr().out == f"there is no checkpoint in {work}: `python -m dqar train cifar10` makes one\n"
-    assert command_line.main(["cifar10-classifier", "--work", str(tmp_path / "work")]) == 0
+    assert main(["train", *command, "--export"]) == 2
+    assert capsys.readouterr().err == f"dqar train: there is no checkpoint in {work}: `dqar train cifar10` makes one\n"
+    assert main(["train", "cifar10-classifier", "--work", str(tmp_path / "work")]) == 0
     accuracy = float(capsys.readouterr().out.split("held-out accuracy")[1].split()[0])
     assert accuracy > 0.9
-    assert (
-        command_line.main([*command, "--minutes", "0"]) == 0
-        and "40 images; the same command" in capsys.readouterr().out
-    )
+    assert main(["train", *command, "--minutes", "0"]) == 0 and "40 images; the same command" in capsys.readouterr().out
     monkeypatch.setattr(cifar10, "train_vae", None)  # isn't trained twice
     monkeypatch.setattr(cifar10, "export", lambda *a, export=cifar10.export: export(*a, num_samples=100))
-    assert command_line.main(command) == 0
+    assert main(["train", *command]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"written to {work / 'weights/cifar10'}"
     assert not (tmp_path / "shipped").exists()  # never without --out
     check = json.loads((work / "checks.jsonl").read_text())
     assert check["images"] == 80 and check["FD-cifar10"] > 0 and 0 < check["class_accuracy"] < 1
     assert (work / "samples-00000080.png").stat().st_size > 1000
 
-    assert command_line.main([*command, "--export", "--out", str(tmp_path / "shipped")]) == 0
+    assert main(["train", *command, "--export", "--out", str(tmp_path / "shipped")]) == 0
     folder = tmp_path / "shipped/cifar10"
     card, results = (folder / "README.md").read_text(), json.loads((folder / "evaluation.json").read_text())
     assert f"{accuracy:.1%} of the held-out images right" in card and "120 images in steps of 40" in card
@@ -316,11 +314,11 @@ def test_from_data_to_card(cifar, tmp_path, capsys, monkeypatch):
 
 
 def test_the_digits_recipe_writes_where_it_is_told(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(command_line, "Recipe", TinyDigits)
-    monkeypatch.setattr(command_line, "get_profile", lambda *a, **k: get_profile(*a, **k, num_inference_steps=2))
-    monkeypatch.setattr(command_line, "evaluate_digits", partial(command_line.evaluate_digits, num_samples=100))
+    monkeypatch.setattr(train, "Recipe", TinyDigits)
+    monkeypatch.setattr(train, "get_profile", lambda *a, **k: get_profile(*a, **k, num_inference_steps=2))
+    monkeypatch.setattr(train, "evaluate_digits", partial(train.evaluate_digits, num_samples=100))
     shipped = {path: path.stat().st_mtime_ns for path in profiles.WEIGHTS.rglob("*")}
-    assert command_line.main(["digits", "--steps", "2", "--work", str(tmp_path)]) == 0
+    assert main(["train", "digits", "--steps", "2", "--work", str(tmp_path)]) == 0
     folder = tmp_path / "digits/weights/digits"
     assert capsys.readouterr().out.splitlines()[-1] == f"written to {folder}"
     assert {path: path.stat().st_mtime_ns for path in profiles.WEIGHTS.rglob("*")} == shipped

@@ -1,0 +1,1 @@
+"""The subcommands of ``dqar``: one file each, with its options and what it prints; ``dqar.__main__`` calls them."""

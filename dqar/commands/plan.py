@@ -1,0 +1,114 @@
+"""``dqar plan``: fits a forecast plan to a pipeline and prompts, or to a profile, and saves it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import get_args
+
+import torch
+from diffusers import DiffusionPipeline
+
+from dqar.commands.parser import Parser
+from dqar.config import check
+from dqar.forecast.fit import Calibration, Target
+from dqar.forecast.plan import ForecastPlan
+from dqar.forecast.profiles import calibrate_profile, with_provenance
+from dqar.models.pipelines import load_pipeline
+from dqar.models.profiles import SCHEDULERS, get_profile
+
+
+def run(arguments: list[str]) -> int:
+    """Makes the plan and says what it saves and how near it comes, on images that it wasn't fitted on.
+
+    Raises:
+        ValueError: an argument isn't accepted, or ``--start`` has another number of steps.
+        OSError: the weights, ``--prompts`` or ``--start`` can't be read, or ``--out`` can't be written.
+    """
+    parser = Parser("plan", "Fits a forecast plan: which steps to compute, and the weights that forecast the others.")
+    parser.add_profile()
+    parser.add_argument(
+        "--scheduler", choices=SCHEDULERS, metavar="NAME", help=f"{' '.join(SCHEDULERS)} (default: the profile's)"
+    )
+    pipeline = parser.add_argument_group("any pipeline of diffusers, in place of a profile")
+    pipeline.add_argument("--pipeline", help="a folder, or a repository of the Hugging Face hub")
+    pipeline.add_argument("--prompts", type=Path, help="a text file, one prompt a line")
+    pipeline.add_argument("--steps", type=int, default=50, help="denoising steps (default: 50)")
+    pipeline.add_argument("--call", default="{}", help="the pipeline's other arguments, as JSON")
+    pipeline.add_argument("--dtype", default="bfloat16", help="of the weights (default: bfloat16)")
+    pipeline.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where it runs")
+    pipeline.add_argument("--offload", action="store_true", help="keep only the part at work on the GPU")
+    pipeline.add_argument("--work", type=Path, help="a folder from which an interrupted fit goes on")
+    parser.add_argument("--macs", type=float, default=3.0, help="full compute's over the plan's, at least (default: 3)")
+    targets = "all steps computed, or the converged solution of five times the steps (default: reference)"
+    parser.add_argument("--target", choices=get_args(Target), default="reference", help=targets)
+    parser.add_argument("--images", type=int, default=120, help="calibration images, at most (default: 120)")
+    parser.add_argument(
+        "--refinements", type=int, default=12, metavar="N", help="neighbouring sets of steps to try (default: 12)"
+    )
+    parser.add_argument(
+        "--start", type=Path, metavar="PLAN", help="an earlier plan with as many computed steps, to be improved"
+    )
+    parser.add_argument("--out", type=Path, default=Path("plan.json"), help="the file to write (default: plan.json)")
+    options = parser.parse_args(arguments)
+    plan = _plan_of_pipeline(options) if options.pipeline else _plan_of_profile(options)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    plan.save(options.out)
+    # Latents in [-1, 1] have four times the squared error of images in [0, 1].
+    error = min(trial["measured"] for trial in plan.provenance["trials"]) / 4
+    quality = f"{-10 * math.log10(max(error, 1e-12)):.1f} dB to the {options.target} on images not fitted on"
+    print(
+        f"{options.out}: computes {len(plan.computed)} of {plan.num_inference_steps} steps, "
+        f"{plan.macs_speedup:.2f}× fewer MACs; {quality}"
+    )
+    return 0
+
+
+def _plan_of_profile(options: argparse.Namespace) -> ForecastPlan:
+    if options.prompts is not None:
+        raise ValueError("--prompts is for a --pipeline: a profile has its own")
+    changes = {"scheduler": options.scheduler} if options.scheduler else {}
+    profile = get_profile(options.profile, **changes)
+    number, starts = _budget(options, profile.num_inference_steps)
+    pipe = load_pipeline(profile)
+    calibration = calibrate_profile(pipe, profile, options.target, options.images, options.work)
+    return with_provenance(calibration.plan(number, options.refinements, starts), profile)
+
+
+def _plan_of_pipeline(options: argparse.Namespace) -> ForecastPlan:
+    if options.prompts is None:
+        raise ValueError("--pipeline needs --prompts, a text file with one prompt a line")
+    if options.scheduler:
+        raise ValueError("--scheduler is for a --profile: save the pipeline with the scheduler it is used with")
+    number, starts = _budget(options, options.steps)
+    try:
+        shared = dict(json.loads(options.call))
+    except (ValueError, TypeError):
+        raise ValueError(f"--call={options.call} is not accepted: a JSON object of the pipeline's arguments") from None
+    dtype = getattr(torch, options.dtype, None)
+    check("--dtype", options.dtype, isinstance(dtype, torch.dtype), "a dtype of torch, such as bfloat16")
+    prompts = [line.strip() for line in options.prompts.read_text().splitlines() if line.strip()][: options.images]
+    check("--prompts", str(options.prompts), len(prompts) >= 2, "two prompts or more, better 60 to 120")
+    pipe = DiffusionPipeline.from_pretrained(options.pipeline, dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    if options.offload:
+        pipe.enable_model_cpu_offload(device=options.device)
+    else:
+        pipe.to(options.device)
+    calls = [{"prompt": prompt, **shared} for prompt in prompts]
+    calibration = Calibration(pipe, calls, options.steps, options.target, work=options.work)
+    return calibration.plan(number, options.refinements, starts)
+
+
+def _budget(options: argparse.Namespace, steps: int) -> tuple[int, list[tuple[int, ...]]]:
+    """How many steps the plan computes, and the sets of steps to begin with."""
+    check("--macs", options.macs, 1 <= options.macs <= steps / 2, "from 1 to half the steps")
+    check("--images", options.images, options.images >= 2, "2 or more")
+    check("--refinements", options.refinements, options.refinements >= 0, "0 or more")
+    number = int(steps / options.macs)
+    starts = [] if options.start is None else [tuple(sorted(ForecastPlan.load(options.start).computed))]
+    if starts and len(starts[0]) != number:
+        raise ValueError(f"{options.start} computes {len(starts[0])} steps, {number} are wanted")
+    return number, starts

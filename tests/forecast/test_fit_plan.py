@@ -1,0 +1,370 @@
+"""Plans on pipelines of every kind: fitted from their calls, followed as a plain loop would, refused elsewhere."""
+
+import dataclasses
+import functools
+import math
+import threading
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler, EulerAncestralDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FluxPipeline
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from scipy.ndimage import correlate
+from tiny import STEPS, TINY, caption, dit, drawn, flux, sd3, sd3_img2img, wan
+
+from dqar import ForecastPlan, apply_dqar, describe_model, extrapolation, fit_plan
+from dqar.forecast.fit import HISTORY, KERNELS, Calibration
+from dqar.forecast.run import FinalHiddenStates, from_patches, mixture, patch_sides, to_patches
+
+pytestmark = pytest.mark.filterwarnings("ignore:Passing `image` as torch tensor")
+EMPTY = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+COMPUTED = (0, 2, 3)
+LAST_LAYER = {"dit": "proj_out_2"}
+GUIDED = {name: name != "flux" for name in TINY}
+# Of one image, channels first, and of the model's own: how its last layer's numbers are put together.
+SHAPE = {
+    "dit": ((4, 8, 8), "nhwpqc->nchpwq", (4, 4, 2, 2, 4)),
+    "sd3": ((4, 8, 8), "nhwpqc->nchpwq", (4, 4, 2, 2, 4)),
+    "sd3_img2img": ((4, 8, 8), "nhwpqc->nchpwq", (4, 4, 2, 2, 4)),
+    "flux": ((16, 32), "ntc->nct", (32, 16)),
+    "wan": ((4, 3, 4, 4), "nfhwpqc->ncfhpwq", (3, 2, 2, 2, 2, 4)),
+    "cogvideox": ((4, 3, 4, 4), "nfhwpqc->ncfhpwq", (3, 2, 2, 2, 2, 4)),
+}
+
+
+def channels_first(name, x):
+    return {"flux": lambda: x.transpose(1, 2), "cogvideox": lambda: x.transpose(1, 2)}.get(name, lambda: x)()
+
+
+def timesteps_of(pipe, call):
+    """Those that a run visits."""
+    visited, original = [], pipe.scheduler.step
+
+    @functools.wraps(original)
+    def step(output, t, *args, **kwargs):
+        visited.append(float(t))
+        return original(output, t, *args, **kwargs)
+
+    pipe.scheduler.step = step
+    drawn(pipe, call)
+    del pipe.scheduler.step
+    return visited
+
+
+def naive(name, pipe, plan, call, seed=0):
+    """The planned run in SciPy: the transformer's forward exchanged for a plain loop over what was computed."""
+    model, (shape, put_together, patches) = pipe.transformer, SHAPE[name]
+    original, calls, states = model.forward, [], []
+    per_step, branches = (2 if name == "wan" else 1), (2 if GUIDED[name] else 1)
+    order = [0, 1] if name == "dit" else [1, 0]
+    history, newest = ([], []), [None, None]
+    handle = getattr(model, LAST_LAYER.get(name, "proj_out")).register_forward_pre_hook(
+        lambda _module, args: states.append(args[0])
+    )
+    hidden = [None, None]
+
+    def forward(hidden_states, *args, **kwargs):
+        step, which = divmod(len(calls), per_step)
+        calls.append(step)
+        rows = {which: slice(None)} if per_step == 2 or branches == 1 else {}
+        half = len(hidden_states) // 2
+        if not rows:
+            rows = {order[0]: slice(0, half), order[1]: slice(half, None)}
+        if step in plan.computed:
+            newest[which] = original(hidden_states, *args, **kwargs)[0]
+            for branch, part in rows.items():
+                own = channels_first(name, newest[which])[part][:, : shape[0]]
+                history[branch].insert(0, own)
+                hidden[branch] = states[-1].reshape(len(hidden_states), -1, states[-1].shape[-1])[part]
+        output = newest[which].clone()
+        if plan.weights[step]:
+            for branch, part in rows.items():
+                columns = [*history[branch][: plan.history], channels_first(name, hidden_states)[part]]
+                kernels = np.array(plan.weights[step]).reshape(branches, len(columns), *plan.kernel)[branch]
+                forecast = np.zeros(columns[0].shape)
+                for x, kernel in zip(columns, kernels, strict=True):
+                    for image, channel in np.ndindex(*forecast.shape[:2]):
+                        plane = x[image, channel].double().numpy()
+                        forecast[image, channel] += (
+                            correlate(plane, kernel, mode="constant") if plan.kernel else kernel * plane
+                        )
+                forecast = torch.tensor(forecast)
+                if plan.readouts[step]:
+                    own = hidden[branch].double()
+                    matrices = torch.tensor(plan.readouts[step]).double().view(branches, own.shape[-1], -1)
+                    read = (own @ matrices[branch]).view(len(own), *patches)
+                    forecast += torch.einsum(put_together, read).reshape(forecast.shape)
+                channels_first(name, output)[part][:, : shape[0]] = forecast.float()
+        return Transformer2DModelOutput(output) if kwargs.get("return_dict", True) else (output,)
+
+    model.forward = forward
+    try:
+        return drawn(pipe, call, seed=seed)
+    finally:
+        del model.forward
+        handle.remove()
+
+
+def random_plan(name, pipe, call):
+    """Weights about those of a line, for every step, and readouts for all but one."""
+    timesteps, kernel = timesteps_of(pipe, call), KERNELS[len(SHAPE[name][0]) - 1]
+    guidance = call["guidance_scale"] if GUIDED[name] else 1.0
+    plan = extrapolation(COMPUTED, timesteps, guidance, describe_model(pipe.transformer))
+    layer = getattr(pipe.transformer, LAST_LAYER.get(name, "proj_out"))
+    numbers = len(plan.branches) * layer.in_features * math.prod(SHAPE[name][2][-3:] if kernel else (16,))
+    torch.manual_seed(0)
+    rows, readouts = [()], [()]
+    for step in range(1, len(timesteps)):
+        tensors = plan.cached_at(step) + 1
+        row = 0.1 / math.prod(kernel) * torch.randn(len(plan.branches), tensors, *kernel)
+        row[(slice(None), 0, *(side // 2 for side in kernel))] += 1
+        rows.append(tuple(row.flatten().tolist()))
+        readouts.append(tuple((0.01 * torch.randn(numbers)).tolist()) if step != 2 else ())
+    return dataclasses.replace(plan, weights=tuple(rows), readouts=tuple(readouts), kernel=kernel)
+
+
+def state(model):
+    return type(model), sorted(vars(model)), {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def unchanged(model, before):
+    cls, names, values = state(model)
+    return cls is before[0] and names == before[1] and all(torch.equal(values[k], v) for k, v in before[2].items())
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_plan_that_computes_every_step_changes_nothing(name):
+    pipe, call = TINY[name]()
+    untouched, before = drawn(pipe, call(0)), state(pipe.transformer)
+    timesteps = timesteps_of(pipe, call(0))
+    guidance = call(0)["guidance_scale"] if GUIDED[name] else 1.0
+    plan = extrapolation(range(len(timesteps)), timesteps, guidance, describe_model(pipe.transformer))
+    with apply_dqar(pipe, plan):
+        assert torch.equal(drawn(pipe, call(0)), untouched)
+    assert unchanged(pipe.transformer, before) and "step" not in vars(pipe.scheduler)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_planned_run_is_a_plain_loop(name):
+    """Random kernels and readouts at every step, computed ones too."""
+    pipe, call = TINY[name]()
+    plan = random_plan(name, pipe, call(0))
+    expected, untouched = naive(name, pipe, plan, call(0)), drawn(pipe, call(0))
+    with apply_dqar(pipe, plan):
+        planned, other, again = drawn(pipe, call(0)), drawn(pipe, call(1), seed=1), drawn(pipe, call(0))
+    assert torch.equal(planned, again)  # what another call left behind isn't seen
+    tolerance = 1e-4 * untouched.abs().max().item()
+    torch.testing.assert_close(planned, expected, rtol=1e-4, atol=tolerance)
+    if name != "dit":  # which decodes, with little contrast
+        assert (planned - untouched).abs().max() > 100 * tolerance and not torch.allclose(planned, other)
+
+
+@pytest.mark.parametrize("name", [name for name in TINY if name not in ("sd3_img2img", "cogvideox")])
+def test_patches_are_those_of_the_model(name):
+    """What the last layer makes of the hidden states, put together, is the output."""
+    pipe, call = TINY[name]()
+    outputs = []
+    handle = pipe.transformer.register_forward_hook(lambda _module, _args, output: outputs.append(output[0]))
+    with FinalHiddenStates(pipe.transformer) as seen:
+        layer = seen.layer
+        drawn(pipe, call(0), steps=1)
+        patches = layer(seen.take())
+    handle.remove()
+    output = channels_first(name, outputs[-1])
+    assert torch.equal(from_patches(patches, output.shape), output)
+    assert torch.equal(to_patches(output, patches.shape[1]), patches)
+
+
+def test_patches_tile_the_grid_or_there_are_none():
+    assert patch_sides((8, 8), 16) == (2, 2) and patch_sides((8, 12), 96) == (1, 1)
+    assert patch_sides((3, 4, 6), 18) == (1, 2, 2) and patch_sides((4, 4, 4), 8) == (2, 2, 2)
+    assert patch_sides((32,), 32) == (1,)
+    assert patch_sides((8, 8), 17) is None and patch_sides((32,), 16) is None and patch_sides((8, 8), 32) is None
+
+
+@pytest.mark.parametrize(("scale", "sign"), [(3.0, 1), (1.0, 1), (7.5, -1)])
+def test_guidance_is_told_from_what_it_makes(scale, sign):
+    torch.manual_seed(0)
+    cond, uncond = torch.randn(2, 500)
+    found, ahead, rest = mixture(sign * (uncond + scale * (cond - uncond)), cond, uncond)
+    assert found.item() == pytest.approx(scale, rel=1e-5)
+    assert (ahead.item(), rest.item()) == pytest.approx((sign * scale, sign * (1 - scale)), rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_fitted_plan_beats_extrapolation(name):
+    pipe, call = TINY[name]()
+    calls = [call(i) for i in range(3)]
+    reference, before = [drawn(pipe, one, seed=i) for i, one in enumerate(calls)], state(pipe.transformer)
+    plan = fit_plan(pipe, calls, STEPS, macs=2, refinements=1)
+    assert plan.macs_speedup >= 2 and plan.timesteps == tuple(timesteps_of(pipe, call(0)))
+    assert plan.latents == tuple({"cogvideox": (3, 4, 4, 4), "flux": (32, 16)}.get(name, SHAPE[name][0]))
+    assert plan.history == HISTORY and any(plan.readouts) and plan.scheduler == type(pipe.scheduler).__name__
+    assert plan.guidance == (((scale := call(0)["guidance_scale"]), scale) if GUIDED[name] else (1, 1))
+    errors = []
+    for own in (plan, extrapolation(plan.computed, plan.timesteps, plan.guidance[0], plan.model)):
+        with apply_dqar(pipe, own):
+            planned = [drawn(pipe, one, seed=i) for i, one in enumerate(calls)]
+        errors.append(sum((a - b).square().mean().item() for a, b in zip(planned, reference, strict=True)))
+    assert errors[0] < 0.3 * errors[1]
+    assert unchanged(pipe.transformer, before) and "step" not in vars(pipe.scheduler)
+    assert all(torch.equal(drawn(pipe, one, seed=i), reference[i]) for i, one in enumerate(calls))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("calibration")]
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3", "wan"])
+def test_what_the_planner_follows_is_what_the_pipeline_runs(name):
+    pipe, call = TINY[name]()
+    calls = [call(i) for i in range(2)]
+    calibration = Calibration(pipe, calls, STEPS)
+    plan = calibration.plan(4, refinements=0)
+    fitted = calibration.fit(tuple(sorted(plan.computed)), 2)
+    reference = [drawn(pipe, one, seed=i) for i, one in enumerate(calls)]
+    with apply_dqar(pipe, plan):
+        planned = [drawn(pipe, one, seed=i) for i, one in enumerate(calls)]
+    errors = torch.stack([(a - b).square().mean() for a, b in zip(planned, reference, strict=True)])
+    torch.testing.assert_close(errors, fitted.error, rtol=0.02, atol=1e-10)
+
+
+def test_what_is_recorded_is_what_the_pipeline_does():
+    pipe, call = sd3()
+    calibration = Calibration(pipe, [{**call(0), "generator": torch.Generator().manual_seed(7)}, call(1)], STEPS)
+    assert torch.equal(calibration.trajectories[0].previous[-1], drawn(pipe, call(0), seed=7))
+    assert torch.equal(calibration.trajectories[1].previous[-1], drawn(pipe, call(1), seed=1))
+
+
+def test_a_plan_for_several_scales_serves_those_between_and_no_others():
+    pipe, call = wan()
+    calls = [{**call(i), "guidance_scale": scale} for i, scale in enumerate((2.0, 3.0, 5.0, 4.0))]
+    plan = fit_plan(pipe, calls, STEPS, macs=2, refinements=0)
+    assert plan.guidance == (2, 5)
+    ask = {**call(9), "guidance_scale": 3.3}
+    reference = drawn(pipe, ask)
+    with apply_dqar(pipe, plan):
+        planned = drawn(pipe, ask)
+        for other in (1.5, 6.0):
+            with pytest.raises(ValueError, match=f"guidance_scale=2 to 5, this run has {other:g}"):
+                drawn(pipe, {**ask, "guidance_scale": other})
+    with apply_dqar(pipe, extrapolation(plan.computed, plan.timesteps, 3.3, plan.model)):
+        line = drawn(pipe, ask)
+    assert (planned - reference).norm() < 0.5 * (line - reference).norm()
+
+
+def test_a_run_that_the_plan_was_not_made_for_is_refused(tmp_path):
+    pipe, call = sd3_img2img()
+    plan = fit_plan(pipe, [call(0), call(1)], STEPS, macs=2, refinements=0)
+    plan.save(tmp_path / "plan.json")
+    assert ForecastPlan.load(tmp_path / "plan.json") == plan and len(plan.timesteps) == 6
+    forwards = []
+    pipe.transformer.register_forward_hook(lambda *_: forwards.append(1))
+    refused = {
+        "begin at timestep|changed what it draws|spacing": {**call(0), "strength": 1.0},
+        "guidance_scale=4, this run has 2": {**call(0), "guidance_scale": 2.0},
+        "is without guidance": {**call(0), "guidance_scale": 1.0},
+        "8 x 8 latents, these are 8 x 16": {
+            **call(0),
+            "image": caption(0, 1, 3, 8, 16).clamp(-1, 1),
+            "height": 8,
+            "width": 16,
+        },
+    }
+    with apply_dqar(pipe, plan):
+        for text, other in refused.items():
+            forwards.clear()
+            with pytest.raises(ValueError, match=text):
+                drawn(pipe, other)
+            assert len(forwards) <= 1
+        with pytest.raises(ValueError, match="another spacing|made for 6 steps"):
+            drawn(pipe, call(0), steps=12)
+        drawn(pipe, call(0))
+    pipe.scheduler = FlowMatchHeunDiscreteScheduler(shift=3.0)
+    with apply_dqar(pipe, plan), pytest.raises(ValueError, match="fitted under FlowMatchEulerDiscreteScheduler"):
+        drawn(pipe, call(0))
+    with pytest.raises(ValueError, match="made for SD3Transformer2DModel.*this is FluxTransformer2DModel"):
+        apply_dqar(flux()[0], plan)
+
+
+def test_what_cant_be_planned_is_said(monkeypatch):
+    pipe, call = dit()
+    calls = [call(0), call(1)]
+
+    def refused(text, calls=calls, steps=STEPS, pipe=pipe, error=ValueError, **options):
+        with pytest.raises(error, match=text):
+            fit_plan(pipe, calls, steps, **{"macs": 2, "refinements": 0, **options})
+        assert type(pipe.transformer) is before and not vars(pipe.scheduler).get("step")
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("calibration")]
+
+    before = type(pipe.transformer)
+    refused("macs=5", macs=5)
+    refused("target='best'", target="best")
+    refused("calls=", calls=[])
+    refused("calls=", calls=["a cat"])
+    refused("holds num_inference_steps", calls=[{**call(0), "num_inference_steps": 8}] * 2)
+    refused("takes no argument 'prompt'", calls=[{"prompt": "a cat"}])
+    refused("call 1 failed", calls=[call(0), {"class_labels": ["no class"]}])
+    refused("call 0 failed before its first step", calls=[{"class_labels": [10**6]}], error=RuntimeError)
+    refused("two images or more", calls=[{"class_labels": [1], "guidance_scale": 3.0}])
+    refused("call 1 has other branches", calls=[call(0), {**call(0), "guidance_scale": 1.0}])
+    refused("more than max_bytes", max_bytes=1000)
+    applied = extrapolation((0, 1), (9, 5, 1), 1.0, describe_model(pipe.transformer))
+    with apply_dqar(pipe, applied), pytest.raises(ValueError, match="taken over by DQAR already"):
+        fit_plan(pipe, calls, STEPS, macs=2)
+    good = pipe.scheduler
+    for stochastic in (DDPMScheduler(clip_sample=False), EulerAncestralDiscreteScheduler()):
+        pipe.scheduler = stochastic
+        refused(f"{type(stochastic).__name__} adds noise")
+    pipe.scheduler = type(good).from_config(good.config, clip_sample=True, clip_sample_range=0.01)
+    refused("clip_sample=False")
+    pipe.scheduler = good
+    pipe.transformer.proj_out_2.bias.data[0] = float("nan")
+    refused("call 0.* NaN", error=FloatingPointError)
+    no_pipe = type("UNetPipeline", (), {})()
+    with pytest.raises(ValueError, match="UNetPipeline has no transformer"):
+        fit_plan(no_pipe, calls, STEPS)
+
+
+class Stopped(KeyboardInterrupt):
+    pass
+
+
+def test_a_fit_that_was_stopped_goes_on_from_there(tmp_path):
+    pipe, call = flux()
+    calls, forwards = [call(i) for i in range(4)], []
+    limit = [math.inf]
+
+    def count(*_):
+        forwards.append(1)
+        if len(forwards) > limit[0]:
+            raise Stopped
+
+    pipe.transformer.register_forward_pre_hook(count)
+    whole = fit_plan(pipe, calls, STEPS, macs=2, refinements=2)
+    total = len(forwards)
+    for stop in (3 * STEPS, 10 * STEPS):  # while recording, and while trying steps or measuring gains
+        forwards.clear()
+        limit[0] = stop
+        with pytest.raises(KeyboardInterrupt):
+            fit_plan(pipe, calls, STEPS, macs=2, refinements=2, work=tmp_path)
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("calibration")]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]  # nothing half written
+    forwards.clear()
+    limit[0] = math.inf
+    assert fit_plan(pipe, calls, STEPS, macs=2, refinements=2, work=tmp_path) == whole
+    assert len(forwards) < total - 4 * STEPS + 1
+    forwards.clear()
+    assert fit_plan(pipe, calls, STEPS, macs=2, refinements=2, work=tmp_path) == whole
+    assert len(forwards) == 4 * len(whole.computed)  # the last fit alone
+    other = [{**calls[0], "guidance_scale": 2.0}, *calls[1:]]
+    assert fit_plan(pipe, other, STEPS, macs=2, refinements=0, work=tmp_path).weights != whole.weights
+
+
+def test_on_a_saved_pipeline_as_the_readme_does(tmp_path):
+    pipe, call = flux()
+    pipe.save_pretrained(tmp_path / "flux")
+    pipe = FluxPipeline.from_pretrained(tmp_path / "flux", **dict.fromkeys(EMPTY))
+    plan = fit_plan(pipe, calls=[call(i) for i in range(3)], num_inference_steps=STEPS, macs=3)
+    plan.save(tmp_path / "plan.json")
+    with apply_dqar(pipe, ForecastPlan.load(tmp_path / "plan.json")) as session:
+        drawn(pipe, call(5))
+    assert session.summary()["steps"] == STEPS and session.summary()["forecast_steps"] == STEPS - 2
