@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         kept = "what is finished is kept, and the same command continues"
         return _fail(f"dqar {name}", f"stopped; {kept if COMMANDS[name].resumes else 'nothing was written'}", 130)
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError, FloatingPointError) as error:
         logging.getLogger(__name__).info("failed", exc_info=True)  # for the log file of commands that have one
         code = 2 if isinstance(error, (ValueError, OSError)) else 1
         return _fail(f"dqar {name}", _missing(error) or str(error) or type(error).__name__, code)

@@ -343,10 +343,9 @@ class DQARSession:
                 own = getattr(self.pipe, "scheduler", None)
                 where = "to the pipeline, not to its transformer" if own is None else "and call scheduler.set_timesteps"
                 raise ValueError(f"a ForecastPlan needs the timesteps: apply it {where}")
-            self._plan.check_run(
-                run.timesteps.values[self._plan.late(run.timesteps.values) :], type(scheduler).__name__
-            )
-            if run.index < self._plan.late(run.timesteps.values):
+            late = self._plan.late(run.timesteps.values)
+            self._plan.check_run(run.timesteps.values[late:], type(scheduler).__name__)
+            if run.index < late:
                 raise ValueError(
                     f"the plan was made for runs that begin at timestep {self._plan.timesteps[0]:g}, this one begins "
                     f"at {run.timestep:g}: make one for this strength"
@@ -386,12 +385,14 @@ class DQARSession:
                     raise FloatingPointError(f"the latents hold NaN or inf at step {run.index}, before layer 0")
         if stream.prompt_length is None:
             stream.prompt_length = self._length_of_prompt(call, condition[2])
-        plan = config.plan
-        total_steps = run.total_steps
-        if run.timesteps is None and plan is not None:
-            total_steps = plan.num_inference_steps
+        step, total_steps = run.index, run.total_steps
+        if self._plan is not None:
+            late = self._plan.late(run.timesteps.values)
+            step, total_steps = step - late, total_steps - late
+        elif run.timesteps is None and config.plan is not None:
+            total_steps = config.plan.num_inference_steps
         state.controller.begin_step(
-            run.index,
+            step,
             total_steps,
             snr=snr,
             prompt_length=stream.prompt_length,

@@ -9,22 +9,11 @@ import math
 import re
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DiTPipeline,
-    DiTTransformer2DModel,
-    LatteTransformer3DModel,
-    PixArtAlphaPipeline,
-    PixArtTransformer2DModel,
-)
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from helpers import NULL, draw, draw_text, make_dit, make_pixart
 
 import dqar
 from dqar import DQARConfig, Probe, describe_model, extrapolation
 
-NULL = 1000
 OPEN = {"entropy_threshold": math.inf, "snr_range": (0, math.inf), "schedule": "all"}
 CLOSED = DQARConfig(schedule="none")
 LOOKING = DQARConfig(entropy_threshold=0, snr_range=(0.5, 50.0), schedule="all", probe=Probe(record=True))
@@ -38,95 +27,6 @@ def every(target="output", **options):
 
 
 EVERY = every()
-
-
-# --- models -----------------------------------------------------------------------------------------------------------
-
-
-def randomize(module, std=0.2):
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter, std=std)
-    return module.eval()
-
-
-def make_vae():
-    torch.manual_seed(0)
-    return AutoencoderKL(block_out_channels=(8,), latent_channels=4, norm_num_groups=4, sample_size=8)
-
-
-def make_dit(seed=0, scheduler=None):
-    torch.manual_seed(seed)
-    transformer = DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        out_channels=8,
-        num_layers=4,
-        sample_size=8,
-        patch_size=2,
-        num_embeds_ada_norm=NULL,
-    )
-    scheduler = scheduler or DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
-    pipe = DiTPipeline(randomize(transformer), make_vae(), scheduler)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-WORDS = ("a", "cat", "dog", "on", "the", "red", "mat", "runs", "in", "park", "two", "big")
-PROMPTS = ("a cat", "two big red dog runs in the park")
-
-
-def make_pixart(seed=0, scheduler=None):
-    torch.manual_seed(seed)
-    transformer = PixArtTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        out_channels=8,
-        num_layers=3,
-        cross_attention_dim=16,
-        caption_channels=16,
-        sample_size=8,
-        patch_size=2,
-    )
-    randomize(transformer)
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-    sizes = T5Config(vocab_size=len(vocabulary), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    pipe = PixArtAlphaPipeline(
-        tokenizer,
-        randomize(T5EncoderModel(sizes)),
-        make_vae(),
-        transformer,
-        scheduler or DDIMScheduler(clip_sample=False),
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def make_latte(seed=0):
-    torch.manual_seed(seed)
-    return randomize(
-        LatteTransformer3DModel(
-            num_attention_heads=2,
-            attention_head_dim=8,
-            in_channels=4,
-            out_channels=8,
-            num_layers=2,
-            sample_size=8,
-            patch_size=2,
-            cross_attention_dim=16,
-            caption_channels=16,
-            video_length=2,
-            attention_bias=True,
-            activation_fn="gelu-approximate",
-            norm_type="ada_norm_single",
-            norm_elementwise_affine=False,
-        )
-    )
 
 
 # --- dqar -------------------------------------------------------------------------------------------------------------
@@ -216,29 +116,6 @@ def near(got, want, tolerance=1e-4):
 
 
 # --- drawing ----------------------------------------------------------------------------------------------------------
-
-
-def generators(n, seed):
-    return [torch.Generator().manual_seed(seed + i) for i in range(n)]
-
-
-def draw(pipe, labels=(1, 2), steps=8, guidance=3.0, seed=0):
-    """Images by the pipeline's own loop."""
-    options = {"num_inference_steps": steps, "guidance_scale": guidance, "generator": generators(len(labels), seed)}
-    return torch.as_tensor(pipe(class_labels=list(labels), output_type="np", **options).images)
-
-
-def draw_text(pipe, prompts=PROMPTS, steps=6, guidance=4.5, seed=0, **options):
-    options = {
-        "height": 8,
-        "width": 8,
-        "output_type": "latent",
-        "use_resolution_binning": False,
-        "clean_caption": False,
-        "num_inference_steps": steps,
-        **options,
-    }
-    return pipe(list(prompts), guidance_scale=guidance, generator=generators(len(prompts), seed), **options).images
 
 
 @functools.cache

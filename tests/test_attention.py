@@ -8,9 +8,9 @@ import accelerate
 import pandas
 import pytest
 import torch
-from conftest import draw, embedded_pipeline, entries_of
 from diffusers import DiTPipeline, PixArtTransformer2DModel, UNet2DModel
 from diffusers.hooks import HookRegistry, ModelHook
+from helpers import draw, embedded_pipeline, entries_of, state
 
 from dqar import CacheFormat, DQARConfig, Probe, ReusePlan, apply_dqar, remove_dqar, stats
 from dqar.models.pipelines import make_scheduler
@@ -33,19 +33,23 @@ COARSE = {**OPEN, "quantize_bits": 4, "quantize_mode": "per_tensor"}
 KEPT = {"cache": CacheFormat(keep_channels=4)}
 
 
-def state(pipe):
-    """Everything that applying DQAR could leave behind."""
-    modules = {name: set(vars(module)) for name, module in pipe.transformer.named_modules()}
-    processors = [id(block.attn1.processor) for block in pipe.transformer.transformer_blocks]
-    return modules, processors, set(vars(pipe.scheduler)) - {"num_inference_steps"}
+@functools.cache
+def untouched(scheduler, labels, guidance):
+    pipe = embedded_pipeline()
+    pipe.scheduler = make_scheduler(scheduler, pipe.scheduler)
+    return draw(pipe, labels, guidance=guidance)
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
-@pytest.mark.parametrize("labels, guidance", [((1, 2, 3), 3.0), ((4,), 3.0), ((1, 2), 1.0), ((5,), 1.0)])
-@pytest.mark.parametrize("gate", CLOSED)
+@pytest.mark.parametrize(
+    "scheduler, labels, guidance, gate",
+    [
+        *(("ddim", *run, gate) for gate in CLOSED for run in (((1, 2, 3), 3.0), ((4,), 3.0), ((1, 2), 1.0))),
+        *((scheduler, (5,), 3.0, gate) for scheduler in SCHEDULERS for gate in ("by schedule, looking", "by snr")),
+    ],
+)
 def test_closed_gate_is_bit_identical(pipe, scheduler, labels, guidance, gate):
     pipe.scheduler = make_scheduler(scheduler, pipe.scheduler)
-    expected = draw(pipe, labels, guidance=guidance)
+    expected = untouched(scheduler, labels, guidance)
     with apply_dqar(pipe, CLOSED[gate]) as session:
         got = draw(pipe, labels, guidance=guidance)
     assert torch.equal(got, expected)
@@ -419,15 +423,15 @@ def test_traced_bytes_are_those_of_the_cache(pipe):
 def test_the_real_dit_pipeline(dit_folder):
     pipe = DiTPipeline.from_pretrained(dit_folder)
     pipe.set_progress_bar_config(disable=True)
-    expected = draw(pipe, output_type="pt")
+    expected = draw(pipe)
     with apply_dqar(pipe, DQARConfig(schedule="none", probe=Probe(record=True))) as session:
-        assert torch.equal(draw(pipe, output_type="pt"), expected)
+        assert torch.equal(draw(pipe), expected)
     assert set(session.trace.to_pandas().branch) == {"cond", "uncond"}
     with apply_dqar(pipe, DQARConfig(**OPEN, reuse_target="output")) as session:
-        changed = draw(pipe, output_type="pt")
+        changed = draw(pipe)
     assert not torch.equal(changed, expected)
     assert (session.trace.to_pandas().decision == "reuse").mean() == pytest.approx(6 / 8)
-    assert torch.equal(draw(pipe, output_type="pt"), expected)
+    assert torch.equal(draw(pipe), expected)
 
 
 def test_a_bare_transformer(pipe):
@@ -525,15 +529,15 @@ def test_nan_inside_names_step_and_layer(pipe, bad_step):
 @pytest.mark.parametrize("target, bits", [("kv", 8), ("kv", 16), ("output", 8), ("output", 16)])
 @pytest.mark.parametrize("weight", ["attn1.to_q", "attn1.to_k", "attn1.to_v", "ff.net.2"])
 def test_nan_weights_name_step_and_layer(pipe, target, bits, weight):
-    plain = draw(pipe)
+    plain = draw(pipe, steps=2)
     weights = pipe.transformer.transformer_blocks[1].get_submodule(weight).weight.data
     good = weights[0, 0].item()
     with apply_dqar(pipe, DQARConfig(**OPEN, reuse_target=target, quantize_bits=bits)):
         weights[0, 0] = math.nan
         with pytest.raises(FloatingPointError, match="NaN or inf at step 0, first in layer 1"):
-            draw(pipe)
+            draw(pipe, steps=2)
     weights[0, 0] = good
-    assert torch.equal(draw(pipe), plain)
+    assert torch.equal(draw(pipe, steps=2), plain)
 
 
 def test_a_batch_that_changes_in_mid_run_is_computed(pipe):

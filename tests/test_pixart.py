@@ -4,35 +4,19 @@ import math
 
 import pytest
 import torch
-from diffusers import PixArtAlphaPipeline
+from helpers import PROMPTS, make_pixart, state
+from helpers import draw_text as draw
 
 from dqar import CacheFormat, DQARConfig, Probe, ReusePlan, apply_dqar, remove_dqar, stats
 from dqar.measure import metrics
 
 OPEN = {"entropy_threshold": math.inf, "snr_range": (0, math.inf), "schedule": "all"}
 LOOK = DQARConfig(schedule="none", probe=Probe(record=True))
-PROMPTS = ("a cat", "two big red dog runs in the park")  # 2 and 8 words, and the end of the text
 
 
 @pytest.fixture
-def pipe(pixart_folder):
-    pipe = PixArtAlphaPipeline.from_pretrained(pixart_folder)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def draw(pipe, prompts=PROMPTS, steps=6, guidance=4.5):
-    return pipe(
-        list(prompts),
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        generator=[torch.Generator().manual_seed(i) for i in range(len(prompts))],
-        output_type="latent",
-        use_resolution_binning=False,
-        height=8,
-        width=8,
-        clean_caption=False,
-    ).images
+def pipe():
+    return make_pixart()
 
 
 def calls_of(module):
@@ -136,18 +120,13 @@ def test_reuse_equals_a_naive_one(pipe, target):
 
 
 def test_removal_leaves_the_model_as_before(pipe):
-    def state():
-        modules = {name: set(vars(module)) for name, module in pipe.transformer.named_modules()}
-        blocks = pipe.transformer.transformer_blocks
-        return modules, [id(layer.processor) for block in blocks for layer in (block.attn1, block.attn2)]
-
     expected = draw(pipe)
-    before = state()
+    before = state(pipe)
     apply_dqar(pipe, DQARConfig(**OPEN))
-    assert state() != before
+    assert state(pipe) != before
     draw(pipe)
     remove_dqar(pipe)
-    assert state() == before and torch.equal(draw(pipe), expected)
+    assert state(pipe) == before and torch.equal(draw(pipe), expected)
 
 
 @pytest.mark.parametrize("given, expected", [(None, (3 + 9) / 2), (64, 64)])

@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from conftest import draw, embedded_pipeline, random_transformer
+from helpers import draw, embedded_pipeline, random_transformer
 
 from dqar import DQARConfig, DQARController, ReusePlan, apply_dqar
 from dqar.models.pipelines import make_scheduler

@@ -6,11 +6,8 @@ import weakref
 
 import pytest
 import torch
-from conftest import draw, embedded_pipeline, entries_of
-from diffusers import PixArtAlphaPipeline
 from diffusers.hooks import HookRegistry, ModelHook
-from test_attention import state
-from test_pixart import draw as draw_pixart
+from helpers import draw, draw_text, embedded_pipeline, entries_of, sites_of, state
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dqar import CacheFormat, DQARConfig, DQARController, Probe, ReusePlan, apply_dqar, remove_dqar
@@ -78,18 +75,12 @@ class Naive:
         return (weights @ coefficients.to(weights)).view_as(values[0])
 
 
-def sites_of(table):
-    reused = table[table.decision == "reuse"]
-    return set(zip(reused.step, reused.layer, reused.branch, strict=True))
-
-
 # --- whole runs ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", [0, 2])
 @pytest.mark.parametrize("labels, guidance", [((1, 2, 3), 3.0), ((4,), 1.0)])
 @pytest.mark.parametrize("gate", CLOSED)
-@pytest.mark.parametrize("target", ["block", "residual"])
+@pytest.mark.parametrize("target, order", [("block", 2), ("residual", 0)])
 def test_closed_gate_is_bit_identical(pipe, labels, guidance, gate, order, target):
     expected = draw(pipe, labels, guidance=guidance)
     with apply_dqar(
@@ -118,22 +109,22 @@ def test_half_precision(pipe, dtype):
 def test_reuse_equals_a_naive_one(target, order, how):
     """In float64, with an unquantized cache."""
     config = {
-        "plan": {"plan": ReusePlan(UNEVEN, 4, 12)},
+        "plan": {"plan": ReusePlan(UNEVEN, 4, 10)},
         "every third step": {**OPEN, "schedule": "static", "static_interval": 3, "warmup": 2, "cooldown": 2},
         "streaks": {**OPEN, "schedule": "depth_aware", "max_reuse_streak": 2},
     }[how]
     pipe = embedded_pipeline()
     pipe.transformer.to(torch.float64)
-    plain = draw(pipe, steps=12)
+    plain = draw(pipe, steps=10)
     with apply_dqar(
         pipe, DQARConfig(**config, reuse_target=target, cache=CacheFormat(forecast_order=order), quantize_bits=16)
     ) as session:
-        got, again = draw(pipe, steps=12), draw(pipe, steps=12)
+        got, again = draw(pipe, steps=10), draw(pipe, steps=10)
     assert torch.equal(got, again) and not torch.equal(got, plain)
     sites = sites_of(session.trace.to_pandas())
     assert sites == UNEVEN if how == "plan" else len(sites) > 8
     Naive(pipe.transformer, sites, target, order)
-    torch.testing.assert_close(got, draw(pipe, steps=12), rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(got, draw(pipe, steps=10), rtol=1e-7, atol=1e-7)
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
@@ -210,7 +201,6 @@ def test_what_no_forecast_draws_on_is_freed(pipe, order):
 
         def look(*_):
             newest.append(weakref.ref(session.controller.cache.get(0, "cond").stored["feed_forward"].data))
-            gc.collect()
             alive[:] = [ref() is not None for ref in newest]
 
         pipe.transformer.proj_out_2.register_forward_pre_hook(look)
@@ -234,7 +224,7 @@ def test_hooks_of_others_outlive_dqar(pipe):
     assert hook.calls == 2 + 4 and list(ff._diffusers_hook.hooks) == ["count"]
 
 
-@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("order", [0, 2])
 @pytest.mark.parametrize("change", [{"labels": (5, 6, 7)}, {"labels": (3, 4)}, {"steps": 5}, {"guidance": 1.0}])
 def test_nothing_leaks_into_the_next_run(pipe, change, order):
     config = DQARConfig(**STATIC, cache=CacheFormat(forecast_order=order))
@@ -329,12 +319,12 @@ def test_a_run_can_be_planned_after_another(pipe, order):
     assert session.trace.to_pandas().decision.tolist() == table.decision.tolist()
 
 
-@pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("weight", ["attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2"])
-@pytest.mark.parametrize("order", [0, 1])
-@pytest.mark.parametrize("target", ["block", "residual"])
+@pytest.mark.parametrize(
+    "target, bits, order", [("block", 8, 0), ("block", 16, 1), ("residual", 8, 1), ("residual", 16, 0)]
+)
 def test_nan_weights_name_step_and_layer(pipe, weight, bits, order, target):
-    plain = draw(pipe)
+    plain = draw(pipe, steps=2)
     weights = pipe.transformer.transformer_blocks[1].get_submodule(weight).weight.data
     good = weights[0, 0].item()
     config = DQARConfig(
@@ -343,9 +333,9 @@ def test_nan_weights_name_step_and_layer(pipe, weight, bits, order, target):
     with apply_dqar(pipe, config):
         weights[0, 0] = math.nan
         with pytest.raises(FloatingPointError, match="NaN or inf at step 0, first in layer 1"):
-            draw(pipe)
+            draw(pipe, steps=2)
     weights[0, 0] = good
-    assert torch.equal(draw(pipe), plain)
+    assert torch.equal(draw(pipe, steps=2), plain)
 
 
 def test_a_feed_forward_in_chunks_is_refused(pipe):
@@ -377,8 +367,7 @@ def test_a_block_without_feed_forward_is_refused(pipe):
 # --- what it costs ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", [0, 1])
-@pytest.mark.parametrize("cooldown, reused_steps", [(0, 4), (3, 2)])
+@pytest.mark.parametrize("cooldown, reused_steps, order", [(0, 4, 0), (3, 2, 1)])
 @pytest.mark.parametrize("target", ["output", "block", "residual"])
 def test_macs_drop_as_by_closed_form(pipe, target, cooldown, reused_steps, order):
     full = metrics.count_macs(lambda: draw(pipe))
@@ -609,28 +598,21 @@ def test_a_site_is_committed_through_the_controller():
 # --- text models -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def pixart(pixart_folder):
-    pipe = PixArtAlphaPipeline.from_pretrained(pixart_folder)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 @pytest.mark.parametrize("order", [0, 1, 2])
 @pytest.mark.parametrize("target", ["block", "residual"])
 def test_pixart(pixart, order, target):
-    plain, names = draw_pixart(pixart), {name: set(vars(m)) for name, m in pixart.transformer.named_modules()}
+    plain, names = draw_text(pixart), {name: set(vars(m)) for name, m in pixart.transformer.named_modules()}
     options = {"reuse_target": target, "cache": CacheFormat(forecast_order=order), "quantize_bits": 16}
     with apply_dqar(pixart, DQARConfig(schedule="none", **options)):
-        assert torch.equal(draw_pixart(pixart), plain)
+        assert torch.equal(draw_text(pixart), plain)
     sites = {(step, layer, branch) for step, layer, branch in UNEVEN if step < 6 and layer < 3} | {(5, 1, "cond")}
     with apply_dqar(pixart, DQARConfig(plan=ReusePlan(sites, 3, 6), **options)) as session:
-        got, again = draw_pixart(pixart), draw_pixart(pixart)
+        got, again = draw_text(pixart), draw_text(pixart)
     assert torch.equal(got, again) and not torch.equal(got, plain)
     assert sites_of(session.trace.to_pandas()) == sites
     crossed, own = (len(session.trace.to_pandas(module)) for module in ("cross_attention", "self_attention"))
     assert own == 2 * 6 * 3 * 2 and own - crossed == (4 if target == "residual" else 0)  # both branches reused
     assert {name: set(vars(module)) for name, module in pixart.transformer.named_modules()} == names
-    assert torch.equal(draw_pixart(pixart), plain)
+    assert torch.equal(draw_text(pixart), plain)
     Naive(pixart.transformer, sites, target, order, ("uncond", "cond"))
-    torch.testing.assert_close(got, draw_pixart(pixart), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(got, draw_text(pixart), rtol=1e-3, atol=1e-3)

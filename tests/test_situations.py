@@ -24,11 +24,11 @@ from diffusers import DDIMScheduler, DiTPipeline, DPMSolverMultistepScheduler
 from diffusers import hooks as diffusers_hooks
 from diffusers.models import attention_processor as processors
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from helpers import NULL, draw, draw_text, make_dit, make_latte, make_pixart, randomize
 from situations import (
     CLOSED,
     EVERY,
     LOOKING,
-    NULL,
     OPEN,
     TARGETS,
     Naive,
@@ -36,20 +36,14 @@ from situations import (
     attach,
     caption,
     check_refusal,
-    draw,
-    draw_text,
     every,
     loop,
-    make_dit,
-    make_latte,
-    make_pixart,
     make_plan,
     mode,
     near,
     noise,
     or_refused,
     plan_for,
-    randomize,
     rows,
     same,
     text_forward,
@@ -65,16 +59,6 @@ from dqar import CacheFormat, DQARConfig, DQARController, ForecastPlan, Probe, R
 CPU = torch.device("cpu")
 FEW = ("closed", "output", "int8", "plan")
 BATCHES = ((3, 4), (1, 2))
-
-
-@pytest.fixture
-def dit():
-    return make_dit()
-
-
-@pytest.fixture
-def pixart():
-    return make_pixart()
 
 
 # --- 1. offloading, and other libraries' hooks ------------------------------------------------------------------------
@@ -98,8 +82,13 @@ def offload(pipe, how, folder):
 OFFLOADS = ("model", "sequential", "disk", "group by block", "group by leaf")
 
 
-@pytest.mark.parametrize("name", ["closed", "kv", "residual", "balanced", "readouts"])
-@pytest.mark.parametrize("how", OFFLOADS)
+@pytest.mark.parametrize(
+    "how, name",
+    [
+        *((how, name) for how in OFFLOADS for name in ("residual", "readouts")),
+        *((how, name) for how in ("sequential", "disk", "group by leaf") for name in ("closed", "kv", "balanced")),
+    ],
+)
 def test_offloaded_runs_are_those_in_memory(dit, how, name, tmp_path):
     config = mode(name, dit)
     offload(dit, how, tmp_path)
@@ -116,8 +105,10 @@ def test_offloaded_runs_are_those_in_memory(dit, how, name, tmp_path):
     assert same(draw(dit), untouched(labels=(1, 2)))
 
 
-@pytest.mark.parametrize("name", ["closed", "output", "plan"])
-@pytest.mark.parametrize("how", OFFLOADS)
+@pytest.mark.parametrize(
+    "how, name",
+    [*((how, "output") for how in OFFLOADS), ("model", "closed"), ("disk", "plan"), ("group by block", "plan")],
+)
 def test_offloading_may_begin_while_attached(dit, how, name, tmp_path):
     """accelerate wraps whatever ``forward`` it finds."""
     with attach(dit, mode(name, dit)):
@@ -128,9 +119,16 @@ def test_offloading_may_begin_while_attached(dit, how, name, tmp_path):
     assert same(draw(dit), untouched(labels=(1, 2)))
 
 
-@pytest.mark.parametrize("name", ["closed", "int8", "plan"])
-@pytest.mark.parametrize("when", ["before", "meanwhile"])
-@pytest.mark.parametrize("how", ["model", "sequential"])
+@pytest.mark.parametrize(
+    "how, when, name",
+    [
+        ("model", "before", "int8"),
+        ("model", "meanwhile", "plan"),
+        ("sequential", "before", "plan"),
+        ("sequential", "meanwhile", "int8"),
+        ("sequential", "meanwhile", "closed"),
+    ],
+)
 def test_offloading_may_end_while_attached(dit, how, when, name, tmp_path):
     config = mode(name, dit)
     if when == "before":
@@ -145,8 +143,16 @@ def test_offloading_may_end_while_attached(dit, how, when, name, tmp_path):
     assert same(draw(dit), untouched(labels=(1, 2)))
 
 
-@pytest.mark.parametrize("name", ["closed", "kv", "residual", "plan"])
-@pytest.mark.parametrize("how", ["model", "sequential", "group by leaf"])
+@pytest.mark.parametrize(
+    "how, name",
+    [
+        ("model", "kv"),
+        ("sequential", "closed"),
+        ("sequential", "residual"),
+        ("group by leaf", "kv"),
+        ("group by leaf", "plan"),
+    ],
+)
 def test_an_offloaded_text_pipeline(pixart, how, name, tmp_path):
     config = mode(name, pixart, 6, 4.5)
     offload(pixart, how, tmp_path)
@@ -247,9 +253,18 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("on, off", [("before", "meanwhile"), ("before", "after"), ("mid", "mid"), ("mid", "after")])
+@pytest.mark.parametrize(
+    "place, on, off",
+    [
+        *(
+            (place, *when)
+            for place in ("transformer", "feed-forward")
+            for when in (("before", "after"), ("mid", "mid"))
+        ),
+        *((place, *when) for place in ("block", "attention") for when in (("before", "meanwhile"), ("mid", "after"))),
+    ],
+)
 @pytest.mark.parametrize("make", ["accelerate", "diffusers", "torch", "patched"])
-@pytest.mark.parametrize("place", PLACES)
 def test_other_libraries_hooks_come_and_go(dit, place, make, on, off):
     target = "residual" if place in ("block", "feed-forward") else "output"
     other = Other(PLACES[place](dit.transformer), make)
@@ -293,8 +308,16 @@ def test_hooks_taken_off_recursively_while_attached(dit):
     assert same(draw(dit), untouched())
 
 
-@pytest.mark.parametrize("part", ["ff", "norm1", "attn1.to_out", "attn1"])
-@pytest.mark.parametrize("when", ["before", "meanwhile"])
+@pytest.mark.parametrize(
+    "part, when",
+    [
+        ("ff", "before"),
+        ("norm1", "meanwhile"),
+        ("attn1.to_out", "meanwhile"),
+        ("attn1", "before"),
+        ("attn1", "meanwhile"),
+    ],
+)
 def test_what_anothers_hook_changes_is_changed(dit, part, when):
     """Steering, ControlNet-like adapters and probes change outputs by hooks; a closed gate lets them."""
 
@@ -357,10 +380,10 @@ def make_scheduler(name, **options):
 @pytest.mark.parametrize("name", [*VARIANCE_PRESERVING, *OTHERS])
 def test_a_closed_gate_under_every_scheduler(dit, name):
     dit.scheduler = make_scheduler(name)
-    plain = loop(dit)
+    plain = loop(dit, steps=5)
     with attach(dit, CLOSED) as session:
         for _ in range(2):
-            assert same(loop(dit), plain)
+            assert same(loop(dit, steps=5), plain)
     wanted = dit.scheduler.timesteps.tolist()
     assert timesteps_of(session) == pytest.approx(2 * wanted)
     table = rows(session)
@@ -373,24 +396,24 @@ def test_reuse_under_every_scheduler_is_a_naive_one(dit, name):
     """Heun, KDPM2 and PNDM call the model at one timestep twice; each of the calls is a step."""
     dit.scheduler = make_scheduler(name)
     with Naive(dit.transformer) as naive:
-        want = loop(dit, naive=naive)
+        want = loop(dit, steps=6, naive=naive)
     with attach(dit, EVERY) as session:
         for _ in range(2):
-            assert near(loop(dit), want)
+            assert near(loop(dit, steps=6), want)
     assert timesteps_of(session) == pytest.approx(2 * dit.scheduler.timesteps.tolist())
 
 
-@pytest.mark.parametrize("order", [0, 1])
 @pytest.mark.parametrize(
-    "name",
+    "name, order",
     [
-        "HeunDiscreteScheduler",
-        "KDPM2DiscreteScheduler",
-        "EulerDiscreteScheduler",
-        "FlowMatchHeunDiscreteScheduler",
-        "EDMEulerScheduler",
-        "UniPCMultistepScheduler",
-        "PNDMScheduler",
+        ("HeunDiscreteScheduler", 0),
+        ("HeunDiscreteScheduler", 1),
+        ("KDPM2DiscreteScheduler", 0),
+        ("EulerDiscreteScheduler", 1),
+        ("FlowMatchHeunDiscreteScheduler", 0),
+        ("EDMEulerScheduler", 0),
+        ("UniPCMultistepScheduler", 1),
+        ("PNDMScheduler", 1),
     ],
 )
 def test_a_forecast_under_any_scheduler_is_one_by_hand(dit, name, order):
@@ -410,9 +433,9 @@ def test_a_forecast_under_any_scheduler_is_one_by_hand(dit, name, order):
 def test_the_decks_gate_looks_under_every_scheduler(dit, name):
     """It asks for the SNR: from each scheduler in its own way, as a number that rises as noise goes."""
     dit.scheduler = make_scheduler(name)
-    plain = loop(dit)
+    plain = loop(dit, steps=5)
     with attach(dit, LOOKING) as session:
-        assert same(loop(dit), plain)
+        assert same(loop(dit, steps=5), plain)
     found = rows(session).groupby("step", sort=True).snr_schedule.first()
     assert found.notna().all() and (found >= 0).all() and found.is_monotonic_increasing
 
@@ -476,8 +499,16 @@ def test_the_snr_of_edm(dit, name):
     assert any(found == pytest.approx(snr, rel=1e-3) for snr in (raw, model))
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("name", ["DDIMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler"])
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("DDIMScheduler", "v_prediction"),
+        ("DPMSolverMultistepScheduler", "epsilon"),
+        ("DPMSolverMultistepScheduler", "sample"),
+        ("EulerDiscreteScheduler", "epsilon"),
+        ("EulerDiscreteScheduler", "v_prediction"),
+    ],
+)
 def test_the_snr_of_variance_preserving_schedulers(dit, name, kind):
     options = {"prediction_type": kind, **({"clip_sample": False} if name == "DDIMScheduler" else {})}
     dit.scheduler = make_scheduler(name, **options)
@@ -512,16 +543,22 @@ def test_the_signature_of_step_is_the_same_all_the_while(dit, name):
     session = attach(dit, EVERY if name == "IPNDMScheduler" else LOOKING)  # which tells no noise levels
     assert inspect.signature(dit.scheduler.step) == before
     for _ in range(2):
-        loop(dit)
+        loop(dit, steps=4)
         assert inspect.signature(dit.scheduler.step) == before and dit.scheduler.step.__doc__ == documentation
         assert dit.scheduler.step.__name__ == "step"
     session.remove()
     assert inspect.signature(dit.scheduler.step) == before and "step" not in vars(dit.scheduler)
 
 
-@pytest.mark.parametrize("name", ["closed", "output"])
 @pytest.mark.parametrize(
-    "scheduler", ["DDIMScheduler", "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler", "DDPMScheduler"]
+    "scheduler, name",
+    [
+        ("DDIMScheduler", "closed"),
+        ("DDIMScheduler", "output"),
+        ("EulerAncestralDiscreteScheduler", "output"),
+        ("DPMSolverMultistepScheduler", "closed"),
+        ("DDPMScheduler", "output"),
+    ],
 )
 def test_generators_and_eta_reach_the_scheduler_in_every_run(scheduler, name):
     def fresh():
@@ -535,7 +572,7 @@ def test_generators_and_eta_reach_the_scheduler_in_every_run(scheduler, name):
     plain = draw_text(pipe, eta=0.7)
     assert same(want, plain) == (name in ("closed", "looking"))
     with attach(pipe, mode(name, pipe, 6, 4.5)):
-        for _ in range(3):
+        for _ in range(2):
             torch.rand(3)  # the global generator's state must not matter
             assert same(draw_text(pipe, eta=0.7), want)
     assert same(draw_text(pipe, eta=0.7), plain)
@@ -570,8 +607,16 @@ def twin(scheduler, how):
     return (copy.deepcopy if how == "deepcopy" else copy.copy)(scheduler)
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "copy", "pickle", "from_config"])
-@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
+@pytest.mark.parametrize(
+    "name, how",
+    [
+        ("EulerDiscreteScheduler", "deepcopy"),
+        ("EulerDiscreteScheduler", "copy"),
+        ("DPMSolverMultistepScheduler", "copy"),
+        ("DPMSolverMultistepScheduler", "pickle"),
+        ("DPMSolverMultistepScheduler", "from_config"),
+    ],
+)
 def test_a_copied_scheduler_with_a_state_is_on_its_own(name, how):
     """Their step index and history show on whom a copy's ``step`` acts, while dqar is there and after."""
     dit, other = make_dit(scheduler=make_scheduler(name)), make_dit(5, scheduler=make_scheduler(name))
@@ -608,7 +653,7 @@ def test_a_scheduler_copied_in_mid_run_goes_on_by_itself(how):
 @pytest.mark.parametrize("name", FEW)
 def test_another_scheduler_between_runs(dit, name):
     """``pipe.scheduler = X.from_config(pipe.scheduler.config)``, the documented way."""
-    others = ["DDIMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler"]
+    others = ["DDIMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler"]
     first = dit.scheduler
     config = mode(name, dit)
     with attach(dit, config) as session:
@@ -697,8 +742,7 @@ def test_pipelines_made_from_one_another(dit):
 # --- 3. which step is it? ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", ["kv", "residual"])
-@pytest.mark.parametrize("start", [1, 3, 7])
+@pytest.mark.parametrize("target, start", [("kv", 1), ("kv", 3), ("residual", 3), ("residual", 7)])
 def test_reuse_in_a_run_that_starts_late(dit, start, target):
     """Image to image: the first call computes, its step is the schedule's own."""
     with Naive(dit.transformer, target) as naive:
@@ -735,8 +779,18 @@ def test_a_forecast_in_a_run_that_starts_late(dit, start):
             assert near(got, loop(dit, start=start, forecast=((2, 3, 7), 1)), 1e-3)
 
 
-@pytest.mark.parametrize("then", [{}, {"labels": lambda i: 2}, {"steps": 6}, {"start": 3}, {"start": 4}, {"seed": 4}])
-@pytest.mark.parametrize("name", ["closed", "kv", "residual"])
+@pytest.mark.parametrize(
+    "name, then",
+    [
+        ("closed", {"start": 3}),
+        *(
+            ("kv", then)
+            for then in ({}, {"labels": lambda i: 2}, {"steps": 6}, {"start": 3}, {"start": 4}, {"seed": 4})
+        ),
+        ("residual", {}),
+        ("residual", {"labels": lambda i: 2}),
+    ],
+)
 def test_a_run_stopped_early_leaves_nothing_to_the_next(dit, name, then):
     with attach(dit, mode(name, dit)):
         want = loop(dit, **then)
@@ -872,7 +926,7 @@ def test_timesteps_given_as_numbers_floats_and_other_dtypes(dit):
 @pytest.mark.parametrize("name", ["closed", "kv", "int8", "readouts"])
 def test_batches_and_numbers_of_steps_change_between_runs(dit, name):
     with attach(dit, mode(name, dit)):
-        for labels in ((1,), (1, 2, 3), (1, 2), (4,), (1, 2)):
+        for labels in ((1,), (1, 2, 3), (1, 2), (1,)):
             assert same(draw(dit, labels), alone(name, labels=labels))
         if name not in ("plan", "readouts"):
             for steps in (5, 8, 3):
@@ -884,7 +938,7 @@ def test_batches_and_numbers_of_steps_change_between_runs(dit, name):
 @pytest.mark.parametrize("name", ["closed", *TARGETS])
 def test_sizes_change_between_runs(pixart, name):
     with attach(pixart, mode(name, pixart)):
-        for size in (8, 16, 8, 16):
+        for size in (8, 16, 8):
             got = draw_text(pixart, height=size, width=size)
             assert same(got, alone(name, "pixart", height=size, width=size))
     with attach(pixart, mode(name, pixart)):
@@ -895,8 +949,7 @@ def test_sizes_change_between_runs(pixart, name):
             )
 
 
-@pytest.mark.parametrize("change", [3, 4, 6])
-@pytest.mark.parametrize("target", ["kv", "residual"])
+@pytest.mark.parametrize("target, change", [("kv", 3), ("kv", 4), ("residual", 6)])
 def test_reuse_goes_on_at_its_step_when_the_class_changes(dit, target, change):
     """Prompt travel: the cache may serve on or begin anew, but the step is the step."""
 
@@ -976,8 +1029,10 @@ def test_guidance_in_an_interval_through_a_closed_gate(dit, interval):
         assert set(table[table.branch == "cond"].step) == set(range(8))
 
 
-@pytest.mark.parametrize("interval", INTERVALS)
-@pytest.mark.parametrize("target", ["kv", "block"])
+@pytest.mark.parametrize(
+    "target, interval",
+    [*(("kv", interval) for interval in INTERVALS), ("block", "off at 3"), ("block", "in the middle")],
+)
 def test_guidance_in_an_interval_reuses_each_branch_by_itself(dit, target, interval):
     """By hand: a cache a branch that goes on, or one that begins anew whenever guidance comes or goes."""
     scale, wanted = INTERVALS[interval], []
@@ -1067,8 +1122,10 @@ def test_several_calls_a_step_through_a_closed_gate(dit, kind):
         assert timesteps_of(session) == 2 * dit.scheduler.timesteps.tolist()
 
 
-@pytest.mark.parametrize("target", ["output", "kv"])
-@pytest.mark.parametrize("kind", WINDOWS)
+@pytest.mark.parametrize(
+    "kind, target",
+    [*((kind, "output") for kind in WINDOWS), ("three", "kv"), ("micro-batches and a rest, guided", "kv")],
+)
 def test_each_of_several_calls_a_step_gets_its_own_result(dit, kind, target):
     with Naive(dit.transformer, target) as naive:
         want = windows(dit, **WINDOWS[kind], naive=naive)
@@ -1095,8 +1152,10 @@ def test_a_forecast_of_several_calls_a_step_is_each_ones_own(dit, kind):
             assert all((mine - truth).norm() < (mine - other).norm() for other in others)
 
 
-@pytest.mark.parametrize("kind", ["two", "three", "two classes"])
-@pytest.mark.parametrize("name", ["output", "kv", "plan"])
+@pytest.mark.parametrize(
+    "kind, name",
+    [("two", "output"), ("three", "kv"), ("three", "plan"), ("two classes", "output"), ("two classes", "plan")],
+)
 def test_windows_whose_order_changes_get_their_own_results_or_are_refused(dit, kind, name):
     """Boustrophedon or random tiles. Unsure how far the contract goes: counting the calls of a step is not enough."""
     options = WINDOWS[kind]
@@ -1139,8 +1198,10 @@ def test_windows_whose_number_changes(dit):
         assert same(draw(dit), alone("output"))
 
 
-@pytest.mark.parametrize("calls", ["cond first", "uncond first"])
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "target, calls",
+    [("kv", "cond first"), ("output", "uncond first"), ("block", "cond first"), ("residual", "uncond first")],
+)
 def test_guidance_by_two_calls_is_guidance_in_a_batch(dit, target, calls):
     plain = loop(dit, calls=calls)
     with attach(dit, CLOSED) as session:
@@ -1181,9 +1242,16 @@ def test_a_forecast_of_guidance_by_two_calls(dit, calls):
         assert rows(session, "model").run.nunique() == 2
 
 
-@pytest.mark.parametrize("calls", ["both", "cond first", "uncond first"])
-@pytest.mark.parametrize("negative", ["", "the big park"])
-@pytest.mark.parametrize("target", ["kv", "block"])
+@pytest.mark.parametrize(
+    "target, negative, calls",
+    [
+        ("kv", "", "cond first"),
+        ("kv", "the big park", "both"),
+        ("kv", "the big park", "uncond first"),
+        ("block", "", "uncond first"),
+        ("block", "the big park", "cond first"),
+    ],
+)
 def test_captions_guided_by_two_calls(pixart, target, negative, calls):
     """There is no null class: nothing but the captions tells the branches apart."""
     given = {"cond": caption(pixart, "two red dog"), "uncond": caption(pixart, negative)}
@@ -1200,8 +1268,10 @@ def test_captions_guided_by_two_calls(pixart, target, negative, calls):
     assert rows(session).run.nunique() == 2 and (rows(session).decision == "reuse").mean() == 4 / 6
 
 
-@pytest.mark.parametrize("layout", ["three calls", "a batch of three", "two and one"])
-@pytest.mark.parametrize("target", ["kv", "residual"])
+@pytest.mark.parametrize(
+    "target, layout",
+    [("kv", "three calls"), ("kv", "a batch of three"), ("residual", "three calls"), ("residual", "two and one")],
+)
 def test_guidance_by_three_predictions(dit, target, layout):
     """Perturbed attention, InstructPix2Pix, a second negative prompt: more than two branches a step."""
     groups = {"three calls": ((0,), (1,), (2,)), "a batch of three": ((0, 1, 2),), "two and one": ((0, 1), (2,))}[
@@ -1236,8 +1306,9 @@ def test_guidance_by_three_predictions(dit, target, layout):
         assert near(got, want) or same(got, plain)
 
 
-@pytest.mark.parametrize("own_scheduler", [True, False])
-@pytest.mark.parametrize("name", ["closed", "kv", "residual"])
+@pytest.mark.parametrize(
+    "name, own_scheduler", [("closed", True), ("closed", False), ("kv", True), ("kv", False), ("residual", True)]
+)
 def test_two_pictures_denoised_in_turn_are_independent(dit, name, own_scheduler):
     """One loop, a step of this picture and a step of that, each with a ``scheduler.step`` of its own."""
 
@@ -1300,8 +1371,16 @@ def test_a_plan_is_for_its_own_pipeline_and_steps(dit):
 # A transformer without a pipeline.
 
 
-@pytest.mark.parametrize("kind", ["both", "cond first", "uncond first"])
-@pytest.mark.parametrize("name", ["closed", "kv", "residual"])
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("closed", "uncond first"),
+        ("kv", "both"),
+        ("kv", "cond first"),
+        ("kv", "uncond first"),
+        ("residual", "cond first"),
+    ],
+)
 def test_a_bare_transformer_guided_either_way(dit, name, kind):
     plain = loop(dit, calls=kind)
     with attach(dit.transformer, mode(name, dit)) as session:
@@ -1383,8 +1462,19 @@ def copied(pipe, how):
     return torch.load(buffer, weights_only=False)
 
 
-@pytest.mark.parametrize("name", ["closed", "residual", "readouts"])
-@pytest.mark.parametrize("how", ["deepcopy", "deepcopy of the pipeline", "pickle", "torch.save"])
+@pytest.mark.parametrize(
+    "how, name",
+    [
+        ("deepcopy", "closed"),
+        ("deepcopy", "residual"),
+        ("deepcopy", "readouts"),
+        ("deepcopy of the pipeline", "readouts"),
+        ("deepcopy of the pipeline", "residual"),
+        ("pickle", "closed"),
+        ("pickle", "residual"),
+        ("torch.save", "readouts"),
+    ],
+)
 def test_a_copy_of_the_model_is_a_model_of_its_own(dit, how, name):
     session = attach(dit, mode(name, dit))
     draw(dit, steps=8)
@@ -1422,7 +1512,7 @@ def test_a_copy_of_the_pipeline_draws_by_itself(dit, how):
     assert same(draw(other), untouched()) and same(draw(dit), untouched())
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", ["kv", "residual"])
 def test_saving_meanwhile_saves_the_model_alone(pixart, target, tmp_path):
     keys = list(pixart.transformer.state_dict())
     with attach(pixart, every(target)):
@@ -1434,8 +1524,14 @@ def test_saving_meanwhile_saves_the_model_alone(pixart, target, tmp_path):
     assert same(draw_text(loaded), untouched("pixart"))
 
 
-@pytest.mark.parametrize("when", ["between runs", "before the first"])
-@pytest.mark.parametrize("name", ["closed", "kv", "block", "readouts"])
+@pytest.mark.parametrize(
+    "name, when",
+    [
+        *((name, "between runs") for name in ("closed", "kv", "block", "readouts")),
+        ("closed", "before the first"),
+        ("readouts", "before the first"),
+    ],
+)
 def test_a_model_moved_to_another_dtype_meanwhile(dit, name, when):
     fresh = make_dit()
     config = mode(name, dit)
@@ -1614,8 +1710,15 @@ CHANGES = (
 )
 
 
-@pytest.mark.parametrize("path", WEIGHTS)
-@pytest.mark.parametrize("how", CHANGES)
+@pytest.mark.parametrize(
+    "path, how",
+    [
+        *((WEIGHTS[1], how) for how in CHANGES),
+        *((WEIGHTS[0], how) for how in ("in place", "through .data", "another layer", "a hook")),
+        *((WEIGHTS[2], how) for how in ("in place", "another .data", "another layer", "patched forward")),
+        *((WEIGHTS[3], how) for how in ("in place", "through .data")),
+    ],
+)
 def test_weights_that_change_are_seen_at_once(dit, how, path):
     """What is kept for the next run of the same labels and timesteps must not outlive the weights that made it."""
     fresh = make_dit()
@@ -1743,8 +1846,10 @@ def test_removal_after_the_transformer_was_exchanged(dit, how):
         assert same(draw(dit), alone("output"))
 
 
-@pytest.mark.parametrize("first, second", [("pipe", "pipe"), ("pipe", "bare"), ("bare", "pipe")])
-@pytest.mark.parametrize("name", ["output", "plan"])
+@pytest.mark.parametrize(
+    "first, second, name",
+    [("pipe", "pipe", "output"), ("pipe", "pipe", "plan"), ("pipe", "bare", "output"), ("bare", "pipe", "plan")],
+)
 def test_applying_twice_is_refused(dit, first, second, name):
     target = {"pipe": dit, "bare": dit.transformer}
     plan = mode(name, dit)
@@ -1773,7 +1878,7 @@ def test_a_session_entered_a_second_time_works_or_says_so(dit, name):
 
 
 REFUSED = {
-    "a plan for another model": lambda pipe: ForecastPlan(((),), {0}, (999,), 3.0, 1, "another model"),
+    "a plan for another model": lambda pipe: ForecastPlan(((),), {0}, (999,), (3, 3), 1, "another model"),
     "layers of another number": lambda pipe: DQARConfig(plan=ReusePlan(frozenset(), 9, 8)),
     "readouts of another size": lambda pipe: _misfit(pipe),
 }
@@ -1802,8 +1907,19 @@ def test_what_is_refused_leaves_no_trace(dit, wrong):
         assert same(draw(dit), alone("output"))
 
 
-@pytest.mark.parametrize("name", ["closed", "kv", "residual", "int8", "readouts"])
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, "nan"])
+@pytest.mark.parametrize(
+    "name, error",
+    [
+        ("closed", KeyboardInterrupt),
+        ("kv", KeyboardInterrupt),
+        ("kv", "nan"),
+        ("residual", RuntimeError),
+        ("residual", "nan"),
+        ("int8", "nan"),
+        ("readouts", KeyboardInterrupt),
+        ("readouts", "nan"),
+    ],
+)
 def test_a_run_that_breaks_off_leaves_a_clean_next_one(dit, error, name):
     """Out of memory, Ctrl-C, or NaN, in the middle of a block."""
     breaks = []
@@ -1880,9 +1996,15 @@ OWN = {
 }
 
 
-@pytest.mark.parametrize("name", ["closed", "residual"])
-@pytest.mark.parametrize("make", OWN)
-@pytest.mark.parametrize("place", ["attn1", "attn2"])
+@pytest.mark.parametrize(
+    "place, make, name",
+    [
+        *(("attn1", make, "closed") for make in OWN),
+        *(("attn2", make, "closed") for make in OWN),
+        ("attn1", "a subclass", "residual"),
+        ("attn2", "a subclass", "residual"),
+    ],
+)
 def test_processors_that_dqar_does_not_know_are_refused_by_name(pixart, place, make, name):
     """In self-attention there is no other way; a cross-attention may also be left alone."""
     for layer in (0, 1, 2) if name == "closed" else (1,):
@@ -1919,8 +2041,14 @@ CHOICES = {
 }
 
 
-@pytest.mark.parametrize("when, name", [("at once", "closed"), ("after a run", "closed"), ("after a run", "residual")])
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize(
+    "when, name, choice",
+    [
+        *(("after a run", name, choice) for choice in CHOICES for name in ("closed", "residual")),
+        ("at once", "closed", "one layer"),
+        ("at once", "closed", "fused"),
+    ],
+)
 def test_processors_chosen_meanwhile_are_noticed_and_kept(pixart, choice, when, name):
     """Noticed at the next run; what the user chose works there if it isn't refused, and survives removal."""
     fresh = make_pixart()
@@ -2028,8 +2156,14 @@ def test_latte_frame_by_frame(name):
 # --- 6. captions ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("calls", ["both", "cond first", "uncond first"])
-@pytest.mark.parametrize("travel", ["blended in place", "blended anew", "equal objects", "switched", "mask in place"])
+@pytest.mark.parametrize(
+    "travel, calls",
+    [
+        *((travel, "cond first") for travel in ("blended in place", "blended anew", "equal objects", "switched")),
+        *((travel, "both") for travel in ("blended in place", "switched", "mask in place")),
+        ("mask in place", "uncond first"),
+    ],
+)
 def test_captions_that_change_are_never_stale(pixart, travel, calls):
     (first, mask), (second, _), null = (caption(pixart, p) for p in ("a cat", "two big red dog", ""))
 
@@ -2355,7 +2489,7 @@ def test_a_plan_for_other_sizes_is_refused(kind, readouts):
         assert same(draw(pipe) if kind == "dit" else draw_text(pipe), alone("plan", kind)) or readouts
 
 
-@pytest.mark.parametrize("scale", [2.97, 3.03, 3.055, 3.2, 1.5])
+@pytest.mark.parametrize("scale", [2.97, 3.055, 1.5])
 def test_guidance_near_the_plans_is_followed_exactly_or_refused(dit, scale):
     exact = loop(dit, guidance=lambda i: scale, forecast=((0, 2, 3, 7), 1))
     with attach(dit, make_plan(dit)), or_refused() as outcome:
@@ -2364,8 +2498,10 @@ def test_guidance_near_the_plans_is_followed_exactly_or_refused(dit, scale):
         assert near(got, exact, 1e-3)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("scale", [1.5, 3.0, 7.5])
+@pytest.mark.parametrize(
+    "scale, dtype",
+    [(1.5, torch.bfloat16), (1.5, torch.float16), (3.0, torch.float32), (7.5, torch.bfloat16), (7.5, torch.float16)],
+)
 def test_the_plans_own_guidance_is_never_refused(dit, scale, dtype):
     """Rounding of half precision is no other scale."""
     dit.transformer.to(dtype)
@@ -2439,8 +2575,10 @@ def test_the_trace_does_not_grow_for_ever(dit):
         assert len(rows(session)) == 3 * 4 * 2
 
 
-@pytest.mark.parametrize("name", [*TARGETS, "int8", "balanced"])
-@pytest.mark.parametrize("kind", ["dit", "pixart"])
+@pytest.mark.parametrize(
+    "kind, name",
+    [*(("dit", name) for name in (*TARGETS, "int8", "balanced")), ("pixart", "kv"), ("pixart", "residual")],
+)
 def test_nothing_is_cached_while_the_vae_decodes(kind, name):
     pipe = make_dit() if kind == "dit" else make_pixart()
     held = []
@@ -2592,15 +2730,16 @@ def test_slide_9s_calls_in_an_odd_order():
 
 
 @pytest.mark.parametrize(
-    "target, bits, quantizing",
+    "kind, target, bits, quantizing",
     [
-        *((target, 16, "per_channel") for target in TARGETS),
-        *(("output", 8, quantizing) for quantizing in ("per_tensor", "per_channel", "per_token")),
-        ("kv", 8, "per_tensor"),
-        ("residual", 8, "per_tensor"),
+        *(("dit", target, 16, "per_channel") for target in TARGETS),
+        *(("dit", "output", 8, quantizing) for quantizing in ("per_tensor", "per_channel", "per_token")),
+        ("dit", "kv", 8, "per_tensor"),
+        ("pixart", "kv", 16, "per_channel"),
+        ("pixart", "output", 8, "per_token"),
+        ("pixart", "residual", 8, "per_tensor"),
     ],
 )
-@pytest.mark.parametrize("kind", ["dit", "pixart"])
 def test_an_image_of_a_batch_is_the_image_alone(kind, target, bits, quantizing):
     """No scale, streak or cache is shared. Rounding differs in a batch, and may tip a value to the next integer."""
     pipe = make_dit() if kind == "dit" else make_pixart()
@@ -2622,7 +2761,7 @@ def test_an_image_of_a_batch_is_the_image_alone(kind, target, bits, quantizing):
 @pytest.mark.parametrize(
     "options", [{}, {"balance": True}, {"cache": CacheFormat(keep_channels=3)}, {"mixed_precision": True}]
 )
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", [8, 2])
 def test_images_of_a_batch_share_no_scale(dit, mode_of, options, bits):
     """A picture beside another 50 times as loud is, bit by bit, as beside a copy of itself."""
     config = DQARConfig(**OPEN, quantize_bits=bits, quantize_mode=mode_of, **options)

@@ -42,5 +42,5 @@ def run(arguments: list[str]) -> int:
     fields = ("entropy_threshold", "snr_range", "schedule", "reuse_target")
     proposal = json.dumps({name: getattr(config, name) for name in fields})
     print(f"proposed, {chosen.share:.1%} of sites at {chosen.psnr:.1f} dB: {proposal}")
-    print(f"as τ(p) = base·√(p/64) of one-word labels: base = {config.entropy_threshold * 8:.4g}")
+    print(f"as τ(p) = base·√(p/64) of one-word labels: base = {chosen.entropy_threshold * 8:.4g}")
     return 0

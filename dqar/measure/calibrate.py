@@ -22,7 +22,7 @@ def trace_sites(pipe: DiffusionPipeline, profile: Profile, seed: int, num_sample
     """Every site of an untouched denoising: the trace, with the ``change`` of its output since the step before."""
     with ChangeRecorder(pipe.transformer, profile.num_inference_steps) as changes:
         drawn = sample(pipe, profile, seed, LOOK, num_samples=num_samples, description="trace")
-    return drawn.trace.to_pandas().merge(pd.DataFrame(changes.rows), on=KEYS, how="left")
+    return drawn.traced.to_pandas().merge(pd.DataFrame(changes.rows), on=KEYS, how="left")
 
 
 def propose_gate(sites: pd.DataFrame, share: float = 0.5, snr_range: tuple[float, float] = (0.5, 50.0)) -> DQARConfig:
@@ -94,9 +94,9 @@ def calibrate(
         gate = propose_gate(sites, max(quantile, 1e-6), snr_range)
         config = dataclasses.replace(base, entropy_threshold=gate.entropy_threshold, snr_range=snr_range)
         drawn = sample(pipe, profile, seed, config, num_samples=num_samples, description=f"quantile {quantile:.2f}")
-        reused = float((drawn.trace.to_pandas().decision == "reuse").mean())
+        reused = float((drawn.traced.to_pandas().decision == "reuse").mean())
         rows.append((quantile, config, reused, metrics.mean_psnr(drawn.images, reference)))
-        too_open = reused > share if share is not None else rows[-1][3] < psnr
+        too_open = reused > share if share is not None else rows[-1][3] < (psnr or 0)
         if quantile == 1.0 and not too_open:
             break
         low, high = (low, quantile) if too_open else (quantile, high)
@@ -105,7 +105,7 @@ def calibrate(
         best = min(rows, key=lambda row: abs(row[2] - share))
         check("share", share, best[2] > share / 2, f"the widest gate, SNR in {snr_range}, reuses {rows[0][2]:.1%}")
     else:
-        kept = [row for row in rows if row[3] >= psnr]
+        kept = [row for row in rows if row[3] >= (psnr or 0)]
         check("psnr", psnr, bool(kept), f"the narrowest gate tried reaches {max(row[3] for row in rows):.1f} dB")
         best = max(kept, key=lambda row: row[2])
     table = pd.DataFrame(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 from torchmetrics.functional.image import structural_similarity_index_measure
 from tqdm import tqdm
+
+from dqar.models.classifier import Classifier
 
 
 def _attention_flops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_args: Any, **_kwargs: Any) -> int:
@@ -50,9 +52,11 @@ def ssim(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """Structural similarity per image, ``[N]``; a 3-pixel window (σ 0.5) below 32 pixels, else 11 (σ 1.5)."""
     _same_shape(images, reference)
     small = images.shape[-1] < 32
-    return structural_similarity_index_measure(
+    similarity = structural_similarity_index_measure(
         images, reference, sigma=0.5 if small else 1.5, kernel_size=3 if small else 11, data_range=1.0, reduction="none"
     )
+    assert isinstance(similarity, torch.Tensor)  # a tuple only where the whole image is asked for
+    return similarity
 
 
 def frechet_distance(features: torch.Tensor, reference: torch.Tensor) -> float:
@@ -77,7 +81,7 @@ def frechet_distance(features: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def classify(classifier: torch.nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def classify(classifier: Classifier, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Predicted classes ``[N]`` and features ``[N, D]`` of images in [0, 1]."""
     features = classifier.features(images * 2 - 1)
     return classifier.head(features).argmax(1), features
@@ -109,7 +113,7 @@ def count_macs(call: Callable[[], object]) -> int:
     return counter.flops // 2
 
 
-def interleaved_times(calls: dict[str, Callable[[], object]], repeats: int, device: str = "cpu") -> pd.DataFrame:
+def interleaved_times(calls: Mapping[str, Callable[[], object]], repeats: int, device: str = "cpu") -> pd.DataFrame:
     """Times the calls in turn (A B C A B C ...) after one warm-up each; tidy: method, repeat, seconds.
 
     Only ratios within one such table are meaningful: never compare across runs.

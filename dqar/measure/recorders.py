@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from dqar.families import family
@@ -19,7 +22,7 @@ class ChangeRecorder:
         self._last: dict[int, torch.Tensor] = {}
         self._forwards, self._num_inference_steps = 0, num_inference_steps
         self._branches = family(transformer).branch_order
-        blocks = transformer.transformer_blocks
+        blocks: Any = transformer.transformer_blocks
         self._handles = [block.attn1.register_forward_hook(self._see(i)) for i, block in enumerate(blocks)]
 
     def __enter__(self) -> ChangeRecorder:
@@ -29,13 +32,13 @@ class ChangeRecorder:
         for handle in self._handles:
             handle.remove()
 
-    def _see(self, layer_id: int):
-        def hook(_module, _args, output):
+    def _see(self, layer_id: int) -> Callable:
+        def hook(_module: Any, _args: tuple, output: torch.Tensor) -> None:
             self._forwards += layer_id == 0
             run, step = divmod(self._forwards - 1, self._num_inference_steps)
             last = self._last.get(layer_id)
             self._last[layer_id] = output
-            if step == 0:
+            if step == 0 or last is None:
                 return
             changes = {"change": _relative_change(output, last)}
             if layer_id > 0:
@@ -68,6 +71,6 @@ class StateRecorder:
         """``[steps, images, C, H, W]``."""
         return torch.stack([torch.cat(parts) for parts in self._seen.values()])
 
-    def _see(self, _module, args, kwargs):
+    def _see(self, _module: Any, args: tuple, kwargs: dict) -> None:
         latents = args[0] if args else kwargs["hidden_states"]
         self._seen.setdefault(float(kwargs["timestep"].flatten()[0]), []).append(latents.chunk(2)[0].float().cpu())

@@ -41,6 +41,17 @@ class Samples:
     labels: torch.Tensor
     trace: Trace | None = None
 
+    @property
+    def traced(self) -> Trace:
+        """The trace.
+
+        Raises:
+            ValueError: DQAR was off.
+        """
+        if self.trace is None:
+            raise ValueError("these samples have no trace: DQAR was off")
+        return self.trace
+
 
 def sample(
     pipe: DiffusionPipeline,

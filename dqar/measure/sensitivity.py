@@ -72,7 +72,7 @@ def site_errors(
             state = state.advance(pipe, labels[images], profile.guidance_scale)
         errors = (to_images(pipe, state.latents) - finished[images]).square().flatten(1).mean(1)
         table = pd.DataFrame({"image": images + first_image, "label": labels[images], "step": step, "layer": layers})
-        rows.append(table.assign(branch=[BRANCHES[b] for b in branches], change=changes, error=errors))
+        rows.append(table.assign(branch=[BRANCHES[b] for b in branches], change=changes.numpy(), error=errors.numpy()))
     return pd.concat(rows, ignore_index=True).merge(features, on=["image", "step", "layer", "branch"])
 
 
@@ -80,7 +80,7 @@ def _features(pipe: DiffusionPipeline, profile: Profile, seed: int, first_image:
     """The policy's features at every site: what a trace of the image alone, nothing reused, says before the site."""
     tables = []
     for image in tqdm(range(first_image, first_image + num_images), desc="traces", leave=False):
-        trace = sample(pipe, profile, seed, LOOK, first_image=image, num_samples=1).trace.to_pandas()
+        trace = sample(pipe, profile, seed, LOOK, first_image=image, num_samples=1).traced.to_pandas()
         by_site = trace.sort_values("step").groupby(["layer", "branch"])
         trace["entropy"] = by_site.entropy.shift(1)  # of the result that would be reused
         tables.append(
@@ -155,7 +155,7 @@ class _Swap:
 
 
 @contextmanager
-def _replaced(blocks: torch.nn.ModuleList, target: ReuseTarget) -> Iterator[_Swap]:
+def _replaced(blocks: Any, target: ReuseTarget) -> Iterator[_Swap]:
     swap = _Swap(len(blocks))
     handles = []
     for layer, block in enumerate(blocks):

@@ -9,13 +9,14 @@ from typing import Literal
 
 import torch
 
+Dataset = Literal["digits", "cifar10"]
 Split = Literal["train", "test"]
 
 
 CIFAR10_FOLDERS = ("../shared/data", "shared/data")
 
 
-def load_split(dataset: Literal["digits", "cifar10"], split: Split) -> tuple[torch.Tensor, torch.Tensor]:
+def load_split(dataset: Dataset, split: Split) -> tuple[torch.Tensor, torch.Tensor]:
     """Images ``[N, C, H, W]`` float32 in [-1, 1] and labels ``[N]`` int64 of an embedded model's data."""
     return {"digits": load_digits_split, "cifar10": load_cifar10_split}[dataset](split)
 

@@ -126,8 +126,9 @@ def load_pipeline(profile: Profile) -> DiffusionPipeline:
 
 def cached_pipeline(profile: Profile) -> DiffusionPipeline:
     """One pipeline for all profiles of the same model, sampler, dtype and device, shared within the process."""
-    same = {"num_inference_steps": 1, "guidance_scale": 1.0, "num_samples": 1, "batch_size": 1, "repeats": 1}
-    return _cached_pipeline(dataclasses.replace(profile, **same))
+    return _cached_pipeline(
+        dataclasses.replace(profile, num_inference_steps=1, guidance_scale=1.0, num_samples=1, batch_size=1, repeats=1)
+    )
 
 
 _cached_pipeline = functools.lru_cache(maxsize=8)(load_pipeline)
@@ -139,19 +140,21 @@ def _load_pretrained(profile: Profile) -> DiffusionPipeline:
         "dit-xl-2": (DiTPipeline, DiTTransformer2DModel),
         "pixart": (PixArtAlphaPipeline, PixArtTransformer2DModel),
     }[profile.model]
-    wanted, parts = profile.weights, {}
+    if profile.weights is None:
+        raise ValueError(f"profile {profile.name!r} doesn't say where its weights come from: weights=Weights(...)")
+    asked, parts = profile.weights, {}
     try:
         if profile.transformer is not None:
-            wanted = profile.transformer
+            asked = profile.transformer
             parts["transformer"] = transformer.from_pretrained(
-                wanted.source, subfolder="transformer", revision=wanted.revision, dtype=profile.dtype
+                asked.source, subfolder="transformer", revision=asked.revision, dtype=profile.dtype
             )
-            wanted = profile.weights
-        return pipeline.from_pretrained(wanted.source, revision=wanted.revision, dtype=profile.dtype, **parts)
+            asked = profile.weights
+        return pipeline.from_pretrained(asked.source, revision=asked.revision, dtype=profile.dtype, **parts)
     except OSError as error:
-        at = f" at revision {wanted.revision}" if wanted.revision else ""
+        at = f" at revision {asked.revision}" if asked.revision else ""
         raise OSError(
-            f"profile {profile.name!r} needs {wanted.source}{at} from the Hugging Face hub, its local cache or a "
+            f"profile {profile.name!r} needs {asked.source}{at} from the Hugging Face hub, its local cache or a "
             "folder: is there a network? Once it has been loaded, HF_HUB_OFFLINE=1 uses the cache"
         ) from error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import (
@@ -20,7 +20,7 @@ WEIGHTS = Path(__file__).parent.parent / "weights"
 DPM_SOLVER = {"algorithm_type": "dpmsolver++", "solver_order": 2}
 
 
-SCHEDULERS = {
+SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ddim": (DDIMScheduler, {"clip_sample": False}),
     "dpm-solver++": (DPMSolverMultistepScheduler, DPM_SOLVER),
     # Other spacings of the same steps: even in log-SNR (Lu et al. 2022), or Karras et al.'s (2022).

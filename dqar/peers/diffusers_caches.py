@@ -54,7 +54,7 @@ def _diffusers_cache(
                 step_index=run.step,
                 num_inference_steps=num_inference_steps,
                 timestep=run.timestep,
-                sigma=_flow_sigma(pipe.scheduler, run.timestep),
+                sigma=flow_sigma(pipe.scheduler, run.timestep),
             )
             _set_cache_context(pipe.transformer, context)
 
@@ -63,7 +63,7 @@ def _diffusers_cache(
         yield run
 
 
-def _flow_sigma(scheduler: Any, timestep: float) -> float:
+def flow_sigma(scheduler: Any, timestep: float) -> float:
     """σ in ``x / (√ᾱ + √(1−ᾱ)) = (1 − σ) x0 + σ ε``: a variance-preserving step as one of flow matching."""
     alpha_bar = float(scheduler.alphas_cumprod[round(timestep)])
     signal, noise = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
@@ -247,7 +247,7 @@ def sea_cache(
     def config(run: Progress) -> SeaCacheConfig:
         def latents(_module: torch.nn.Module, args: tuple, kwargs: dict) -> list[torch.Tensor]:
             batch = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            sigma = _flow_sigma(pipe.scheduler, run.timestep)
+            sigma = flow_sigma(pipe.scheduler, run.timestep)
             scale = math.sqrt((1 - sigma) ** 2 + sigma**2)  # 1 / (√ᾱ + √(1−ᾱ))
             return list((batch * scale)[:, :, None].unbind())
 

@@ -91,7 +91,8 @@ def watched(pipe: DiffusionPipeline, num_inference_steps: int) -> Iterator[Progr
 
 def block_modules(transformer: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """Attention and feed-forward of every block, in the order of computation."""
-    for block in transformer.transformer_blocks:
+    blocks: Any = transformer.transformer_blocks
+    for block in blocks:
         for component in COMPONENTS:
             yield getattr(block, component)
 
@@ -115,7 +116,7 @@ def load_package(name: str, distribution: str) -> Any:
 def quiet(name: str) -> Iterator[None]:
     """A logger and its own handlers, which a package's other loggers may share, that say nothing below an error."""
     logger = logging.getLogger(name)
-    speakers = [logger, *logger.handlers]
+    speakers: list[Any] = [logger, *logger.handlers]
     levels = [speaker.level for speaker in speakers]
     for speaker in speakers:
         speaker.setLevel(logging.ERROR)

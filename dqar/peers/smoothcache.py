@@ -54,7 +54,7 @@ def smoothcache(
 
     def measure(draw: Callable[[], None]) -> dict[str, list[list[float]]]:
         with watched(pipe, num_inference_steps):
-            seen = [_ChangeMeter(module, lookahead) for module in block_modules(pipe.transformer)]
+            seen = [ChangeMeter(module, lookahead) for module in block_modules(pipe.transformer)]
             draw()
         count = len(COMPONENTS)
         return {name: _mean_changes([meter.changes for meter in seen[i::count]]) for i, name in enumerate(COMPONENTS)}
@@ -76,7 +76,7 @@ def smoothcache(
             helper.disable()
 
 
-class _ChangeMeter:
+class ChangeMeter:
     """Relative L1 change of a module's output against the ones 1, 2, ... ``lookahead`` steps before.
 
     ``changes[k][s]`` is ``‖o_{s+k+1} − o_s‖₁ / ‖o_{s+k+1}‖₁``, over the whole batch, as SmoothCache measures it.

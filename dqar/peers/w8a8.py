@@ -187,8 +187,8 @@ class _Rows:
         weight, bias = self.linear.weight[self.start : self.stop], self.linear.bias
         weight.copy_(weight.double() / factor[:, None])
         if bias is not None:
-            bias = bias[self.start : self.stop]
-            bias.copy_((bias.double() + self.offset) / factor - self.offset)
+            rows = bias[self.start : self.stop]
+            rows.copy_((rows.double() + self.offset) / factor - self.offset)
 
 
 @dataclass(frozen=True)

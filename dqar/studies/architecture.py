@@ -89,7 +89,7 @@ def _imports(path: Path) -> set[str]:
     def visit(node: ast.AST) -> None:
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
             return
-        if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("dqar."):
+        if isinstance(node, ast.ImportFrom) and node.module and f"{node.module}.".startswith("dqar."):
             base = node.module.removeprefix("dqar").removeprefix(".")
             inside = {f"{base}.{alias.name}".removeprefix(".") for alias in node.names}
             names.update((inside | {base}) & modules)

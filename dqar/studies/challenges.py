@@ -44,7 +44,7 @@ def record_accumulation(recording: Recording) -> pd.DataFrame:
         method = Method("static, kv", config=dataclasses.replace(OPEN, schedule="static", **options))
         with StateRecorder(method.pipeline(recording.profile).transformer) as recorder:
             drawn = method.draw(recording.many_at_once, SWEEP_SEED, num_samples=number)
-        return recorder.states(), drawn.trace.to_pandas()["bytes"].max() / number
+        return recorder.states(), drawn.traced.to_pandas()["bytes"].max() / number
 
     def part(bits: int, variant: str) -> pd.DataFrame:
         latents, nbytes = states(quantize_bits=bits, **variants[variant])

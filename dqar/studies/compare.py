@@ -195,12 +195,13 @@ def compare(
         table.insert(0, name, value)
     for name, images in {"": reference.images, **(beside or {})}.items():
         column = f"mse_{name}" if name else "mse"
-        table[column] = (drawn.images.double() - images.double()).square().flatten(1).mean(1)
-    table["ssim"] = metrics.ssim(drawn.images, reference.images)
+        table[column] = (drawn.images.double() - images.double()).square().flatten(1).mean(1).numpy()
+    table["ssim"] = metrics.ssim(drawn.images, reference.images).numpy()
     if not profile.trained:  # what a random model draws is no picture, and no method of it is better than another
         table[["mse", "ssim"]] = math.nan
     if (classifier := classifier_of(profile)) is not None:
-        table["predicted"], features = metrics.classify(classifier, drawn.images)
+        predicted, features = metrics.classify(classifier, drawn.images)
+        table["predicted"] = predicted.numpy()
         table["features"] = list(features.half().numpy())
     costs = {"macs": drawn.macs, "macs_speedup": reference.macs / drawn.macs, "sites_reused": drawn.sites_reused}
     return table.assign(**costs, events=drawn.events, cache_bytes=drawn.cache_bytes)

@@ -89,7 +89,7 @@ def future_work(run: Run) -> pd.DataFrame:
     found = []
     for width in (8, 4, 2):
         part = quality[quality.bits == width]
-        best = part.loc[part.psnr_cache.idxmax()]
+        best = part.iloc[int(part.psnr_cache.argmax())]
         share = best.cache_bytes / unquantized[best.target] * run.profile.dtype.itemsize / 2
         found.append(f"INT{width} {best.psnr_cache:.0f} dB in {share:.2f}")
     distance = trace.sites(run)[["layer_change", "change"]].median()

@@ -46,7 +46,7 @@ def gated_sites(run: Run) -> pd.DataFrame:
     def measure() -> pd.DataFrame:
         gated = [method for method in gate_methods(run) if method.family in ("deck's gate", "calibrated")]
         return pd.concat(
-            method.draw(run.profile, run.seed, num_samples=4).trace.to_pandas().assign(**method.columns())
+            method.draw(run.profile, run.seed, num_samples=4).traced.to_pandas().assign(**method.columns())
             for method in gated
         )
 
@@ -55,7 +55,7 @@ def gated_sites(run: Run) -> pd.DataFrame:
 
 def reuse_samples(run: Run) -> dict[str, torch.Tensor]:
     """Images ``[10, C, H, W]`` of the same seeds: full compute, the calibrated gate, and every step reused in turn."""
-    calibrated = next(m for m in gate_methods(run) if m.family == "calibrated" and m.config.reuse_target == "output")
+    calibrated = next(m for m in gate_methods(run) if m.family == "calibrated" and m.columns()["target"] == "output")
     static = dataclasses.replace(OPEN, schedule="static")
     methods = (
         FULL,

@@ -68,7 +68,7 @@ class _Kept(torch.nn.Module):
     def __init__(self, module: torch.nn.Module, step: Callable[[], int], residual: bool = False):
         super().__init__()
         self.module, self.step, self.residual = module, step, residual
-        self.kept: torch.Tensor | None = None
+        self.kept = torch.empty(0)
         if residual:
             self.norm1 = module.norm1  # DiT's last layer asks the first block's for its embedding
 
@@ -85,7 +85,7 @@ class _KeptAttention:
 
     def __init__(self, original: Callable, step: Callable[[], int]):
         self.original, self.step = original, step
-        self.kept: torch.Tensor | None = None
+        self.kept = torch.empty(0)
 
     def __call__(
         self,
@@ -100,7 +100,7 @@ class _KeptAttention:
 
 
 @contextlib.contextmanager
-def floor(transformer: torch.nn.Module, kind: str) -> Iterator[None]:
+def floor(transformer: Any, kind: str) -> Iterator[None]:
     """Reuse at every second step as one would write it by hand: nothing is decided, quantized, traced or checked.
 
     Args:
@@ -150,8 +150,8 @@ def contexts(pipe: DiffusionPipeline) -> Contexts:
     for kind in FLOORS:
         made["floor", kind, "anew"] = functools.partial(floor, pipe.transformer, kind)
     for case in CASES:
-        for modulations, options in (("kept", {}), ("anew", {"cache": CacheFormat(modulations=False)})):
-            config = DQARConfig(**case.config, **options)
+        for modulations in ("kept", "anew"):
+            config = DQARConfig(**case.config, cache=CacheFormat(modulations=modulations == "kept"))
             made["DQAR", case.name, modulations] = functools.partial(apply_dqar, pipe, config)
     return made
 

@@ -163,7 +163,7 @@ def _method(family: str, settings: str, scheduler: str, **options: Any) -> Metho
 
 def site_configs() -> dict[str, DQARConfig]:
     """DQAR inside the blocks: attention and feed-forward of all layers, or all of a block, from a quantized cache."""
-    configs = {}
+    configs: dict[str, DQARConfig] = {}
     for interval, kinds in SITE_KINDS.items():
         for order, bits in kinds:
             configs[f"every {interval}, order {order}, {bits} bit"] = dataclasses.replace(
@@ -176,10 +176,10 @@ def site_configs() -> dict[str, DQARConfig]:
                 quantize_bits=bits,
                 cooldown=4,
             )
-    linear = {f"every {n}": configs[f"every {n}, order 1, 8 bit"] for n in SITE_KINDS}
-    others = {"attention only, every 2, order 1, 8 bit": dataclasses.replace(linear["every 2"], reuse_target="output")}
+    linear = {n: configs[f"every {n}, order 1, 8 bit"] for n in SITE_KINDS}
+    others = {"attention only, every 2, order 1, 8 bit": dataclasses.replace(linear[2], reuse_target="output")}
     for interval, config in linear.items():
-        name = f"whole blocks, {interval}, order 1, 8 bit"
+        name = f"whole blocks, every {interval}, order 1, 8 bit"
         others[name] = dataclasses.replace(config, reuse_target="residual")
     return {**others, **configs}
 
@@ -224,7 +224,7 @@ def frontier(points: pd.DataFrame, target: Target) -> pd.DataFrame:
 def best_at(points: pd.DataFrame, target: Target, budget: float) -> pd.Series | None:
     """The point of the best quality at ``budget`` times fewer MACs, or more; ``None`` if nothing is as fast."""
     within = points[points.macs_speedup >= budget * 0.999]
-    return within.loc[within[f"psnr_{target}"].idxmax()] if len(within) else None
+    return within.iloc[int(within[f"psnr_{target}"].argmax())] if len(within) else None
 
 
 def own_plans(points: pd.DataFrame, target: Target) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""Notebook 06: who should decide: the rule, the policy, measured errors, or chance (slide 7)?"""
+"""Notebook 06: who should decide, the rule, the policy, measured errors, or chance (slide 7)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -18,7 +18,7 @@ from dqar.measure import metrics
 from dqar.measure.calibrate import propose_gate
 from dqar.measure.sensitivity import site_errors
 from dqar.models.classifier import load_classifier
-from dqar.models.data import load_split
+from dqar.models.data import Dataset, load_split
 from dqar.plan import BRANCHES, ReusePlan
 from dqar.policy import FEATURES, ReusePolicy, policy_features, train_policy
 from dqar.studies.compare import FULL, Method
@@ -72,12 +72,12 @@ def study(labels: pd.DataFrame, delta: float, total_steps: int, **training: Any)
     judged = features[test]
     if omit := training.get("omit"):
         judged = judged.clone()
-        judged[:, FEATURES.index(omit)] = network.mean[FEATURES.index(omit)]
+        judged[:, FEATURES.index(omit)] = cast(torch.Tensor, network.mean)[FEATURES.index(omit)]
     with torch.no_grad():
         scores = network(judged).numpy()
     rows = labels[test.numpy()]
     gate = rule_gate(labels)
-    inside = rows.snr.between(*gate.snr_range)
+    inside = rows.snr.between(*(gate.snr_range or (0, np.inf)))
     rule = np.where(inside, -rows.entropy, -rows.entropy - labels.entropy.max())
     held_out = rows.assign(harmless=harmless[test].bool().numpy(), policy=scores, rule=rule)
     return Study(network, pd.DataFrame(history), held_out)
@@ -149,13 +149,14 @@ def plan_of(errors: pd.Series, share: float, total_steps: int) -> tuple[ReusePla
     number = round(share * total_steps * layers * len(BRANCHES))
     chosen: set[tuple[int, int, str]] = set()
     largest = 0.0
-    for (step, layer, branch), error in errors.sort_values().items():
+    order = errors.sort_values()
+    for (step, layer, branch), error in zip(order.index, order, strict=True):
         if len(chosen) >= number:
             break
         if (step - 1, layer, branch) not in chosen and (step + 1, layer, branch) not in chosen:
             chosen.add((step, layer, branch))
             largest = float(error)
-    return ReusePlan(chosen, layers, total_steps), largest
+    return ReusePlan(frozenset(chosen), layers, total_steps), largest
 
 
 def deciders(
@@ -209,7 +210,7 @@ def accepted_runs(oracle: pd.DataFrame) -> pd.DataFrame:
     real = held_out_features(oracle.attrs["provenance"]["profile"]["model"])
     rows = []
     for (share, delta), part in oracle.groupby(["share", "delta"]):
-        distance = metrics.frechet_distance(torch.tensor(np.stack(part.features)).float(), real)
+        distance = metrics.frechet_distance(torch.tensor(np.stack(list(part.features))).float(), real)
         rows.append({"share": share, "delta": delta, "psnr": metrics.decibels(part.mse.mean()), "fd": distance})
     table = pd.DataFrame(rows).sort_values("share", ignore_index=True)
     return table.assign(fd_growth=table.fd / table.fd[table.share == 0].item() - 1)
@@ -217,7 +218,7 @@ def accepted_runs(oracle: pd.DataFrame) -> pd.DataFrame:
 
 def held_out_features(model: str) -> torch.Tensor:
     """The classifier's features ``[N, D]`` of an embedded model's test data, which neither was trained on."""
-    return metrics.classify(load_classifier(model), load_split(model, "test")[0] / 2 + 0.5)[1]
+    return metrics.classify(load_classifier(model), load_split(cast(Dataset, model), "test")[0] / 2 + 0.5)[1]
 
 
 def policy_path(folder: Path, target: ReuseTarget) -> Path:

@@ -25,4 +25,5 @@ TABLES: dict[str, Callable[[Recording], object]] = {
     "memory": results.record_memory,
     "samples": results.record_samples,
 }
-"""In the order in which they are recorded: each also records what it needs of those before."""
+"""In the order in which they are recorded. Labels, oracle and policies are recorded where another table needs them;
+methods by plans, and what is compared beside them, are left out of the others until plans and pareto are recorded."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -81,7 +82,7 @@ class Recording:
         """The profile with as many images at once as pay."""
         return dataclasses.replace(self.profile, batch_size=50)
 
-    def table(self, name: str, parts: Mapping[Hashable, Callable[[], pd.DataFrame]], seed: int) -> pd.DataFrame:
+    def table(self, name: str, parts: Mapping[Any, Callable[[], pd.DataFrame]], seed: int) -> pd.DataFrame:
         """The table ``name``: read if it is finished, else made of its parts, of which finished ones are read."""
         path = self.folder / f"{name}.parquet"
         if path.exists():

@@ -49,8 +49,8 @@ def schedule_maps(run: Run) -> pd.DataFrame:
     def measure() -> pd.DataFrame:
         tables = []
         for method in schedule_methods():
-            if method.config.reuse_target == "output":
-                table = method.draw(run.profile, run.seed, num_samples=1).trace.to_pandas()
+            if method.columns()["target"] == "output":
+                table = method.draw(run.profile, run.seed, num_samples=1).traced.to_pandas()
                 tables.append(table[table.branch == "cond"].assign(family=method.family))
         return pd.concat(tables)[["family", "step", "layer", "decision", "reason"]]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 
 from dqar.measure.calibrate import trace_sites
@@ -31,24 +32,23 @@ def heads(run: Run) -> pd.DataFrame:
     """Entropy (nats) of every head at every step, layer and branch, mean over four images."""
 
     def measure() -> pd.DataFrame:
-        trace = sample(
-            cached_pipeline(run.profile), run.profile, run.seed, LOOK, num_samples=4, description="heads"
-        ).trace
-        return trace.heads_to_pandas().groupby(["step", "layer", "branch", "head"], as_index=False)["entropy"].mean()
+        drawn = sample(cached_pipeline(run.profile), run.profile, run.seed, LOOK, num_samples=4, description="heads")
+        sites = ["step", "layer", "branch", "head"]
+        return drawn.traced.heads_to_pandas().groupby(sites, as_index=False)[["entropy"]].mean()
 
     return run.table("heads", measure)
 
 
 def relations(table: pd.DataFrame) -> dict[str, float]:
     """Spearman's ρ of the two signals with ``change``, overall and within steps (entropy) or layers (SNR)."""
-    known = table.dropna(subset=["change"])
+    later = table.dropna(subset=["change"])  # than the first step
 
     def within(by: str, signal: str) -> float:
-        return known.groupby(by).apply(lambda g: g[signal].corr(g.change, "spearman"), include_groups=False).mean()
+        return float(np.mean([part[signal].corr(part.change, "spearman") for _, part in later.groupby(by)]))
 
     return {
-        "entropy": known.entropy.corr(known.change, "spearman"),
+        "entropy": later.entropy.corr(later.change, "spearman"),
         "entropy_within_step": within("step", "entropy"),
-        "snr": known.snr.corr(known.change, "spearman"),
+        "snr": later.snr.corr(later.change, "spearman"),
         "snr_within_layer": within("layer", "snr"),
     }

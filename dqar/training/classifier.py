@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -38,11 +39,11 @@ class ClassifierRecipe:
     def optimizers(self, model: Classifier) -> list[torch.optim.Optimizer]:
         """What trains the model."""
         parameters = list(model.parameters())
-        kernels = [] if self.muon_learning_rate is None else [x for x in parameters if x.ndim == 4]
-        chosen = {id(x) for x in kernels}
-        others = [x for x in parameters if id(x) not in chosen]
-        adam = torch.optim.AdamW(others, lr=self.learning_rate, weight_decay=self.weight_decay)
-        return [adam, *([StackedMuon(kernels, self.muon_learning_rate)] if kernels else [])]
+        adam = partial(torch.optim.AdamW, lr=self.learning_rate, weight_decay=self.weight_decay)
+        if self.muon_learning_rate is None:
+            return [adam(parameters)]
+        kernels = [x for x in parameters if x.ndim == 4]
+        return [adam([x for x in parameters if x.ndim != 4]), StackedMuon(kernels, self.muon_learning_rate)]
 
 
 CLASSIFIER_RECIPES = {

@@ -27,7 +27,7 @@ class StackedMuon(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "parts": parts})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Moves every parameter by its gradient."""
         for group in self.param_groups:
             for parameter in group["params"]:

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import embedded_pipeline
+from helpers import embedded_pipeline
 from scipy.ndimage import correlate
 
 from dqar import ForecastPlan

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import draw, embedded_pipeline
 from diffusers import DiTPipeline, PixArtAlphaPipeline
+from helpers import draw, embedded_pipeline
 from scipy.ndimage import correlate
 
 from dqar import ForecastPlan, apply_dqar

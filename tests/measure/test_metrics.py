@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from conftest import random_transformer
+from helpers import random_transformer
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from dqar.measure import metrics

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import zipfile
+from functools import partial
 
 import pytest
 import torch
@@ -110,26 +111,32 @@ def test_a_full_gpu_is_named(monkeypatch):
         load_pipeline(get_profile("digits"))
 
 
-def test_dit_xl_2_at_full_size():
-    """With random weights: shapes, cache and MACs are those of the published model (118.6 G a forward pass at 256²)."""
-    profile = get_profile("dit-xl-2-random", num_inference_steps=2, device="cpu", dtype=torch.float32)
-    pipe = load_pipeline(profile)
-    transformer = pipe.transformer
-    # 675 M published; diffusers keeps an embedding of timestep and class in every block instead of one for all.
+def test_dit_xl_2_has_the_published_size():
+    """675 M weights, and 118.6 G multiply-accumulates a forward pass at 256²."""
+    with torch.device("meta"):
+        transformer = pipelines.random_dit_xl_2().transformer
+        inputs = {"timestep": torch.tensor([500]), "class_labels": torch.tensor([207])}
+        with torch.no_grad():
+            macs = metrics.count_macs(lambda: transformer(torch.randn(1, 4, 32, 32), **inputs))
+    # diffusers keeps an embedding of timestep and class in every block instead of one for all.
     embedding = 256 * 1152 + 1152 * 1152 + 2 * 1152 + 1001 * 1152
     weights = sum(p.numel() for p in transformer.parameters()) - 27 * embedding
-    assert not profile.trained and weights == pytest.approx(675e6, rel=0.002)
-    inputs = {"timestep": torch.tensor([500]), "class_labels": torch.tensor([207])}
-    with torch.no_grad():
-        macs = metrics.count_macs(lambda: transformer(torch.randn(1, 4, 32, 32), **inputs))
-    assert macs == pytest.approx(118.6e9, rel=0.01)
+    assert weights == pytest.approx(675e6, rel=0.002) and macs == pytest.approx(118.6e9, rel=0.01)
+
+
+def test_dit_xl_2_at_full_width(monkeypatch):
+    """Two of its blocks, with random weights, through the pipeline."""
+    monkeypatch.setattr(pipelines, "random_dit_xl_2", partial(pipelines.random_dit_xl_2, num_layers=2))
+    profile = get_profile("dit-xl-2-random", num_inference_steps=2, device="cpu", dtype=torch.float32)
+    pipe = load_pipeline(profile)
+    assert not profile.trained
     with apply_dqar(pipe, DQARConfig(**vars(OPEN) | {"schedule": "all"})) as session:
         latents = []
         pipe.vae.decode = lambda x: latents.append(x) or type("Decoded", (), {"sample": x[:, :3]})()
         pipe(class_labels=[207], num_inference_steps=2, guidance_scale=7.5, output_type="pt")
     table = session.trace.to_pandas()
     assert latents[0].shape == (1, 4, 32, 32) and latents[0].isfinite().all()
-    assert set(table.decision[table.step == 1]) == {"reuse"} and len(table) == 2 * 28 * 2 and set(table.tokens) == {256}
+    assert set(table.decision[table.step == 1]) == {"reuse"} and len(table) == 2 * 2 * 2 and set(table.tokens) == {256}
     # K and V of 256 tokens and 1152 channels in INT8, and a float32 scale a channel
     assert set(table.bytes[table.step == 0]) == {2 * (256 * 1152 + 4 * 1152)}
 

@@ -3,8 +3,8 @@ import math
 
 import pytest
 import torch
-from conftest import draw, embedded_pipeline, random_transformer
 from diffusers import PixArtTransformer2DModel, UNet2DModel
+from helpers import draw, embedded_pipeline, random_transformer
 from torch import nn
 
 from dqar import DQARConfig, apply_dqar

@@ -4,8 +4,8 @@ import math
 import pandas as pd
 import pytest
 import torch
-from conftest import draw as draw_latents
-from conftest import embedded_pipeline
+from helpers import draw as draw_latents
+from helpers import embedded_pipeline
 from torch.nn import functional as F
 
 from dqar import DQARConfig, ReusePlan

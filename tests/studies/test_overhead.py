@@ -1,7 +1,7 @@
 import pandas as pd
 import pytest
 import torch
-from conftest import draw, embedded_pipeline
+from helpers import draw, embedded_pipeline
 
 from dqar.studies import benchmarks, overhead
 

@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers import image_pipeline
 
 from dqar import DQARConfig, ReusePlan
 from dqar.__main__ import main
@@ -19,7 +20,7 @@ from dqar.studies import policy, record, results, trace
 from dqar.studies.recording import Recording
 
 
-def labels_of(number=3000, seed=0, error=lambda t: np.exp(t.snr)):
+def labels_of(number=1200, seed=0, error=lambda t: np.exp(t.snr)):
     """Synthetic labels, so that what decides the error is known."""
     rng = np.random.default_rng(seed)
     table = pd.DataFrame(
@@ -256,8 +257,8 @@ def test_what_was_not_recorded_is_drawn_as_missing(tmp_path):
 
 
 def test_calibration_reaches_the_wanted_share_and_quality():
-    profile = get_profile("smoke")
-    pipe, base = load_pipeline(profile), DQARConfig(schedule="all", reuse_target="output", max_reuse_streak=1)
+    profile, pipe = get_profile("smoke"), image_pipeline()
+    base = DQARConfig(schedule="all", reuse_target="output", max_reuse_streak=1)
     config, trials = calibrate.calibrate(pipe, profile, 0, share=0.2, base=base, num_samples=2)
     drawn = sample(pipe, profile, 0, config, num_samples=2)
     share = (drawn.trace.to_pandas().decision == "reuse").mean()

@@ -1,0 +1,30 @@
+"""README's numbers over 1,000 images are the recorded ones; the others are checked beside their studies."""
+
+import numpy as np
+import pytest
+
+from dqar.measure import metrics
+from dqar.measure.results import RECORDED, load_table
+
+README = (RECORDED.parent / "README.md").read_text()
+ROWS = {
+    "DQAR plan": ("dqar-plan-1-5", "dqar-plan-2", "dqar-plan-3", "dqar-plan-4"),
+    "output extrapolation": ("extrapolation-1-5", "extrapolation-2", "extrapolation-3", "extrapolation-4"),
+    "fewer steps": ("33-steps", "25-steps", "16-steps", "12-steps"),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row_of_1000_images_is_what_was_recorded(name):
+    cells = []
+    for file in ROWS[name]:
+        mse = load_table(RECORDED / "digits" / f"samples-{file}.parquet").mse.to_numpy()
+        assert len(mse) == 1000
+        psnr = -10 * np.log10(mse)
+        cells.append(" / ".join(f"{x:.1f}" for x in (-10 * np.log10(mse.mean()), *np.quantile(psnr, (0.5, 0.05)))))
+    assert f"| {name} | {' | '.join(cells)} |" in README
+
+
+def test_the_speed_of_the_decks_gate_is_what_was_recorded():
+    speed = metrics.speedups(load_table(RECORDED / "digits/speed.parquet"), "full compute").speedup
+    assert f"it runs at {speed['DQAR rule, kv']:.2f}× (K and V) and {speed['DQAR rule, output']:.2f}×" in README
