@@ -6,6 +6,7 @@ from dqar.controller import Decision, DQARController
 from dqar.families import describe_model
 from dqar.forecast.fit import fit_plan
 from dqar.forecast.plan import ForecastPlan, extrapolation
+from dqar.forecast.promise import keep_promise
 from dqar.plan import ReusePlan
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "describe_model",
     "extrapolation",
     "fit_plan",
+    "keep_promise",
     "remove_dqar",
 ]

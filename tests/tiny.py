@@ -10,6 +10,7 @@ from diffusers import (
     DDIMScheduler,
     DiTPipeline,
     FlowMatchEulerDiscreteScheduler,
+    FluxControlPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
@@ -20,6 +21,7 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from diffusers.models import AutoencoderKLCogVideoX
+from helpers import random_transformer, silent
 
 STEPS = 8
 
@@ -30,11 +32,6 @@ def randomized(module, seed=0, std=0.1):
     for parameter in module.parameters():
         parameter.data.copy_(std * torch.randn(parameter.shape, generator=generator))
     return module.eval()
-
-
-def quiet(pipe):
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def image_vae(channels):
@@ -50,19 +47,17 @@ def caption(seed, *shape):
 
 def dit():
     """Class-conditional, learned variances, latents of both branches in the scheduler."""
-    from conftest import random_transformer
-
     transformer = randomized(random_transformer(in_channels=4, out_channels=8, num_layers=2, num_embeds_ada_norm=1000))
     scheduler = DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
-    pipe = quiet(DiTPipeline(transformer, image_vae(4), scheduler))
+    pipe = silent(DiTPipeline(transformer, image_vae(4), scheduler))
     return pipe, lambda i: {"class_labels": [i, i + 1], "guidance_scale": 3.0}
 
 
-def flux():
-    """Packed tokens, embedded guidance, one branch, flow matching."""
+def _flux(cls, in_channels):
     transformer = FluxTransformer2DModel(
         patch_size=1,
-        in_channels=16,
+        in_channels=in_channels,
+        out_channels=16,
         num_layers=1,
         num_single_layers=1,
         attention_head_dim=8,
@@ -72,15 +67,24 @@ def flux():
         guidance_embeds=True,
         axes_dims_rope=(2, 2, 4),
     )
-    pipe = FluxPipeline(
-        FlowMatchEulerDiscreteScheduler(), image_vae(4), None, None, None, None, randomized(transformer)
-    )
+    parts = FlowMatchEulerDiscreteScheduler(), image_vae(4), None, None, None, None, randomized(transformer)
 
     def call(i):
         embeds = {"prompt_embeds": caption(i, 1, 5, 16), "pooled_prompt_embeds": caption(100 + i, 1, 8)}
         return {**embeds, "guidance_scale": 3.5, "height": 16, "width": 8}
 
-    return quiet(pipe), call
+    return silent(cls(*parts)), call
+
+
+def flux():
+    """Packed tokens, embedded guidance, one branch, flow matching."""
+    return _flux(FluxPipeline, 16)
+
+
+def flux_control():
+    """An image's channels beside the latents' own."""
+    pipe, call = _flux(FluxControlPipeline, 32)
+    return pipe, lambda i: {**call(i), "control_image": caption(2000 + i, 1, 3, 16, 8).sigmoid()}
 
 
 def _sd3(cls):
@@ -109,7 +113,7 @@ def _sd3(cls):
         }
         return {**embeds, "guidance_scale": 4.0}
 
-    return quiet(pipe), call
+    return silent(pipe), call
 
 
 def sd3():
@@ -149,7 +153,7 @@ def wan():
         embeds = {"prompt_embeds": caption(i, 1, 5, 16), "negative_prompt_embeds": caption(1000, 1, 5, 16)}
         return {**embeds, "height": 32, "width": 32, "num_frames": 9, "guidance_scale": 4.0}
 
-    return quiet(pipe), call
+    return silent(pipe), call
 
 
 def cogvideox():
@@ -186,10 +190,10 @@ def cogvideox():
         embeds = {"prompt_embeds": caption(i, 1, 5, 16), "negative_prompt_embeds": caption(1000, 1, 5, 16)}
         return {**embeds, "height": 32, "width": 32, "num_frames": 9, "guidance_scale": 3.0}
 
-    return quiet(pipe), call
+    return silent(pipe), call
 
 
-TINY = {maker.__name__: maker for maker in (dit, flux, sd3, sd3_img2img, wan, cogvideox)}
+TINY = {maker.__name__: maker for maker in (dit, flux, flux_control, sd3, sd3_img2img, wan, cogvideox)}
 
 
 def drawn(pipe, call, steps=STEPS, seed=0):

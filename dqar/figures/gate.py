@@ -114,7 +114,7 @@ def samples(run: Run, images: dict[str, torch.Tensor]) -> Figure:
             options = {"cmap": "coolwarm" if is_difference else "gray_r", "vmin": 0, "vmax": 1}
             ax.imshow(picture.permute(1, 2, 0), **options)
             ax.set(xticks=[], yticks=[])
-        label = "5 × difference" if is_difference else method.replace(", ", ",\n")
+        label = "5 × difference" if is_difference else method.replace("kv", "K and V").replace(", ", ",\n", 1)
         line[0].set_ylabel(label, rotation=0, ha="right", va="center", size=16)
     headline(figure, "The same digits from the same noise: full compute, and three ways of reuse")
     return save(run, "samples", figure, pd.DataFrame(), f"{len(reference)} images of the same seeds")

@@ -132,13 +132,13 @@ def with_palette(picture: Image.Image) -> bytes:
         top = picture.height + 20 * row
         sample.paste(tuple(color.round().astype(int)), (0, top, picture.width, top + 20))
     for colors in (256, 128, 64, 32, 16):
-        palette = sample.quantize(colors, dither=Image.Dither.NONE)
-        entries = np.array(palette.getpalette()).reshape(-1, 3)
+        drawn = sample.quantize(colors, dither=Image.Dither.NONE).crop((0, 0, picture.width, picture.height))
+        entries = np.array(drawn.getpalette()).reshape(-1, 3)
         for color in exact:
             entries[np.abs(entries - color).sum(1).argmin()] = color.round()
-        palette.putpalette(entries.ravel().tolist())
+        drawn.putpalette(entries.ravel().tolist())
         file = io.BytesIO()
-        picture.quantize(palette=palette, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+        drawn.save(file, "PNG", optimize=True)
         if file.tell() <= LARGEST_FILE:
             break
     return file.getvalue()

@@ -239,6 +239,7 @@ class Calibration:
         source = {
             "target": self.target,
             "calibration_images": self.images,
+            "num_inference_steps": self.num_inference_steps,
             "trials": [{"computed": list(s), "predicted": p, "measured": m} for s, (p, m) in tried.items()],
             "calls": self._digest(),
             "versions": {name: version(name) for name in ("torch", "diffusers")},

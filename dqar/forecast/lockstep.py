@@ -315,7 +315,7 @@ class Lockstep:
 
         step.__signature__ = inspect.signature(scheduler.step)  # pipelines look for `eta` and `generator`
         scheduler.step = step
-        named = _arguments(self.pipe, call, self.num_inference_steps, self.seed + run.number)
+        named = call_arguments(self.pipe, call, self.num_inference_steps, self.seed + run.number)
 
         def draw() -> None:
             thread = threading.get_ident()
@@ -488,7 +488,7 @@ def _copied(value: Any) -> Any:
     return value
 
 
-def _arguments(pipe: Any, call: Mapping[str, Any], num_inference_steps: int, seed: int) -> dict[str, Any]:
+def call_arguments(pipe: Any, call: Mapping[str, Any], num_inference_steps: int, seed: int) -> dict[str, Any]:
     """A call's keyword arguments, so that each of its runs draws the same from the same noise.
 
     Raises:
