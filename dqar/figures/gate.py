@@ -23,6 +23,7 @@ def slide05(run: Run, sites: pd.DataFrame) -> Figure:
                           rasterized=True)  # fmt: skip
     figure.colorbar(points, ax=axes, label="relative error of a reuse", pad=0.01)
     gate = propose_gate(sites)
+    assert gate.snr_range is not None  # as proposed
     low, high = gate.snr_range
     bottom = min(1.7, shown.entropy.min() - 0.1)
     for threshold, label, style, color in (
@@ -60,7 +61,7 @@ def slide05_tau(run: Run, sites: pd.DataFrame) -> Figure:
     )
     axes.set(xlabel="prompt length p (words)", ylabel="entropy threshold (nats)", ylim=(0, None))
     axes.legend(loc="lower right")
-    reached = next((int(p) for p in range(1, 100_000) if stats.tau(2.0, int(p)) > sites.entropy.min()), None)
+    reached = next((int(p) for p in range(1, 100_000) if stats.tau(2.0, int(p)) > sites.entropy.min()), 100_000)
     headline(
         figure, f"The deck's threshold is lower than every entropy of this model up to prompts of {reached - 1} words"
     )
