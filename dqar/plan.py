@@ -20,11 +20,7 @@ if TYPE_CHECKING:
 
 BRANCHES = ("cond", "uncond")
 """Of classifier-free guidance."""
-
-
 FORMAT, FORECAST_FORMAT = "dqar-plan-1", "dqar-forecast-2"
-
-
 Site = tuple[int, int, str]
 
 

@@ -31,8 +31,6 @@ for step in range(steps):
       controller.commit(layer, branch,
         keys=K, values=V, entropy=H)
     output = softmax(Q @ K.T / √d) @ V"""
-
-
 REASONS = {
     # as traced: how it is called and coloured
     "reuse": ("reused", REUSE),

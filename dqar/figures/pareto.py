@@ -30,8 +30,6 @@ from dqar.studies import cache_memory, pareto
 from dqar.studies.compare import FULL
 
 SAMPLER_NAMES = {"dpm-solver++": "DPM-Solver++", "ddim": "DDIM"}
-
-
 SHOWN = {
     "fewer steps": (GREY, "X"),
     "output extrapolation": (BLUE, "o"),
@@ -40,11 +38,7 @@ SHOWN = {
     "DQAR sites": ("#E69F00", "v"),
 }
 """Drawn in colours of their own; all other peers in one."""
-
-
 OTHERS = "#A9B4BF"
-
-
 TARGETS: dict[Target, str] = {"reference": "to the 50-step reference", "converged": "to the converged solution"}
 COMPARED = {"reference": "full compute", "converged": "converged solution"}
 
