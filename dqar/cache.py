@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from dqar.config import DQARConfig
+from dqar.config import DQARConfig, ReuseTarget
 from dqar.plan import BRANCHES, lagrange_weights
 from dqar.quantizer import QuantizedTensor, quantize
 from dqar.trace import Entropies
@@ -36,11 +36,6 @@ class StoredTensor:
         return StoredTensor(self.data.clone(), self.dtype)
 
     @property
-    def shape(self) -> torch.Size:
-        """Of the tensor."""
-        return self.data.shape
-
-    @property
     def nbytes(self) -> int:
         """Bytes, as stored."""
         return self.data.nbytes
@@ -48,35 +43,37 @@ class StoredTensor:
 
 Stored = QuantizedTensor | StoredTensor
 Name = Literal["k", "v", "output", "feed_forward"]
+Tensors = dict[Name, torch.Tensor]
+NAMES: dict[ReuseTarget, tuple[Name, ...]] = {
+    "kv": ("k", "v"),
+    "output": ("output",),
+    "block": ("output", "feed_forward"),
+    "residual": ("output",),
+}
+"""What an entry holds, by ``reuse_target``: keys and values; the attention's output; that and the feed-forward's; or,
+as ``output``, what the whole block adds to its input."""
 
 
 @dataclass
 class CacheEntry:
-    """What one layer computed at one step in one branch, ``[B, N, C]`` each.
-
-    ``k`` and ``v``; or ``output``, of the attention; or that and ``feed_forward``; or, as ``output``, what the whole
-    block adds to its input: as ``reuse_target`` says.
-    """
+    """What one layer computed at one step in one branch: the tensors ``NAMES`` lists, ``[B, N, C]`` each."""
 
     layer_id: int
     branch: str
-    step: int = 0
+    step: int
     """When it was computed."""
-    entropies: Entropies | None = None
-    """Of the attention that computed it, if they were measured."""
-    decision: str = "compute"
-    """``"share"``: what the other branch computed."""
-    stored: dict[Name, Stored] = field(default_factory=dict)
-    """By name; of the branches that were computed together the same tensors, of which this entry has its rows."""
+    stored: dict[Name, Stored]
+    """By name; empty: nothing to reuse. Branches computed together share the tensors, and each has its rows of them."""
     rows: slice | None = None
     """``None``: all of them."""
+    own_bytes: int = 0
+    """Of the entry's own rows, without the history."""
+    entropies: Entropies | None = None
+    """Of the attention that computed it, if they were measured."""
     streak: int = 0
     """Steps in a row that this entry has served."""
     history: tuple[CacheEntry, ...] = ()
-    """What the same site computed before, newest first: as many as a forecast of ``forecast_order`` draws on."""
-
-    own_bytes: int = 0
-    """Of the entry's own rows."""
+    """What the same site computed before, newest first: as many as ``cache.forecast_order`` asks for."""
 
     @property
     def nbytes(self) -> int:
@@ -145,7 +142,9 @@ def _together(one: CacheEntry, other: CacheEntry) -> bool:
     """Whether two branches' entries and all their history were stored as one, ``one`` first."""
     if one.stored is not other.stored or len(one.history) != len(other.history):
         return False
-    return one.rows.stop == other.rows.start and all(map(_together, one.history, other.history))
+    if one.rows is None or other.rows is None or one.rows.stop != other.rows.start:
+        return False
+    return all(map(_together, one.history, other.history))
 
 
 def _continued(stored: Sequence[Stored], steps: Sequence[int], step: int) -> torch.Tensor:
@@ -177,65 +176,57 @@ class QuantizedCache:
         """The entry, or ``None``."""
         return self._entries.get((layer_id, branch))
 
+    def entries(self, layer_id: int, branches: Sequence[str]) -> list[CacheEntry]:
+        """Those of several branches, which must be there."""
+        return [self._entries[layer_id, branch] for branch in branches]
+
     def put(
         self,
-        entry: CacheEntry,
-        keys: torch.Tensor | None = None,
-        values: torch.Tensor | None = None,
-        output: torch.Tensor | None = None,
-        key_partner: torch.Tensor | None = None,
-        value_partner: torch.Tensor | None = None,
-        feed_forward: torch.Tensor | None = None,
+        layer_id: int,
+        rows: Mapping[str, slice],
+        step: int,
+        tensors: Tensors,
+        partners: Tensors | None = None,
+        entropies: Entropies | None = None,
         check_finite: bool = True,
-    ) -> None:
-        """Stores ``entry`` with those of the tensors that ``reuse_target`` reuses; with all of them or none.
+    ) -> list[CacheEntry]:
+        """Keeps what a layer computed, for several branches quantized and stored as one.
+
+        Args:
+            layer_id, step: where and when it was computed.
+            rows: of the tensors, by branch; of one branch alone they are all its own.
+            tensors: ``[B, N, C]``; those of ``NAMES`` are kept if they are all there, others never.
+            partners: of each for ``balance``, as ``quantize`` takes them.
+            entropies: of the attention, if they were measured.
+            check_finite: look for NaN and inf, where no GPU has to wait for it.
+
+        Returns:
+            The new entries, in the order of ``rows``.
 
         Raises:
             ValueError: NaN or inf, with ``check_finite``.
         """
-        self.put_together(
-            [(entry, slice(None))], keys, values, output, key_partner, value_partner, feed_forward, check_finite
-        )
-
-    def put_together(
-        self,
-        entries: Sequence[tuple[CacheEntry, slice]],
-        keys: torch.Tensor | None = None,
-        values: torch.Tensor | None = None,
-        output: torch.Tensor | None = None,
-        key_partner: torch.Tensor | None = None,
-        value_partner: torch.Tensor | None = None,
-        feed_forward: torch.Tensor | None = None,
-        check_finite: bool = True,
-    ) -> None:
-        """``put`` for the branches of one layer, whose rows of the tensors are quantized and kept as one."""
-        config = self.config
+        names, partners = NAMES[self.config.reuse_target], partners or {}
         stored: dict[Name, Stored] = {}
-        if config.reuse_target == "kv":
-            if keys is not None and values is not None:
-                half = config.mixed_precision
-                stored["k"] = self._half(keys) if half else self._store(keys, key_partner, check_finite)
-                stored["v"] = self._store(values, value_partner, check_finite)
-        elif config.reuse_target == "block":
-            if output is not None and feed_forward is not None:
-                stored["output"] = self._store(output, None, check_finite)
-                stored["feed_forward"] = self._store(feed_forward, None, check_finite)
-        elif output is not None:
-            stored["output"] = self._store(output, None, check_finite)
-        layer_id, nbytes = entries[0][0].layer_id, sum(whole.nbytes for whole in stored.values())
+        if all(name in tensors for name in names):
+            stored = {name: self._store(name, tensors[name], partners.get(name), check_finite) for name in names}
+        nbytes = sum(whole.nbytes for whole in stored.values())
         batch = len(next(iter(stored.values())).data) if stored else 1
-        self._separate(layer_id, {entry.branch for entry, _ in entries})
-        for entry, rows in entries:
-            entry.stored, entry.own_bytes = stored, nbytes
-            if len(entries) > 1:
-                entry.rows, entry.own_bytes = rows, nbytes * (rows.stop - rows.start) // batch
-            last = self._entries.get((layer_id, entry.branch))
-            if config.cache.forecast_order and last is not None:
+        self._separate(layer_id, rows)
+        entries = []
+        for branch, part in rows.items():
+            entry = CacheEntry(layer_id, branch, step, stored, None, nbytes, entropies)
+            if len(rows) > 1:
+                entry.rows, entry.own_bytes = part, nbytes * (part.stop - part.start) // batch
+            last = self._entries.get((layer_id, branch))
+            if self.config.cache.forecast_order and last is not None:
                 earlier = (dataclasses.replace(last, history=()), *last.history)  # a chain would never end
                 # Computed twice at a step, the later result counts.
-                earlier = [past for past in earlier if not past.empty and past.step != entry.step]
-                entry.history = tuple(earlier[: config.cache.forecast_order])
-            self._entries[layer_id, entry.branch] = entry
+                usable = [past for past in earlier if not past.empty and past.step != step]
+                entry.history = tuple(usable[: self.config.cache.forecast_order])
+            self._entries[layer_id, branch] = entry
+            entries.append(entry)
+        return entries
 
     def clear(self) -> None:
         """Forgets everything."""
@@ -252,7 +243,7 @@ class QuantizedCache:
     def __iter__(self) -> Iterator[CacheEntry]:
         return iter(self._entries.values())
 
-    def _separate(self, layer_id: int, replaced: set[str]) -> None:
+    def _separate(self, layer_id: int, replaced: Mapping[str, slice]) -> None:
         """Gives what a branch keeps memory of its own, where the other branch's part of it is about to go."""
         for branch in BRANCHES:
             entry = self._entries.get((layer_id, branch))
@@ -260,19 +251,20 @@ class QuantizedCache:
                 for past in (entry, *entry.history):
                     past.separate()
 
-    def _half(self, x: torch.Tensor) -> Stored:
-        return StoredTensor(x.detach().to(torch.float16 if x.dtype == torch.float32 else x.dtype, copy=True), x.dtype)
-
-    def _store(self, x: torch.Tensor, partner: torch.Tensor | None, check_finite: bool) -> Stored:
-        if self.config.quantize_bits == 16:
+    def _store(self, name: Name, x: torch.Tensor, partner: torch.Tensor | None, check_finite: bool) -> Stored:
+        config = self.config
+        if name == "k" and config.mixed_precision:
+            half = torch.float16 if x.dtype == torch.float32 else x.dtype
+            return StoredTensor(x.detach().to(half, copy=True), x.dtype)
+        if config.quantize_bits == 16:
             return StoredTensor(x.detach().clone(), x.dtype)  # a view would keep the whole batch's memory alive
         # batch_dims=1: a shared scale would let one image of a batch change another.
         return quantize(
             x.detach(),
-            self.config.quantize_bits,
-            self.config.quantize_mode,
+            config.quantize_bits,
+            config.quantize_mode,
             batch_dims=1,
-            partner=partner if self.config.balance else None,
-            keep_channels=self.config.cache.keep_channels,
+            partner=partner if config.balance else None,
+            keep_channels=config.cache.keep_channels,
             check_finite=check_finite and x.device.type == "cpu",
         )

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import torch
 
 from dqar import stats
-from dqar.cache import CacheEntry, QuantizedCache
-from dqar.config import DQARConfig, check, check_choice
+from dqar.cache import CacheEntry, Name, QuantizedCache, Tensors
+from dqar.config import DQARConfig, check, check_choice, check_count
 from dqar.gate import Step, make_gate
-from dqar.plan import BRANCHES, ReusePlan
+from dqar.plan import BRANCHES
 from dqar.scheduler import eligible_layers
-from dqar.trace import CROSS_ATTENTION, MODEL, SELF_ATTENTION, Entropies, Rows, Trace
+from dqar.trace import CROSS_ATTENTION, SELF_ATTENTION, Entropies, Rows, StepFacts, Trace
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,42 +43,52 @@ class Decision:
 
 @dataclass(frozen=True)
 class Choice:
-    """What becomes of a layer's branches in one forward pass."""
+    """What becomes of a layer's branches in one forward pass; what is shared is what the conditional one computes."""
 
     fresh: tuple[str, ...]
     cached: tuple[str, ...]
     shared: tuple[str, ...]
 
+    @functools.cached_property
+    def all_fresh(self) -> bool:
+        """Whether every branch computes."""
+        return not (self.cached or self.shared)
+
+    def parts(self, fresh: Callable[[str], T], cached: Callable[[str], T]) -> dict[str, T]:
+        """The result of each branch, from functions that compute it and take it from the cache."""
+        parts = {branch: cached(branch) for branch in self.cached}
+        parts |= {branch: fresh(branch) for branch in self.fresh}
+        return parts | {branch: parts["cond"] for branch in self.shared}
+
 
 class DQARController:
-    """Decides site by site, keeps the cache and the trace. Knows no model: ``dqar.attention`` connects it to one.
+    """Decides site by site, keeps the cache and the trace. Knows no model: ``dqar.reuse`` connects it to one.
 
     Args:
         num_layers: attention layers of the model, numbered from 0.
         config: the deck's defaults if left out.
         trace: to write to, if it is shared with others.
+
+    Raises:
+        ValueError: ``num_layers`` below 1, or a plan for another number.
     """
 
     def __init__(self, num_layers: int, config: DQARConfig | None = None, trace: Trace | None = None):
-        check("num_layers", num_layers, isinstance(num_layers, int) and num_layers >= 1, "an int of 1 or more")
+        check_count("num_layers", num_layers, 1)
         self.num_layers = num_layers
         self.config = config or DQARConfig()
-        plan = self.config.plan
-        if isinstance(plan, ReusePlan) and plan.num_layers != num_layers:
-            raise ValueError(
-                f"the plan was made for {_layers(plan.num_layers)}, this model has {num_layers}: make one for it"
-            )
+        if self.config.plan is not None:
+            self.config.plan.check_layers(num_layers)
         self.cache = QuantizedCache(self.config)
         self.trace = Trace() if trace is None else trace
         self._gate = make_gate(self.config, num_layers)
         self._run = -1
-        self._total_steps = 0
         self.reset()
 
     def reset(self) -> None:
         """Forgets the cache and the position in the run; the next step begins a new one. The trace is kept."""
         self.cache.clear()
-        self._step: Step | None = None
+        self._open_step: Step | None = None
         self._measured: dict[tuple[int, str], Entropies] = {}
         self._tokens: int | None = None
         self._share_streaks: dict[int, int] = {}
@@ -91,6 +104,7 @@ class DQARController:
         latent_norm: torch.Tensor | float | None = None,
         timestep: float | None = None,
         run: int | None = None,
+        latent_size: str | None = None,
     ) -> None:
         """Opens a denoising step. A step that doesn't follow the last one begins a new run with an empty cache.
 
@@ -101,22 +115,25 @@ class DQARController:
             total_steps: denoising steps of the run.
             snr: the latents' SNR, a number or one per sample (then their mean decides).
             prompt_length: words of the prompt; scales the entropy threshold by slide 5's τ(p). ``None``: unscaled.
-            snr_schedule: the noise schedule's ᾱ/(1 − ᾱ); decides instead if ``probe.snr_source="schedule"``.
+            snr_schedule: the noise schedule's ᾱ/(1 − ᾱ); decides instead with ``probe.snr_source="schedule"``.
             latent_norm: ‖x_t‖₂, a feature of the policy.
             timestep: for the trace.
             run: number of the run, where several share a trace.
+            latent_size: height and width, as in ``"32 x 32"``, for the trace.
+
+        Raises:
+            ValueError: a step outside the run, or a run that the plan wasn't made for.
         """
         if not 0 <= step_index < total_steps:
             raise ValueError(f"step_index={step_index} is not accepted: from 0 to total_steps - 1 = {total_steps - 1}")
-        config = self.config
-        if isinstance(config.plan, ReusePlan):
+        config, before = self.config, self._open_step
+        if config.plan is not None:
             config.plan.check_run(total_steps)
-        if self._step is None or step_index <= self._step.index:
+        if before is None or step_index <= before.index:
             self._run = self.trace.begin_run() if run is None else run
             self.reset()
-        elif total_steps != self._total_steps:
+        elif total_steps != before.total:
             self.reset()
-        self._total_steps = total_steps
         if config.gates_on_entropy:
             self.trace.resolve()
         if isinstance(snr, torch.Tensor) and config.gates_on_snr and config.probe.snr_source == "predicted":
@@ -127,38 +144,30 @@ class DQARController:
         threshold = math.inf if config.entropy_threshold is None else config.entropy_threshold
         if prompt_length is not None and threshold < math.inf:
             threshold = stats.tau(threshold, prompt_length)
-        self._step = Step(
+        self._open_step = Step(
             step_index,
             total_steps,
-            self._eligible_at(step_index),
-            gate_snr,
-            latent_norm,
+            self._eligible_at(step_index, total_steps),
+            _on_host(gate_snr),
+            _on_host(latent_norm),
             prompt_length,
             threshold,
             self.cache,
-            lambda layer_id, branch: self._measured.get((layer_id, branch)),
+            self._measured,
         )
         # With a forecast of order n, a result is still drawn on after n newer ones.
         coming = range(step_index + 1, step_index + 2 + config.cache.forecast_order)
-        self._eligible_next = frozenset().union(*map(self._eligible_at, coming))
-        self._looks = config.measures_entropy and step_index % config.probe.interval == 0
+        self._eligible_next: frozenset[int] = frozenset().union(*(self._eligible_at(s, total_steps) for s in coming))
+        self._measures = config.measures_entropy
+        self._looks = self._measures and step_index % config.probe.interval == 0
         self._table: dict[str, Sequence[str]] = {}
         self._rows: dict[str, Rows] = {}
-        self._shared: dict[str, Any] = {
-            "run": self._run,
-            "step": step_index,
-            "total_steps": total_steps,
-            "timestep": timestep,
-            "threshold": threshold,
-            "snr": snr,
-            "snr_gate": gate_snr,
-            "snr_schedule": snr_schedule,
-            "latent_norm": latent_norm,
-        }
+        signals = (threshold, snr, gate_snr, snr_schedule, latent_norm, latent_size)
+        self._facts = StepFacts(self._run, step_index, total_steps, timestep, *signals)
 
     def complete_step(self, snr: torch.Tensor | float) -> None:
         """Writes the SNR by the step's own prediction, known only after the model ran, to the step's trace rows."""
-        self._shared["snr"] = snr
+        self._facts.snr = snr
 
     # --- slide 9's calls ---------------------------------------------------------------------------------------------
 
@@ -225,17 +234,12 @@ class DQARController:
         if clean_latent is not None and noisy_latent is not None:
             self.complete_step(stats.snr(clean_latent, noisy_latent).mean())
         tokens = next((x.shape[-2] for x in (attn_map, keys, output) if x is not None and x.ndim > 1), None)
-        tensors = {"keys": keys, "values": values, "output": output, "feed_forward": feed_forward}
-        self.commit_together(
-            layer_id,
-            {branch: slice(None)},
-            entropy,
-            tokens,
-            key_partner=key_partner,
-            value_partner=value_partner,
-            check_finite=True,
-            **tensors,
+        names: tuple[Name, ...] = ("k", "v", "output", "feed_forward")
+        tensors, partners = (
+            {name: x for name, x in zip(names, given, strict=False) if x is not None}
+            for given in ((keys, values, output, feed_forward), (key_partner, value_partner))
         )
+        self.commit_together(layer_id, {branch: slice(None)}, entropy, tokens, tensors, partners, check_finite=True)
 
     # --- the same for all branches of a layer ------------------------------------------------------------------------
 
@@ -264,9 +268,7 @@ class DQARController:
         if self._eligible_next or self._looks or self.config.share_below > 0:
             return False
         table = [self._reasons(branch, share=False) for branch in branches]
-        if any("reuse" in reasons for reasons in table) or (
-            self.config.measures_entropy and any(map(self.wants_entropy, range(self.num_layers)))
-        ):
+        if any("reuse" in reasons for reasons in table) or any(map(self.wants_entropy, range(self.num_layers))):
             return False
         layers = [layer_id for layer_id in range(self.num_layers) for _ in branches]
         reasons = [reason for together in zip(*table, strict=True) for reason in together]
@@ -279,7 +281,7 @@ class DQARController:
 
     def wants_entropy(self, layer_id: int) -> bool:
         """Whether the layer's entropy is to be measured, if it is computed at the open step."""
-        if self._looks or not self.config.measures_entropy:
+        if self._looks or not self._measures:
             return self._looks
         return not any((layer_id, branch) in self._measured for branch in BRANCHES)
 
@@ -289,34 +291,22 @@ class DQARController:
         rows: dict[str, slice],
         entropy: torch.Tensor | None,
         tokens: int | None,
+        tensors: Tensors,
+        partners: Tensors | None = None,
         check_finite: bool = False,
-        **tensors: torch.Tensor | None,
     ) -> None:
         """``commit`` for several branches, whose ``rows`` of ``entropy`` ``[B, H]`` and of the tensors these are.
 
         What one step leaves NaN or inf in is found in the model's output, so it isn't looked for here by default.
         """
-        self._tokens = self._open(SELF_ATTENTION).tokens = tokens
-        entropies, step = self._entropies(layer_id, rows, entropy, tokens), self._step.index
-        entries = [
-            (CacheEntry(layer_id, branch, step, entropies, self._decision(layer_id, branch)), part)
-            for branch, part in rows.items()
-        ]
-        self.cache.put_together(entries, check_finite=check_finite, **tensors)
-        for entry, _ in entries:
+        entropies = self._entropies(layer_id, rows, entropy, tokens)
+        for entry in self.cache.put(
+            layer_id, rows, self._step.index, tensors, partners, entropies, check_finite=check_finite
+        ):
             self._add_computed(layer_id, entry.branch, entry.nbytes, entropies)
 
-    def record(
-        self, layer_id: int, branch: str, entropy: torch.Tensor | None = None, tokens: int | None = None
-    ) -> None:
-        """Records a computed site that no later step will reuse, so that nothing is cached; entropy ``[B, H]``."""
-        self.record_together(layer_id, {branch: slice(None)}, entropy, tokens)
-
-    def record_together(
-        self, layer_id: int, rows: dict[str, slice], entropy: torch.Tensor | None, tokens: int | None
-    ) -> None:
-        """``record`` for several branches."""
-        self._tokens = self._open(SELF_ATTENTION).tokens = tokens
+    def record(self, layer_id: int, rows: dict[str, slice], entropy: torch.Tensor | None, tokens: int | None) -> None:
+        """Records computed branches that no later step will reuse, so that nothing is cached; entropy ``[B, H]``."""
         entropies = self._entropies(layer_id, rows, entropy, tokens)
         for branch in rows:
             self._add_computed(layer_id, branch, 0, entropies)
@@ -339,25 +329,24 @@ class DQARController:
             entropy: of its maps, ``[B, H]`` in nats, if measured.
             tokens: queries.
         """
-        entropies = None
-        if entropy is not None:
-            entropies = self.trace.measured(Entropies(self._step.index, entropy, rows, tokens))
-        self._open(CROSS_ATTENTION).tokens = tokens
+        entropies = None if entropy is None else self.trace.measured(entropy, rows, tokens)
+        table = self._open(CROSS_ATTENTION)
+        table.tokens = tokens
         for branch in rows:
-            self._open(CROSS_ATTENTION).add(
-                layer_id, branch, "compute" if fresh else "reuse", "caption", nbytes, 0, entropies
-            )
-
-    def record_output(self, branch: str, fresh: bool, nbytes: int) -> None:
-        """Records whether a branch of the whole model was computed or forecast, and the bytes kept for it."""
-        self._open(MODEL).add(-1, branch, "compute" if fresh else "reuse", "plan", nbytes)
+            table.add(layer_id, branch, "compute" if fresh else "reuse", "caption", nbytes, 0, entropies)
 
     # --- inside ------------------------------------------------------------------------------------------------------
+
+    @property
+    def _step(self) -> Step:
+        if self._open_step is None:
+            raise RuntimeError("no step is open: call begin_step first")
+        return self._open_step
 
     def _open(self, module: str) -> Rows:
         rows = self._rows.get(module)
         if rows is None:
-            rows = self._rows[module] = self.trace.open(module, self._shared)
+            rows = self._rows[module] = self.trace.open(module, self._facts)
             if module == SELF_ATTENTION:
                 rows.tokens = self._tokens
         return rows
@@ -365,39 +354,35 @@ class DQARController:
     def _entropies(
         self, layer_id: int, rows: dict[str, slice], entropy: torch.Tensor | None, tokens: int | None
     ) -> Entropies | None:
+        self._tokens = self._open(SELF_ATTENTION).tokens = tokens
         if entropy is None:
             return None
-        entropies = self.trace.measured(Entropies(self._step.index, entropy, rows, tokens))
+        entropies = self.trace.measured(entropy, rows, tokens)
         self._measured.update(((layer_id, branch), entropies) for branch in rows)
         return entropies
 
-    def _decision(self, layer_id: int, branch: str) -> str:
-        reasons = self._table.get(branch)
-        return "share" if reasons is not None and reasons[layer_id] == "shared" else "compute"
-
     def _add_computed(self, layer_id: int, branch: str, nbytes: int, entropies: Entropies | None) -> None:
-        decision = self._decision(layer_id, branch)
         reasons = self._table.get(branch)
         reason = "not asked" if reasons is None else reasons[layer_id]
+        shared = reason == "shared"
+        decision = "share" if shared else "compute"
         self._open(SELF_ATTENTION).add(layer_id, branch, decision, reason, nbytes, 0, entropies)
         if branch == "uncond":
-            shared = decision == "share"
             self._share_streaks[layer_id] = self._share_streaks.get(layer_id, 0) + 1 if shared else 0
 
     def _check_site(self, layer_id: int, branch: str) -> None:
-        if self._step is None:
-            raise RuntimeError("no step is open: call begin_step first")
+        """Raises ``RuntimeError`` where no step is open, ``ValueError`` for a site that doesn't exist."""
+        _ = self._step
         check("layer_id", layer_id, 0 <= layer_id < self.num_layers, f"an int from 0 to {self.num_layers - 1}")
         check_choice("branch", branch, BRANCHES)
 
-    def _eligible_at(self, step: int) -> range | frozenset[int]:
-        if self.config.plan is not None:
-            return getattr(self.config.plan, "layers_at", {}).get(step, frozenset())
-        if not self.config.warmup <= step < self._total_steps - self.config.cooldown:
+    def _eligible_at(self, step: int, total_steps: int) -> range | frozenset[int]:
+        config = self.config
+        if config.plan is not None:
+            return config.plan.layers_at.get(step, frozenset())
+        if not config.warmup <= step < total_steps - config.cooldown:
             return range(0)
-        return eligible_layers(
-            step, self._total_steps, self.num_layers, self.config.schedule, self.config.static_interval
-        )
+        return eligible_layers(step, total_steps, self.num_layers, config.schedule, config.static_interval)
 
     def _reasons(self, branch: str, share: bool) -> Sequence[str]:
         """The open step's row of a branch; ``share``: the other branch is there to be shared."""
@@ -420,9 +405,10 @@ class DQARController:
             return False
         if self._share_streaks.get(layer_id, 0) >= config.max_reuse_streak:
             return False
-        entropies = [step.entropy(layer_id, branch) for branch in BRANCHES]
-        return None not in entropies and abs(entropies[0] - entropies[1]) < config.share_below
+        cond, uncond = (step.entropy(layer_id, branch) for branch in BRANCHES)
+        return cond is not None and uncond is not None and abs(cond - uncond) < config.share_below
 
 
-def _layers(count: int) -> str:
-    return f"{count} layer" + "s" * (count != 1)
+def _on_host(value: torch.Tensor | float | None) -> float | None:
+    """The number, unless it is still on the device: then nobody needs it for a decision."""
+    return None if isinstance(value, torch.Tensor) else value

@@ -37,7 +37,7 @@ CONDITIONS = ("class_labels", "encoder_hidden_states", "encoder_attention_mask",
 """Arguments of a transformer that say what is to be drawn: a run, and each of its branches, keeps to them."""
 
 
-def bare(transformer: torch.nn.Module) -> torch.nn.Module:
+def bare(transformer: Any) -> Any:
     """The diffusers model itself, without the wrappers of ``torch.compile`` and PEFT."""
     while True:
         if isinstance(inside := vars(transformer).get("_modules", {}).get("_orig_mod"), torch.nn.Module):

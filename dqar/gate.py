@@ -6,13 +6,13 @@ A new gate is one class with ``row``. A reason is ``"reuse"``, or the first cond
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from dqar.cache import CacheEntry, QuantizedCache
+from dqar.cache import QuantizedCache
 from dqar.config import DQARConfig
 from dqar.plan import ReusePlan
 from dqar.policy import policy_features
@@ -31,7 +31,7 @@ class Step:
         prompt_length: words of the prompt; ``None``: unknown.
         threshold: of the entropy, τ(p).
         cache: the run's.
-        entropies: of a site, when it was last measured; ``None``: never.
+        entropies: of each site, when it was last measured.
     """
 
     index: int
@@ -42,11 +42,11 @@ class Step:
     prompt_length: int | float | None
     threshold: float
     cache: QuantizedCache
-    entropies: Callable[[int, str], Entropies | None]
+    entropies: Mapping[tuple[int, str], Entropies]
 
     def entropy(self, layer_id: int, branch: str) -> float | None:
         """The site's last measured entropy in nats, averaged over heads and images."""
-        entropies = self.entropies(layer_id, branch)
+        entropies = self.entropies.get((layer_id, branch))
         return None if entropies is None else entropies.mean.get(branch)
 
 
@@ -59,9 +59,11 @@ class Gate(Protocol):
 
 def make_gate(config: DQARConfig, num_layers: int) -> Gate:
     """The gate that the configuration asks for."""
-    if isinstance(config.plan, ReusePlan):
+    if config.plan is not None:
         return PlanGate(config.plan, num_layers)
-    return RuleGate(config, num_layers) if config.policy is None else PolicyGate(config, num_layers)
+    if config.policy is not None:
+        return PolicyGate(config, config.policy, num_layers)
+    return RuleGate(config, num_layers)
 
 
 class PlanGate:
@@ -75,7 +77,8 @@ class PlanGate:
         reasons = ["plan"] * self.num_layers
         for layer_id in step.eligible:
             if (step.index, layer_id, branch) in self.plan.sites:
-                reasons[layer_id] = "no cache" if _missing(step.cache.get(layer_id, branch)) else "reuse"
+                entry = step.cache.get(layer_id, branch)
+                reasons[layer_id] = "no cache" if entry is None or entry.empty else "reuse"
         return reasons
 
 
@@ -95,7 +98,7 @@ class RuleGate:
         reasons, undecided = ["schedule"] * self.num_layers, []
         for layer_id in step.eligible:
             entry = step.cache.get(layer_id, branch)
-            if _missing(entry):
+            if entry is None or entry.empty:
                 reasons[layer_id] = "no cache"
             elif entry.streak >= config.max_reuse_streak:
                 reasons[layer_id] = "streak"
@@ -109,24 +112,31 @@ class RuleGate:
     def decide(self, step: Step, branch: str, layers: Sequence[int]) -> Iterable[str]:
         """The reasons of layers that have something to reuse and may."""
         config = self.config
-        if config.snr_range is not None:
+        if config.gates_on_snr and config.snr_range is not None:
             low, high = config.snr_range
-            if config.gates_on_snr and not (step.snr is not None and low <= step.snr <= high):
+            if step.snr is None or not low <= step.snr <= high:
                 return ["snr"] * len(layers)
         if step.threshold == math.inf:
             return ["reuse"] * len(layers)
-        return ["reuse" if self._is_low(step.entropies(layer, branch), branch, step) else "entropy" for layer in layers]
+        return ["reuse" if self._is_low(step, layer_id, branch) else "entropy" for layer_id in layers]
 
-    def _is_low(self, entropies: Entropies | None, branch: str, step: Step) -> bool:
-        entropy = None if entropies is None else entropies.mean.get(branch)
-        if entropy is None:
+    def _is_low(self, step: Step, layer_id: int, branch: str) -> bool:
+        entropies = step.entropies.get((layer_id, branch))
+        if entropies is None or branch not in entropies.mean:
             return False
-        scale = math.log(entropies.tokens) if self.config.probe.entropy_unit == "normalized" else 1.0
-        return entropy / scale < step.threshold
+        entropy = entropies.mean[branch]
+        if self.config.probe.entropy_unit == "normalized":
+            # Without the number of keys, as where slide 9's calls were given an entropy alone, nothing can be said.
+            return entropies.tokens is not None and entropy < step.threshold * math.log(entropies.tokens)
+        return entropy < step.threshold
 
 
 class PolicyGate(RuleGate):
     """Slide 7's: schedule and streak as in the rule, then a trained policy."""
+
+    def __init__(self, config: DQARConfig, policy: Callable[[torch.Tensor], torch.Tensor], num_layers: int):
+        super().__init__(config, num_layers)
+        self.policy = policy
 
     def decide(self, step: Step, branch: str, layers: Sequence[int]) -> Iterable[str]:
         """All layers in one pass on the host, so that no site waits for the device.
@@ -134,22 +144,17 @@ class PolicyGate(RuleGate):
         Raises:
             ValueError: a step whose SNR or norm isn't known.
         """
-        entropies = [step.entropy(layer_id, branch) for layer_id in layers]
-        known = [entropy for entropy in entropies if entropy is not None]
-        scores = iter(())
-        if known:
-            if None in (step.snr, step.latent_norm):
-                raise ValueError("the policy needs begin_step's snr and latent_norm from the second step on")
-            length = step.prompt_length or 1
-            features = [
-                policy_features(entropy, step.snr, step.latent_norm, step.index, step.total, length)
-                for entropy in known
-            ]
-            with torch.no_grad():
-                scores = iter(self.config.policy(torch.tensor(features)).tolist())
-        accepted = (next(scores) if entropy is not None else 0.0 for entropy in entropies)
-        return ["reuse" if score >= self.config.policy_threshold else "policy" for score in accepted]
+        measured = {layer_id: step.entropy(layer_id, branch) for layer_id in layers}
+        entropies = {layer_id: entropy for layer_id, entropy in measured.items() if entropy is not None}
+        scores = dict(zip(entropies, self._scores(step, list(entropies.values())), strict=True))
+        least = self.config.policy_threshold
+        return ["reuse" if scores.get(layer_id, 0.0) >= least else "policy" for layer_id in layers]
 
-
-def _missing(entry: CacheEntry | None) -> bool:
-    return entry is None or entry.empty
+    def _scores(self, step: Step, entropies: list[float]) -> list[float]:
+        if not entropies:
+            return []
+        if step.snr is None or step.latent_norm is None:
+            raise ValueError("the policy needs begin_step's snr and latent_norm from the second step on")
+        place = step.snr, step.latent_norm, step.index, step.total, step.prompt_length or 1
+        with torch.no_grad():
+            return self.policy(torch.tensor([policy_features(entropy, *place) for entropy in entropies])).tolist()

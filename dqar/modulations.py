@@ -8,12 +8,13 @@ timestep again, to the bit; and blocks whose embedders have equal weights, as in
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from diffusers.models.normalization import AdaLayerNormZero
 
+from dqar.run import Call, Run
 from dqar.takeover import Handler, original_class
 
 MAX_BYTES = 64 * 2**20
@@ -28,11 +29,11 @@ class Modulations:
         constants: a function that returns what the open forward pass keeps, by module, or ``None``.
     """
 
-    def __init__(self, blocks: Any, constants: Callable[[], dict[int, torch.Tensor] | None]):
+    def __init__(self, blocks: Sequence[torch.nn.Module], constants: Callable[[], dict[int, torch.Tensor] | None]):
         norms = [getattr(block, "norm1", None) for block in blocks]
         self._norms = [n for n in norms if isinstance(n, AdaLayerNormZero) and n.emb is not None]
         self._constants = constants
-        self._kept: OrderedDict[Hashable, dict[int, torch.Tensor]] = OrderedDict()
+        self._kept: OrderedDict[tuple[Any, ...], dict[int, torch.Tensor]] = OrderedDict()
         self._bytes = 0
         """Of all kept results."""
         self._run: int | None = None
@@ -53,34 +54,35 @@ class Modulations:
         self._bytes = 0
         self._hashes, self._watched = [], []
 
-    def open(self, run: int, timestep: float, labels: Hashable, like: torch.Tensor) -> dict[int, torch.Tensor] | None:
+    def open(self, run: Run, call: Call, latents: torch.Tensor) -> dict[int, torch.Tensor] | None:
         """What is kept for a forward pass, to be read and added to; ``None``: nothing may be kept.
 
         Args:
-            run: number of the run; weights are looked at once a run.
-            timestep, labels: of the whole batch.
-            like: a tensor of the dtype and device that the model is given.
+            run, call: which pass it is; weights are looked at once a run.
+            latents: of the dtype and on the device that the model is given.
         """
-        if not self._norms:
+        if not self._norms or call.labels is None:
             return None
-        if run != self._run or any(own[n] is not p or p._version != version for own, n, p, version in self._watched):
-            self._run, self._usable = run, self._look_at_weights()
+        if run.number != self._run or any(
+            own[name] is not p or p._version != version for own, name, p, version in self._watched
+        ):
+            self._run, self._usable = run.number, self._look_at_weights()
         if not self._usable:
             return None
-        key = _key(timestep, labels, like)
+        key = _key(run, call, latents)
         kept = self._kept.get(key)
         if kept is None:
             return {}
         self._kept.move_to_end(key)
         return kept
 
-    def close(self, timestep: float, labels: Hashable, like: torch.Tensor, results: dict[int, torch.Tensor]) -> None:
+    def close(self, run: Run, call: Call, latents: torch.Tensor, results: dict[int, torch.Tensor]) -> None:
         """Keeps a forward pass's results, if there is room; the longest unused make some."""
-        key = _key(timestep, labels, like)
-        if key in self._kept or not results:
+        key = _key(run, call, latents)
+        if key in self._kept:
             return
         size = _nbytes(results)
-        while self._kept and self._bytes + size > MAX_BYTES and next(iter(self._kept))[1] != labels:
+        while self._kept and self._bytes + size > MAX_BYTES and next(iter(self._kept))[1] != call.labels:
             self._bytes -= _nbytes(self._kept.popitem(last=False)[1])
         if self._bytes + size <= MAX_BYTES:
             self._kept[key] = results
@@ -104,8 +106,8 @@ class Modulations:
     def _look_at_weights(self) -> bool:
         """Whether results may be kept; forgets those of other weights."""
         modules = [module for norm in self._norms for module in norm.modules()]
-        holders = [(m._parameters, name) for m in modules for name, p in m._parameters.items() if p is not None]
-        parameters = [own[name] for own, name in holders]
+        weights = [(m._parameters, name, p) for m in modules for name, p in m._parameters.items() if p is not None]
+        parameters = [p for _, _, p in weights]
         touched = any(
             m.training or m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in modules
         ) or any(
@@ -116,7 +118,7 @@ class Modulations:
         if touched or any(p.device.type == "meta" or p.is_inference() for p in parameters):
             self.clear()
             return False
-        self._watched = [(*holder, p, p._version) for holder, p in zip(holders, parameters, strict=True)]
+        self._watched = [(own, name, p, p._version) for own, name, p in weights]
         # Changes through `.data` leave no version: so a few thousand numbers of each are looked at, once a run.
         looks = [p.detach().flatten()[:: max(1, p.numel() // 4096)] for p in parameters]
         hashes = torch.stack([torch.hash_tensor(look) for look in looks]).tolist()
@@ -129,8 +131,9 @@ class Modulations:
         return True
 
 
-def _key(timestep: float, labels: Hashable, like: torch.Tensor) -> tuple:
-    return timestep, labels, like.dtype, like.device, torch.is_autocast_enabled(like.device.type)
+def _key(run: Run, call: Call, latents: torch.Tensor) -> tuple[Any, ...]:
+    dtype, device = latents.dtype, latents.device
+    return run.timestep, call.labels, dtype, device, torch.is_autocast_enabled(device.type)
 
 
 def _nbytes(results: dict[int, torch.Tensor]) -> int:

@@ -13,17 +13,14 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
+if TYPE_CHECKING:
+    import pandas as pd
 
 BRANCHES = ("cond", "uncond")
 """Of classifier-free guidance."""
-
-
 FORMAT, FORECAST_FORMAT = "dqar-plan-1", "dqar-forecast-2"
-
-
 Site = tuple[int, int, str]
 
 
@@ -37,6 +34,7 @@ class ReusePlan:
         num_inference_steps: denoising steps of the runs it was made for.
         scheduler: class name of the scheduler it was made with; ``None``: any.
         provenance: where it comes from; saved with it, not compared.
+        latent_size: height and width of the latents that it was made for, as in ``"32 x 32"``; ``None``: any.
 
     Raises:
         ValueError: a site outside the table, named.
@@ -47,8 +45,9 @@ class ReusePlan:
     num_inference_steps: int
     scheduler: str | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    latent_size: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("num_layers", "num_inference_steps"):
             if not is_index(getattr(self, name), None) or getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not accepted: an int of 1 or more")
@@ -85,7 +84,9 @@ class ReusePlan:
         table = table[table.run.isin(whole.index[whole])]  # stopped runs and late starts say nothing of what they left
         share = (table.decision == "reuse").groupby([table.step, table.layer, table.branch]).sum() / table.run.nunique()
         sites = frozenset((int(step), int(layer), branch) for step, layer, branch in share[share >= 0.5].index)
-        return cls(sites, int(table.layer.max()) + 1, int(steps[0]), scheduler, provenance or {})
+        sizes = set(table.latent_size.dropna()) if "latent_size" in table else set()
+        size = sizes.pop() if len(sizes) == 1 else None
+        return cls(sites, int(table.layer.max()) + 1, int(steps[0]), scheduler, provenance or {}, size)
 
     @functools.cached_property
     def layers_at(self) -> dict[int, frozenset[int]]:
@@ -100,6 +101,12 @@ class ReusePlan:
         """Share of a guided run's sites that are reused."""
         return len(self.sites) / (self.num_inference_steps * self.num_layers * len(BRANCHES))
 
+    def check_layers(self, num_layers: int) -> None:
+        """Raises ``ValueError`` for a model of another number of attention layers."""
+        if num_layers != self.num_layers:
+            layers = f"{self.num_layers} layer" + "s" * (self.num_layers != 1)
+            raise ValueError(f"the plan was made for {layers}, this model has {num_layers}: make one for it")
+
     def check_run(self, num_inference_steps: int, scheduler: str | None = None) -> None:
         """Raises ``ValueError`` for a run that the plan wasn't made for, saying what it was made for."""
         if num_inference_steps != self.num_inference_steps:
@@ -111,6 +118,13 @@ class ReusePlan:
         if None not in (scheduler, self.scheduler) and scheduler != self.scheduler:
             raise ValueError(f"the plan was made with {self.scheduler}, this run uses {scheduler}")
 
+    def check_latents(self, size: str) -> None:
+        """Raises ``ValueError`` for latents of another size than the plan was made for."""
+        if self.latent_size not in (None, size):
+            raise ValueError(
+                f"the plan was made for {self.latent_size} latents, these are {size}: make one for this size"
+            )
+
     def save(self, path: str | Path) -> None:
         """Writes JSON: a row of 0 (compute) and 1 (reuse) per step, one digit a layer, by branch."""
         rows = {
@@ -120,8 +134,8 @@ class ReusePlan:
             ]
             for branch in BRANCHES
         }
-        content = {"format": FORMAT, "scheduler": self.scheduler, "reuse": rows, "provenance": dict(self.provenance)}
-        write_json(path, content)
+        facts = {"format": FORMAT, "scheduler": self.scheduler, "latent_size": self.latent_size}
+        write_json(path, {**facts, "reuse": rows, "provenance": dict(self.provenance)})
 
     @classmethod
     def load(cls, path: str | Path) -> ReusePlan:
@@ -144,7 +158,8 @@ class ReusePlan:
                 for layer, digit in enumerate(row)
                 if digit == "1"
             )
-            return cls(sites, layers, steps, content["scheduler"], content["provenance"])
+            size = content.get("latent_size")  # which older files don't tell
+            return cls(sites, layers, steps, content["scheduler"], content["provenance"], size)
 
 
 def lagrange_weights(steps: Sequence[int], step: int) -> list[float]:

@@ -16,7 +16,7 @@ FEATURES = ("entropy", "log_snr", "log_norm", "step_progress", "prompt_length")
 
 
 def policy_features(
-    entropy: float, snr: float, norm: float, step: int, total_steps: int, prompt_length: int
+    entropy: float, snr: float, norm: float, step: int, total_steps: int, prompt_length: float
 ) -> list[float]:
     """Slide 7's features, in its order: ``H, log(SNR + 1e-8), log(‖x_t‖ + 1e-8), t / (T − 1), min(p, 128) / 128``."""
     logs = torch.tensor([snr, norm], dtype=torch.float64).add(1e-8).log().tolist()
@@ -28,6 +28,9 @@ class ReusePolicy(nn.Module):
 
     Features are standardized with the training set's mean and spread, which are saved with the weights.
     """
+
+    mean: torch.Tensor
+    std: torch.Tensor
 
     def __init__(self, hidden: int = 64):
         super().__init__()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch.nn import functional as F
@@ -40,22 +41,24 @@ class QuantizedTensor:
         x = integers * self.scale.float()  # one pass: the product of int8 and float32 is float32
         if self.balance is not None:
             x = x * self.balance
-        if self.kept is not None:
+        if self.kept is not None and self.kept_channels is not None:
             x = x.scatter(-1, self.kept_channels.long().expand(self.kept.shape), self.kept.float())
         return x.to(dtype or self.dtype)
 
     def rows(self, rows: slice) -> QuantizedTensor:
         """Some of the batch's samples, as views of the same memory; only of what ``batch_dims=1`` quantized."""
-        parts = {name: part if part is None else part[rows] for name, part in self._tensors().items()}
-        return dataclasses.replace(self, shape=torch.Size((len(parts["data"]), *self.shape[1:])), **parts)
+        part = self._each(lambda tensor: tensor[rows])
+        part.shape = torch.Size((len(part.data), *self.shape[1:]))
+        return part
 
     def clone(self) -> QuantizedTensor:
         """The same in memory of its own."""
-        parts = {name: part if part is None else part.clone() for name, part in self._tensors().items()}
-        return dataclasses.replace(self, **parts)
+        return self._each(torch.Tensor.clone)
 
-    def _tensors(self) -> dict[str, torch.Tensor | None]:
-        return {name: getattr(self, name) for name in ("data", "scale", "balance", "kept", "kept_channels")}
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> QuantizedTensor:
+        extras = {name: getattr(self, name) for name in ("balance", "kept", "kept_channels")}
+        changed: dict[str, Any] = {name: None if part is None else change(part) for name, part in extras.items()}
+        return dataclasses.replace(self, data=change(self.data), scale=change(self.scale), **changed)
 
     @property
     def nbytes(self) -> int:

@@ -7,6 +7,7 @@ pass of a stream, or several: one for each branch of guidance. What is kept belo
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable
@@ -58,7 +59,7 @@ class Timesteps:
             size > 1 and stride for size, stride in zip(timestep.shape, timestep.stride(), strict=True)
         ):
             return None
-        index = timestep.storage_offset() - ours.storage_offset()
+        index = int(timestep.storage_offset() - ours.storage_offset())
         return index if 0 <= index < len(self.values) else None
 
     def indices_by_value(self, value: float) -> list[int]:
@@ -120,13 +121,12 @@ class Call:
     """K and V of each cross-attention, which are the caption's."""
     output: torch.Tensor | None = None
     """The newest computed one, whole, where outputs are forecast."""
-    _labels: tuple[int, ...] | None = None
 
-    def labels(self, labels: torch.Tensor) -> tuple[int, ...]:
-        """The class labels as numbers; the device is waited for once a run."""
-        if self._labels is None:
-            self._labels = tuple(labels.tolist())
-        return self._labels
+    @functools.cached_property
+    def labels(self) -> tuple[int, ...] | None:
+        """The class labels, where the model is given any; the device is waited for once a run."""
+        labels = self.condition[0]
+        return None if labels is None else tuple(labels.tensor.tolist())
 
     def keeps_to(self, condition: Condition) -> bool:
         """Whether the condition is the call's."""
@@ -141,12 +141,11 @@ class Stream:
     """Latents that are denoised together, with what is kept for them: ``state``, which has ``forget``."""
 
     state: Any
-    calls: list[Call] = field(default_factory=list)
-    latents: torch.Tensor | None = None
+    latents: torch.Tensor
     """The newest, of one branch ``[b, C, H, W]``."""
+    calls: list[Call] = field(default_factory=list)
     opened: int = 0
     """The count of the step that was last opened for it."""
-    prompt_length: float | None = None
 
 
 @dataclass
@@ -166,6 +165,18 @@ class Run:
     guess: int = 1
     stepped: bool = False
     """Whether the scheduler took a step since the last forward pass."""
+    unseen: torch.Tensor | None = None
+    """The sum of all outputs that nobody has looked at yet."""
+
+    @property
+    def scheduler(self) -> Any:
+        """Whose timesteps these are; ``None``: unknown."""
+        return None if self.timesteps is None else self.timesteps.scheduler
+
+    @property
+    def levels(self) -> NoiseLevels | None:
+        """Signal and noise at each step, where they are known."""
+        return None if self.timesteps is None else self.timesteps.levels
 
     @property
     def total_steps(self) -> int:
@@ -285,7 +296,7 @@ class RunFinder:
         if run is None:
             _check_same_timestep(timestep)
         if timesteps is None:
-            return self._count(run, value, key)
+            return self._count(run, value)
         index = indices[0]
         if run is not None and len(indices) > 1:  # a timestep that is there twice, as Heun's, or was rounded
             index = min((i for i in indices if i >= run.index + run.stepped), default=index)
@@ -301,7 +312,7 @@ class RunFinder:
         run.index, run.timestep = index, timesteps.values[index]
         return run, True
 
-    def _count(self, run: Run | None, value: float, key: tuple[int, None]) -> tuple[Run, bool]:
+    def _count(self, run: Run | None, value: float) -> tuple[Run, bool]:
         """The step of a run whose timesteps nobody knows: each lower timestep is the next one."""
         if run is not None and value == run.timestep:
             return run, False
@@ -355,11 +366,7 @@ class RunFinder:
 
     def _goes_on(self, run: Run, latents: torch.Tensor) -> bool:
         """Whether latents after left-out steps are those that the run was at, rather than another run's."""
-        return any(
-            _alike(stream.latents, latents[: len(stream.latents)]) > 0.5
-            for stream in run.streams
-            if stream.latents is not None
-        )
+        return any(_alike(stream.latents, latents[: len(stream.latents)]) > 0.5 for stream in run.streams)
 
     def _find_call(self, run: Run, latents: torch.Tensor, condition: Condition) -> Call | None:
         """Which of the run's calls this is, if it was made before; each is made once a step."""
@@ -384,7 +391,6 @@ class RunFinder:
             return None
         stream.state.forget()
         stream.calls.clear()
-        stream.prompt_length = None
         changed = Call(stream, slices, tuple(map(Kept.of, condition)), len(latents))
         stream.calls.append(changed)
         return changed
@@ -402,32 +408,31 @@ class RunFinder:
             if len(taken) < len(BRANCHES) and torch.equal(other.latents, part):
                 [branch] = slices
                 free = [b for b in BRANCHES if b not in taken]
-                if branch not in free and not self._is_null(condition):
+                if branch not in free and not self._is_null(condition[0]):
                     slices = {free[0]: slice(0, len(latents))}
                     branch = free[0]
                 if branch in free:
                     stream = other
                     break
         if stream is None:
-            stream = Stream(self.new_state())
+            stream = Stream(self.new_state(), part)
             run.streams.append(stream)
         call = Call(stream, slices, tuple(map(Kept.of, condition)), len(latents))
         stream.calls.append(call)
         return call
 
-    def _is_null(self, condition: Condition) -> bool:
-        labels = condition[0]
+    def _is_null(self, labels: torch.Tensor | None) -> bool:
         return labels is not None and self.null_class is not None and bool((labels == self.null_class).all())
 
     def _branch_slices(self, latents: torch.Tensor, condition: Condition) -> dict[str, slice]:
         """Which part of the batch is which branch; guidance doubles the batch, with equal latents in both halves."""
         batch, half, labels = len(latents), len(latents) // 2, condition[0]
-        has_classes = labels is not None and labels.ndim == 1
+        classes = labels if labels is not None and labels.ndim == 1 else None
         if batch % 2 == 0 and torch.equal(latents[:half], latents[half:]):
             order = self.family.branch_order
-            if not has_classes or bool((labels[half:] == self.null_class).all()):
+            if classes is None or self._is_null(classes[half:]):
                 return {order[0]: slice(0, half), order[1]: slice(half, batch)}
-        return {"uncond" if has_classes and self._is_null(condition) else "cond": slice(0, batch)}
+        return {"uncond" if self._is_null(classes) else "cond": slice(0, batch)}
 
 
 def _fits(call: Call, latents: torch.Tensor) -> bool:

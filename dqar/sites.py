@@ -5,6 +5,7 @@ A site holds nothing of a run; that is in the ``OpenCall``, which is there while
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from dqar import stats
-from dqar.cache import Name, recall
+from dqar.cache import Name, Tensors, recall
 from dqar.config import DQARConfig
 from dqar.controller import Choice, DQARController
 from dqar.families import check_processor
@@ -24,6 +25,25 @@ from dqar.run import Call
 from dqar.takeover import Handler
 
 Rows = dict[str, slice]
+"""The branches' rows of a tensor ``[B, N, C]``."""
+
+
+@dataclass
+class _Waiting:
+    """What a layer's attention leaves to its feed-forward, or its block."""
+
+    shape: torch.Size
+    choice: Choice
+    computed: list[tuple[Rows, torch.Tensor | None, torch.Tensor]] = field(default_factory=list)
+    """Branches, their entropy ``[B, H]`` if it was measured, and the attention's output ``[B, N, C]``."""
+
+    def check_whole(self, hidden_states: torch.Tensor, layer_id: int) -> None:
+        """Raises ``ValueError`` for a feed-forward of chunks."""
+        if hidden_states.shape[:-1] != self.shape:
+            raise ValueError(
+                f"layer {layer_id}'s feed-forward was given {tuple(hidden_states.shape)} after an attention of "
+                f"{tuple(self.shape)}: DQAR takes it whole, without feed_forward_chunk_size"
+            )
 
 
 @dataclass
@@ -36,9 +56,9 @@ class OpenCall:
     step: int
     choices: list[Choice]
     """By layer; empty: every site is computed, as ever."""
-    constants: dict[int, torch.Tensor] | None = None
+    constants: dict[int, torch.Tensor] | None
     """What doesn't depend on the latents, by module; ``None``: to be computed as ever."""
-    waiting: dict[int, Any] = field(default_factory=dict)
+    waiting: dict[int, _Waiting] = field(default_factory=dict)
     """By layer, what a site's first part leaves to its last."""
 
     def rows(self, hidden_states: torch.Tensor, layer_id: int) -> Rows:
@@ -56,318 +76,47 @@ class OpenCall:
 
     def cached(self, layer_id: int, branches: tuple[str, ...], name: Name = "output") -> torch.Tensor:
         """A cached tensor of these branches, one below the other, at the open step."""
-        return recall([self.controller.cache.get(layer_id, branch) for branch in branches], self.step, name)
+        return recall(self.controller.cache.entries(layer_id, branches), self.step, name)
 
     def reused(self, layer_id: int, branches: tuple[str, ...]) -> None:
         """Records that these branches' entries serve."""
-        for branch in branches:
-            self.controller.reuse(self.controller.cache.get(layer_id, branch))
+        for entry in self.controller.cache.entries(layer_id, branches):
+            self.controller.reuse(entry)
 
     def keep(
-        self, layer_id: int, rows: Rows, entropy: torch.Tensor | None, tokens: int, **tensors: torch.Tensor
+        self,
+        layer_id: int,
+        rows: Rows,
+        entropy: torch.Tensor | None,
+        tokens: int,
+        tensors: Tensors,
+        partners: Tensors | None = None,
     ) -> None:
         """Records computed branches, and caches their ``rows`` of the tensors if they may be drawn on later."""
-        if not rows:
-            return
         if self.controller.wants_commit(layer_id):
-            self.controller.commit_together(layer_id, rows, entropy, tokens, **tensors)
+            self.controller.commit_together(layer_id, rows, entropy, tokens, tensors, partners)
         else:
-            self.controller.record_together(layer_id, rows, entropy, tokens)
+            self.controller.record(layer_id, rows, entropy, tokens)
 
 
-class Site:
-    """A layer's attention, whose output is kept: ``reuse_target="output"``.
+@dataclass(slots=True)
+class _Given:
+    """What an attention is called with, ``[B, N, C]`` and, of a cross-attention, ``[B, words, C]`` and its mask."""
+
+    original: Callable[..., torch.Tensor]
+    hidden_states: torch.Tensor
+    caption: torch.Tensor | None
+    mask: torch.Tensor | None
+
+
+class _TakenAttention:
+    """An attention whose calls are answered here, with ``AttnProcessor2_0``'s operations.
 
     Args:
         opened: a function that returns this thread's ``OpenCall``, if there is one.
         layer_id: of the block.
-        block: with a diffusers ``attn1``.
+        attention: of diffusers.
         config: of the session.
-    """
-
-    def __init__(
-        self, opened: Callable[[], OpenCall | None], layer_id: int, block: torch.nn.Module, config: DQARConfig
-    ):
-        self.opened, self.layer_id, self.block, self.config = opened, layer_id, block, config
-        self.attention: Attention = block.attn1
-
-    def handlers(self) -> list[tuple[torch.nn.Module, Handler]]:
-        """The modules to take over, and who answers their calls."""
-        return [(self.attention, self.attend)]
-
-    def attend(
-        self,
-        original: Callable,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """Answers the attention's calls."""
-        opened = self.opened()
-        if opened is None or not opened.choices:
-            return original(hidden_states, encoder_hidden_states, attention_mask, **kwargs)
-        if encoder_hidden_states is not None or attention_mask is not None:
-            given = "attention_mask" if encoder_hidden_states is None else "encoder_hidden_states"
-            raise ValueError(f"layer {self.layer_id} was given {given}: DQAR takes unmasked self-attention only")
-        check_processor(self.attention, self.layer_id)
-        choice = opened.choices[self.layer_id]
-        if self._is_plain(opened, choice):
-            output = original(hidden_states, **kwargs)
-            self._computed(opened, opened.rows(hidden_states, self.layer_id), None, hidden_states.shape[1], output)
-            return output
-        return _answer(self.attention, original, hidden_states, lambda x: self._attend(opened, choice, x))
-
-    def _is_plain(self, opened: OpenCall, choice: Choice) -> bool:
-        """Whether the layer is computed for all branches, as ever."""
-        return not (choice.cached or choice.shared or opened.controller.wants_entropy(self.layer_id))
-
-    def _attend(self, opened: OpenCall, choice: Choice, hidden_states: torch.Tensor) -> torch.Tensor:
-        if not choice.fresh and not choice.shared:
-            output = self._restored(opened, choice.cached, hidden_states)
-            opened.reused(self.layer_id, choice.cached)
-            return output
-        rows, tokens = opened.rows(hidden_states, self.layer_id), hidden_states.shape[1]
-        if not choice.cached and not choice.shared:
-            output, entropy = self._compute(opened, hidden_states)
-            self._computed(opened, rows, entropy, tokens, output)
-            return output
-        parts = {b: self._restored(opened, (b,), hidden_states[rows[b]]) for b in choice.cached}
-        for branch in choice.fresh:
-            parts[branch], entropy = self._compute(opened, hidden_states[rows[branch]])
-            self._computed(opened, {branch: slice(None)}, entropy, tokens, parts[branch])
-        for branch in choice.shared:
-            parts[branch] = parts["cond"]
-            self._computed(opened, {branch: slice(None)}, None, tokens, parts["cond"])
-        opened.reused(self.layer_id, choice.cached)
-        return torch.cat([parts[branch] for branch in rows])
-
-    def _restored(self, opened: OpenCall, branches: tuple[str, ...], hidden_states: torch.Tensor) -> torch.Tensor:
-        return opened.cached(self.layer_id, branches)
-
-    def _computed(
-        self, opened: OpenCall, rows: Rows, entropy: torch.Tensor | None, tokens: int, output: torch.Tensor
-    ) -> None:
-        opened.keep(self.layer_id, rows, entropy, tokens, output=output)
-
-    def _compute(self, opened: OpenCall, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The attention ``[B, N, C]`` and, if it is due, its entropy ``[B, H]``."""
-        attn = self.attention
-        if not opened.controller.wants_entropy(self.layer_id):
-            return attn.processor(attn, hidden_states), None
-        query, key, value = (layer(hidden_states) for layer in (attn.to_q, attn.to_k, attn.to_v))
-        return self._weighted(query, key, value, measure=True)
-
-    def _weighted(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, measure: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """``AttnProcessor2_0``'s operations, bit for bit, on projections ``[B, N, C]``; and the entropy ``[B, H]``."""
-        attn = self.attention
-        query, key, value = (_by_head(x, attn) for x in (query, key, value))
-        query = query if attn.norm_q is None else attn.norm_q(query)
-        key = key if attn.norm_k is None else attn.norm_k(key)
-        if measure:
-            queries = self.config.probe.queries
-            output, entropy = stats.fused_attention_with_entropy(query, key, value, num_queries=queries)
-        else:
-            output, entropy = F.scaled_dot_product_attention(query, key, value), None
-        return _project_out(attn, output), entropy
-
-
-class KeysAndValues(Site):
-    """The attention's keys and values are kept, its queries are fresh: ``reuse_target="kv"`` (slide 9)."""
-
-    def _is_plain(self, opened: OpenCall, choice: Choice) -> bool:
-        return super()._is_plain(opened, choice) and not opened.controller.wants_commit(self.layer_id)
-
-    def _attend(self, opened: OpenCall, choice: Choice, hidden_states: torch.Tensor) -> torch.Tensor:
-        attn, layer_id, controller = self.attention, self.layer_id, opened.controller
-        rows, tokens = opened.rows(hidden_states, layer_id), hidden_states.shape[1]
-        query = attn.to_q(hidden_states)
-        if not choice.cached and not choice.shared:
-            key, value = attn.to_k(hidden_states), attn.to_v(hidden_states)
-        elif not choice.fresh and not choice.shared:
-            key, value = (opened.cached(layer_id, choice.cached, name) for name in ("k", "v"))
-        else:
-            parts = {b: tuple(opened.cached(layer_id, (b,), name) for name in ("k", "v")) for b in choice.cached}
-            for branch in choice.fresh:
-                part = hidden_states[rows[branch]]
-                parts[branch] = attn.to_k(part), attn.to_v(part)
-            parts |= dict.fromkeys(choice.shared, parts.get("cond"))
-            key, value = (torch.cat([parts[branch][which] for branch in rows]) for which in (0, 1))
-        measure = bool(choice.fresh) and controller.wants_entropy(layer_id)
-        output, entropy = self._weighted(query, key, value, measure)
-        kept = {"keys": key, "values": value}
-        if self.config.balance and (choice.fresh or choice.shared):
-            kept["key_partner"] = query.abs().amax(dim=1, keepdim=True)
-            kept["value_partner"] = _largest_weights(attn.to_out[0], value).expand(len(value), 1, -1)
-        if not choice.cached and not choice.shared:
-            opened.keep(layer_id, rows, entropy, tokens, **kept)
-            return output
-        for branch in (*choice.fresh, *choice.shared):
-            part = rows[branch]
-            own = None if entropy is None or branch in choice.shared else entropy[part]
-            opened.keep(layer_id, {branch: slice(None)}, own, tokens, **{name: x[part] for name, x in kept.items()})
-        opened.reused(layer_id, choice.cached)
-        return output
-
-
-class AttentionAndFeedForward(Site):
-    """The outputs of attention and feed-forward are kept, by one decision: ``reuse_target="block"``."""
-
-    def __init__(
-        self, opened: Callable[[], OpenCall | None], layer_id: int, block: torch.nn.Module, config: DQARConfig
-    ):
-        super().__init__(opened, layer_id, block, config)
-        if not isinstance(getattr(block, "ff", None), FeedForward):
-            target = config.reuse_target
-            raise ValueError(
-                f"layer {layer_id} has no diffusers `ff`: reuse_target={target!r} takes one in every block"
-            )
-
-    def handlers(self) -> list[tuple[torch.nn.Module, Handler]]:
-        """See ``Site``."""
-        return [(self.attention, self.attend), (self.block.ff, self.feed_forward)]
-
-    def attend(self, original: Callable, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """See ``Site``."""
-        opened = self.opened()
-        if opened is not None and opened.choices:
-            opened.waiting[self.layer_id] = _Waiting(hidden_states.shape[:-1], opened.choices[self.layer_id])
-        return super().attend(original, hidden_states, *args, **kwargs)
-
-    def _computed(
-        self, opened: OpenCall, rows: Rows, entropy: torch.Tensor | None, tokens: int, output: torch.Tensor
-    ) -> None:
-        opened.waiting[self.layer_id].computed.append((rows, entropy, output))
-
-    def feed_forward(self, original: Callable, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Answers the feed-forward's calls: computed, restored or shared where the attention just was."""
-        opened = self.opened()
-        waiting = opened.waiting.pop(self.layer_id, None) if opened is not None else None
-        if waiting is None:  # called by itself, not by its block
-            return original(hidden_states, *args, **kwargs)
-        waiting.check_whole(hidden_states, self.layer_id)
-        choice, rows = waiting.choice, opened.rows(hidden_states, self.layer_id)
-        if not choice.fresh:
-            return opened.cached(self.layer_id, tuple(rows), "feed_forward")
-        if not choice.cached and not choice.shared:
-            output = original(hidden_states, *args, **kwargs)
-            parts = {branch: output[part] for branch, part in rows.items()}
-        else:
-            parts = {branch: opened.cached(self.layer_id, (branch,), "feed_forward") for branch in choice.cached}
-            parts |= {branch: original(hidden_states[rows[branch]], *args, **kwargs) for branch in choice.fresh}
-            parts |= dict.fromkeys(choice.shared, parts.get("cond"))
-            output = torch.cat([parts[branch] for branch in rows])
-        for computed, entropy, attention in waiting.computed:
-            whole = output if len(computed) == len(rows) else parts[next(iter(computed))]
-            opened.keep(self.layer_id, computed, entropy, hidden_states.shape[1], output=attention, feed_forward=whole)
-        return output
-
-
-class Residual(AttentionAndFeedForward):
-    """All that a block adds to its input is kept: ``reuse_target="residual"``.
-
-    Where only one branch computes, attention and feed-forward leave the other out, and its rows are dropped.
-    """
-
-    def handlers(self) -> list[tuple[torch.nn.Module, Handler]]:
-        """See ``Site``."""
-        return [(self.block, self.whole), *super().handlers()]
-
-    def whole(self, original: Callable, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Answers the block's calls."""
-        opened = self.opened()
-        if opened is None or not opened.choices:
-            return original(hidden_states, *args, **kwargs)
-        layer_id, choice = self.layer_id, opened.choices[self.layer_id]
-        rows = opened.rows(hidden_states, layer_id)
-        if not choice.fresh:
-            change = opened.cached(layer_id, tuple(rows))
-            opened.reused(layer_id, choice.cached)
-            return hidden_states + change
-        waiting = opened.waiting[layer_id] = _Waiting(hidden_states.shape[:-1], choice)
-        try:
-            output = original(hidden_states, *args, **kwargs)
-        finally:
-            opened.waiting.pop(layer_id, None)
-        change, tokens = output - hidden_states, hidden_states.shape[1]
-        if not choice.cached and not choice.shared:
-            for _, entropy, _ in waiting.computed:
-                opened.keep(layer_id, rows, entropy, tokens, output=change)
-            return output
-        changes = {branch: opened.cached(layer_id, (branch,)) for branch in choice.cached}
-        changes |= {branch: change[rows[branch]] for branch in choice.fresh}
-        changes |= dict.fromkeys(choice.shared, changes.get("cond"))
-        for computed, entropy, _ in waiting.computed:
-            opened.keep(layer_id, computed, entropy, tokens, output=changes[next(iter(computed))])
-        opened.reused(layer_id, choice.cached)
-        return torch.cat([output[r] if b in choice.fresh else hidden_states[r] + changes[b] for b, r in rows.items()])
-
-    def attend(self, original: Callable, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """See ``Site``; what isn't computed is left zero, and its rows are dropped by the block."""
-        opened = self.opened()
-        if opened is None or self.layer_id not in opened.waiting:  # called by itself, not by its block
-            return original(hidden_states, *args, **kwargs)
-        return Site.attend(self, original, hidden_states, *args, **kwargs)
-
-    def _attend(self, opened: OpenCall, choice: Choice, hidden_states: torch.Tensor) -> torch.Tensor:
-        if not choice.cached:
-            return super()._attend(opened, choice, hidden_states)
-        rows = opened.rows(hidden_states, self.layer_id)
-        output = torch.zeros_like(hidden_states)
-        for branch in choice.fresh:
-            part, entropy = self._compute(opened, hidden_states[rows[branch]])
-            self._computed(opened, {branch: slice(None)}, entropy, hidden_states.shape[1], part)
-            output[rows[branch]] = part
-        return output
-
-    def feed_forward(self, original: Callable, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """See ``AttentionAndFeedForward``; what isn't computed is left zero."""
-        opened = self.opened()
-        waiting = opened.waiting.get(self.layer_id) if opened is not None else None
-        if waiting is None:
-            return original(hidden_states, *args, **kwargs)
-        waiting.check_whole(hidden_states, self.layer_id)
-        choice = waiting.choice
-        if not choice.cached and not choice.shared:
-            return original(hidden_states, *args, **kwargs)
-        rows, output = opened.rows(hidden_states, self.layer_id), torch.zeros_like(hidden_states)
-        for branch in choice.fresh:
-            output[rows[branch]] = original(hidden_states[rows[branch]], *args, **kwargs)
-        return output
-
-
-SITES: dict[str, type[Site]] = {
-    "kv": KeysAndValues,
-    "output": Site,
-    "block": AttentionAndFeedForward,
-    "residual": Residual,
-}
-"""By ``reuse_target``."""
-
-
-@dataclass
-class _Waiting:
-    """What a layer's attention leaves to its feed-forward, or its block."""
-
-    shape: torch.Size
-    choice: Choice
-    computed: list[tuple[Rows, torch.Tensor | None, torch.Tensor]] = field(default_factory=list)
-
-    def check_whole(self, hidden_states: torch.Tensor, layer_id: int) -> None:
-        """Raises ``ValueError`` for a feed-forward of chunks."""
-        if hidden_states.shape[:-1] != self.shape:
-            raise ValueError(
-                f"layer {layer_id}'s feed-forward was given {tuple(hidden_states.shape)} after an attention of "
-                f"{tuple(self.shape)}: DQAR takes it whole, without feed_forward_chunk_size"
-            )
-
-
-class CrossAttention:
-    """A cross-attention: its K and V are the caption's, the same all run.
-
-    With ``cache.cross_attention`` they are computed at a call's first step only, to the bit what they would be at any.
     """
 
     def __init__(self, opened: Callable[[], OpenCall | None], layer_id: int, attention: Attention, config: DQARConfig):
@@ -375,58 +124,51 @@ class CrossAttention:
 
     def attend(
         self,
-        original: Callable,
+        original: Callable[..., torch.Tensor],
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """Answers the attention's calls."""
-        opened, attn = self.opened(), self.attention
-        # Without a caption it attends to itself after all; another's processor does what it does.
-        if opened is None or encoder_hidden_states is None or type(attn.processor) is not AttnProcessor2_0:
+        opened, output = self.opened(), None
+        if opened is not None:
+            output = self._answer(opened, _Given(original, hidden_states, encoder_hidden_states, attention_mask))
+        if output is None:
             return original(hidden_states, encoder_hidden_states, attention_mask, **kwargs)
-        return _answer(
-            attn,
-            original,
-            hidden_states,
-            lambda x: self._attend(opened, x, encoder_hidden_states, attention_mask),
-            encoder_hidden_states,
-            attention_mask,
-        )
+        return output
 
-    def _attend(
-        self,
-        opened: OpenCall,
-        hidden_states: torch.Tensor,
-        caption: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-    ) -> torch.Tensor:
-        attn, kept, keeps = self.attention, opened.call.caption, self.config.cache.cross_attention
-        fresh = self.layer_id not in kept
-        if fresh:
-            caption = attn.norm_encoder_hidden_states(caption) if attn.norm_cross else caption
-            key, value = (_by_head(layer(caption), attn) for layer in (attn.to_k, attn.to_v))
-            key = key if attn.norm_k is None else attn.norm_k(key)
-            if keeps:
-                kept[self.layer_id] = key, value
-        else:
-            key, value = kept[self.layer_id]
-        query = _by_head(attn.to_q(hidden_states), attn)
-        query = query if attn.norm_q is None else attn.norm_q(query)
-        if attention_mask is not None:
-            attention_mask = attn.prepare_attention_mask(attention_mask, key.shape[2], len(key))
-            attention_mask = attention_mask.view(len(key), attn.heads, -1, attention_mask.shape[-1])
-        output = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
-        entropy = None
-        if self.config.probe.record:
-            scores = query.float() @ key.float().transpose(-1, -2) * query.shape[-1] ** -0.5
-            weights = (scores if attention_mask is None else scores + attention_mask).softmax(-1)
-            entropy = stats.attention_entropy(weights, reduction="none")
-        rows = opened.rows(hidden_states, self.layer_id)
-        nbytes = (key.nbytes + value.nbytes) // len(rows) if keeps else 0
-        opened.controller.record_cross_attention(self.layer_id, rows, fresh, nbytes, entropy, hidden_states.shape[1])
-        return _project_out(attn, output)
+    def _answer(self, opened: OpenCall, given: _Given) -> torch.Tensor | None:
+        """The attention's output; ``None``: it is computed as ever."""
+        raise NotImplementedError
+
+    def _seen_by_hooks(self, given: _Given, answer: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """The answer; through the module where others' hooks are on it, past it where there are none."""
+        attn: Any = self.attention
+        if not (attn._forward_hooks or attn._forward_pre_hooks or "forward" in vars(attn)):
+            return answer(given.hidden_states)
+        processor = attn.processor
+
+        def with_the_original(hidden_states: torch.Tensor) -> torch.Tensor:
+            attn.processor = processor
+            return answer(hidden_states)
+
+        attn.processor = _Answer(with_the_original)
+        try:
+            return given.original(given.hidden_states, given.caption, given.mask)
+        finally:
+            attn.processor = processor
+
+    def _heads(self, x: torch.Tensor, norm: torch.nn.Module | None = None) -> torch.Tensor:
+        """``[B, N, C]`` as ``[B, H, N, C / H]``, normalised where the model does."""
+        x = x.unflatten(-1, (self.attention.heads, -1)).transpose(1, 2)
+        return x if norm is None else norm(x)
+
+    def _project_out(self, output: torch.Tensor) -> torch.Tensor:
+        """``[B, H, N, C / H]`` as the module's output ``[B, N, C]``."""
+        attn = self.attention
+        output = attn.to_out[1](attn.to_out[0](output.transpose(1, 2).flatten(2)))
+        return output if attn.rescale_output_factor == 1 else output / attn.rescale_output_factor
 
 
 class _Answer:
@@ -445,38 +187,307 @@ class _Answer:
         return self.answer(hidden_states)
 
 
-def _answer(
-    attn: Attention,
-    original: Callable,
-    hidden_states: torch.Tensor,
-    answer: Callable[[torch.Tensor], torch.Tensor],
-    *more: torch.Tensor | None,
-) -> torch.Tensor:
-    """The attention's answer; through the module where others' hooks are on it, past it where there are none."""
-    if not (attn._forward_hooks or attn._forward_pre_hooks or "forward" in vars(attn)):
-        return answer(hidden_states)
-    processor = attn.processor
+class Site(_TakenAttention):
+    """A layer's attention, whose output is kept: ``reuse_target="output"``.
 
-    def with_the_original(x: torch.Tensor) -> torch.Tensor:
-        attn.processor = processor
-        return answer(x)
+    Args:
+        opened: a function that returns this thread's ``OpenCall``, if there is one.
+        layer_id: of the block.
+        block: with a diffusers ``attn1``.
+        config: of the session.
+    """
 
-    attn.processor = _Answer(with_the_original)
-    try:
-        return original(hidden_states, *more)
-    finally:
-        attn.processor = processor
+    def __init__(self, opened: Callable[[], OpenCall | None], layer_id: int, block: Any, config: DQARConfig):
+        super().__init__(opened, layer_id, block.attn1, config)
+        self.block = block
+
+    def handlers(self) -> list[tuple[torch.nn.Module, Handler]]:
+        """The modules to take over, and who answers their calls."""
+        return [(self.attention, self.attend)]
+
+    def _answer(self, opened: OpenCall, given: _Given) -> torch.Tensor | None:
+        if not opened.choices:
+            return None
+        if given.caption is not None or given.mask is not None:
+            name = "attention_mask" if given.caption is None else "encoder_hidden_states"
+            raise ValueError(f"layer {self.layer_id} was given {name}: DQAR takes unmasked self-attention only")
+        check_processor(self.attention, self.layer_id)
+        choice = opened.choices[self.layer_id]
+        if self._is_plain(opened, choice):
+            output, rows = given.original(given.hidden_states), opened.rows(given.hidden_states, self.layer_id)
+            self._computed(opened, rows, None, output.shape[1], output)
+            return output
+        return self._seen_by_hooks(given, functools.partial(self._attend, opened, choice))
+
+    def _is_plain(self, opened: OpenCall, choice: Choice) -> bool:
+        """Whether the layer is computed for all branches, as ever."""
+        return choice.all_fresh and not opened.controller.wants_entropy(self.layer_id)
+
+    def _attend(self, opened: OpenCall, choice: Choice, hidden_states: torch.Tensor) -> torch.Tensor:
+        layer_id = self.layer_id
+        if not choice.fresh:
+            output = opened.cached(layer_id, choice.cached)
+            opened.reused(layer_id, choice.cached)
+            return output
+        rows, tokens = opened.rows(hidden_states, layer_id), hidden_states.shape[1]
+        if choice.all_fresh:
+            output, entropy = self._compute(opened, hidden_states)
+            self._computed(opened, rows, entropy, tokens, output)
+            return output
+        fresh = {branch: self._compute(opened, hidden_states[rows[branch]]) for branch in choice.fresh}
+        parts = choice.parts(lambda b: fresh[b][0], lambda b: opened.cached(layer_id, (b,)))
+        for branch in (*choice.fresh, *choice.shared):
+            entropy = fresh[branch][1] if branch in fresh else None
+            self._computed(opened, {branch: slice(None)}, entropy, tokens, parts[branch])
+        opened.reused(layer_id, choice.cached)
+        return torch.cat([parts[branch] for branch in rows])
+
+    def _computed(
+        self, opened: OpenCall, rows: Rows, entropy: torch.Tensor | None, tokens: int, output: torch.Tensor
+    ) -> None:
+        opened.keep(self.layer_id, rows, entropy, tokens, {"output": output})
+
+    def _compute(self, opened: OpenCall, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The attention ``[B, N, C]`` and, if it is due, its entropy ``[B, H]``."""
+        attn = self.attention
+        if not opened.controller.wants_entropy(self.layer_id):
+            return attn.processor(attn, hidden_states), None
+        query, key, value = (layer(hidden_states) for layer in (attn.to_q, attn.to_k, attn.to_v))
+        return self._weighted(query, key, value, measure=True)
+
+    def _weighted(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, measure: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """``AttnProcessor2_0``'s operations, bit for bit, on projections ``[B, N, C]``; and the entropy ``[B, H]``."""
+        attn = self.attention
+        query, key, value = self._heads(query, attn.norm_q), self._heads(key, attn.norm_k), self._heads(value)
+        if not measure:
+            return self._project_out(F.scaled_dot_product_attention(query, key, value)), None
+        output, entropy = stats.fused_attention_with_entropy(query, key, value, num_queries=self.config.probe.queries)
+        return self._project_out(output), entropy
 
 
-def _by_head(x: torch.Tensor, attn: Attention) -> torch.Tensor:
-    """``[B, N, C]`` as ``[B, H, N, C / H]``."""
-    return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+class KeysAndValues(Site):
+    """The attention's keys and values are kept, its queries are fresh: ``reuse_target="kv"`` (slide 9)."""
+
+    def _is_plain(self, opened: OpenCall, choice: Choice) -> bool:
+        return super()._is_plain(opened, choice) and not opened.controller.wants_commit(self.layer_id)
+
+    def _attend(self, opened: OpenCall, choice: Choice, hidden_states: torch.Tensor) -> torch.Tensor:
+        attn, layer_id = self.attention, self.layer_id
+        rows, tokens = opened.rows(hidden_states, layer_id), hidden_states.shape[1]
+
+        def fresh(part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return attn.to_k(part), attn.to_v(part)
+
+        def cached(branches: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+            return opened.cached(layer_id, branches, "k"), opened.cached(layer_id, branches, "v")
+
+        query = attn.to_q(hidden_states)
+        if choice.all_fresh:
+            key, value = fresh(hidden_states)
+        elif not choice.fresh:
+            key, value = cached(choice.cached)
+        else:
+            parts = choice.parts(lambda b: fresh(hidden_states[rows[b]]), lambda b: cached((b,)))
+            key, value = (torch.cat([parts[branch][which] for branch in rows]) for which in (0, 1))
+        measure = bool(choice.fresh) and opened.controller.wants_entropy(layer_id)
+        output, entropy = self._weighted(query, key, value, measure)
+        kept: Tensors = {"k": key, "v": value}
+        partners: Tensors = {}
+        if self.config.balance and choice.fresh:
+            weights = _largest_weights(attn.to_out[0], value).expand(len(value), 1, -1)
+            partners = {"k": query.abs().amax(dim=1, keepdim=True), "v": weights}
+        if choice.all_fresh:
+            opened.keep(layer_id, rows, entropy, tokens, kept, partners)
+            return output
+        for branch in (*choice.fresh, *choice.shared):
+            part = rows[branch]
+            measured = None if entropy is None or branch in choice.shared else entropy[part]
+            ours, theirs = ({name: x[part] for name, x in tensors.items()} for tensors in (kept, partners))
+            opened.keep(layer_id, {branch: slice(None)}, measured, tokens, ours, theirs)
+        opened.reused(layer_id, choice.cached)
+        return output
 
 
-def _project_out(attn: Attention, output: torch.Tensor) -> torch.Tensor:
-    """``[B, H, N, C / H]`` as the module's output ``[B, N, C]``."""
-    output = attn.to_out[1](attn.to_out[0](output.transpose(1, 2).flatten(2)))
-    return output if attn.rescale_output_factor == 1 else output / attn.rescale_output_factor
+class AttentionAndFeedForward(Site):
+    """The outputs of attention and feed-forward are kept, by one decision: ``reuse_target="block"``."""
+
+    def __init__(self, opened: Callable[[], OpenCall | None], layer_id: int, block: Any, config: DQARConfig):
+        super().__init__(opened, layer_id, block, config)
+        if not isinstance(getattr(block, "ff", None), FeedForward):
+            target = config.reuse_target
+            raise ValueError(
+                f"layer {layer_id} has no diffusers `ff`: reuse_target={target!r} takes one in every block"
+            )
+
+    def handlers(self) -> list[tuple[torch.nn.Module, Handler]]:
+        """See ``Site``."""
+        return [(self.attention, self.attend), (self.block.ff, self.feed_forward)]
+
+    def _answer(self, opened: OpenCall, given: _Given) -> torch.Tensor | None:
+        if opened.choices:
+            shape = given.hidden_states.shape[:-1]
+            opened.waiting[self.layer_id] = _Waiting(shape, opened.choices[self.layer_id])
+        return super()._answer(opened, given)
+
+    def _computed(
+        self, opened: OpenCall, rows: Rows, entropy: torch.Tensor | None, tokens: int, output: torch.Tensor
+    ) -> None:
+        opened.waiting[self.layer_id].computed.append((rows, entropy, output))
+
+    def feed_forward(
+        self, original: Callable[..., torch.Tensor], hidden_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """Answers the feed-forward's calls: computed, restored or shared where the attention just was."""
+        opened, layer_id = self.opened(), self.layer_id
+        if opened is None or layer_id not in opened.waiting:  # called by itself, not by its block
+            return original(hidden_states, *args, **kwargs)
+        waiting = opened.waiting.pop(layer_id)
+        waiting.check_whole(hidden_states, layer_id)
+        choice, rows = waiting.choice, opened.rows(hidden_states, layer_id)
+        if not choice.fresh:
+            return opened.cached(layer_id, choice.cached, "feed_forward")
+        if choice.all_fresh:
+            output = original(hidden_states, *args, **kwargs)
+            parts = {branch: output[part] for branch, part in rows.items()}
+        else:
+            parts = choice.parts(
+                lambda b: original(hidden_states[rows[b]], *args, **kwargs),
+                lambda b: opened.cached(layer_id, (b,), "feed_forward"),
+            )
+            output = torch.cat([parts[branch] for branch in rows])
+        for computed, entropy, attention in waiting.computed:
+            whole = output if len(computed) == len(rows) else parts[next(iter(computed))]
+            kept: Tensors = {"output": attention, "feed_forward": whole}
+            opened.keep(layer_id, computed, entropy, hidden_states.shape[1], kept)
+        return output
+
+
+class Residual(AttentionAndFeedForward):
+    """All that a block adds to its input is kept: ``reuse_target="residual"``.
+
+    Where only one branch computes, attention and feed-forward leave the other out, and its rows are dropped.
+    """
+
+    def handlers(self) -> list[tuple[torch.nn.Module, Handler]]:
+        """See ``Site``."""
+        return [(self.block, self.whole), *super().handlers()]
+
+    def whole(
+        self, original: Callable[..., torch.Tensor], hidden_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """Answers the block's calls."""
+        opened = self.opened()
+        if opened is None or not opened.choices:
+            return original(hidden_states, *args, **kwargs)
+        layer_id, choice = self.layer_id, opened.choices[self.layer_id]
+        rows = opened.rows(hidden_states, layer_id)
+        if not choice.fresh:
+            change = opened.cached(layer_id, choice.cached)
+            opened.reused(layer_id, choice.cached)
+            return hidden_states + change
+        waiting = opened.waiting[layer_id] = _Waiting(hidden_states.shape[:-1], choice)
+        try:
+            output = original(hidden_states, *args, **kwargs)
+        finally:
+            opened.waiting.pop(layer_id, None)
+        change, tokens = output - hidden_states, hidden_states.shape[1]
+        if choice.all_fresh:
+            for _, entropy, _ in waiting.computed:
+                opened.keep(layer_id, rows, entropy, tokens, {"output": change})
+            return output
+        changes = choice.parts(lambda b: change[rows[b]], lambda b: opened.cached(layer_id, (b,)))
+        for computed, entropy, _ in waiting.computed:
+            opened.keep(layer_id, computed, entropy, tokens, {"output": changes[next(iter(computed))]})
+        opened.reused(layer_id, choice.cached)
+        return torch.cat([output[r] if b in choice.fresh else hidden_states[r] + changes[b] for b, r in rows.items()])
+
+    def _answer(self, opened: OpenCall, given: _Given) -> torch.Tensor | None:
+        if self.layer_id not in opened.waiting:  # called by itself, not by its block
+            return None
+        return Site._answer(self, opened, given)
+
+    def _attend(self, opened: OpenCall, choice: Choice, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What isn't computed is left zero, and its rows are dropped by the block."""
+        if not choice.cached:
+            return super()._attend(opened, choice, hidden_states)
+        rows = opened.rows(hidden_states, self.layer_id)
+        output = torch.zeros_like(hidden_states)
+        for branch in choice.fresh:
+            part, entropy = self._compute(opened, hidden_states[rows[branch]])
+            self._computed(opened, {branch: slice(None)}, entropy, hidden_states.shape[1], part)
+            output[rows[branch]] = part
+        return output
+
+    def feed_forward(
+        self, original: Callable[..., torch.Tensor], hidden_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """See ``AttentionAndFeedForward``; what isn't computed is left zero."""
+        opened, layer_id = self.opened(), self.layer_id
+        if opened is None or layer_id not in opened.waiting:
+            return original(hidden_states, *args, **kwargs)
+        waiting = opened.waiting[layer_id]
+        waiting.check_whole(hidden_states, layer_id)
+        if waiting.choice.all_fresh:
+            return original(hidden_states, *args, **kwargs)
+        rows, output = opened.rows(hidden_states, layer_id), torch.zeros_like(hidden_states)
+        for branch in waiting.choice.fresh:
+            output[rows[branch]] = original(hidden_states[rows[branch]], *args, **kwargs)
+        return output
+
+
+SITES: dict[str, type[Site]] = {
+    "kv": KeysAndValues,
+    "output": Site,
+    "block": AttentionAndFeedForward,
+    "residual": Residual,
+}
+"""By ``reuse_target``."""
+
+
+class CrossAttention(_TakenAttention):
+    """A cross-attention: its K and V are the caption's, the same all run.
+
+    With ``cache.cross_attention`` they are computed at a call's first step only, to the bit what they would be at any.
+    """
+
+    def _answer(self, opened: OpenCall, given: _Given) -> torch.Tensor | None:
+        # Without a caption it attends to itself after all; another's processor does what it does.
+        if given.caption is None or type(self.attention.processor) is not AttnProcessor2_0:
+            return None
+        return self._seen_by_hooks(given, functools.partial(self._attend, opened, given.caption, given.mask))
+
+    def _attend(
+        self,
+        opened: OpenCall,
+        caption: torch.Tensor,
+        mask: torch.Tensor | None,
+        hidden_states: torch.Tensor,
+    ) -> torch.Tensor:
+        attn, kept, keeps = self.attention, opened.call.caption, self.config.cache.cross_attention
+        fresh = self.layer_id not in kept
+        if fresh:
+            caption = attn.norm_encoder_hidden_states(caption) if attn.norm_cross else caption
+            key, value = self._heads(attn.to_k(caption), attn.norm_k), self._heads(attn.to_v(caption))
+            if keeps:
+                kept[self.layer_id] = key, value
+        else:
+            key, value = kept[self.layer_id]
+        query = self._heads(attn.to_q(hidden_states), attn.norm_q)
+        if mask is not None:
+            mask = attn.prepare_attention_mask(mask, key.shape[2], len(key))
+            mask = mask.view(len(key), attn.heads, -1, mask.shape[-1])
+        output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        entropy = None
+        if self.config.probe.record:
+            scores = query.float() @ key.float().transpose(-1, -2) * query.shape[-1] ** -0.5
+            weights = (scores if mask is None else scores + mask).softmax(-1)
+            entropy = stats.attention_entropy(weights, reduction="none")
+        rows = opened.rows(hidden_states, self.layer_id)
+        nbytes = (key.nbytes + value.nbytes) // len(rows) if keeps else 0
+        opened.controller.record_cross_attention(self.layer_id, rows, fresh, nbytes, entropy, hidden_states.shape[1])
+        return self._project_out(output)
 
 
 class _LargestWeights(TorchFunctionMode):
@@ -485,7 +496,9 @@ class _LargestWeights(TorchFunctionMode):
     Offloaded weights are nowhere else.
     """
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if func is F.linear:
             self.weights = args[1].dequantize().abs().amax(dim=0)
         return func(*args, **(kwargs or {}))

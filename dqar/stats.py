@@ -131,7 +131,7 @@ def schedule_snr(alpha_bar: torch.Tensor | float) -> torch.Tensor | float:
     return alpha_bar / (1 - alpha_bar)
 
 
-def tau(base: float, prompt_length: int) -> float:
+def tau(base: float, prompt_length: float) -> float:
     """Slide 5's threshold for a prompt of ``prompt_length`` words, ``base · √(p / 64)``."""
     if prompt_length < 0:
         raise ValueError(f"prompt_length={prompt_length!r} is not accepted: needs 0 or more")

@@ -22,9 +22,10 @@ HANDLER = "_dqar_handler"
 Handler = Callable[..., Any]
 """Called as ``handler(original, *args, **kwargs)``; ``original`` is the module's call as it was."""
 
+_PICKLE: dict[str, Any] = vars(copyreg)
 
-class _TakenOver:
-    @torch.compiler.disable  # decisions are Python's; what is compiled is compiled around them
+
+class _TakenOver(torch.nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         handler = self.__dict__.get(HANDLER)
         if handler is None:
@@ -32,10 +33,11 @@ class _TakenOver:
         return handler(super().__call__, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        make, arguments, *rest = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
+        make, arguments, *rest = reduced
         taken, original = type(self), type(self).__bases__[1]
-        if make is copyreg.__newobj__:  # which checks that the class is the object's own
-            make, arguments = copyreg._reconstructor, (taken, object, None)
+        if make is _PICKLE["__newobj__"]:  # which checks that the class is the object's own
+            make, arguments = _PICKLE["_reconstructor"], (taken, object, None)
         arguments = tuple(original if argument is taken else argument for argument in arguments)
         if rest and isinstance(rest[0], dict):
             rest[0] = {name: value for name, value in rest[0].items() if name != HANDLER}
@@ -44,7 +46,9 @@ class _TakenOver:
 
 @functools.cache
 def _taken_over(cls: type) -> type:
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    # Decisions are Python's; what is compiled is compiled around them. As a decorator it would import the compiler.
+    call = torch.compiler.disable(_TakenOver.__call__)
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, "__call__": call}
     return type(cls.__name__, (_TakenOver, cls), names)
 
 
@@ -58,7 +62,7 @@ def take_over(module: torch.nn.Module, handler: Handler) -> None:
         raise ValueError(f"this {type(module).__name__} is taken over by DQAR already")
     if not isinstance(module, _TakenOver):
         # Wrappers such as torch.compile's hand attributes on to the module inside: this one is their own.
-        object.__setattr__(module, "__class__", _taken_over(type(module)))
+        object.__setattr__(module, "__class__", _taken_over(original_class(module)))
     vars(module)[HANDLER] = handler
 
 
@@ -91,7 +95,7 @@ class SchedulerWatch:
     ``after_step(scheduler)``, which are called in the scheduler's own thread.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._listeners: weakref.WeakSet[Any] = weakref.WeakSet()
         # Whose, which, the original, the wrapper, and for whom, where it is one scheduler's.
         self._wrapped: list[tuple[Any, str, Any, Any, Any]] = []
@@ -125,7 +129,7 @@ class SchedulerWatch:
                     if vars(owner).get(name) is wrapper:  # else another's is on top: this one is idle below it
                         setattr(owner, name, original)
 
-    def _wrap(self, owner: Any, name: str, original: Callable, for_whom: Any) -> None:
+    def _wrap(self, owner: Any, name: str, original: Callable[..., Any], for_whom: Any) -> None:
         inside = self._inside
         bound = owner if for_whom is not None else None
 
@@ -153,6 +157,7 @@ class SchedulerWatch:
 
 
 def _subclasses(cls: type) -> Iterator[type]:
+    derived: type
     for derived in cls.__subclasses__():
         yield derived
         yield from _subclasses(derived)

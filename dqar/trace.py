@@ -5,41 +5,60 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
+
+if TYPE_CHECKING:
+    import pandas as pd  # which takes as long to import as half of torch: only who reads the trace waits for it
 
 SELF_ATTENTION, CROSS_ATTENTION, MODEL = "self_attention", "cross_attention", "model"
 KEPT_RUNS = 1000
 """The trace drops the oldest run when there are more; one of 28 layers and 50 steps takes about a quarter megabyte."""
 
 
+@dataclass(slots=True)
 class Entropies:
-    """The entropies of one layer's attention at one step: ``[B, H]`` in nats, on the device until ``resolve``.
+    """The entropies of one layer's attention at one step, by branch; empty until ``Trace.resolve``.
 
     Attributes:
-        step: when they were measured.
-        tokens: keys that each query attends to.
-        per_head: once resolved, by branch, one number a head.
-        mean: once resolved, by branch.
+        rows: the branches' rows of the batch.
+        tokens: keys that each query attends to; ``None``: unknown.
+        per_head: one number a head, in nats, mean of the images.
+        mean: of the heads, in nats.
     """
 
-    __slots__ = ("mean", "per_head", "rows", "step", "tokens", "values")
-
-    def __init__(self, step: int, values: torch.Tensor, rows: dict[str, slice], tokens: int | None):
-        self.step, self.values, self.rows, self.tokens = step, values, rows, tokens
-        self.per_head: dict[str, list[float]] | None = None
-        self.mean: dict[str, float] = {}
+    rows: dict[str, slice]
+    tokens: int | None
+    per_head: dict[str, list[float]] = field(default_factory=dict)
+    mean: dict[str, float] = field(default_factory=dict)
 
     def set(self, values: list[list[float]]) -> None:
-        """Takes the numbers ``[B][H]`` that were brought over, and lets the tensor go."""
-        self.per_head = {}
+        """Takes the numbers ``[B][H]`` that were brought over."""
         for branch, rows in self.rows.items():
             images = values[rows]
             heads = [sum(column) / len(images) for column in zip(*images, strict=True)]
             self.per_head[branch], self.mean[branch] = heads, sum(heads) / len(heads)
-        self.values = None
+
+
+@dataclass(slots=True)
+class StepFacts:
+    """What all sites of a step share. A number still on the device is brought over when the trace is read."""
+
+    run: int
+    step: int
+    total_steps: int
+    timestep: float | None = None
+    threshold: float | None = None
+    """Of the entropy, τ(p)."""
+    snr: torch.Tensor | float | None = None
+    snr_gate: torch.Tensor | float | None = None
+    """The SNR that decides."""
+    snr_schedule: float | None = None
+    """The noise schedule's own."""
+    latent_norm: torch.Tensor | float | None = None
+    latent_size: str | None = None
+    """Height and width, as in ``"32 x 32"``."""
 
 
 @dataclass(slots=True)
@@ -47,8 +66,7 @@ class Rows:
     """The sites of one module at one step: what they share, and one list a column."""
 
     module: str
-    shared: dict[str, Any]
-    """Of the whole step: ``run``, ``step``, ``snr`` ...; a number still on the device is brought over when read."""
+    facts: StepFacts
     layer: list[int] = field(default_factory=list)
     branch: list[str] = field(default_factory=list)
     decision: list[str] = field(default_factory=list)
@@ -98,9 +116,9 @@ class Rows:
 class Trace:
     """Rows of every run, up to ``KEPT_RUNS``; entropies still on the device until ``resolve``."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._runs: deque[list[Rows]] = deque(maxlen=KEPT_RUNS)
-        self._unresolved: list[Entropies] = []
+        self._unresolved: list[tuple[Entropies, torch.Tensor]] = []
         self._last_run: int | None = None
         self.num_runs = 0
         """Runs that were begun, whether they are still kept or not."""
@@ -113,18 +131,19 @@ class Trace:
         self.num_runs += 1
         return self.num_runs - 1
 
-    def open(self, module: str, shared: dict[str, Any]) -> Rows:
+    def open(self, module: str, facts: StepFacts) -> Rows:
         """Begins the rows of one module at one step."""
-        rows = Rows(module, shared)
-        if shared["run"] != self._last_run or not self._runs:
-            self._last_run = shared["run"]
+        rows = Rows(module, facts)
+        if facts.run != self._last_run or not self._runs:
+            self._last_run = facts.run
             self._runs.append([])
         self._runs[-1].append(rows)
         return rows
 
-    def measured(self, entropies: Entropies) -> Entropies:
-        """Notes entropies that ``resolve`` is to bring over."""
-        self._unresolved.append(entropies)
+    def measured(self, values: torch.Tensor, rows: dict[str, slice], tokens: int | None) -> Entropies:
+        """Takes entropies ``[B, H]`` in nats, which ``resolve`` is to bring over."""
+        entropies = Entropies(rows, tokens)
+        self._unresolved.append((entropies, values))
         return entropies
 
     def clear(self) -> None:
@@ -136,11 +155,11 @@ class Trace:
         pending, self._unresolved = self._unresolved, []
         if not pending and not scalars:
             return []
-        shapes = [entropies.values.shape for entropies in pending]
-        tensors = (*(entropies.values for entropies in pending), *scalars)
+        tensors = (*(values for _, values in pending), *scalars)
         numbers = torch.cat([tensor.reshape(-1).float() for tensor in tensors]).tolist()
         first = 0
-        for entropies, (images, heads) in zip(pending, shapes, strict=True):
+        for entropies, values in pending:
+            images, heads = values.shape
             entropies.set([numbers[first + image * heads : first + (image + 1) * heads] for image in range(images)])
             first += images * heads
         return numbers[first:]
@@ -152,17 +171,19 @@ class Trace:
             module: ``"self_attention"``, which is what the gate decides about, ``"cross_attention"``, or ``"model"``:
                 whether a ``ForecastPlan`` computed or forecast the whole output (layer -1).
         """
+        import pandas as pd
+
         self.resolve()
         first = ("run", "step", "total_steps", "timestep")
-        last = ("threshold", "snr", "snr_gate", "snr_schedule", "latent_norm")
+        last = ("threshold", "snr", "snr_gate", "snr_schedule", "latent_norm", "latent_size")
         sites = ("module", "layer", "branch", "decision", "reason", "entropy", "age")
-        columns: dict[str, list] = {name: [] for name in (*first, *sites, *last, "tokens", "bytes")}
+        columns: dict[str, list[Any]] = {name: [] for name in (*first, *sites, *last, "tokens", "bytes")}
         for rows in self._all():
             if rows.module != module:
                 continue
             columns["module"] += [module] * len(rows)
             for name in (*first, *last):
-                columns[name] += [_number(rows.shared[name])] * len(rows)
+                columns[name] += [_number(getattr(rows.facts, name))] * len(rows)
             for name in ("layer", "branch", "decision", "reason", "bytes", "age"):
                 columns[name] += getattr(rows, name)
             columns["tokens"] += [rows.tokens] * len(rows)
@@ -172,11 +193,13 @@ class Trace:
 
     def heads_to_pandas(self) -> pd.DataFrame:
         """One row per computed self-attention site and head: run, step, layer, branch, head, entropy (nats)."""
+        import pandas as pd
+
         self.resolve()
         return pd.DataFrame(
             {
-                "run": rows.shared["run"],
-                "step": rows.shared["step"],
+                "run": rows.facts.run,
+                "step": rows.facts.step,
                 "layer": layer,
                 "branch": branch,
                 "head": head,

@@ -2,13 +2,19 @@ import pytest
 import torch
 
 from dqar import CacheFormat, DQARConfig
-from dqar.cache import CacheEntry, QuantizedCache
+from dqar.cache import QuantizedCache
 
 MODES = ("per_tensor", "per_channel", "per_token")
 
 
 def keys(seed=0):
     return torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def put(cache, layer_id=0, branch="cond", partners=None, **tensors):
+    """The entry of one branch."""
+    [entry] = cache.put(layer_id, {branch: slice(None)}, 0, tensors, partners)
+    return entry
 
 
 @pytest.mark.parametrize(
@@ -24,14 +30,13 @@ def keys(seed=0):
 def test_the_cache_counts_every_byte(options, per_value):
     cache = QuantizedCache(DQARConfig(**options))
     k, v = keys(), keys(1)
-    entry = CacheEntry(0, "cond")
-    cache.put(entry, k, v)
+    entry = put(cache, k=k, v=v)
     scales = {16: 0}.get(options.get("quantize_bits"), 1 if options.get("mixed_precision") else 2) * 2 * 4
     assert cache.nbytes == entry.nbytes == per_value * (k.numel() + v.numel()) + scales
     torch.testing.assert_close(entry.v.dequantize(), v, atol=2.0, rtol=0)
     if options.get("mixed_precision"):
         torch.testing.assert_close(entry.k.dequantize(), k, rtol=1e-3, atol=1e-6)
-    cache.put(CacheEntry(0, "cond"), k, v)
+    put(cache, k=k, v=v)
     assert len(cache) == 1
     cache.clear()
     assert cache.nbytes == 0
@@ -40,8 +45,7 @@ def test_the_cache_counts_every_byte(options, per_value):
 def test_the_cache_keeps_only_what_is_reused():
     for target, kept in (("kv", {"k", "v"}), ("output", {"output"})):
         cache = QuantizedCache(DQARConfig(reuse_target=target))
-        entry = CacheEntry(0, "cond")
-        cache.put(entry, keys(), keys(), keys())
+        entry = put(cache, k=keys(), v=keys(), output=keys())
         assert {name for name in ("k", "v", "output") if getattr(entry, name) is not None} == kept
 
 
@@ -50,9 +54,8 @@ def test_the_cache_keeps_only_what_is_reused():
 def test_an_entry_of_a_sample_is_the_same_alone_and_in_a_batch(options, bits):
     cache = QuantizedCache(DQARConfig(quantize_bits=bits, **options))
     batch = keys() * torch.tensor([1.0, 100.0])[:, None, None]
-    together, alone = CacheEntry(0, "cond"), CacheEntry(0, "uncond")
-    cache.put(together, batch, batch)
-    cache.put(alone, batch[:1], batch[:1])
+    together = put(cache, k=batch, v=batch)
+    alone = put(cache, branch="uncond", k=batch[:1], v=batch[:1])
     assert torch.equal(together.k.dequantize()[:1], alone.k.dequantize())
     assert torch.equal(together.v.dequantize()[:1], alone.v.dequantize())
 
@@ -60,11 +63,8 @@ def test_an_entry_of_a_sample_is_the_same_alone_and_in_a_batch(options, bits):
 def test_a_new_entry_replaces_only_its_own_layer_and_branch():
     cache = QuantizedCache(DQARConfig())
     sites = [(0, "cond"), (0, "uncond"), (1, "cond")]
-    entries = {site: CacheEntry(*site) for site in sites}
-    for entry in entries.values():
-        cache.put(entry, keys(), keys())
-    entries[0, "uncond"] = CacheEntry(0, "uncond")
-    cache.put(entries[0, "uncond"], keys(), keys())
+    entries = {site: put(cache, *site, k=keys(), v=keys()) for site in sites}
+    entries[0, "uncond"] = put(cache, 0, "uncond", k=keys(), v=keys())
     assert len(cache) == 3
     assert all(cache.get(*site) is entries[site] for site in sites)
     assert cache.get(1, "uncond") is None
@@ -72,22 +72,20 @@ def test_a_new_entry_replaces_only_its_own_layer_and_branch():
 
 def test_an_entry_without_tensors_is_empty():
     cache = QuantizedCache(DQARConfig())
-    entry = CacheEntry(0, "cond")
-    cache.put(entry, output=keys())  # kv reuse needs keys and values
+    entry = put(cache, output=keys())  # kv reuse needs keys and values
     assert entry.empty and entry.nbytes == cache.nbytes == 0
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
 def test_unfit_values_are_refused(bits):
     with pytest.raises(ValueError, match="NaN or inf"):
-        QuantizedCache(DQARConfig(quantize_bits=bits)).put(CacheEntry(0, "cond"), keys() * torch.nan, keys())
+        put(QuantizedCache(DQARConfig(quantize_bits=bits)), k=keys() * torch.nan, v=keys())
 
 
 @pytest.mark.parametrize("options", [{"quantize_bits": 16}, {"mixed_precision": True}])
 def test_an_entry_does_not_keep_the_whole_batch_alive(options):
     batch, cache = keys().half(), QuantizedCache(DQARConfig(**options))
-    entry = CacheEntry(0, "cond")
-    cache.put(entry, batch[:1], batch[1:])
+    entry = put(cache, k=batch[:1], v=batch[1:])
     assert entry.k.data.untyped_storage().nbytes() == batch[:1].nbytes
 
 
@@ -97,24 +95,22 @@ PER_TENSOR = {"quantize_mode": "per_tensor", "quantize_bits": 4}
 @pytest.mark.parametrize("balance, kept", [(True, 0), (False, 3), (True, 3)])
 def test_the_cache_counts_balance_and_kept_channels(balance, kept):
     cache = QuantizedCache(DQARConfig(**PER_TENSOR, balance=balance, cache=CacheFormat(keep_channels=kept)))
-    entry, partner = CacheEntry(0, "cond"), torch.rand(2, 1, 8)
-    cache.put(entry, keys(), keys(1), key_partner=partner, value_partner=partner)
+    partner = torch.rand(2, 1, 8)
+    entry = put(cache, partners={"k": partner, "v": partner}, k=keys(), v=keys(1))
     plain = 2 * 16 * 8 // 2 + 2 * 4  # two images of 16 tokens and 8 channels, a float32 scale each
     extra = 2 * 8 * 4 * balance + 2 * 16 * kept * 2 + 2 * kept * 2
     assert entry.k.nbytes == entry.v.nbytes == plain + extra and cache.nbytes == 2 * (plain + extra)
 
 
 def test_keys_and_values_are_balanced_against_their_own_partners():
-    def put(config, **partners):
-        entry = CacheEntry(0, "cond")
-        QuantizedCache(config).put(entry, keys(), keys(1), **partners)
-        return entry
+    def stored(config, partners=None):
+        return put(QuantizedCache(config), partners=partners, k=keys(), v=keys(1))
 
-    partners = {"key_partner": torch.rand(2, 1, 8) + 0.1, "value_partner": torch.rand(8) + 0.1}
-    entry = put(DQARConfig(**PER_TENSOR, balance=True), **partners)
-    for x, stored, partner in ((keys(), entry.k, "key_partner"), (keys(1), entry.v, "value_partner")):
-        torch.testing.assert_close(stored.balance, (x.abs().amax(1, keepdim=True) / partners[partner]).sqrt())
-    plain, unasked = put(DQARConfig(**PER_TENSOR)), put(DQARConfig(**PER_TENSOR), **partners)
+    partners = {"k": torch.rand(2, 1, 8) + 0.1, "v": torch.rand(8) + 0.1}
+    entry = stored(DQARConfig(**PER_TENSOR, balance=True), partners)
+    for x, part, partner in ((keys(), entry.k, partners["k"]), (keys(1), entry.v, partners["v"])):
+        torch.testing.assert_close(part.balance, (x.abs().amax(1, keepdim=True) / partner).sqrt())
+    plain, unasked = stored(DQARConfig(**PER_TENSOR)), stored(DQARConfig(**PER_TENSOR), partners)
     assert torch.equal(plain.k.dequantize(), unasked.k.dequantize())
     assert not torch.equal(plain.k.dequantize(), entry.k.dequantize())
     assert not torch.equal(plain.v.dequantize(), entry.v.dequantize())
@@ -122,14 +118,13 @@ def test_keys_and_values_are_balanced_against_their_own_partners():
 
 def test_mixed_precision_balances_and_keeps_channels_of_values_only():
     config = DQARConfig(**PER_TENSOR, mixed_precision=True, balance=True, cache=CacheFormat(keep_channels=2))
-    entry = CacheEntry(0, "cond")
-    QuantizedCache(config).put(entry, keys(), keys(1), key_partner=torch.ones(8), value_partner=torch.ones(8))
+    ones = torch.ones(8)
+    entry = put(QuantizedCache(config), partners={"k": ones, "v": ones}, k=keys(), v=keys(1))
     assert torch.equal(entry.k.dequantize(), keys().half().float())
     assert entry.v.balance is not None and entry.v.kept.shape == (2, 16, 2)
 
 
 def test_outputs_keep_channels_too():
     config = DQARConfig(**PER_TENSOR, reuse_target="output", cache=CacheFormat(keep_channels=2))
-    entry = CacheEntry(0, "cond")
-    QuantizedCache(config).put(entry, output=keys())
+    entry = put(QuantizedCache(config), output=keys())
     assert entry.output.kept.shape == (2, 16, 2)

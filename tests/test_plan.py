@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 
@@ -158,3 +159,23 @@ def test_a_bare_transformer_follows_a_plan_from_its_first_step():
             transformer(latents, timestep=torch.tensor([t, t]), class_labels=torch.tensor([1, 2]))
     table = session.trace.to_pandas()
     assert table[table.decision == "reuse"][["step", "layer"]].values.tolist() == [[1, 2]]
+
+
+def test_a_plan_for_latents_of_another_size_is_refused(tmp_path):
+    pipe = embedded_pipeline()
+    with apply_dqar(pipe, DQARConfig(schedule="static", entropy_threshold=None, snr_range=None)) as session:
+        draw(pipe)
+    plan = ReusePlan.from_trace(session.trace.to_pandas())
+    plan.save(tmp_path / "plan.json")
+    assert ReusePlan.load(tmp_path / "plan.json") == plan and plan.latent_size == "8 x 8"
+    with apply_dqar(pipe, plan):
+        draw(pipe)
+    other = dataclasses.replace(plan, latent_size="16 x 16")
+    with apply_dqar(pipe, other), pytest.raises(ValueError, match="made for 16 x 16 latents, these are 8 x 8: make"):
+        draw(pipe)
+    content = json.loads((tmp_path / "plan.json").read_text())
+    del content["latent_size"]  # as files were before it was noted
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    with apply_dqar(pipe, older := ReusePlan.load(tmp_path / "plan.json")):
+        draw(pipe)
+    assert older.latent_size is None and older.sites == plan.sites

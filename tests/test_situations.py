@@ -543,7 +543,7 @@ def test_the_signature_of_step_is_the_same_all_the_while(dit, name):
     session = attach(dit, EVERY if name == "IPNDMScheduler" else LOOKING)  # which tells no noise levels
     assert inspect.signature(dit.scheduler.step) == before
     for _ in range(2):
-        loop(dit, steps=3)
+        loop(dit, steps=4)
         assert inspect.signature(dit.scheduler.step) == before and dit.scheduler.step.__doc__ == documentation
         assert dit.scheduler.step.__name__ == "step"
     session.remove()

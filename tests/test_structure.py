@@ -45,4 +45,4 @@ def test_the_controller_needs_no_diffusers():
 @pytest.mark.parametrize("name", architecture.module_names())
 def test_a_module_says_in_its_first_line_what_it_is_for(name):
     docstring = ast.get_docstring(ast.parse(architecture.path_of(name).read_text()))
-    assert docstring and docstring.splitlines()[0].endswith((".", ":"))
+    assert docstring and docstring.splitlines()[0].endswith((".", ":", "?"))

@@ -21,6 +21,7 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from diffusers.models import AutoencoderKLCogVideoX
+from helpers import random_transformer, silent
 
 STEPS = 8
 
@@ -31,11 +32,6 @@ def randomized(module, seed=0, std=0.1):
     for parameter in module.parameters():
         parameter.data.copy_(std * torch.randn(parameter.shape, generator=generator))
     return module.eval()
-
-
-def quiet(pipe):
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def image_vae(channels):
@@ -51,11 +47,9 @@ def caption(seed, *shape):
 
 def dit():
     """Class-conditional, learned variances, latents of both branches in the scheduler."""
-    from helpers import random_transformer
-
     transformer = randomized(random_transformer(in_channels=4, out_channels=8, num_layers=2, num_embeds_ada_norm=1000))
     scheduler = DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
-    pipe = quiet(DiTPipeline(transformer, image_vae(4), scheduler))
+    pipe = silent(DiTPipeline(transformer, image_vae(4), scheduler))
     return pipe, lambda i: {"class_labels": [i, i + 1], "guidance_scale": 3.0}
 
 
@@ -79,7 +73,7 @@ def _flux(cls, in_channels):
         embeds = {"prompt_embeds": caption(i, 1, 5, 16), "pooled_prompt_embeds": caption(100 + i, 1, 8)}
         return {**embeds, "guidance_scale": 3.5, "height": 16, "width": 8}
 
-    return quiet(cls(*parts)), call
+    return silent(cls(*parts)), call
 
 
 def flux():
@@ -119,7 +113,7 @@ def _sd3(cls):
         }
         return {**embeds, "guidance_scale": 4.0}
 
-    return quiet(pipe), call
+    return silent(pipe), call
 
 
 def sd3():
@@ -159,7 +153,7 @@ def wan():
         embeds = {"prompt_embeds": caption(i, 1, 5, 16), "negative_prompt_embeds": caption(1000, 1, 5, 16)}
         return {**embeds, "height": 32, "width": 32, "num_frames": 9, "guidance_scale": 4.0}
 
-    return quiet(pipe), call
+    return silent(pipe), call
 
 
 def cogvideox():
@@ -196,7 +190,7 @@ def cogvideox():
         embeds = {"prompt_embeds": caption(i, 1, 5, 16), "negative_prompt_embeds": caption(1000, 1, 5, 16)}
         return {**embeds, "height": 32, "width": 32, "num_frames": 9, "guidance_scale": 3.0}
 
-    return quiet(pipe), call
+    return silent(pipe), call
 
 
 TINY = {maker.__name__: maker for maker in (dit, flux, flux_control, sd3, sd3_img2img, wan, cogvideox)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.colors import ListedColormap
@@ -29,8 +31,6 @@ for step in range(steps):
       controller.commit(layer, branch,
         keys=K, values=V, entropy=H)
     output = softmax(Q @ K.T / √d) @ V"""
-
-
 REASONS = {
     # as traced: how it is called and coloured
     "reuse": ("reused", REUSE),
@@ -97,7 +97,7 @@ def slide10(run: Run) -> Figure:
         axes.text(x, y + 0.075, name, ha="center", va="center", size=20, weight="bold", zorder=3)
         axes.text(x, y - 0.01, purpose, ha="center", va="center", zorder=3)
         axes.text(x, y - 0.09, f"{lines[name]} lines", ha="center", va="center", color=GREY, zorder=3)
-    trunk = {"color": GREY, "lw": 3, "zorder": 0}
+    trunk: dict[str, Any] = {"color": GREY, "lw": 3, "zorder": 0}
     axes.plot([0.5, 0.5], [0.73, 0.65], **trunk)
     axes.plot([0.125, 0.875], [0.65, 0.65], **trunk)
     arrow = {"arrowstyle": "-|>", "color": GREY, "lw": 3, "shrinkA": 0}

@@ -23,6 +23,7 @@ def slide05(run: Run, sites: pd.DataFrame) -> Figure:
                           rasterized=True)  # fmt: skip
     figure.colorbar(points, ax=axes, label="relative error of a reuse", pad=0.01)
     gate = propose_gate(sites)
+    assert gate.snr_range is not None  # as proposed
     low, high = gate.snr_range
     bottom = min(1.7, shown.entropy.min() - 0.1)
     for threshold, label, style, color in (
@@ -60,7 +61,7 @@ def slide05_tau(run: Run, sites: pd.DataFrame) -> Figure:
     )
     axes.set(xlabel="prompt length p (words)", ylabel="entropy threshold (nats)", ylim=(0, None))
     axes.legend(loc="lower right")
-    reached = next((int(p) for p in range(1, 100_000) if stats.tau(2.0, int(p)) > sites.entropy.min()), None)
+    reached = next((int(p) for p in range(1, 100_000) if stats.tau(2.0, int(p)) > sites.entropy.min()), 100_000)
     headline(
         figure, f"The deck's threshold is lower than every entropy of this model up to prompts of {reached - 1} words"
     )
@@ -114,7 +115,7 @@ def samples(run: Run, images: dict[str, torch.Tensor]) -> Figure:
             options = {"cmap": "coolwarm" if is_difference else "gray_r", "vmin": 0, "vmax": 1}
             ax.imshow(picture.permute(1, 2, 0), **options)
             ax.set(xticks=[], yticks=[])
-        label = "5 × difference" if is_difference else method.replace(", ", ",\n")
+        label = "5 × difference" if is_difference else method.replace("kv", "K and V").replace(", ", ",\n", 1)
         line[0].set_ylabel(label, rotation=0, ha="right", va="center", size=16)
     headline(figure, "The same digits from the same noise: full compute, and three ways of reuse")
     return save(run, "samples", figure, pd.DataFrame(), f"{len(reference)} images of the same seeds")

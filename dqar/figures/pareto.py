@@ -23,14 +23,13 @@ from dqar.figures.style import (
     save_table,
     write_table,
 )
+from dqar.forecast.fit import Target
 from dqar.forecast.plan import ForecastPlan
 from dqar.measure.results import Run, slug
 from dqar.studies import cache_memory, pareto
 from dqar.studies.compare import FULL
 
 SAMPLER_NAMES = {"dpm-solver++": "DPM-Solver++", "ddim": "DDIM"}
-
-
 SHOWN = {
     "fewer steps": (GREY, "X"),
     "output extrapolation": (BLUE, "o"),
@@ -39,12 +38,8 @@ SHOWN = {
     "DQAR sites": ("#E69F00", "v"),
 }
 """Drawn in colours of their own; all other peers in one."""
-
-
 OTHERS = "#A9B4BF"
-
-
-TARGETS = {"reference": "to the 50-step reference", "converged": "to the converged solution"}
+TARGETS: dict[Target, str] = {"reference": "to the 50-step reference", "converged": "to the converged solution"}
 COMPARED = {"reference": "full compute", "converged": "converged solution"}
 
 
@@ -78,7 +73,7 @@ def _slide13_pareto(run: Run, table: pd.DataFrame) -> Figure:
     return save(run, f"slide13_pareto_{slug(sampler).replace('-', '_')}", figure, table, note)
 
 
-def _draw_families(axes: Axes, points: pd.DataFrame, target: str) -> None:
+def _draw_families(axes: Axes, points: pd.DataFrame, target: Target) -> None:
     peers = [f for f in points.family.unique() if f not in (pareto.PLAN, FULL.name)]
     others = [family for family in peers if family not in SHOWN]
     for number, family in enumerate(others):

@@ -9,6 +9,7 @@ import re
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import matplotlib.colors as mcolors
 import matplotlib.pyplot as plt
@@ -17,6 +18,7 @@ import pandas as pd
 import seaborn as sns
 from IPython.display import Markdown
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.text import Text
 from PIL import Image, ImageChops, UnidentifiedImageError
 
@@ -57,7 +59,7 @@ def use_style() -> None:
     sizes = ("font.size", "xtick.labelsize", "ytick.labelsize", "legend.fontsize", "legend.title_fontsize")
     plt.rcParams.update(
         {
-            **dict.fromkeys(sizes, SMALLEST),
+            **{size: SMALLEST for size in sizes},
             "axes.labelsize": 17,
             "axes.titlesize": 18,
             "axes.titleweight": "bold",
@@ -83,8 +85,10 @@ def save(run: Run, name: str, figure: Figure, table: pd.DataFrame, note: str = "
     """
     source = table.attrs.get("provenance") or provenance(run.profile, run.seed)
     device = source["device"].replace("(R)", "").removesuffix(" Processor")
-    figure.get_layout_engine().set(rect=(0, 0.045, 1, 0.955))
-    place = {"size": SMALLEST, "color": GREY, "va": "bottom"}
+    layout = figure.get_layout_engine()
+    assert isinstance(layout, ConstrainedLayoutEngine)  # as ``use_style`` asks for
+    layout.set(rect=(0, 0.045, 1, 0.955))
+    place: dict[str, Any] = {"size": SMALLEST, "color": GREY, "va": "bottom"}
     figure.text(0.008, 0.008, note, ha="left", **place)
     if len(table.columns):  # something was measured
         text = f"{source['profile']['name']} · {device} · seed {source['seed']}"
@@ -132,13 +136,13 @@ def with_palette(picture: Image.Image) -> bytes:
         top = picture.height + 20 * row
         sample.paste(tuple(color.round().astype(int)), (0, top, picture.width, top + 20))
     for colors in (256, 128, 64, 32, 16):
-        palette = sample.quantize(colors, dither=Image.Dither.NONE)
-        entries = np.array(palette.getpalette()).reshape(-1, 3)
+        drawn = sample.quantize(colors, dither=Image.Dither.NONE).crop((0, 0, picture.width, picture.height))
+        entries = np.array(drawn.getpalette()).reshape(-1, 3)
         for color in exact:
             entries[np.abs(entries - color).sum(1).argmin()] = color.round()
-        palette.putpalette(entries.ravel().tolist())
+        drawn.putpalette(entries.ravel().tolist())
         file = io.BytesIO()
-        picture.quantize(palette=palette, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+        drawn.save(file, "PNG", optimize=True)
         if file.tell() <= LARGEST_FILE:
             break
     return file.getvalue()
@@ -200,7 +204,13 @@ def save_table(
             ours = number and row[0].startswith("DQAR")
             color = ACCENT if ours or cell in ("✗", "does not hold") else GREEN if cell == "✓" else DARK
             weight = "bold" if number == 0 or ours else "normal"
-            place = {"va": "center", "linespacing": 1.15, "size": size, "weight": weight, "color": color}
+            place: dict[str, Any] = {
+                "va": "center",
+                "linespacing": 1.15,
+                "size": size,
+                "weight": weight,
+                "color": color,
+            }
             axes.text(left + 0.5, top + height / 2, cell, **place)
         axes.axhline(top + height, color="#B8C0C8", lw=2 if number == 0 else 0.6)
         top += height

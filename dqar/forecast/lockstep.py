@@ -36,7 +36,7 @@ class _Forgetful:
     """What the run finder keeps for each stream: nothing."""
 
     def forget(self) -> None:
-        """See ``StreamState``."""
+        """Drops nothing."""
 
 
 @dataclass

@@ -55,7 +55,7 @@ class ForecastPlan:
     scheduler: str | None = None
     latents: tuple[int, ...] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("weights", "readouts"):
             object.__setattr__(self, name, tuple(tuple(map(float, row)) for row in getattr(self, name)))
         object.__setattr__(self, "readouts", self.readouts or ((),) * len(self.weights))
@@ -211,7 +211,8 @@ def extrapolation(
     The polynomial is in the step's index, through each branch's last ``order + 1`` computed outputs.
     ``guidance_scale`` is 1 for a run without guidance.
     """
-    rows, done = [], []
+    rows: list[tuple[float, ...]] = []
+    done: list[int] = []
     for step in range(len(timesteps)):
         if step in computed:
             done.insert(0, step)
@@ -219,4 +220,5 @@ def extrapolation(
             continue
         line = lagrange_weights(done[: order + 1], step)
         rows.append((*line, 0.0) * (2 if guidance_scale > 1 else 1))
-    return ForecastPlan(rows, computed, timesteps, (max(1, guidance_scale),) * 2, order + 1, model)
+    scale = max(1, guidance_scale)
+    return ForecastPlan(tuple(rows), frozenset(computed), tuple(timesteps), (scale, scale), order + 1, model)

@@ -1,17 +1,132 @@
-"""Forecasts of the whole model's output from the last computed ones, as a ``ForecastPlan`` weights them."""
+"""The forecast engine: the whole model's output from the last computed ones, as a ``ForecastPlan`` weights them."""
 
 from __future__ import annotations
 
 import math
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-from dqar.families import last_layer
+from dqar.controller import DQARController
+from dqar.families import describe_model, family, last_layer
 from dqar.forecast.plan import ForecastPlan
 from dqar.plan import BRANCHES
+from dqar.run import Call, Run, Stream
+from dqar.takeover import Handler
+from dqar.trace import MODEL, StepFacts, Trace
+
+
+class ForecastEngine:
+    """Computes the whole model at some steps and forecasts its output at the others. See ``dqar.attention.Engine``.
+
+    A step is counted from where the plan's runs begin, in the trace too.
+
+    Args:
+        model: the diffusers transformer, without wrappers.
+        plan: which steps are computed, and how the others are forecast.
+        trace: to write to.
+
+    Raises:
+        ValueError: a plan for another model, or readouts for a model whose last layer isn't known.
+    """
+
+    looks, saves = False, True
+
+    def __init__(self, model: torch.nn.Module, plan: ForecastPlan, trace: Trace):
+        plan.check_model(describe_model(model))
+        self.model, self.plan, self.trace = model, plan, trace
+        self._seen = FinalHiddenStates(model) if any(plan.readouts) else None
+
+    @property
+    def controller(self) -> DQARController:
+        """There is none: raises ``AttributeError``."""
+        raise AttributeError("a ForecastPlan decides about no site, so that there is no controller: read the trace")
+
+    def handlers(self) -> list[tuple[torch.nn.Module, Handler]]:
+        """The modules to take over, and who answers their calls."""
+        return [] if self._seen is None else [(self._seen.layer, self._seen.see)]
+
+    def new_state(self) -> OutputForecast:
+        """For one stream."""
+        return OutputForecast(self.plan, family(self.model).channels)
+
+    def clear(self) -> None:
+        """Nothing is kept but the streams' own."""
+
+    def begin_run(self, run: Run, latents: torch.Tensor) -> None:
+        """Raises ``ValueError`` for a run that the plan wasn't made for."""
+        if run.timesteps is None:
+            raise ValueError(
+                "a ForecastPlan needs the timesteps: apply it to the pipeline, not to its transformer, and call "
+                "scheduler.set_timesteps in a loop of your own"
+            )
+        late = self._late(run)
+        self.plan.check_run(run.timesteps.values[late:], type(run.scheduler).__name__)
+        if run.index < late:
+            raise ValueError(
+                f"the plan was made for runs that begin at timestep {self.plan.timesteps[0]:g}, this one begins at "
+                f"{run.timestep:g}: make one for this strength"
+            )
+
+    def call(self, compute: Callable[[], Any], run: Run, call: Call, named: dict[str, Any], first: bool) -> Any:
+        """The model's output, computed and corrected, or forecast, as the plan says.
+
+        Raises:
+            ValueError: what a forecast draws on wasn't computed, as in a run that began late.
+        """
+        plan, step = self.plan, run.index - self._late(run)
+        forecast: OutputForecast = call.stream.state
+        latents, branches = named["hidden_states"], tuple(call.slices)
+        fresh = step in plan.computed
+        if fresh:
+            output = compute()
+            call.output = output[0]
+            forecast.keep(step, output[0], call.slices, latents)
+            if step == min(plan.computed):
+                size = getattr(self.model.config, "sample_size", None)
+                plan.check_latents(forecast.outputs[branches[0]][0].shape[1:], size)
+            if self._seen is not None:
+                forecast.read_out(step, self._seen.take(), call.slices)
+        if call.output is None or not (fresh or forecast.usable(step, branches)):
+            raise ValueError(
+                f"at step {step} the plan draws on what steps {plan.drawn_on(step)} computed, which isn't there: the "
+                "run began late, or changed what it draws; make a plan for such runs, or one that computes step "
+                f"{step}"
+            )
+        self._record(run, step, branches, fresh, forecast.nbytes(call.output) // len(branches))
+        if fresh and not (plan.weights[step] and forecast.usable(step, branches)):
+            return output
+        sample = forecast.output(step, latents, call.output, call.slices)
+        return Transformer2DModelOutput(sample=sample) if named.get("return_dict", True) else (sample,)
+
+    def _record(self, run: Run, step: int, branches: Sequence[str], fresh: bool, nbytes: int) -> None:
+        """Traces whether a call was computed or forecast, and the bytes kept for each of its branches."""
+        snr = None if run.levels is None else run.levels.snr(run.index)
+        facts = StepFacts(run.number, step, run.total_steps - self._late(run), run.timestep, snr_schedule=snr)
+        rows = self.trace.open(MODEL, facts)
+        for branch in branches:
+            rows.add(-1, branch, "compute" if fresh else "reuse", "plan", nbytes)
+
+    def before_step(self, run: Run, stream: Stream, prediction: torch.Tensor) -> None:
+        """Raises ``ValueError`` for a run of another guidance scale, as the guided ``prediction`` tells.
+
+        Waited for at the first step, so that no run is drawn in vain, and at the last one for all others.
+        """
+        forecast: OutputForecast = stream.state
+        scale = forecast.guidance(run.index - self._late(run), prediction)
+        if scale is not None:
+            forecast.scales.append(scale)
+        if forecast.scales and (run.count == 1 or run.last):
+            scales, forecast.scales = torch.stack(forecast.scales).tolist(), []
+            for value, noise in scales:
+                self.plan.check_guidance(value, noise)
+
+    def _late(self, run: Run) -> int:
+        return 0 if run.timesteps is None else self.plan.late(run.timesteps.values)
 
 
 class FinalHiddenStates:
@@ -27,7 +142,7 @@ class FinalHiddenStates:
         self.layer = last_layer(transformer)
         self._newest: dict[int, torch.Tensor] = {}  # by thread
 
-    def see(self, original: Callable, hidden_states: torch.Tensor) -> torch.Tensor:
+    def see(self, original: Callable[..., Any], hidden_states: torch.Tensor) -> torch.Tensor:
         """Answers the last layer's calls, as it would."""
         self._newest[threading.get_ident()] = hidden_states
         return original(hidden_states)
@@ -89,9 +204,16 @@ def patch_sides(grid: Sequence[int], tokens: int) -> tuple[int, ...] | None:
     return None
 
 
+def _tiling(grid: Sequence[int], tokens: int) -> tuple[int, ...]:
+    sides = patch_sides(grid, tokens)
+    if sides is None:
+        raise ValueError(f"{tokens} tokens don't tile latents of {tuple(grid)}: make a plan without readouts")
+    return sides
+
+
 def to_patches(x: torch.Tensor, tokens: int) -> torch.Tensor:
     """``[B, C, ...grid]`` as ``[B, tokens, size]``: each token's patch, its places in order, and their channels."""
-    grid, sides = x.shape[2:], patch_sides(x.shape[2:], tokens)
+    grid, sides = x.shape[2:], _tiling(x.shape[2:], tokens)
     split = [number for whole, side in zip(grid, sides, strict=True) for number in (whole // side, side)]
     axes = len(grid)
     order = (0, *range(2, 2 + 2 * axes, 2), *range(3, 3 + 2 * axes, 2), 1)
@@ -100,7 +222,7 @@ def to_patches(x: torch.Tensor, tokens: int) -> torch.Tensor:
 
 def from_patches(patches: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """What ``to_patches`` made of a tensor of this shape, put together again."""
-    grid, sides = shape[2:], patch_sides(shape[2:], patches.shape[1])
+    grid, sides = shape[2:], _tiling(shape[2:], patches.shape[1])
     axes = len(grid)
     parts = patches.view(len(patches), *(g // s for g, s in zip(grid, sides, strict=True)), *sides, shape[1])
     order = (0, 1 + 2 * axes, *(axis for pair in range(1, 1 + axes) for axis in (pair, pair + axes)))
@@ -114,7 +236,7 @@ def weighted_sum(tensors: Sequence[torch.Tensor], kernels: torch.Tensor) -> torc
     """
     if kernels.ndim == 1:
         return sum(x.to(kernels.dtype) * kernel for x, kernel in zip(tensors, kernels, strict=True))
-    stacked = torch.stack(tensors, 2).to(kernels.dtype).flatten(0, 1)
+    stacked = torch.stack(list(tensors), 2).to(kernels.dtype).flatten(0, 1)
     convolve = (F.conv1d, F.conv2d, F.conv3d)[kernels.ndim - 2]
     padding = tuple(side // 2 for side in kernels.shape[1:])
     return convolve(stacked, kernels[None], padding=padding).view_as(tensors[0])
@@ -133,8 +255,8 @@ class OutputForecast:
 
     def __init__(self, plan: ForecastPlan, channels: int = 1):
         self.plan, self.channels = plan, channels
-        self._kernels: list[torch.Tensor] | None = None
-        self._matrices: torch.Tensor | None = None
+        self._kernels: list[torch.Tensor] = []
+        self._matrices: list[torch.Tensor] = []
         self.forget()
 
     def forget(self) -> None:
@@ -143,12 +265,14 @@ class OutputForecast:
         self.steps: dict[str, list[int]] = {branch: [] for branch in BRANCHES}
         self.read: dict[str, dict[int, torch.Tensor]] = {branch: {} for branch in BRANCHES}
         self._returned: dict[str, tuple[int, torch.Tensor]] = {}
+        self.scales: list[torch.Tensor] = []
+        """Guidance scales that nobody has looked at yet, and how far rounding may have moved each, ``[2]``."""
 
-    def nbytes(self, newest: torch.Tensor | None) -> int:
+    def nbytes(self, newest: torch.Tensor) -> int:
         """Bytes kept, of both branches; the whole ``newest`` output counts once."""
         older = [output for outputs in self.outputs.values() for output in outputs[1:]]
         read = [tensor for by_step in self.read.values() for tensor in by_step.values()]
-        return sum(tensor.nbytes for tensor in (*older, *read)) + (0 if newest is None else newest.nbytes)
+        return sum(tensor.nbytes for tensor in (*older, *read)) + newest.nbytes
 
     def keep(self, step: int, output: torch.Tensor, rows: dict[str, slice], latents: torch.Tensor) -> None:
         """Keeps the output ``[B, ...]`` of a computed step, so much of it as is about the ``latents`` ``[B, ...]``."""
@@ -183,7 +307,7 @@ class OutputForecast:
         states = hidden_states.reshape(batch, -1, hidden_states.shape[-1]).to(_widest(device))
         shape = channels_first(self.outputs[next(iter(rows))][0], self.channels).shape
         size, branches = math.prod(shape[1:]) // states.shape[1], self.plan.branches
-        if self._matrices is None or self._matrices.device != device:
+        if not self._matrices or self._matrices[0].device != device:
             numbers = len(branches) * states.shape[-1] * size
             given = [row or (0.0,) * numbers for row in self.plan.readouts]
             if {len(row) for row in given} != {numbers}:
@@ -191,10 +315,10 @@ class OutputForecast:
                     f"the plan's readouts are not accepted: {numbers} numbers a step fit this model; make a plan for it"
                 )
             matrices = torch.tensor(given, dtype=states.dtype).view(len(given), len(branches), states.shape[-1], size)
-            self._matrices = matrices.to(device)
+            self._matrices = list(matrices.to(device).unbind(1))
         for branch, part in rows.items():
             if branch in branches:
-                matrices = self._matrices[:, branches.index(branch)]
+                matrices = self._matrices[branches.index(branch)]
                 self.read[branch] = {later: from_patches(states[part] @ matrices[later], shape) for later in coming}
 
     def output(self, step: int, latents: torch.Tensor, newest: torch.Tensor, rows: dict[str, slice]) -> torch.Tensor:
@@ -244,7 +368,7 @@ class OutputForecast:
         into noise.
         """
         branches = self.plan.branches
-        if self._kernels is None or self._kernels[0].device != device:
+        if not self._kernels or self._kernels[0].device != device:
             rows = self.plan.weights
             numbers = torch.tensor([w for row in rows for w in row], dtype=_widest(device)).to(device)
             parts = numbers.split([len(row) for row in rows])

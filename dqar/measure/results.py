@@ -23,11 +23,7 @@ import torch
 from dqar.models.profiles import WEIGHTS, Profile, get_profile
 
 PACKAGE = Path(__file__).parent.parent
-
-
 IN_A_CHECKOUT = (PACKAGE.parent / "pyproject.toml").exists()
-
-
 RECORDED = PACKAGE.parent / "recorded" if IN_A_CHECKOUT else Path("recorded")
 """Long measurements of ``dqar.studies.record``, by profile: those in the repository, of the shipped models, or, of an
 installed package, those in the working folder."""

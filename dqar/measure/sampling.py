@@ -24,8 +24,6 @@ from dqar.trace import Trace
 
 OPEN = DQARConfig(entropy_threshold=None, snr_range=None)
 """Reuses whatever the schedule allows: neither entropy nor SNR has a say."""
-
-
 LOOK = DQARConfig(schedule="none", probe=Probe(record=True))
 """Reuses nothing and measures everything."""
 

@@ -16,14 +16,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 ARCHIVE = "http://images.cocodataset.org/annotations/annotations_trainval2017.zip"
-
-
 ARCHIVE_SHA1 = "8551ee4bb5860311e79dace7e79cb91e432e78b3"  # as gluon-cv and others publish it
-
-
 MEMBER = "annotations/captions_val2017.json"
-
-
 NUM_CAPTIONS, SEED = 128, 0
 
 

@@ -11,8 +11,6 @@ import torch
 
 Dataset = Literal["digits", "cifar10"]
 Split = Literal["train", "test"]
-
-
 CIFAR10_FOLDERS = ("../shared/data", "shared/data")
 
 

@@ -15,11 +15,7 @@ from diffusers import (
 )
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
-
-
 DPM_SOLVER = {"algorithm_type": "dpmsolver++", "solver_order": 2}
-
-
 SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ddim": (DDIMScheduler, {"clip_sample": False}),
     "dpm-solver++": (DPMSolverMultistepScheduler, DPM_SOLVER),
@@ -30,14 +26,10 @@ SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ddim-leading": (DDIMScheduler, {"clip_sample": False, "timestep_spacing": "leading", "steps_offset": 1}),
     "euler": (EulerDiscreteScheduler, {}),
 }
-
-
 CLASS_NAMES = {
     "digits": ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
     "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
 }
-
-
 SD_VAE_CONFIG = {
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -46,8 +38,6 @@ SD_VAE_CONFIG = {
     "latent_channels": 4,
     "sample_size": 256,
 }
-
-
 HAS_GPU = torch.cuda.is_available()
 
 

@@ -331,8 +331,6 @@ def faster_cache(
 
 
 _INTERVALS = tuple({"interval": interval, "order": order} for interval in (2, 3, 4, 5, 6) for order in (1, 2))
-
-
 RIVALS = (
     Rival(
         "TaylorSeer, diffusers",

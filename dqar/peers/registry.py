@@ -17,12 +17,8 @@ from dqar.peers import cache_dit, diffusers_caches, smoothcache, static, taylors
 from dqar.peers.rival import Rival
 
 _FILES = (static, taylorseer, diffusers_caches, cache_dit, smoothcache)
-
-
 ALL_RIVALS: dict[str, Rival] = {rival.name: rival for file in _FILES for rival in file.RIVALS}
 """By name, with those that can't run on DiT."""
-
-
 RIVALS = {name: rival for name, rival in ALL_RIVALS.items() if not rival.unusable}
 
 

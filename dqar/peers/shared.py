@@ -23,8 +23,6 @@ from dqar.takeover import handler_of
 
 COMPONENTS = ("attn1", "ff")
 """The two modules of a DiT block that hold its work; what they return is not yet multiplied by the adaLN gate."""
-
-
 CALIBRATION_SEED = 400
 """Of the noise that SmoothCache and MagCache are calibrated on: of no image that is compared."""
 

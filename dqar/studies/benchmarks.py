@@ -51,26 +51,14 @@ def overhead_of_looking(run: Run) -> pd.DataFrame:
 
 FOLDER = RECORDED / "benchmarks"
 """Of the recorded tables."""
-
-
 OVERHEAD = "overhead/digits-cpu.parquet"
 """Of ``dqar.studies.overhead``'s table, within the folder."""
-
-
 SITES, FORECAST = "plan of sites", "forecast plan"
 """Families of whole denoisings by a plan."""
-
-
 STEPS = 4
 """Denoising steps of a timed run: enough for reuse to alternate, few enough to take turns often."""
-
-
 GUIDANCE = 7.5
-
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
 Calls = dict[str, Callable[[], Any]]
 
 

@@ -14,8 +14,6 @@ from dqar.quantizer import BITS
 
 ORDERS = (0, 1, 2)
 """Of the table: reuse, linear and quadratic forecast."""
-
-
 CARD_BYTES = 24 * 2**30
 """Bytes of a consumer card sold as 24 GB (RTX 3090, RTX 4090), before driver, activations, text encoders and VAE."""
 

@@ -29,16 +29,10 @@ from dqar.trace import MODEL, SELF_ATTENTION
 
 CALIBRATION_SEED = 300
 """Of the images that W8A8's salience is measured on: none that is compared."""
-
-
 SMALL_BATCH = 5
 """Images at once for rivals that decide for a whole batch."""
-
-
 OURS = ("DQAR rule", "DQAR policy", "DQAR sites", "DQAR plan")
 """Families that are this project's own."""
-
-
 FACTS = [
     *("method", "family", "budget", "made_for", "target", "schedule", "interval", "order", "bits", "mode", "scheduler"),
     *("steps", "dtype"),

@@ -65,7 +65,7 @@ def verdicts(run: Run) -> pd.DataFrame:
             "FID grows by less than 1",
             "not testable here",
             f"Digits have no FID; FD-digits: {kv.fd_growth:+.2f} ({kv.fd_growth_low:+.2f} to {kv.fd_growth_high:+.2f}) "
-            f"at {kv.macs_speedup:.2f}× fewer MACs; {half}: {fewer.fd_growth:+.2f} at {fewer.macs_speedup:.2f}×.",
+            f"at {kv.macs_speedup:.2f}× fewer MACs; {half} steps: {fewer.fd_growth:+.2f} at {fewer.macs_speedup:.2f}×.",
         ),
         (
             "Drop-in replacement, no retraining",

@@ -23,12 +23,8 @@ from dqar.attention import apply_dqar
 from dqar.config import CacheFormat, DQARConfig
 
 STEPS, GUIDANCE = 20, 2.0
-
-
 HALF = {"entropy_threshold": None, "snr_range": None, "schedule": "static"}
 """Computes every second step, reuses at the others."""
-
-
 FLOORS = ("attention", "attention and feed-forward", "whole blocks")
 """What a hand-written floor keeps."""
 

@@ -28,27 +28,17 @@ from dqar.studies.recording import PARETO_SEED, Recording
 
 SAMPLERS = {"dpm-solver++": "dpm-solver++-lu", "ddim": "ddim"}
 """Each sampler, and the spacing of its steps that a plan for the converged solution uses."""
-
-
 SPACINGS = {
     "dpm-solver++": ("dpm-solver++", "dpm-solver++-lu", "dpm-solver++3-lu", "dpm-solver++-karras"),
     "ddim": ("ddim", "ddim-leading"),
 }
 """Of fewer steps."""
-
-
 SITE_KINDS = {2: ((0, 8), (1, 16), (1, 8), (1, 4), (2, 16), (2, 8), (2, 4)), 3: ((1, 16), (1, 8), (2, 8))}
 """Forecast orders and bits inside the blocks, by interval of the computed steps."""
-
-
 PLAN_BUDGETS = (1.5, 2, 2.15, 2.5, 3, 3.8, 4, 5, 5.5)
 """Full compute's MACs over a plan's, at least."""
-
-
 BUDGETS = (1.5, 2, 3, 4)
 """At which methods are compared."""
-
-
 PLAN, SITES = "DQAR plan", "DQAR sites"
 """Families."""
 

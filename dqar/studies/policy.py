@@ -31,8 +31,6 @@ LABELLED: tuple[ReuseTarget, ...] = ("kv", "output", "block")
 # Each image has a noise of its own, so that held-out classes are held-out seeds, too.
 TRAIN, STOP, TEST = range(0, 6), range(6, 8), range(8, 10)
 """Classes that a policy is trained on, stopped early by, and judged by."""
-
-
 DELTA_FD = 0.1
 """Accepted growth of the Fréchet distance, relative: what the deck accepts is below 1 of 10.2."""
 
