@@ -179,7 +179,7 @@ def reading(path: str | Path, form: str) -> Iterator[dict[str, Any]]:
         raise ValueError(f"{path} is truncated or no {form} file") from error
 
 
-def write_json(path: str | Path, content: dict[str, Any]) -> None:
+def write_json(path: str | Path, content: dict[str, Any] | list[Any]) -> None:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

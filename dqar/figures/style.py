@@ -56,10 +56,11 @@ SLIDE14 = pd.DataFrame(
 def use_style() -> None:
     """16:9, readable from the back of a room."""
     sns.set_theme(context="talk", style="whitegrid", palette="colorblind")
-    sizes = ("font.size", "xtick.labelsize", "ytick.labelsize", "legend.fontsize", "legend.title_fontsize")
+    names = ("font.size", "xtick.labelsize", "ytick.labelsize", "legend.fontsize", "legend.title_fontsize")
+    sizes: dict[Any, int] = dict.fromkeys(names, SMALLEST)
     plt.rcParams.update(
         {
-            **{size: SMALLEST for size in sizes},
+            **sizes,
             "axes.labelsize": 17,
             "axes.titlesize": 18,
             "axes.titleweight": "bold",

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from dqar.config import check, check_choice
 from dqar.families import bare, describe_model, family
-from dqar.forecast.lockstep import Answer, Lockstep, Moment
+from dqar.forecast.lockstep import Answer, CallRun, Lockstep, Moment
 from dqar.forecast.plan import ForecastPlan
 from dqar.forecast.run import channels_back, channels_first, from_patches, to_patches, weighted_sum
 from dqar.forecast.steps import RIDGE, Jumps, choose_steps, gram, least_squares
@@ -162,7 +162,9 @@ class Calibration:
     ):
         check_choice("target", target, get_args(Target))
         calls = list(calls)
-        check("calls", calls, calls and all(isinstance(call, Mapping) for call in calls), "one or more dictionaries")
+        check(
+            "calls", calls, bool(calls) and all(isinstance(call, Mapping) for call in calls), "one or more dictionaries"
+        )
         counted = isinstance(num_inference_steps, int) and num_inference_steps >= 4
         check("num_inference_steps", num_inference_steps, counted, "an int of 4 or more")
         self.pipe, self.calls, self.target, self.seed = pipe, calls, target, seed
@@ -211,8 +213,9 @@ class Calibration:
         """
         check("refinements", refinements, isinstance(refinements, int) and refinements >= 0, "an int of 0 or more")
         size = sum(math.prod(one.previous.shape[1:]) for one in self.trajectories)
-        jumps = Jumps(sum(one.gram for one in self.trajectories), size, self.num_steps)
-        half, best = self.images // 2, None
+        jumps = Jumps(torch.stack([one.gram for one in self.trajectories]).sum(0), size, self.num_steps)
+        half = self.images // 2
+        best: Fitted | None = None
         path = None if self._work is None else self._work / f"trials-{self._digest()}-{num_computed}.json"
         done = json.loads(path.read_text()) if path is not None and path.exists() else []
         trials = {tuple(steps): (predicted, measured) for steps, predicted, measured in done}
@@ -247,7 +250,7 @@ class Calibration:
         }
         return ForecastPlan(
             final.weights,
-            computed,
+            frozenset(computed),
             first.timesteps,
             (_rounded(min(scales)), _rounded(max(scales))) if len(first.branches) > 1 else (1.0, 1.0),
             HISTORY,
@@ -272,24 +275,30 @@ class Calibration:
             like: an earlier fit on the same images: what it did before the first step that differs is replayed.
         """
         start = 0
+        rows: list[tuple[float, ...]] = []
+        readouts: list[tuple[float, ...]] = []
+        replayed: list[dict[int, list[torch.Tensor]]] = []
+        earlier: list[dict[int, torch.Tensor]] = []
         if like is not None and like.fitted_on == fitted_on:
             start = min(set(computed) ^ set(like.computed), default=self.num_steps - 1)
-        # The last computed step before is computed anew, for its hidden states.
-        again = max((step for step in computed if step < start), default=0)
-        replayed = [{step: raw for step, raw in own.items() if step < again} for own in (like.raw if start else [])]
-        rows = list(like.weights[:start]) if start else []
-        readouts = list(like.readouts[:start]) if start else []
+        if like is not None and start:
+            # The last computed step before is computed anew, for its hidden states.
+            again = max((step for step in computed if step < start), default=0)
+            replayed = [{step: raw for step, raw in own.items() if step < again} for own in like.raw]
+            rows, readouts, earlier = list(like.weights[:start]), list(like.readouts[:start]), like.guided
         guided: list[dict[int, torch.Tensor]] = [{} for _ in self.calls]
         raw: list[dict[int, list[torch.Tensor]]] = [{} for _ in self.calls]
         channels = family(self.pipe.transformer).channels
-        step, runs = 0, []
+        step = 0
+        runs: list[CallRun] = []
         with Lockstep(self.pipe, self.num_inference_steps, self.seed) as lockstep:
             for runs, moments in lockstep.follow(self.calls, computed, replayed or None, HISTORY):  # noqa: B007
-                for own, moment in zip(raw, moments, strict=True):
-                    if step in computed:
-                        own[step] = moment.raw
+                if step in computed:
+                    for computed_raw, moment in zip(raw, moments, strict=True):
+                        computed_raw[step] = moment.raw
+                answers: list[torch.Tensor | None]
                 if step < start:
-                    answers = [like.guided[i].get(step) for i in range(len(moments))]
+                    answers = [kept.get(step) for kept in earlier]
                 elif step == 0:
                     rows.append(())
                     readouts.append(())
@@ -331,7 +340,9 @@ class Calibration:
 
     def _record(self, number: int, call: Mapping[str, Any], bar: tqdm) -> Trajectory:
         if self.target == "reference":
-            return self._run(number, call, self.num_inference_steps, 1, bar)
+            trajectory = self._run(number, call, self.num_inference_steps, 1, bar)
+            assert trajectory is not None  # no timesteps are expected of it
+            return trajectory
         coarse = self._timesteps(number, call)
         # Without and with both ends.
         for steps in (FINER * self.num_inference_steps, FINER * (self.num_inference_steps - 1) + 1):
@@ -359,12 +370,14 @@ class Calibration:
         bar: tqdm,
         expected: tuple[float, ...] | None = None,
     ) -> Trajectory | None:
-        latents, outputs, timesteps, scales = [], {}, [], []
-        moment: Moment | None = None
+        latents, timesteps, scales = [], [], []
+        outputs: dict[str, list[torch.Tensor]] = {}
+        kept: Moment | None = None
         with Lockstep(self.pipe, steps, self.seed) as lockstep:
             for step, ([run], [moment]) in enumerate(lockstep.follow([call], first=number)):
                 if expected is not None and step == 0 and run.upcoming[::every] != expected:
                     return None
+                kept = moment
                 if step == 0:
                     moment.line()  # refuses stochastic samplers and those that clip
                     if moment.scale < 0:
@@ -377,6 +390,7 @@ class Calibration:
                     for branch, own in moment.outputs.items():
                         outputs.setdefault(branch, []).append(own[0][moment.part])
                     bar.update()
+        assert kept is not None  # a run has steps
         latents.append(run.previous)
         stacked = torch.stack(latents)
         for name, values in {"latents": stacked, **{k: torch.stack(v) for k, v in outputs.items()}}.items():
@@ -390,8 +404,8 @@ class Calibration:
             tuple(timesteps),
             tuple(outputs),
             (min(scales), max(scales)),
-            tuple(moment.outputs["cond"][0].shape[1:]),
-            tuple(moment.hidden_states["cond"].shape[1:]) if moment.hidden_states else (0, 0),
+            tuple(kept.outputs["cond"][0].shape[1:]),
+            tuple(kept.hidden_states["cond"].shape[1:]) if kept.hidden_states else (0, 0),
         )
 
     def _memory(self) -> int:
@@ -435,7 +449,8 @@ class Calibration:
         calls, steps = self.calls[:number], self.num_steps
         jump = max(1, steps // 16)
         where = np.unique(np.linspace(jump, steps - 1, GAIN_POINTS).round().astype(int))
-        latents, outputs, raw = [], [], [{} for _ in calls]
+        latents, outputs = [], []
+        raw: list[dict[int, list[torch.Tensor]]] = [{} for _ in calls]
         with Lockstep(self.pipe, self.num_inference_steps, self.seed) as lockstep:
             for step, (runs, moments) in enumerate(lockstep.follow(calls)):  # noqa: B007
                 latents.append([moment.of_images(moment.sample).cpu() for moment in moments])
@@ -467,8 +482,7 @@ class Calibration:
         return np.interp(np.arange(steps + 1), where, measured)
 
     def _predicted(self, jumps: Jumps, computed: tuple[int, ...]) -> float:
-        path = [None, *computed, jumps.num_steps]
-        landings = zip(path[:-2], path[1:-1], path[2:], strict=True)
+        landings = zip((None, *computed[:-1]), computed, (*computed[1:], jumps.num_steps), strict=True)
         return float(
             sum(self.gains[later] * jumps.errors(step, before)[later - step - 1] for before, step, later in landings)
         )
@@ -514,8 +528,9 @@ class Calibration:
         weights, matrix = system.solve()
         branches = len(moments[0].outputs)
         weights = weights.reshape(branches, -1, *self.kernel)
-        center = tuple(side // 2 for side in self.kernel)
-        weights[(slice(None), 0, *center)] += 1  # what was fitted is a change of the newest output
+        weights[:, 0].flatten(1)[:, math.prod(self.kernel) // 2] += (
+            1  # what was fitted is a change of the newest output
+        )
         return weights, None if matrix is None else matrix.view(branches, -1, matrix.shape[-1])
 
     def _finished(self, latents: torch.Tensor) -> torch.Tensor:

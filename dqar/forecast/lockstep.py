@@ -142,13 +142,13 @@ class CallRun:
     replayed: Mapping[int, Sequence[torch.Tensor]]
     """What the model's calls return at some steps, in place of computing it again."""
     history: int
-    previous: torch.Tensor | None = None
+    previous: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     steps: list[float] = field(default_factory=list)
     outputs: dict[str, list[torch.Tensor]] = field(default_factory=lambda: {branch: [] for branch in BRANCHES})
     hidden_states: dict[str, torch.Tensor] = field(default_factory=dict)
     raw: dict[int, torch.Tensor] = field(default_factory=dict)
     upcoming: tuple[float, ...] = ()
-    latents: torch.Tensor | None = None
+    latents: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     branches: tuple[str, ...] = ()
     open: list[str] = field(default_factory=list)
     """The branches that the model was asked for since the newest step."""
@@ -287,10 +287,11 @@ class Lockstep:
             for run, call in zip(runs, calls, strict=True):
                 self._begin(run, call)
             while True:
-                moments = [run.go_on(answer) for run, answer in zip(runs, self.answers, strict=True)]
-                if not any(moments):
+                reached = [run.go_on(answer) for run, answer in zip(runs, self.answers, strict=True)]
+                moments = [moment for moment in reached if moment is not None]
+                if not moments:
                     return
-                if not all(moments):
+                if len(moments) < len(runs):
                     lengths = sorted({len(run.steps) for run in runs})
                     raise ValueError(f"the calls take {lengths} steps: calibrate with calls of one length")
                 self.answers = [None] * len(runs)
@@ -313,7 +314,7 @@ class Lockstep:
             bound = signature.bind(scheduler, *args, **kwargs)
             return self._step(run, original, bound)
 
-        step.__signature__ = inspect.signature(scheduler.step)  # pipelines look for `eta` and `generator`
+        vars(step)["__signature__"] = inspect.signature(scheduler.step)  # pipelines look for `eta` and `generator`
         scheduler.step = step
         named = call_arguments(self.pipe, call, self.num_inference_steps, self.seed + run.number)
 

@@ -109,9 +109,9 @@ def keep_promise(
     for name, value in (("share", share), ("confidence", confidence)):
         check(name, value, 0 < value < 1, "a number between 0 and 1")
     calls = list(calls)
-    needed, reference = images_needed(share, confidence), []
+    needed = images_needed(share, confidence)
+    reference: list[np.ndarray] = []
     kept: ForecastPlan | None = None
-    failed: Promise | None = None
     for plan in sorted(plans, key=lambda own: -len(own.computed)):
         values: list[float] = []
         for number, call in enumerate(tqdm(calls, desc=f"{len(plan.computed)} computed steps", leave=False)):
@@ -125,13 +125,12 @@ def keep_promise(
         good = sum(value >= decibels for value in values)
         promise = Promise(decibels, share, confidence, good, len(values), conformal_bound(values, share))
         if not promise.holds:
-            failed = promise
             break
         said = {**dataclasses.asdict(promise), "statement": str(promise)}
         kept = dataclasses.replace(plan, provenance={**plan.provenance, "promise": said})
     if kept is None:
         raise ValueError(
-            f"no plan keeps the promise: with the densest, {failed.kept} of {failed.images} images have it"
+            f"no plan keeps the promise: with the densest, {promise.kept} of {promise.images} images have it"
         )
     return kept
 
