@@ -111,7 +111,7 @@ class Trajectory:
     """The least and the largest guidance scale of its steps."""
     latents: tuple[int, ...]
     """Shape of one image's output."""
-    hidden_states: tuple[int, int]
+    hidden_states: tuple[int, ...]
     """Tokens and width of one branch's, 0 where they aren't known."""
 
     @property
@@ -528,9 +528,9 @@ class Calibration:
         weights, matrix = system.solve()
         branches = len(moments[0].outputs)
         weights = weights.reshape(branches, -1, *self.kernel)
-        weights[:, 0].flatten(1)[:, math.prod(self.kernel) // 2] += (
-            1  # what was fitted is a change of the newest output
-        )
+        # What was fitted is a change of the newest output.
+        center: tuple[Any, ...] = (slice(None), 0, *(side // 2 for side in self.kernel))
+        weights[center] += 1
         return weights, None if matrix is None else matrix.view(branches, -1, matrix.shape[-1])
 
     def _finished(self, latents: torch.Tensor) -> torch.Tensor:
