@@ -85,10 +85,10 @@ def test_fields_that_need_one_another_say_so(options, message):
 
 
 def test_a_forecast_plan_is_for_the_other_engine():
-    plan = ForecastPlan([(), (1.0, 0.0)], {0}, [9, 1], 1.0, 1, "model")
+    plan = ForecastPlan([(), (1.0, 0.0)], {0}, [9, 1], (1.0, 1.0), 1, "model")
     with pytest.raises(ValueError, match=re.escape("apply_dqar(pipe, plan) takes a ForecastPlan")) as error:
         DQARConfig(plan=plan)
-    assert len(str(error.value)) < 200
+    assert len(str(error.value)) < 300  # no weights, no timesteps
 
 
 def test_an_unknown_field_and_a_change_are_refused():

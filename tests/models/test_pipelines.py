@@ -22,7 +22,8 @@ from dqar.models.captions import coco_captions
 from dqar.models.classifier import load_classifier
 from dqar.models.pipelines import load_pipeline, num_classes
 from dqar.models.profiles import Weights, get_profile
-from dqar.studies import compare, trace
+from dqar.studies import trace
+from dqar.studies.compare import Method, compare_all
 
 TINY = {"device": "cpu", "dtype": torch.float32, "num_samples": 3, "num_inference_steps": 4, "repeats": 1}
 
@@ -49,7 +50,8 @@ def test_pixart_is_loaded_and_traced(pixart_folder, coco, monkeypatch, tmp_path)
     torch.testing.assert_close(alone.images, drawn.images[2:], atol=2e-3, rtol=0)  # its own caption, its own noise
     sites = trace.sites(run)
     assert len(sites) == 4 * 3 * 2 and sites.entropy.between(0, math.log(16)).all()
-    table = compare.compare(run, {"closed": LOOK, "open": OPEN, "half": 2})
+    methods = [Method("closed", config=LOOK), Method("open", config=OPEN), Method("half", num_inference_steps=2)]
+    table = compare_all(methods, profile, 0)
     assert table.psnr[0] == math.inf and table.psnr[1] < 100 and "class_accuracy" not in table
     assert table.sites_reused.tolist() == [0, table.sites_reused[1], 0] and 0 < table.sites_reused[1] < 1
 
@@ -141,11 +143,11 @@ def test_dit_xl_2_at_full_width(monkeypatch):
     assert set(table.bytes[table.step == 0]) == {2 * (256 * 1152 + 4 * 1152)}
 
 
-def test_a_random_model_is_not_scored(monkeypatch, tmp_path):
+def test_a_random_model_is_not_scored(monkeypatch):
     profile = get_profile("smoke", num_samples=2, num_inference_steps=4)
     monkeypatch.setattr(profiles.Profile, "trained", False)
     monkeypatch.setitem(profiles.PROFILES, "smoke", profile)
-    table = compare.compare(Run("smoke", 0, tmp_path), {"open": OPEN})
+    table = compare_all([Method("open", config=OPEN)], profile, 0)
     assert table[["psnr", "ssim"]].isna().all(axis=None)
     assert "class_accuracy" not in table and table.sites_reused[0] > 0 and table.macs_speedup[0] > 1
 
