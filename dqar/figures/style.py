@@ -28,7 +28,6 @@ ACCENT = "#D55E00"
 """DQAR, in every figure."""
 REUSE, COMPUTE = ACCENT, "#DCE3EA"
 BLUE, GREEN, GREY, DARK = "#0072B2", "#009E73", "#5B6670", "#222222"
-BRANCH_COLORS = {"cond": BLUE, "uncond": GREEN}
 SMALLEST = 16
 """Points of the smallest text on the 12.8 × 7.2 inch canvas."""
 LARGEST_FILE = 120_000
