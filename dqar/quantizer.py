@@ -30,7 +30,7 @@ class QuantizedTensor:
     shape: torch.Size
     dtype: torch.dtype
     balance: torch.Tensor | None = None
-    """What each channel was divided by before it was quantized (CSB)."""
+    """The divisor of each channel before quantization (CSB)."""
     kept: torch.Tensor | None = None
     """Salient channels, unquantized in 16 bit, ``[..., tokens, k]``, and their numbers:"""
     kept_channels: torch.Tensor | None = None
@@ -46,7 +46,7 @@ class QuantizedTensor:
         return x.to(dtype or self.dtype)
 
     def rows(self, rows: slice) -> QuantizedTensor:
-        """Some of the batch's samples, as views of the same memory; only of what ``batch_dims=1`` quantized."""
+        """Views of some of the batch's samples; only if quantized with ``batch_dims=1``."""
         part = self._each(lambda tensor: tensor[rows])
         part.shape = torch.Size((len(part.data), *self.shape[1:]))
         return part
@@ -62,7 +62,7 @@ class QuantizedTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of integers, scales and whatever else is stored."""
+        """Bytes of integers, scales and all else that is stored."""
         extras = (part.nbytes for part in (self.balance, self.kept, self.kept_channels) if part is not None)
         return self.data.nbytes + self.scale.nbytes + sum(extras)
 
@@ -83,15 +83,15 @@ def quantize(
     Args:
         x: any floating tensor; channels are its last dimension, tokens all the others.
         bits: 8, 4 or 2 (Q = 127, 7, 1).
-        mode: what shares a scale: everything, a channel, or a token.
-        batch_dims: so many leading dimensions never share a scale, whatever the mode.
+        mode: what shares one scale: the whole tensor, a channel, or a token.
+        batch_dims: number of leading dimensions that keep separate scales in every mode.
         scale_dtype: float32 or float16, which saturates beyond 65,504 · Q.
-        check_finite: off only where a GPU would have to wait for the answer and NaN is looked for elsewhere.
+        check_finite: whether to look for NaN and inf, which makes a GPU wait; off where the caller checks later.
         partner: max |·| per channel, ``[..., 1, channels]`` or ``[channels]``, of the factor that ``x`` will be
             multiplied with. Turns on PTQ4DiT's channel-wise salience balancing: each channel is divided by
             ``√(max|x| / partner)`` first, which evens out what the channels contribute to the product. A scale per
             channel makes it pointless.
-        keep_channels: so many channels of largest max |x| stay unquantized, in 16 bit.
+        keep_channels: number of channels, those of largest max |x|, that stay unquantized in 16 bit.
 
     Raises:
         ValueError: for other bits or modes, an integer tensor, or NaN or inf in ``x``.
@@ -124,7 +124,7 @@ def quantize(
     peak = values.abs()
     if x.numel() and shared:
         peak = peak.amax(dim=tuple(shared), keepdim=True)
-    # The peaks tell as well as all values would, and are far fewer; but a kept channel is in none of them.
+    # Peaks are far fewer than values and show NaN and inf as well; but they leave out kept channels.
     if check_finite and not (salience if keep_channels else peak).isfinite().all():
         raise ValueError(f"x of shape {tuple(x.shape)} holds NaN or inf: needs finite values")
     # An all-zero group keeps its zeros under any scale, and a scale must not round to zero.
