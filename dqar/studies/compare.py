@@ -77,7 +77,8 @@ class Method:
         if isinstance(self.config, DQARConfig):
             config = self.config
             facts |= {"target": config.reuse_target, "schedule": config.schedule, "bits": config.quantize_bits}
-            facts |= {"mode": "mixed" if config.mixed_precision else config.quantize_mode}
+            mode = f"{config.quantize_mode} fitted" if config.cache.fitted else config.quantize_mode
+            facts |= {"mode": "mixed" if config.mixed_precision else mode}
             facts |= {"order": config.cache.forecast_order}
             facts["interval"] = config.static_interval if config.schedule == "static" else None
         return {name: facts[name] for name in FACTS if facts.get(name) is not None}

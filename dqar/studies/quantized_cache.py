@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import pandas as pd
+import torch
 
-from dqar.config import DQARConfig, ReuseTarget
+from dqar.config import CacheFormat, DQARConfig, ReuseTarget
 from dqar.measure.results import Run
 from dqar.measure.sampling import OPEN, sample
 from dqar.models.pipelines import cached_pipeline
 from dqar.quantizer import QuantizeMode, quantize
 from dqar.studies.compare import FULL, Method, compare, draw, summarize
 
-MODES: tuple[QuantizeMode, ...] = ("per_tensor", "per_channel", "per_token")
+FORMATS = tuple(itertools.product((8, 4, 2), get_args(QuantizeMode), (False, True)))
+"""Bits, mode, and whether the levels are fitted."""
 
 
-def quantization_error(run: Run, formats: Sequence[tuple[int, QuantizeMode]] | None = None) -> pd.DataFrame:
+def quantization_error(run: Run, formats: Sequence[tuple[int, QuantizeMode, bool]] | None = None) -> pd.DataFrame:
     """Relative error of this model's own K, V and attention outputs in few bits: tensor, bits, mode, layer, step.
 
     Args:
-        formats: bits and mode of each format to measure anew, in place of all of them, whose table is kept.
+        formats: bits, mode and whether the levels are fitted, of each format to measure anew; by default all, whose
+            table is kept.
     """
 
-    def measure(formats: Sequence[tuple[int, QuantizeMode]]) -> pd.DataFrame:
+    def measure(formats: Sequence[tuple[int, QuantizeMode, bool]]) -> pd.DataFrame:
         pipe, rows = cached_pipeline(run.profile), []
         every = max(1, run.profile.num_inference_steps // 5)
         calls = 0
@@ -36,10 +40,12 @@ def quantization_error(run: Run, formats: Sequence[tuple[int, QuantizeMode]] | N
                 calls += tensor == "K" and layer == 0
                 if (calls - 1) % every:
                     return
-                for bits, mode in formats:
-                    kept = quantize(x, bits, mode, batch_dims=1)
+                for bits, mode, fitted in formats:
+                    scales = torch.float16 if fitted else torch.float32  # as the cache keeps them
+                    kept = quantize(x, bits, mode, batch_dims=1, fitted=fitted, scale_dtype=scales)
                     error = ((kept.dequantize() - x).norm() / x.norm()).item()
-                    row = {"tensor": tensor, "bits": bits, "mode": mode, "layer": layer, "step": calls - 1}
+                    row = {"tensor": tensor, "bits": bits, "mode": f"{mode} fitted" if fitted else mode}
+                    row |= {"layer": layer, "step": calls - 1}
                     rows.append({**row, "relative_error": error, "bytes_per_value": kept.nbytes / x.numel()})
 
             return hook
@@ -57,7 +63,7 @@ def quantization_error(run: Run, formats: Sequence[tuple[int, QuantizeMode]] | N
 
     if formats is not None:
         return measure(formats)
-    return run.table("quantization_error", lambda: measure([(bits, mode) for bits in (8, 4, 2) for mode in MODES]))
+    return run.table("quantization_error", lambda: measure(FORMATS))
 
 
 def cached(target: ReuseTarget, bits: int, **options: Any) -> DQARConfig:
@@ -68,9 +74,9 @@ def cached(target: ReuseTarget, bits: int, **options: Any) -> DQARConfig:
 def cache_methods(target: ReuseTarget) -> list[Method]:
     """A cache in 16, 8, 4 and 2 bits and every mode; the unquantized one first."""
     methods = [Method(f"{target} 16 bit", config=cached(target, 16))]
-    for bits in (8, 4, 2):
-        for mode in MODES:
-            methods.append(Method(f"{target} INT{bits} {mode}", config=cached(target, bits, quantize_mode=mode)))
+    for bits, mode, fitted in FORMATS:
+        config = cached(target, bits, quantize_mode=mode, cache=CacheFormat(fitted=fitted))
+        methods.append(Method(f"{target} INT{bits} {mode}{' fitted' if fitted else ''}", config=config))
     if target == "kv":
         methods.append(Method("kv K-FP16 V-INT8", config=cached("kv", 8, mixed_precision=True)))
     return methods
