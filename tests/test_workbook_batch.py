@@ -106,7 +106,7 @@ def test_papermills_own_command_stops_at_an_unknown_parameter(tmp_path):
             tmp_path / "b.ipynb",
             {"profil": "smoke", "out": str(tmp_path)},
             progress_bar=False,
-            config=workbook.KERNEL,
+            config=workbook.by_sockets(str(tmp_path)),
         )
     assert not (tmp_path / "results").exists()
 
@@ -115,7 +115,11 @@ def test_bars_are_silent_where_nobody_watches_and_results_have_one_store(tmp_pat
     code = "from dqar.figures.notebook import begin\nbegin(profile, seed, out)\nfrom tqdm.auto import tqdm\n"
     path = write_notebook(tmp_path / "a.ipynb", code + "print(sum(tqdm(range(3))))")
     done = papermill.execute_notebook(
-        path, tmp_path / "b.ipynb", {"out": str(tmp_path)}, progress_bar=False, config=workbook.KERNEL
+        path,
+        tmp_path / "b.ipynb",
+        {"out": str(tmp_path)},
+        progress_bar=False,
+        config=workbook.by_sockets(str(tmp_path)),
     )
     assert [output.text for output in done.cells[-1].outputs] == ["3\n"]
     assert start.store("digits") == PACKAGE.parent / "out/digits"
