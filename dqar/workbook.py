@@ -155,7 +155,7 @@ def write_html(notebook: NotebookNode, path: Path) -> None:
         for cell in notebook.cells
     ]
     html, _ = HTMLExporter(mathjax_url="", require_js_url="", mermaid_js_url="").from_notebook_node(offline)
-    html = html.replace('<script src=""></script>', "")  # of what was switched off
+    html = re.sub(r'<script src="">\s*</script>', "", html)  # of what was switched off
     html = html.replace(
         "</head>", "<style>.jp-RenderedImage img { max-width: min(100%, 60em); height: auto }</style></head>", 1
     )
