@@ -8,7 +8,7 @@ PROFILE ?= digits
 .PHONY: figures results benchmarks test smoke lab clean
 
 figures: $(READY)
-	$(PYTHON) -m dqar workbook --profile $(PROFILE) --out out/$(PROFILE) --figures figures
+	$(PYTHON) -m dqar workbook --profile $(PROFILE) --figures figures --show
 
 # Hours on two cores; an interrupted run continues. Its tables are committed, and `make figures` draws from them.
 results: $(READY)
@@ -26,7 +26,7 @@ test: $(READY)
 
 smoke: $(READY)
 	$(PYTHON) -m dqar record --profile smoke --work out/smoke
-	$(PYTHON) -m dqar workbook --profile smoke --out out/smoke
+	$(PYTHON) -m dqar workbook --profile smoke
 
 lab: $(READY)
 	$(PYTHON) -m pip install -q -c constraints.txt -e .[lab]

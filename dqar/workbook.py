@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -43,8 +44,6 @@ ABOUT_TIME = ("10_benchmarks",)
 LIVE = "live"
 """Tag of cells that measure time: what they print differs from run to run, and isn't shown in committed notebooks."""
 
-KERNEL = Config({"KernelManager": {"transport": "ipc"}} if os.name == "posix" else {})
-"""Kernels are spoken to by sockets of this machine: over TCP, which is not encrypted, each would warn of that."""
 PICTURES = ".jp-RenderedImage img { max-width: min(100%, 60em); height: auto }"
 """CSS of the HTML pages: no picture is wider than its page."""
 
@@ -124,9 +123,9 @@ def run_notebook(path: Path, profile: str, seed: int, out: Path) -> Outcome:
                 write_html(notebook, executed.with_suffix(".html"))
             return Outcome(path.stem, 0.0, "kept")
         parameters = {"profile": profile, "seed": seed, "out": str(out.resolve())}
-        with atomic_path(executed) as temporary:
+        with atomic_path(executed) as temporary, tempfile.TemporaryDirectory() as sockets:
             try:
-                options = {"progress_bar": {"desc": path.stem}, "cwd": path.parent, "config": KERNEL}
+                options = {"progress_bar": {"desc": path.stem}, "cwd": path.parent, "config": by_sockets(sockets)}
                 papermill.execute_notebook(path, temporary, parameters, **options)
             except Exception:
                 if temporary.exists():
@@ -143,6 +142,11 @@ def run_notebook(path: Path, profile: str, seed: int, out: Path) -> Outcome:
         return Outcome(path.stem, time.monotonic() - started, "failed", f"{_place(error)}{path.name}: {_reason(error)}")
 
 
+def by_sockets(folder: str) -> Config:
+    """Has a kernel spoken to by sockets in ``folder``: over TCP, which is not encrypted, each would warn of that."""
+    return Config({"KernelManager": {"transport": "ipc", "ip": f"{folder}/kernel"}} if os.name == "posix" else {})
+
+
 def write_html(notebook: NotebookNode, path: Path) -> None:
     """Writes an executed notebook as one HTML file that needs no network: its formulas are MathML."""
     offline = NotebookNode(notebook)
@@ -150,7 +154,8 @@ def write_html(notebook: NotebookNode, path: Path) -> None:
         NotebookNode({**cell, "source": with_mathml(cell.source)}) if cell.cell_type == "markdown" else cell
         for cell in notebook.cells
     ]
-    html, _ = HTMLExporter(mathjax_url="", require_js_url="").from_notebook_node(offline)
+    html, _ = HTMLExporter(mathjax_url="", require_js_url="", mermaid_js_url="").from_notebook_node(offline)
+    html = re.sub(r'<script src="">\s*</script>', "", html)  # of what was switched off
     html = html.replace(
         "</head>", "<style>.jp-RenderedImage img { max-width: min(100%, 60em); height: auto }</style></head>", 1
     )

@@ -28,3 +28,26 @@ def test_a_row_of_1000_images_is_what_was_recorded(name):
 def test_the_speed_of_the_decks_gate_is_what_was_recorded():
     speed = metrics.speedups(load_table(RECORDED / "digits/speed.parquet"), "full compute").speedup
     assert f"it runs at {speed['DQAR rule, kv']:.2f}× (K and V) and {speed['DQAR rule, output']:.2f}×" in README
+
+
+@pytest.mark.parametrize(
+    "row, method, file",
+    [
+        ("forecast plan, 2× fewer MACs", "DQAR plan, 2×", "dqar-plan-2"),
+        ("forecast plan, 3× fewer MACs", "DQAR plan, 3×", "dqar-plan-3"),
+        ("reuse of K and V by a calibrated gate", "DQAR rule, kv", "dqar-rule-kv"),
+        ("reuse of the attention output by a calibrated gate", "DQAR rule, output", "dqar-rule-output"),
+    ],
+)
+def test_what_an_engine_gains_is_what_was_recorded(row, method, file):
+    seconds = load_table(RECORDED / "digits/speed.parquet").pivot(index="repeat", columns="method", values="seconds")
+    low, speed, high = (seconds["full compute"] / seconds[method]).quantile([0.25, 0.5, 0.75])
+    images = load_table(RECORDED / f"digits/samples-{file}.parquet")
+    mse = images.mse.to_numpy()
+    assert len(mse) == 1000 and len(seconds) == 5
+    resampled = np.random.default_rng(0).choice(mse, (2000, len(mse))).mean(1)
+    worst, best = -10 * np.log10(np.quantile(resampled, [0.975, 0.025]))
+    cells = f"{speed:.2f}× ({low:.2f}–{high:.2f}) | {-10 * np.log10(mse.mean()):.1f} ({worst:.1f}–{best:.1f})"
+    assert f"| {row} | {cells} | {-10 * np.log10(np.median(mse)):.1f} |" in README
+    if "rule" in method:
+        assert f"| {images.cache_bytes.mean() / 1024:.0f} KiB of cache an image" in README

@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
+from IPython.display import display
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
@@ -28,11 +29,11 @@ def explore(run: Run, config: DQARConfig, images: int = 2) -> widgets.Widget | F
     """The panel, beginning with ``config``; where nobody can turn a knob, as under papermill, the map of ``config``."""
     if not is_watched():
         return decision_map(try_gate(run, config, images))
-    return widgets.interactive(
-        lambda **values: decision_map(try_gate(run, configured(config, **values), images)),
-        {"manual": True, "manual_name": "Draw"},
-        **controls(config),
-    )
+
+    def draw(**values: Any) -> None:
+        display(decision_map(try_gate(run, configured(config, **values), images)))
+
+    return widgets.interactive(draw, {"manual": True, "manual_name": "Draw"}, **controls(config))
 
 
 def configured(config: DQARConfig, *, threshold: float, window: tuple[float, float], **fields: Any) -> DQARConfig:

@@ -103,7 +103,7 @@ def quantization_quality(run: Run, configs: Sequence[DQARConfig] | None = None) 
 
     if configs is None:
         return run.table("quantization_quality", lambda: measure([cache_methods("kv"), cache_methods("output")]))
-    plain = {"quantize_bits": 16, "mixed_precision": False, "balance": False}
+    plain: dict[str, Any] = {"quantize_bits": 16, "mixed_precision": False, "balance": False}
     return measure(
         [
             [
