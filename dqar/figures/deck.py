@@ -24,7 +24,7 @@ from pptx.oxml.ns import qn
 from pptx.util import Emu, Inches, Pt
 
 from dqar.figures.gallery import CLAIMS
-from dqar.figures.style import ACCENT, DARK, GREEN, GREY, SMALLEST
+from dqar.figures.style import ACCENT, DARK, GREEN, GREY, SMALLEST, TITLE_SIZE
 
 WIDTH, HEIGHT = 12.8, 7.2
 """Inches, as of the figures: text has the same size in a picture and beside it."""
@@ -33,7 +33,6 @@ FOOTER = 0.33
 NIGHT = "#14181D"
 """Background of a dark deck."""
 FONT = "Arial"
-TITLE_SIZE = 21
 CONVERTER = "soffice"
 
 
@@ -313,6 +312,7 @@ def _add_chart(slide: Any, chart: dict[str, Any], box: tuple[float, ...], look: 
             if number == 0 and chart["labels"]:
                 label = series.points[place].data_label
                 _write(label.text_frame, chart["labels"][place], color, SMALLEST)
+                label.text_frame.word_wrap = False
                 label.position = XL_LABEL_POSITION.OUTSIDE_END
 
 

@@ -31,6 +31,7 @@ REUSE, COMPUTE = ACCENT, "#DCE3EA"
 BLUE, GREEN, GREY, DARK = "#0072B2", "#009E73", "#5B6670", "#222222"
 SMALLEST = 16
 """Points of the smallest text on the 12.8 × 7.2 inch canvas."""
+TITLE_SIZE = 21
 LARGEST_FILE = 120_000
 """Bytes of a PNG."""
 WORDS = ("figure", "title", "alt", "smallest_text", "note", "measured_on", "body_top", "table", "charts")
@@ -118,7 +119,7 @@ def save(
         "smallest_text": min(text.get_fontsize() for text in texts),
         "note": note,
         "measured_on": measured_on,
-        "body_top": _below_title(figure),
+        "body_top": _below_title(figure.get_suptitle().count("\n") + 1 if figure.get_suptitle() else 0),
         **(editable or {}),
     }
     png = with_palette(Image.open(drawn))
@@ -174,12 +175,9 @@ def with_minus(text: str) -> str:
     return re.sub(r"(?<![\w)\]}.-])-(?=[\d.])", "−", text)
 
 
-def _below_title(figure: Figure) -> float:
-    """Where the title of a drawn figure ends: the share of the canvas above what is drawn."""
-    suptitle = [text for text in figure.texts if text.get_text() and text.get_text() == figure.get_suptitle()]
-    if not suptitle:
-        return 0.0
-    return round(1 - suptitle[0].get_window_extent().y0 / figure.bbox.height, 4)
+def _below_title(lines: int) -> float:
+    """Where a headline of so many lines ends: the share of the canvas above what is drawn."""
+    return round((0.07 + lines * TITLE_SIZE * 1.2 / 72) / 7.2, 4) if lines else 0.0
 
 
 def _write_with_sidecar(target: Path, picture: bytes, words: dict, source: dict[str, Any]) -> None:
@@ -317,7 +315,7 @@ def headline(figure: Figure, text: str) -> None:
     """The finding, in one sentence, as the figure's title; lines of about equal length."""
     number = len(textwrap.wrap(text, 68))
     width = next(width for width in range(len(text) // number, 69) if len(textwrap.wrap(text, width)) <= number)
-    figure.suptitle("\n".join(textwrap.wrap(text, width)), weight="bold", size=21)
+    figure.suptitle("\n".join(textwrap.wrap(text, width)), weight="bold", size=TITLE_SIZE)
 
 
 def answer(*figures: Figure) -> Markdown:
