@@ -109,7 +109,7 @@ def future_work(run: Run) -> pd.DataFrame:
             "Lower bit-widths",
             "INT2: 4× less memory than INT8",
             _verdict(best.psnr_cache >= 40),
-            f"{'; '.join(found)}, to the images of an unquantized cache",
+            f"{' · '.join(found)}, to the images of an unquantized cache",
         ),
         (
             "Cross-layer sharing",
