@@ -212,7 +212,7 @@ def denoising(run: Run, drawn: pareto.Denoising | None) -> Figure | DisplayedIma
         f"the same images: PSNR {drawn.psnr:.0f} dB"
     )
     headline(figure, title)
-    figure.get_layout_engine().set(rect=(0, 0.045, 1, 0.955))  # type: ignore[union-attr]
+    figure.set_layout_engine("constrained", rect=(0, 0.045, 1, 0.955))
     note = f"PSNR of the mean squared error over these {number} images · {run.profile.name} · seed {run.seed}"
     figure.text(0.008, 0.008, note, size=SMALLEST, color=GREY, va="bottom")
     sides = {"Full compute": (drawn.full, range(steps), GREY), "DQAR plan": (drawn.planned, drawn.computed, ACCENT)}

@@ -166,10 +166,10 @@ def slide13(run: Run, summary: pd.DataFrame, gated: pd.DataFrame) -> Figure:
     ]
     steps = [int(step) for step in SLIDE14.step if step in reuse.index]
     counted = {"measured": [float(reuse[step]) for step in steps], "claimed": SLIDE14.events[: len(steps)].tolist()}
-    names, bars = list(CLAIMED.name), [None if np.isnan(fd) else fd for fd in here.fd]
+    names, distances = list(CLAIMED.name), [None if np.isnan(fd) else fd for fd in here.fd]
     charts = [
         bar_chart("Claimed: FID", names, {"FID": CLAIMED.fd.tolist()}, [f"{fd}" for fd in CLAIMED.fd], True),
-        bar_chart("Measured: FD-digits, not FID (95%)", names, {"FD-digits": bars}, intervals, True),
+        bar_chart("Measured: FD-digits, not FID (95%)", names, {"FD-digits": distances}, intervals, True),
         bar_chart("Reuse events at every fifth step", [f"{step}" for step in steps], counted),
     ]
     return save(run, "slide13", figure, summary, note, {"charts": charts})
