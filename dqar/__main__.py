@@ -23,6 +23,7 @@ class Command:
 
 COMMANDS = {
     "workbook": Command("dqar.workbook", "run the notebooks and make the figures", resumes=True),
+    "deck": Command("dqar.commands.deck", "make a PowerPoint file and a PDF of the figures"),
     "plan": Command("dqar.commands.plan", "fit a forecast plan, which computes only some steps of a run"),
     "calibrate": Command("dqar.commands.calibrate", "propose entropy threshold and SNR range for a model"),
     "record": Command("dqar.commands.record", "make the long measurements that the figures draw from", resumes=True),

@@ -17,7 +17,7 @@ BELOW = {
     "peers": {"core", "models", "measure"},
     "studies": {"core", "models", "measure", "forecast", "peers"},
     "figures": {"core", "models", "measure", "forecast", "peers", "studies"},
-    "commands": {"core", "models", "measure", "forecast", "peers", "studies", "training"},
+    "commands": {"core", "models", "measure", "forecast", "peers", "studies", "figures", "training"},
 }
 
 

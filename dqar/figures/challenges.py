@@ -8,7 +8,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from dqar.figures.style import ACCENT, BLUE, DARK, GREEN, GREY, headline, recorded, save, save_table
+from dqar.figures.style import ACCENT, BLUE, DARK, GREEN, GREY, headline, plain_ticks, recorded, save, save_table
 from dqar.measure.results import Run
 from dqar.studies import policy
 
@@ -103,6 +103,7 @@ def slide15_accumulation(run: Run, accumulation: pd.DataFrame) -> Figure:
             ]
             ax.plot(part.step, part.relative_error.replace(0, np.nan), color=colors[variant], lw=3, label=variant)
         ax.set(yscale="log", xlabel="denoising step")
+        plain_ticks(ax.yaxis, percent=True)
         ax.set_title(f"INT{bits}")
     axes[0].set_ylabel("relative error of the latents")
     axes[0].legend(loc="upper left")
@@ -138,7 +139,7 @@ def slide15_overfitting(run: Run, labels: pd.DataFrame, oracle: pd.DataFrame) ->
         f"L2 regularization moves the area under the ROC curve by {max(areas) - min(areas):.3f} on digits that the "
         "network has not seen",
     )
-    note = f"n = {len(labels):,} single reuses of 10 classes, {len(policy.TEST)} of them held out"
+    note = f"n = {len(labels):,} single reuses of 10 classes, {len(policy.TEST)} held out; not stopped early"
     return save(run, "slide15_overfitting", figure, labels, note)
 
 

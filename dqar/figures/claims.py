@@ -29,10 +29,11 @@ def slide11(run: Run) -> Figure:
         ("Quality", "FID", "FD-digits (1,000 images), PSNR"),
     ]
     table = pd.DataFrame(rows, columns=["Parameter", "The deck", f"Measured here (profile {profile.name})"])
+    parameters = transformer["model"].split(", ")[-1].removesuffix(" params")
     title = (
         "The deck's configuration, and this run's"
         if profile.model == "dit-xl-2"
-        else f"All numbers here are measured on a smaller model than the deck's, on {device.split(',')[0]}"
+        else f"Quality is measured on a model of {parameters} parameters; the deck's has 675M"
     )
     return save_table(run, "slide11", title, table, [14, 36, 40])
 

@@ -21,7 +21,7 @@ def slide16(run: Run, directions: pd.DataFrame) -> Figure:
         {
             "Direction": directions.direction,
             "The deck hopes for": directions.deck,
-            "": directions.verdict.map(MARKS),
+            "Holds here?": directions.verdict.map(MARKS),
             "Measured": directions.measured.str.split("; ").str[:2].str.join("; "),
         }
     )
@@ -40,7 +40,7 @@ def slide17(run: Run, verdicts: pd.DataFrame) -> Figure:
     table = pd.DataFrame(
         {
             "Claim": verdicts.claim,
-            "": verdicts.verdict.map(MARKS),
+            "Holds here?": verdicts.verdict.map(MARKS),
             "Why": verdicts.reason.str.split(". ", regex=False).str[0].str.rstrip("."),
         }
     )

@@ -111,46 +111,36 @@ def slide10(run: Run) -> Figure:
 
 
 def slide10_imports(run: Run) -> Figure:
-    """The core as it is: modules by level, arrows from the code's own imports."""
+    """The core as it is: which module imports which, from the code's own imports."""
     graph = architecture.core_graph()
-    return _draw_imports(run, "slide10_imports", graph, ACCENT, f"The core's {len(graph)} modules import each other "
-                         "in one direction only, and nothing that measures, draws or trains")  # fmt: skip
+    return _draw_imports(run, "slide10_imports", graph, f"The core's {len(graph)} modules import each other in one "
+                         "direction only, and nothing that measures, draws or trains")  # fmt: skip
 
 
 def slide10_folders(run: Run) -> Figure:
-    """The package's folders by level, arrows from the code's own imports."""
-    graph = architecture.folder_graph()
-    return _draw_imports(run, "slide10_folders", graph, BLUE, "The folders around the core import downwards only")
+    """The package's folders: which imports from which, from the code's own imports."""
+    return _draw_imports(run, "slide10_folders", architecture.folder_graph(),
+                         "No folder imports from one that is built on it")  # fmt: skip
 
 
-def _draw_imports(run: Run, name: str, graph: dict[str, set[str]], color: str, title: str) -> Figure:
+def _draw_imports(run: Run, name: str, graph: dict[str, set[str]], title: str) -> Figure:
+    """A row and a column for each part, the lowest level first: imports are dots, all of them below the diagonal."""
+    levels = architecture.levels(graph)
+    order = sorted(graph, key=lambda part: (levels[part], part))
+    place = {part: number for number, part in enumerate(order)}
+    dots = [(place[imported], place[part]) for part in order for imported in graph[part]]
     figure, axes = plt.subplots()
-    place = _places(architecture.levels(graph))
-    axes.axis("off")
-    axes.set(xlim=(0, 1), ylim=(-0.8, max(y for _, y in place.values()) + 0.5))
-    for module, (x, y) in place.items():
-        axes.text(x, y, module, ha="center", va="center", size=SMALLEST, weight="bold", zorder=2, color="white",
-                  bbox={"boxstyle": "round,pad=0.3", "fc": color, "ec": "white"})  # fmt: skip
-    for module, imports in graph.items():
-        # An import that another one implies is left out, as in every layered picture.
-        implied = {deeper for other in imports for deeper in _below(graph, other)}
-        for other in imports - implied:
-            arrow = {"arrowstyle": "->", "color": GREY, "lw": 2, "shrinkA": 14, "shrinkB": 18}
-            axes.annotate("", place[other], place[module], zorder=1, arrowprops=arrow)
+    axes.fill_between([-0.5, len(order) - 0.5], [-0.5, len(order) - 0.5], -0.5, color=COMPUTE, lw=0, zorder=0)
+    size = min(30, 250 / len(order))
+    axes.plot(*zip(*dots, strict=True), "o", color=ACCENT, ms=size)
+    numbers = range(len(order))
+    axes.set(xlim=(-0.5, len(order) - 0.5), ylim=(len(order) - 0.5, -0.5), xticks=numbers, yticks=numbers)
+    axes.set_yticklabels([f"{part}  {number + 1}" for part, number in place.items()])
+    axes.set_xticklabels([f"{number + 1}" for number in numbers])
+    axes.xaxis.tick_top()
+    axes.xaxis.set_label_position("top")
+    axes.set(xlabel="is imported", ylabel="this module imports" if len(order) > 10 else "this folder imports from")
+    axes.text(0.98, 0.95, "no dot here: nothing imports\nwhat is built on it", transform=axes.transAxes, ha="right",
+              va="top", color=GREY)  # fmt: skip
     headline(figure, title)
     return save(run, name, figure, pd.DataFrame())
-
-
-def _places(levels: dict[str, int]) -> dict[str, tuple[float, float]]:
-    """x from 0 to 1, and the level as y; every second one of a crowded row, and of lone ones, makes room."""
-    place = {}
-    for j in range(max(levels.values()) + 1):
-        row = sorted(name for name in levels if levels[name] == j)
-        for i, name in enumerate(row):
-            aside = 0.17 * (-1) ** j if len(row) == 1 else 0
-            place[name] = ((i + 0.5) / len(row) + aside, j - 0.5 * (i % 2 and len(row) > 6))
-    return place
-
-
-def _below(graph: dict[str, set[str]], name: str) -> set[str]:
-    return graph[name].union(*(_below(graph, other) for other in graph[name]))

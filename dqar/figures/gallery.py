@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from pathlib import Path
 
 import nbformat
 
-from dqar.figures.style import shows_the_same
+from dqar.figures.style import shows_the_same, words_of
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+PICTURES = (".png", ".gif")
 
 CLAIMS = {
     # slide: its subject, and what the deck says there
@@ -42,9 +42,10 @@ def publish(drawn: Path, committed: Path) -> list[str]:
     """
     changed = []
     for path in sorted(path for path in drawn.rglob("*") if path.is_file()):
-        target, picture = committed / path.relative_to(drawn), path.with_suffix(".png")
-        if path.suffix in (".png", ".svg", ".json") and picture.exists():
-            same = shows_the_same(target.with_suffix(".png"), picture.read_bytes(), words(picture))
+        target = committed / path.relative_to(drawn)
+        picture = next((path.with_suffix(kind) for kind in PICTURES if path.with_suffix(kind).exists()), None)
+        if path.suffix in (*PICTURES, ".svg", ".json") and picture is not None:
+            same = shows_the_same(target.with_suffix(picture.suffix), picture.read_bytes(), words_of(picture))
         else:
             same = target.exists() and target.read_bytes() == path.read_bytes()
         if not same or not target.exists():
@@ -57,12 +58,6 @@ def publish(drawn: Path, committed: Path) -> list[str]:
     return [str(target.relative_to(committed)) for _, target in changed]
 
 
-def words(picture: Path) -> dict:
-    """What a picture's sidecar says of it, without its provenance."""
-    sidecar = json.loads(picture.with_suffix(".json").read_text())
-    return {key: sidecar[key] for key in ("figure", "title", "alt", "smallest_text")}
-
-
 def gallery(folder: Path) -> str:
     """Markdown: each slide's picture, what the deck claims, what was measured, and the command that draws it."""
     lines = [
@@ -70,7 +65,7 @@ def gallery(folder: Path) -> str:
         "",
         "Written by `dqar workbook --figures figures`; don't edit. `deck/` has one picture a slide, `appendix/` the"
         " rest. Beside each PNG lie an SVG, a JSON file (title, alternative text, hardware, seed, commit) and, for"
-        " tables, Markdown and LaTeX.",
+        " tables, Markdown and LaTeX. `dqar deck` makes a PowerPoint file of `deck/`.",
         "",
         "| slide | picture | the deck claims | measured | command |",
         "| --- | --- | --- | --- | --- |",
@@ -78,13 +73,13 @@ def gallery(folder: Path) -> str:
     for slide, (subject, claim) in CLAIMS.items():
         path = folder / f"deck/slide{slide:02}.png"
         if path.exists():
-            said = words(path)
+            said = words_of(path)
             picture = f"[<img src='deck/{path.name}' width='320' alt='{_quoted(said['alt'])}'>](deck/{path.name})"
             lines.append(f"| {slide}: {subject} | {picture} | {claim} | {said['title']} | {_command(path.stem)} |")
     lines += ["", "## Appendix", "", "| picture | finding | command |", "| --- | --- | --- |"]
-    for path in sorted((folder / "appendix").glob("*.png")):
+    for path in sorted(path for path in (folder / "appendix").iterdir() if path.suffix in PICTURES):
         link = f"[{path.stem}](appendix/{path.name})"
-        lines.append(f"| {link} | {words(path)['title']} | {_command(path.stem)} |")
+        lines.append(f"| {link} | {words_of(path)['title']} | {_command(path.stem)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -92,7 +87,7 @@ def _command(name: str) -> str:
     """The command of the notebook that draws ``name``; where several do, of the first."""
     for path in sorted(NOTEBOOKS.glob("[0-9]*.ipynb")):
         code = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
-        drawn = re.findall(r"\.(slide\d\d\w*|samples)\(", code)
+        drawn = re.findall(r"\.(slide\d\d\w*|samples|denoising)\(", code)
         if name in drawn or any(
             name.startswith(f"{function}_") and len(function) > len("slide00") for function in drawn
         ):

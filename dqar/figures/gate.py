@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 
 from dqar import stats
-from dqar.figures.style import ACCENT, BLUE, COMPUTE, DARK, GREY, headline, recorded, save
+from dqar.figures.style import ACCENT, BLUE, COMPUTE, DARK, GREY, headline, plain_ticks, recorded, save
 from dqar.measure.calibrate import propose_gate
 from dqar.measure.results import Run
 from dqar.studies import policy, trace
@@ -34,6 +34,7 @@ def slide05(run: Run, sites: pd.DataFrame) -> Figure:
             [low, low, high, high], [bottom, threshold, threshold, bottom], ls=style, color=color, lw=4, label=label
         )
     axes.set(xscale="log", xlabel="SNR (with the predicted $x_0$)", ylabel="entropy of attention (nats)")
+    plain_ticks(axes.xaxis)
     axes.set_ylim(bottom, np.log(sites.tokens.iloc[0]) + 0.7)
     axes.legend(loc="upper right")
     axes.set_title(r"Reuse if  $H_t<\tau(p)=\tau\,\sqrt{p/64}$  and  $\mathrm{SNR}_t\in[a,b]$", size=20, pad=12)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import torch
+from IPython.display import Image as DisplayedImage
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from PIL import Image
 
 from dqar.figures.style import (
     ACCENT,
@@ -16,16 +19,18 @@ from dqar.figures.style import (
     DARK,
     GREEN,
     GREY,
+    SMALLEST,
     headline,
     missing,
     recorded,
     save,
+    save_animation,
     save_table,
     write_table,
 )
 from dqar.forecast.fit import Target
 from dqar.forecast.plan import ForecastPlan
-from dqar.measure.results import Run, slug
+from dqar.measure.results import Run, provenance, slug
 from dqar.studies import cache_memory, pareto
 from dqar.studies.compare import FULL
 
@@ -69,7 +74,7 @@ def _slide13_pareto(run: Run, table: pd.DataFrame) -> Figure:
         f"With {SAMPLER_NAMES[sampler]}, DQAR's plans are better than every peer at {won} of {len(verdicts)} budgets, "
         f"by {(verdicts.ours - verdicts.peer).median():.1f} dB in the median",
     )
-    note = f"n = {table.image.nunique()} images; PSNR of the mean squared error"
+    note = f"n = {table.image.nunique()} images, PSNR of their mean squared error; n = 1,000: slide13_plan_distances"
     return save(run, f"slide13_pareto_{slug(sampler).replace('-', '_')}", figure, table, note)
 
 
@@ -146,15 +151,17 @@ def slide13_plan_distances(run: Run, table: pd.DataFrame) -> Figure:
     axes.axhline(0, color=DARK, ls="--", lw=2)
     axes.set_xticks(range(len(budgets)), [f"{budget:g}× fewer MACs" for budget in budgets])
     axes.set(xlim=(-0.5, len(budgets) - 0.5), ylabel="FD-digits over full compute's")
+    axes.margins(y=0.12)
     axes.legend()
     plans = table[table.kind == "DQAR plan"]
     farther = int((plans.fd_growth_low > 0).sum())
     headline(
         figure,
-        f"{farther} of {len(plans)} plans are farther from the data than full compute; beside each point stands its "
-        "PSNR to full compute",
+        f"{farther} of {len(plans)} plans are farther from the data than full compute; "
+        f"they keep {plans.psnr.min():.0f} to {plans.psnr.max():.0f} dB",
     )
-    return save(run, "slide13_plan_distances", figure, table, "n = 1,000 images; bars: 95 %")
+    note = "n = 1,000 images; bars: 95%; dB: PSNR to full compute, of the mean squared error"
+    return save(run, "slide13_plan_distances", figure, table, note)
 
 
 def slide08_plans(run: Run, plans: dict[str, list[ForecastPlan]]) -> Figure:
@@ -190,6 +197,55 @@ def slide08_plans(run: Run, plans: dict[str, list[ForecastPlan]]) -> Figure:
     return save(run, "slide08_plans", figure, trials, "errors: root mean square")
 
 
+def denoising(run: Run, drawn: pareto.Denoising | None) -> Figure | DisplayedImage:
+    """A GIF of full compute beside a plan, step by step from the same noise: the images, and which steps are computed.
+
+    Args:
+        drawn: of ``pareto.denoising``.
+    """
+    if drawn is None:
+        return missing(run, "denoising", "a plan at 3× fewer MACs")
+    steps, number = drawn.full.shape[0] - 1, drawn.full.shape[1]
+    figure, axes = plt.subplots(2, 2, height_ratios=(8, 1), dpi=75)
+    title = (
+        f"A plan that computes {len(drawn.computed)} of {steps} steps, {drawn.macs_speedup:.1f}× fewer MACs, draws "
+        f"the same images: PSNR {drawn.psnr:.0f} dB"
+    )
+    headline(figure, title)
+    figure.set_layout_engine("constrained", rect=(0, 0.045, 1, 0.955))
+    note = f"PSNR of the mean squared error over these {number} images · {run.profile.name} · seed {run.seed}"
+    figure.text(0.008, 0.008, note, size=SMALLEST, color=GREY, va="bottom")
+    sides = {"Full compute": (drawn.full, range(steps), GREY), "DQAR plan": (drawn.planned, drawn.computed, ACCENT)}
+    shown = []
+    for (above, below), (name, (states, computed, color)) in zip(axes.T, sides.items(), strict=True):
+        above.axis("off")
+        picture = above.imshow(_mosaic(states[0]), cmap="gray_r", vmin=0, vmax=1)
+        cells = below.bar(range(steps), 1, width=0.8, color="white", ec=GREY, lw=1)
+        below.set(xlim=(-0.6, steps - 0.4), ylim=(0, 1), yticks=[], xlabel="denoising step (filled: computed)")
+        below.grid(visible=False)
+        shown.append((name, states, computed, color, above, picture, cells))
+    frames = []
+    for step in range(steps + 1):
+        for name, states, computed, color, above, picture, cells in shown:
+            picture.set_data(_mosaic(states[step]))
+            if step:
+                cells[step - 1].set_facecolor(color if step - 1 in computed else COMPUTE)
+            above.set_title(f"{name}: {sum(own < step for own in computed)} steps computed")
+        figure.canvas.draw()
+        frames.append(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3]))  # type: ignore[attr-defined]
+    plt.close(figure)
+    milliseconds = [100] * steps + [4000]
+    path = save_animation(run, "denoising", frames, milliseconds, title, provenance(run.profile, run.seed))
+    return DisplayedImage(path, alt=title)
+
+
+def _mosaic(images: torch.Tensor) -> np.ndarray:
+    """Images ``[N, C, H, W]`` in rows of five, with white between them: ``[height, width, C]``."""
+    padded = torch.nn.functional.pad(images, (1, 1, 1, 1), value=0 if images.shape[1] == 1 else 1)
+    rows = [torch.cat(list(row), dim=2) for row in padded.split(5)]
+    return torch.cat(rows, dim=1).permute(1, 2, 0).clamp(0, 1).numpy()
+
+
 @recorded("quality and MACs of every method")
 def slide06_forecast_cache(run: Run, points: pd.DataFrame) -> Figure:
     """DQAR inside the blocks (``pareto.site_points``): what forecast order and bits do to quality, against bytes."""
@@ -214,7 +270,7 @@ def slide06_forecast_cache(run: Run, points: pd.DataFrame) -> Figure:
     losses = [linear.psnr_reference[16] - linear.psnr_reference[bits] for bits in (8, 4)]
     shares = [linear.cache_bytes[bits] / linear.cache_bytes[16] for bits in (8, 4)]
     bars = panels[1].bar(["INT8", "INT4"], losses, color=[ACCENT, BLUE])
-    panels[1].bar_label(bars, [f"{x:.1f} dB\n{s:.2f} of the bytes" for x, s in zip(losses, shares, strict=True)])
+    panels[1].bar_label(bars, [f"{x:.2f} dB\n{s:.2f} of the bytes" for x, s in zip(losses, shares, strict=True)])
     panels[1].margins(y=0.25)
     panels[1].set(ylabel="PSNR lost to quantization (dB)")
     panels[1].set_title("Linear forecast, every 2nd step", size=16)

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_curve
 
-from dqar.figures.style import ACCENT, BLUE, COMPUTE, DARK, GREY, headline, recorded, save
+from dqar.figures.style import ACCENT, BLUE, COMPUTE, DARK, GREY, headline, plain_ticks, recorded, save
 from dqar.measure.results import Run
 from dqar.studies import policy
 
@@ -30,7 +30,7 @@ def slide07(run: Run, labels: pd.DataFrame, oracle: pd.DataFrame) -> Figure:
     features = [r"$H_t$", r"$\log\,\mathrm{SNR}_t$", r"$\log\,\|x_t\|_2$", r"$t/(T-1)$", r"$\min(p,128)/128$"]
     columns = [(2.9, features, "5 features"), (5.1, [""] * 7, "64, tanh"), (7.3, [""] * 7, "64, tanh"),
                (9.3, [""], "1, sigmoid")]  # fmt: skip
-    places = [[(x, 5 + 1.1 * (i - (len(names) - 1) / 2)) for i in range(len(names))] for x, names, _ in columns]
+    places = [[(x, 5 - 1.1 * (i - (len(names) - 1) / 2)) for i in range(len(names))] for x, names, _ in columns]
     for before, after in zip(places[:-1], places[1:], strict=True):
         for start in before:
             for end in after:
@@ -80,10 +80,12 @@ def slide07_training(run: Run, labels: pd.DataFrame, oracle: pd.DataFrame) -> Fi
     losses.set_title("Training")
     for score, color in (("policy", ACCENT), ("rule", BLUE)):
         wrong, right, _ = roc_curve(study.held_out.harmless, study.held_out[score])
-        roc.plot(wrong, right, color=color, lw=3, label=f"{NAMES[score]}: {study.auc(score):.2f}")
+        roc.plot(wrong, right, color=color, lw=3)
+        place = (0.97, 0.9) if score == "policy" else (0.97, 0.03)  # above and below the diagonal, off both curves
+        roc.text(*place, f"{NAMES[score]}:\narea {study.auc(score):.2f}", color=color, ha="right", weight="bold",
+                 va="top" if score == "policy" else "bottom")  # fmt: skip
     roc.plot([0, 1], [0, 1], color=GREY, ls="--")
     roc.set(xlabel="harmful reuses accepted", ylabel="harmless reuses accepted")
-    roc.legend(loc="lower right", title="area")
     roc.set_title("Held-out digits")
     really, said = calibration_curve(study.held_out.harmless, study.held_out.policy, n_bins=8, strategy="quantile")
     calibration.plot([0, 1], [0, 1], color=GREY, ls="--")
@@ -128,8 +130,9 @@ def slide07_deciders(run: Run, deciders: pd.DataFrame) -> Figure:
             ax.plot(part.sites_reused, part.psnr, color=color, lw=3, marker="o", ms=9, label=NAMES[name],
                     ls="--" if name == "oracle" else "-")  # fmt: skip
         ax.xaxis.set_major_formatter("{x:.0%}")
-        ax.set(xlabel="sites reused (share)", ylabel="PSNR to full compute (dB)")
+        ax.set(xlabel="sites reused (share)")
         ax.set_title(f"reuse of {'K and V' if target == 'kv' else 'the attention output'}")
+    axes[0].set_ylabel("PSNR to full compute (dB)")
     axes[0].legend()
     wide = _at_equal_share(runs[runs.target == "output"])
     kept = ", ".join(f"{wide[name]:.0f} dB by {NAMES[name]}" for name in DECIDERS if name in wide)
@@ -150,9 +153,10 @@ def slide07_delta(run: Run, oracle: pd.DataFrame) -> Figure:
     left.yaxis.set_major_formatter("{x:.1%}")
     left.set(xlabel="sites reused", ylabel="growth of FD-digits")
     left.legend()
-    right.plot(shown.delta, shown.psnr, color=ACCENT, lw=4, marker="o", ms=10)
-    right.axvline(delta, color=GREY, ls="--", label="accepted")
-    right.set(xscale="log", xlabel="largest error accepted of a site (MSE)", ylabel="PSNR of the run (dB)")
+    right.plot(1e9 * shown.delta, shown.psnr, color=ACCENT, lw=4, marker="o", ms=10)
+    right.axvline(1e9 * delta, color=GREY, ls="--", label="accepted")
+    right.set(xscale="log", xlabel="largest error accepted of a site (MSE, billionths)", ylabel="PSNR of the run (dB)")
+    plain_ticks(right.xaxis)
     right.legend()
     chosen = shown[shown.delta == delta].iloc[0]
     headline(

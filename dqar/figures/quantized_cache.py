@@ -8,17 +8,17 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from dqar.figures.style import ACCENT, BLUE, GREY, headline, save
+from dqar.figures.style import ACCENT, BLUE, GREY, headline, plain_ticks, save
 from dqar.measure.results import Run
 
 CACHES = {
     # bits and mode of a row of quantization_quality: what it is called
     (16, "per_channel"): "K and V in FP16",
-    (8, "per_tensor"): "INT8, a scale a tensor",
-    (8, "per_channel"): "INT8, a scale a channel",
+    (8, "per_tensor"): "INT8, one scale a tensor",
+    (8, "per_channel"): "INT8, one scale a channel",
     (8, "mixed"): "K in FP16, V in INT8",
-    (4, "per_channel"): "INT4, a scale a channel",
-    (2, "per_channel"): "INT2, a scale a channel",
+    (4, "per_channel"): "INT4, one scale a channel",
+    (2, "per_channel"): "INT2, one scale a channel",
 }
 
 
@@ -50,10 +50,10 @@ def slide06(run: Run, quality: pd.DataFrame) -> Figure:
         r"$K_q=\mathrm{clip}(\mathrm{round}(K/s_K),\,-127,\,127),\quad s_K=\max|K|\,/\,127$", size=20, pad=14
     )
     by_name = dict(zip(names, zip(share, table.psnr_cache, strict=True), strict=True))
-    scales, mixed = by_name["INT8, a scale a channel"], by_name["K in FP16, V in INT8"]
+    scales, mixed = by_name["INT8, one scale a channel"], by_name["K in FP16, V in INT8"]
     headline(
         figure,
-        f"With a scale a channel, INT8 takes {scales[0]:.2f} of FP16's memory; "
+        f"INT8 with one scale a channel takes {scales[0]:.2f} of FP16's memory; "
         f"the mixed mode keeps K in FP16 and takes {mixed[0]:.2f}",
     )
     note = f"n = {max(4, run.profile.num_samples // 2)} images, every 2nd step reused; dB: PSNR to an unquantized cache"
@@ -65,15 +65,23 @@ def slide06_errors(run: Run, error: pd.DataFrame, quality: pd.DataFrame) -> Figu
     figure, (left, right) = plt.subplots(1, 2)
     plain = {"per_tensor": "tensor", "per_channel": "channel", "per_token": "token"}
     means = error.assign(scale=error["mode"].map(plain)).groupby(["tensor", "bits", "scale"], as_index=False)
-    means = means[["relative_error", "bytes_per_value"]].mean().rename(columns={"scale": "a scale per"})
-    sns.lineplot(means, x="bytes_per_value", y="relative_error", hue="a scale per", style="tensor", markers=True,
-                 ax=left, markersize=12, lw=2, errorbar=None)  # fmt: skip
+    means = means[["relative_error", "bytes_per_value"]].mean()
+    for scale, color in (("tensor", GREY), ("channel", ACCENT), ("token", BLUE)):
+        middle = means[means.scale == scale].groupby("bits").agg(
+            bytes=("bytes_per_value", "mean"), low=("relative_error", "min"), high=("relative_error", "max"),
+            middle=("relative_error", "median"),
+        )  # fmt: skip
+        spread = [middle.middle - middle.low, middle.high - middle.middle]
+        left.errorbar(middle.bytes, middle.middle, spread, color=color, lw=3, marker="o", ms=10, capsize=6, label=scale)
     left.set(xscale="log", yscale="log", xlabel="bytes a value, scales included", ylabel="relative error")
     left.set_xticks([0.25, 0.5, 1.0], ["0.25", "0.5", "1"])
     left.minorticks_off()
     left.set_title("Error of the cached tensors")
-    left.legend(loc="lower left", ncols=2)
-    shown = quality[quality.bits < 16].assign(what=lambda t: t.target.map({"kv": "K and V", "output": "output"}))
+    plain_ticks(left.yaxis, percent=True)
+    left.legend(title="one scale a", loc="lower left")
+    shown = quality[(quality.bits < 16) & (quality["mode"] != "mixed")].assign(
+        what=lambda t: t.target.map({"kv": "K and V", "output": "output"})
+    )
     sns.stripplot(shown, x="psnr_cache", y=shown.bits.map("INT{}".format), hue="what", ax=right, size=13, jitter=False,
                   dodge=True,
                   palette={"K and V": BLUE, "output": ACCENT}, order=["INT8", "INT4", "INT2"])  # fmt: skip
@@ -83,8 +91,8 @@ def slide06_errors(run: Run, error: pd.DataFrame, quality: pd.DataFrame) -> Figu
     best = shown.groupby("bits").psnr_cache.max()
     headline(
         figure,
-        f"Images from a cache in 8, 4 and 2 bits come to {best[8]:.0f}, {best[4]:.0f} and {best[2]:.0f} dB "
-        "of those from an unquantized cache",
+        f"Beside an unquantized cache, the best of 8, 4 and 2 bits give images of {best[8]:.0f}, {best[4]:.0f} and "
+        f"{best[2]:.0f} dB",
     )
-    note = f"n = {max(4, run.profile.num_samples // 2)} images, every 2nd step reused"
+    note = f"n = {max(4, run.profile.num_samples // 2)} images, every 2nd step reused; bars: range of K, V, output"
     return save(run, "slide06_errors", figure, quality, note)

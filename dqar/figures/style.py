@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from IPython.display import Markdown
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.text import Text
@@ -30,8 +31,11 @@ REUSE, COMPUTE = ACCENT, "#DCE3EA"
 BLUE, GREEN, GREY, DARK = "#0072B2", "#009E73", "#5B6670", "#222222"
 SMALLEST = 16
 """Points of the smallest text on the 12.8 × 7.2 inch canvas."""
+TITLE_SIZE = 21
 LARGEST_FILE = 120_000
 """Bytes of a PNG."""
+WORDS = ("figure", "title", "alt", "smallest_text", "note", "measured_on", "body_top", "table", "charts")
+"""What a sidecar says of the picture; its other keys are provenance."""
 
 # Slide 14's table: step, entropy (nats), SNR, reuse events.
 SLIDE14 = pd.DataFrame(
@@ -72,7 +76,9 @@ def use_style() -> None:
     )
 
 
-def save(run: Run, name: str, figure: Figure, table: pd.DataFrame, note: str = "") -> Figure:
+def save(
+    run: Run, name: str, figure: Figure, table: pd.DataFrame, note: str = "", editable: dict[str, Any] | None = None
+) -> Figure:
     """Writes ``name`` as PNG (1920 × 1080, with a palette), SVG and JSON sidecar; closes and returns the figure.
 
     The footer says what was measured: ``note`` (how many images, what the bars are), model, device and seed. Date and
@@ -82,6 +88,9 @@ def save(run: Run, name: str, figure: Figure, table: pd.DataFrame, note: str = "
     Args:
         name: ``"slide14"`` is slide 14 of the deck; any other name, such as ``"slide14_curves"``, is appendix.
         table: what is drawn; ``table.attrs`` brings the provenance of a measured one.
+        note: how many images, what the bars are.
+        editable: what ``dqar deck`` makes a native table or native charts of: ``{"table": …}`` as by ``save_table``, or
+            ``{"charts": [...]}`` of ``bar_chart``.
     """
     source = table.attrs.get("provenance") or provenance(run.profile, run.seed)
     device = source["device"].replace("(R)", "").removesuffix(" Processor")
@@ -90,32 +99,92 @@ def save(run: Run, name: str, figure: Figure, table: pd.DataFrame, note: str = "
     layout.set(rect=(0, 0.045, 1, 0.955))
     place: dict[str, Any] = {"size": SMALLEST, "color": GREY, "va": "bottom"}
     figure.text(0.008, 0.008, note, ha="left", **place)
+    measured_on = ""
     if len(table.columns):  # something was measured
-        text = f"{source['profile']['name']} · {device} · seed {source['seed']}"
-        figure.text(0.992, 0.008, text, ha="right", **place)
+        measured_on = f"{source['profile']['name']} · {device} · seed {source['seed']}"
+        figure.text(0.992, 0.008, measured_on, ha="right", **place)
+    for text in figure.findobj(Text):
+        if (signed := with_minus(text.get_text())) != text.get_text():
+            text.set_text(signed)
     title = figure.get_suptitle() or (figure.axes[0].get_title() or figure.axes[0].get_title("left"))
     title = title.replace("\n", " ")
     panels = [f"{ax.get_ylabel()} against {ax.get_xlabel()}" for ax in figure.axes if ax.get_xlabel()]
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=150)
     texts = [text for text in figure.findobj(Text) if text.get_text().strip() and text.get_visible()]
     words = {
         "figure": name,
         "title": title,
         "alt": ". ".join([title, *panels, note]).replace("\n", " ").strip(". ") + ".",
         "smallest_text": min(text.get_fontsize() for text in texts),
+        "note": note,
+        "measured_on": measured_on,
+        "body_top": _below_title(figure.get_suptitle().count("\n") + 1 if figure.get_suptitle() else 0),
+        **(editable or {}),
     }
-    drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=150)
     png = with_palette(Image.open(drawn))
     target = path_of(run, name).with_suffix(".png")
     if not shows_the_same(target, png, words):
         with atomic_path(target.with_suffix(".svg")) as path:
             figure.savefig(path, dpi=100, metadata={"Date": None})
-        with atomic_path(target) as path:
-            path.write_bytes(png)
-        with atomic_path(target.with_suffix(".json")) as path:
-            path.write_text(json.dumps({**words, **source}, indent=2, ensure_ascii=False) + "\n")
+        _write_with_sidecar(target, png, words, source)
     plt.close(figure)
     return figure
+
+
+def save_animation(
+    run: Run, name: str, frames: list[Image.Image], milliseconds: list[int], title: str, source: dict[str, Any]
+) -> Path:
+    """Writes ``name`` as an endless GIF and a JSON sidecar, where picture or words have changed.
+
+    Args:
+        frames: of one size, in RGB; they get one palette in common.
+        milliseconds: that each frame is shown.
+        title: the finding; also the alternative text.
+        source: provenance.
+    """
+    key = frames[-1].quantize(64, dither=Image.Dither.NONE)
+    drawn = [frame.quantize(palette=key, dither=Image.Dither.NONE) for frame in frames]
+    file = io.BytesIO()
+    drawn[0].save(file, "GIF", save_all=True, append_images=drawn[1:], duration=milliseconds, loop=0, optimize=True)
+    target = path_of(run, name).with_suffix(".gif")
+    words = {"figure": name, "title": title, "alt": f"{title}."}
+    if not shows_the_same(target, file.getvalue(), words):
+        _write_with_sidecar(target, file.getvalue(), words, source)
+    return target
+
+
+def bar_chart(
+    title: str,
+    categories: list[str],
+    series: dict[str, list[float | None]],
+    labels: list[str] | None = None,
+    horizontal: bool = False,
+) -> dict[str, Any]:
+    """A bar chart as a sidecar keeps it, for ``dqar deck``.
+
+    Args:
+        series: numbers by name, one a category; ``None`` is a gap. The first is the one that ``labels`` stand at.
+        labels: text at each bar, such as a value with its interval.
+    """
+    return {"title": title, "categories": categories, "series": series, "labels": labels, "horizontal": horizontal}
+
+
+def with_minus(text: str) -> str:
+    """``text`` with a minus sign, not a hyphen, before its negative numbers."""
+    return re.sub(r"(?<![\w)\]}.-])-(?=[\d.])", "−", text)
+
+
+def _below_title(lines: int) -> float:
+    """Where a headline of so many lines ends: the share of the canvas above what is drawn."""
+    return round((0.07 + lines * TITLE_SIZE * 1.2 / 72) / 7.2, 4) if lines else 0.0
+
+
+def _write_with_sidecar(target: Path, picture: bytes, words: dict, source: dict[str, Any]) -> None:
+    with atomic_path(target) as path:
+        path.write_bytes(picture)
+    with atomic_path(target.with_suffix(".json")) as path:
+        path.write_text(json.dumps({**words, **source}, indent=2, ensure_ascii=False) + "\n")
 
 
 def path_of(run: Run, name: str) -> Path:
@@ -148,20 +217,34 @@ def with_palette(picture: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def shows_the_same(target: Path, png: bytes, words: dict) -> bool:
-    """Whether the figure at ``target`` has the pixels of ``png`` and the ``words`` of a sidecar already."""
+def shows_the_same(target: Path, picture: bytes, words: dict) -> bool:
+    """Whether the figure at ``target`` has the pixels of a PNG, or the bytes of a GIF, and its ``words`` already."""
     try:
-        pictures = [Image.open(file).convert("RGB") for file in (target, io.BytesIO(png))]
-        before = json.loads(target.with_suffix(".json").read_text())
+        if words != words_of(target):
+            return False
+        if target.suffix == ".gif":
+            return target.read_bytes() == picture
+        pictures = [Image.open(file).convert("RGB") for file in (target, io.BytesIO(picture))]
     except (OSError, UnidentifiedImageError, ValueError):
         return False
-    same_words = words == {key: before.get(key) for key in words}
-    same_size = pictures[0].size == pictures[1].size
-    return same_words and same_size and ImageChops.difference(*pictures).getbbox() is None
+    return pictures[0].size == pictures[1].size and ImageChops.difference(*pictures).getbbox() is None
+
+
+def words_of(picture: Path) -> dict[str, Any]:
+    """What a picture's sidecar says of it, without its provenance.
+
+    Raises:
+        OSError: there is no sidecar.
+        ValueError: the sidecar isn't JSON.
+    """
+    sidecar = json.loads(picture.with_suffix(".json").read_text())
+    return {key: sidecar[key] for key in WORDS if key in sidecar}
 
 
 def write_table(run: Run, name: str, table: pd.DataFrame) -> None:
     """Writes a table as Markdown and LaTeX."""
+    table = table.map(lambda cell: with_minus(str(cell).replace("\n", " / ")))
+    table = table.rename(columns=lambda column: column.replace("\n", " "))
     for suffix, text in ((".md", table.to_markdown(index=False)), (".tex", _latex(table))):
         with atomic_path(path_of(run, name).with_suffix(suffix)) as path:
             path.write_text(text + "\n")
@@ -182,7 +265,8 @@ def save_table(
         widths: in characters a column; some 95 fill the canvas.
         source: the measured table that it was made of, with its provenance.
     """
-    write_table(run, name, table.map(lambda cell: str(cell).replace("\n", " / ")))
+    write_table(run, name, table)
+    table = table.map(lambda cell: with_minus(str(cell)))
     wide = [int(0.85 * width) for width in widths]  # bold letters take more room
     cells = [
         [_wrapped(str(x), width) for x, width in zip(row, chars, strict=True)]
@@ -202,7 +286,7 @@ def save_table(
             axes.axhspan(top, top + height, color="#F3F5F7", zorder=0)
         for left, cell in zip(lefts, row, strict=True):
             ours = number and row[0].startswith("DQAR")
-            color = ACCENT if ours or cell in ("✗", "does not hold") else GREEN if cell == "✓" else DARK
+            color = ACCENT if ours or cell == "✗" else GREEN if cell == "✓" else DARK
             weight = "bold" if number == 0 or ours else "normal"
             place: dict[str, Any] = {
                 "va": "center",
@@ -214,18 +298,24 @@ def save_table(
             axes.text(left + 0.5, top + height / 2, cell, **place)
         axes.axhline(top + height, color="#B8C0C8", lw=2 if number == 0 else 0.6)
         top += height
-    return save(run, name, figure, source if source is not None else table, note)
+    native = {"columns": list(table.columns), "rows": table.values.tolist(), "widths": widths}
+    return save(run, name, figure, source if source is not None else table, note, {"table": native})
 
 
 def _wrapped(text: str, width: int) -> str:
     return "\n".join(part for line in text.split("\n") for part in textwrap.wrap(line, width) or [""])
 
 
+def plain_ticks(axis: Axis, percent: bool = False) -> None:
+    """Numbers as they are at the ticks of a logarithmic axis: 0.01 or 1%, not a power of ten."""
+    axis.set_major_formatter((lambda x, _: f"{100 * x:,.6g}%") if percent else "{x:,.6g}")
+
+
 def headline(figure: Figure, text: str) -> None:
     """The finding, in one sentence, as the figure's title; lines of about equal length."""
     number = len(textwrap.wrap(text, 68))
     width = next(width for width in range(len(text) // number, 69) if len(textwrap.wrap(text, width)) <= number)
-    figure.suptitle("\n".join(textwrap.wrap(text, width)), weight="bold", size=21)
+    figure.suptitle("\n".join(textwrap.wrap(text, width)), weight="bold", size=TITLE_SIZE)
 
 
 def answer(*figures: Figure) -> Markdown:
@@ -259,27 +349,31 @@ def missing(run: Run, name: str, what: str) -> Figure:
 
 
 LATEX = {
-    **{sign: f"\\{sign}" for sign in "&%_#"},
-    **{
-        "×": r"$\times$",
-        "≤": r"$\le$",
-        "≥": r"$\ge$",
-        "≈": r"$\approx$",
-        "√": r"$\surd$",
-        "∈": r"$\in$",
-        "·": r"$\cdot$",
-    },
-    **{"τ": r"$\tau$", "ρ": r"$\rho$", "δ": r"$\delta$", "ε": r"$\epsilon$", "α": r"$\alpha$", "Σ": r"$\Sigma$"},
-    **{"−": "--", "–": "--", "²": r"\textsuperscript{2}", "₀": "$_0$", "‖": r"$\|$", "→": r"$\to$"},
-    **{"✓": r"$\checkmark$", "✗": "no", "∈": r"$\in$", "·": r"$\cdot$"},
+    **{sign: f"\\{sign}" for sign in "&%_#${}"},
+    **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
+    **{"×": r"$\times$", "≤": r"$\le$", "≥": r"$\ge$", "≈": r"$\approx$", "√": r"$\surd$", "∈": r"$\in$"},
+    **{"·": r"$\cdot$", "±": r"$\pm$", "∞": r"$\infty$", "‖": r"$\|$", "→": r"$\to$", "↓": r"$\downarrow$"},
+    **{"τ": r"$\tau$", "ρ": r"$\rho$", "δ": r"$\delta$", "ε": r"$\epsilon$", "α": r"$\alpha$", "σ": r"$\sigma$"},
+    **{"Σ": r"$\Sigma$", "ᾱ": r"$\bar\alpha$", "₀": "$_0$", "²": r"\textsuperscript{2}", "é": r"\'e"},
+    **{"−": "--", "–": "--", "…": r"\dots{}", "’": "'", "✓": r"$\checkmark$", "✗": "no"},
 }
-"""Signs that a LaTeX document with ``amssymb`` can't take as they are."""
+"""Signs that a LaTeX document with ``amssymb`` and ``booktabs`` can't take as they are."""
 
 
 def _latex(table: pd.DataFrame) -> str:
-    text = table.style.hide(axis="index").to_latex(hrules=True)
-    # What pandas writes itself has an & between two columns; those in a cell are not surrounded by spaces.
-    return re.sub("|".join(LATEX), lambda found: LATEX[found[0]], text.replace(" & ", "\0")).replace("\0", " & ")
+    """A ``tabular`` in ASCII.
+
+    Raises:
+        ValueError: a sign that ``LATEX`` doesn't know.
+    """
+
+    def escaped(text: str) -> str:
+        for sign in text:
+            if sign not in LATEX and not sign.isascii():
+                raise ValueError(f"{sign!r} in {text!r} has no LaTeX form: add it to dqar.figures.style.LATEX")
+        return "".join(LATEX.get(sign, sign) for sign in text)
+
+    return table.map(escaped).rename(columns=escaped).style.hide(axis="index").to_latex(hrules=True)
 
 
 use_style()

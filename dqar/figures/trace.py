@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from dqar.figures.style import ACCENT, BLUE, GREY, SLIDE14, headline, save, save_table
+from dqar.figures.style import ACCENT, BLUE, GREY, SLIDE14, headline, plain_ticks, save, save_table
 from dqar.measure.results import Run
 
 
@@ -32,6 +32,7 @@ def slide04(run: Run, sites: pd.DataFrame) -> Figure:
     right.plot(snr.index, snr.snr_schedule, color=GREY, lw=3, ls="--", label="by the noise schedule alone")
     right.axhspan(0.5, 50, color=BLUE, alpha=0.1, lw=0, label="the deck's window, 0.5 to 50")
     right.set(xlabel="denoising step", ylabel="SNR", yscale="log")
+    plain_ticks(right.yaxis)
     right.legend(loc="upper left")
     low, high = sites.entropy.min(), sites.entropy.max()
     headline(
@@ -50,6 +51,7 @@ def slide14_curves(run: Run, sites: pd.DataFrame, gated: pd.DataFrame) -> Figure
         ax.plot(SLIDE14.step, SLIDE14[column], color=GREY, lw=2, ls=":", marker="o", ms=6, label="claimed")
         ax.set_ylabel(label)
     axes[1].set_yscale("log")
+    plain_ticks(axes[1].yaxis)
     axes[0].legend(loc="lower left")
     calibrated, deck = (events(gated, family) for family in ("calibrated", "deck's gate"))
     axes[2].bar(calibrated.index, calibrated, color=ACCENT, label="measured, calibrated gate")

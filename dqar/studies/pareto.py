@@ -7,6 +7,8 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,8 +20,10 @@ from dqar.families import describe_model
 from dqar.forecast.fit import FINER, Target
 from dqar.forecast.plan import ForecastPlan, extrapolation
 from dqar.forecast.profiles import calibrate_profile, with_provenance
+from dqar.measure import metrics
 from dqar.measure.results import Run, load_table, slug
 from dqar.measure.sampling import OPEN
+from dqar.models.pipelines import to_images
 from dqar.models.profiles import Profile
 from dqar.peers.registry import RIVALS, Peer
 from dqar.studies import policy
@@ -271,6 +275,59 @@ def made_plans(run: Run) -> dict[str, list[ForecastPlan]]:
         if own := [ForecastPlan.load(path) for path in paths if path.exists()]:
             made[f"{sampler}, {target}"] = own
     return made
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """Two runs from the same noise, step by step: full compute, and a plan.
+
+    Attributes:
+        full, planned: ``[steps + 1, N, C, H, W]`` in [0, 1]: what each step begins with, and the finished images.
+        computed: the steps that the plan computes.
+        macs_speedup: full compute's multiply-accumulates over the plan's, counted as they ran.
+        psnr: of the plan's images to full compute's, in dB of the mean squared error.
+    """
+
+    full: torch.Tensor
+    planned: torch.Tensor
+    computed: tuple[int, ...]
+    macs_speedup: float
+    psnr: float
+
+
+def denoising(run: Run, budget: float = 3, number: int = 10) -> Denoising | None:
+    """Draws ``number`` images by full compute and by the recorded plan of a budget; ``None`` without that plan."""
+    profile = dataclasses.replace(run.profile, batch_size=number)
+    path = plan_path(run.recordings, profile.scheduler, "reference", computed_steps(profile, budget))
+    if not path.exists():
+        return None
+    plan = ForecastPlan.load(path)
+    drawn, states = [], []
+    for method in (FULL, Method(PLAN, config=plan)):
+        pipe = method.pipeline(profile)
+        with _states(pipe.scheduler) as seen:
+            drawn.append(draw(method, profile, run.seed, num_samples=number))
+        states.append(torch.stack([*(to_images(pipe, latents).cpu() for latents in seen), drawn[-1].images]))
+    speedup, psnr = drawn[0].macs / drawn[1].macs, metrics.mean_psnr(drawn[1].images, drawn[0].images)
+    return Denoising(states[0], states[1], tuple(plan.computed), speedup, psnr)
+
+
+@contextmanager
+def _states(scheduler: Any) -> Iterator[list[torch.Tensor]]:
+    """The latents ``[N, C, H, W]`` that each step begins with, whether the model is computed there or not."""
+    seen: list[torch.Tensor] = []
+    step = scheduler.step
+
+    @functools.wraps(step)  # pipelines look at its signature
+    def watched(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append(sample)
+        return step(model_output, timestep, sample, *args, **kwargs)
+
+    scheduler.step = watched
+    try:
+        yield seen
+    finally:
+        del scheduler.step
 
 
 def check_recorded(run: Run, sampler: str, table: pd.DataFrame, number: int = 2) -> pd.DataFrame:
