@@ -18,7 +18,7 @@ import torch
 
 from dqar.config import DQARConfig
 from dqar.controller import DQARController
-from dqar.families import bare, conditions, family, null_class
+from dqar.families import as_batch, bare, conditions, family, null_class, transformers
 from dqar.forecast.plan import ForecastPlan
 from dqar.forecast.run import ForecastEngine
 from dqar.plan import ReusePlan
@@ -116,23 +116,25 @@ class DQARSession:
 
     Attributes:
         pipe: the pipeline or transformer it was made for.
-        transformer: the module whose calls it takes over, with the wrappers around it.
+        transformer: the module whose calls it takes over, with the wrappers around it; a pipeline's first one.
         config: what decides.
         trace: what was decided in every run since it was made.
     """
 
     def __init__(self, pipe: Any, config: DQARConfig | ForecastPlan, prompt_length: int | None):
         self.pipe, self.config, self.trace = pipe, config, Trace()
-        self.transformer: torch.nn.Module = getattr(pipe, "transformer", pipe)
+        self._transformers = transformers(pipe)
+        self.transformer: torch.nn.Module = self._transformers[0]
         self._model = bare(self.transformer)
         self._engine: Engine = (
-            ForecastEngine(self._model, config, self.trace)
+            ForecastEngine([bare(one) for one in self._transformers], config, self.trace)
             if isinstance(config, ForecastPlan)
             else ReuseEngine(self.transformer, config, prompt_length, self.trace)
         )
         self._argument_names = list(inspect.signature(type(self._model).forward).parameters)[1:]
+        self._family = family(self.transformer)
         self._finder = RunFinder(
-            family(self.transformer),
+            self._family,
             null_class(self.transformer),
             lambda: getattr(self.pipe, "scheduler", None),
             self._engine.new_state,
@@ -170,7 +172,7 @@ class DQARSession:
         Raises:
             ValueError: DQAR is there already, or an attention processor was exchanged meanwhile.
         """
-        handlers = [(self.transformer, self.forward), *self._engine.handlers()]
+        handlers = [*((one, self.forward) for one in self._transformers), *self._engine.handlers()]
         if any(handler_of(module) is not None for module, _ in handlers):
             raise ValueError("DQAR is already applied to this transformer: call remove_dqar first")
         for module, handler in handlers:
@@ -220,17 +222,17 @@ class DQARSession:
     def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Answers the transformer's calls: finds run and step, lets the engine answer, and looks at the output."""
         named = dict(zip(self._argument_names, args, strict=False)) | kwargs
-        latents = named.get("hidden_states")
+        latents = as_batch(named.get(self._family.latents))
         if not isinstance(latents, torch.Tensor) or self._trains(latents, named):
             return original(*args, **kwargs)
-        run, call, first = self._finder.find(latents, named.get("timestep"), conditions(named))
+        run, call, first = self._finder.find(latents, named.get(self._family.timestep), conditions(named))
         compute = functools.partial(original, *args, **kwargs)
         try:
             if run.count == 1 and first:
                 WATCH.look_around(self, run.scheduler)
                 self._engine.begin_run(run, latents)
             output = self._engine.call(compute, run, call, named, first)
-            self._look_at(output[0], run, call, compute)
+            self._look_at(as_batch(output[0]), run, call, compute)
         except BaseException:
             self._finder.give_up(run)
             raise

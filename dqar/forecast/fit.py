@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from dqar.config import check, check_choice
-from dqar.families import bare, describe_model, family
+from dqar.families import bare, describe_models, family, transformers
 from dqar.forecast.lockstep import Answer, CallRun, Lockstep, Moment
 from dqar.forecast.plan import ForecastPlan
 from dqar.forecast.run import channels_back, channels_first, from_patches, to_patches, weighted_sum
@@ -173,10 +173,11 @@ class Calibration:
         if self._work is not None:
             self._work.mkdir(parents=True, exist_ok=True)
         with Lockstep(pipe, num_inference_steps):  # refuses pipelines of another kind
-            model = describe_model(pipe.transformer)
-        weights = [p.flatten()[:8].float() for p in bare(pipe.transformer).parameters() if not p.is_meta]
+            models = transformers(pipe)
+        self._model = describe_models(models)
+        weights = [p.flatten()[:8].float() for one in models for p in bare(one).parameters() if not p.is_meta]
         scheduler = type(pipe.scheduler).__name__, dict(pipe.scheduler.config)
-        self._key = _digest(model, weights, scheduler, num_inference_steps, target, seed)
+        self._key = _digest(self._model, weights, scheduler, num_inference_steps, target, seed)
         self.trajectories: list[Trajectory] = []
         with tqdm(total=len(calls) * num_inference_steps, desc=f"{target} trajectories", leave=False) as bar:
             for number, call in enumerate(calls):
@@ -254,7 +255,7 @@ class Calibration:
             first.timesteps,
             (_rounded(min(scales)), _rounded(max(scales))) if len(first.branches) > 1 else (1.0, 1.0),
             HISTORY,
-            describe_model(self.pipe.transformer),
+            self._model,
             self.kernel,
             source,
             final.readouts,
@@ -288,7 +289,7 @@ class Calibration:
             rows, readouts, earlier = list(like.weights[:start]), list(like.readouts[:start]), like.guided
         guided: list[dict[int, torch.Tensor]] = [{} for _ in self.calls]
         raw: list[dict[int, list[torch.Tensor]]] = [{} for _ in self.calls]
-        channels = family(self.pipe.transformer).channels
+        channels = family(transformers(self.pipe)[0]).channels
         step = 0
         runs: list[CallRun] = []
         with Lockstep(self.pipe, self.num_inference_steps, self.seed) as lockstep:
@@ -381,7 +382,7 @@ class Calibration:
                 if step == 0:
                     moment.line()  # refuses stochastic samplers and those that clip
                     if moment.scale < 0:
-                        name = type(bare(self.pipe.transformer)).__name__
+                        name = self._model.split()[0]
                         raise ValueError(f"{name} stacks the conditional branch first: dqar.families needs to know")
                 if step % every == 0:
                     latents.append(moment.of_images(moment.sample).cpu())
@@ -520,9 +521,15 @@ class Calibration:
             for branch, outputs in moment.outputs.items():
                 share = moment.shares[branch]
                 tensors = [channels_first(x[moment.part].to(device), channels) for x in (*outputs, moment.latents)]
-                maps.append(share * neighbourhoods(tensors, self.kernel)[:images])
-                if moment.hidden_states:
-                    states.append(share * moment.hidden_states[branch][:images].to(device).double())
+                seen = neighbourhoods(tensors, self.kernel)[:images]
+                if moment.keeps_lengths:
+                    every = share.double()[:images].expand_as(outputs[0][moment.part][:images])
+                    maps.append(channels_first(every, channels)[..., None] * seen)
+                else:
+                    maps.append(share * seen)
+                if moment.hidden_states:  # a share a token, or one for all
+                    own = share.double()[:images] if moment.keeps_lengths else share
+                    states.append(own * moment.hidden_states[branch][:images].to(device).double())
             goal = channels_first(goal, channels)[:images]
             system.add(torch.cat(maps, -1), torch.cat(states, -1) if states else None, goal)
         weights, matrix = system.solve()
@@ -624,21 +631,15 @@ def _forecast(
     moment: Moment, weights: torch.Tensor, matrices: torch.Tensor | None, kernel: tuple[int, ...], channels: int
 ) -> torch.Tensor:
     """What the scheduler is given in place of ``moment.guided``, if each branch's output is its forecast."""
-    change = torch.zeros_like(moment.of_images(moment.guided), dtype=torch.float64)
+    device, forecasts = moment.guided.device, {}
     for number, (branch, outputs) in enumerate(moment.outputs.items()):
-        tensors = [channels_first(x[moment.part].to(change.device), channels) for x in (*outputs, moment.latents)]
+        tensors = [channels_first(x[moment.part].to(device), channels) for x in (*outputs, moment.latents)]
         forecast = weighted_sum(tensors, weights[number])
         if matrices is not None:
-            states = moment.hidden_states[branch].to(change.device).double()
+            states = moment.hidden_states[branch].to(device).double()
             forecast = forecast + from_patches(states @ matrices[number], forecast.shape)
-        newest = outputs[0][moment.part].to(change.device)
-        forecast = channels_back(forecast, channels).to(newest.dtype)
-        change += moment.shares[branch] * (forecast.double() - newest.double())
-    guided = moment.guided.clone()
-    for first in range(0, len(guided), moment.images):
-        part = guided[first : first + moment.images][moment.part]
-        part.copy_((part.double() + change).to(part.dtype))
-    return guided
+        forecasts[branch] = channels_back(forecast, channels).to(outputs[0].dtype)
+    return moment.guide(forecasts)
 
 
 def _rounded(scale: float) -> float:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import math
 import threading
 
@@ -21,24 +22,57 @@ pytestmark = pytest.mark.filterwarnings("ignore:Passing `image` as torch tensor"
 EMPTY = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 COMPUTED = (0, 2, 3)
 LAST_LAYER = {"dit": "proj_out_2"}
-GUIDED = {name: not name.startswith("flux") for name in TINY}
-# Of one image, channels first, and of the model's own: how its last layer's numbers are put together.
-SHAPE = {
-    "dit": ((4, 8, 8), "nhwpqc->nchpwq", (4, 4, 2, 2, 4)),
-    "sd3": ((4, 8, 8), "nhwpqc->nchpwq", (4, 4, 2, 2, 4)),
-    "sd3_img2img": ((4, 8, 8), "nhwpqc->nchpwq", (4, 4, 2, 2, 4)),
-    "flux": ((16, 32), "ntc->nct", (32, 16)),
-    "flux_control": ((16, 32), "ntc->nct", (32, 16)),
-    "wan": ((4, 3, 4, 4), "nfhwpqc->ncfhpwq", (3, 2, 2, 2, 2, 4)),
-    "cogvideox": ((4, 3, 4, 4), "nfhwpqc->ncfhpwq", (3, 2, 2, 2, 2, 4)),
-}
+ONE_BRANCH = ("flux", "flux_control", "hunyuan_video")
+PACKED = ("flux", "flux_control", "qwen", "ltx")
+TWO_CALLS = ("wan", "wan22", "qwen", "lumina2")
+"""Guidance by two calls, the conditional one first."""
+UNREAD = ("z_image", "lumina2")
+"""Families whose last layer is given captions too, so that nothing is read from its hidden states."""
+PATCHES = (4, 4, 2, 2, 4)
+IMAGE = ((4, 8, 8), "nhwpqc->nchpwq", PATCHES)
+VIDEO = ((4, 3, 4, 4), "nfhwpqc->ncfhpwq", (3, 2, 2, 2, 2, 4))
 
-LAYOUT = {"cogvideox": (3, 4, 4, 4), "flux": (32, 16), "flux_control": (32, 16)}
-"""Of one image's output, where channels don't come first."""
+
+def packed(tokens, channels):
+    return (channels, tokens), "ntc->nct", (tokens, channels)
+
+
+SHAPE = dict.fromkeys(TINY, IMAGE) | {
+    "sana": ((4, 8, 8), "nhwpqc->nchpwq", (8, 8, 1, 1, 4)),
+    "flux": packed(32, 16),
+    "flux_control": packed(32, 16),
+    "qwen": packed(16, 16),
+    "ltx": packed(32, 4),
+    "latte": ((4, 2, 8, 8), "nfhwpqc->ncfhpwq", (2, 4, 4, 2, 2, 4)),
+    **dict.fromkeys(("wan", "wan22", "hunyuan_video", "cogvideox"), VIDEO),
+}
+"""Of one image, channels first, and of the model's own: how its last layer's numbers are put together."""
 
 
 def channels_first(name, x):
-    return x.transpose(1, 2) if name in ("flux", "flux_control", "cogvideox") else x
+    return x.transpose(1, 2) if name in (*PACKED, "cogvideox") else x
+
+
+def scales_of(name, call):
+    """The least and the largest guidance scale of a call."""
+    if name in ONE_BRANCH:
+        return 1.0, 1.0
+    if name == "z_image":  # which says how much further than the conditional branch
+        return call["guidance_scale"] + 1, call["guidance_scale"] + 1
+    scale = call.get("guidance_scale", call.get("true_cfg_scale"))
+    return call.get("guidance_scale_2", scale), scale
+
+
+def models_of(pipe):
+    return [pipe.transformer, *([pipe.transformer_2] if getattr(pipe, "transformer_2", None) else [])]
+
+
+def line(name, pipe, call, computed):
+    """The plan that continues a straight line."""
+    description = " and ".join(map(describe_model, models_of(pipe)))
+    least, largest = scales_of(name, call)
+    plan = extrapolation(computed, timesteps_of(pipe, call), largest, description)
+    return dataclasses.replace(plan, guidance=(least, largest))
 
 
 def timesteps_of(pipe, call):
@@ -58,17 +92,22 @@ def timesteps_of(pipe, call):
 
 def naive(name, pipe, plan, call, seed=0):
     """The planned run in SciPy: the transformer's forward exchanged for a plain loop over what was computed."""
-    model, (shape, put_together, patches) = pipe.transformer, SHAPE[name]
-    original, calls, states = model.forward, [], []
-    per_step, branches = (2 if name == "wan" else 1), (2 if GUIDED[name] else 1)
-    order = [0, 1] if name == "dit" else [1, 0]
+    shape, put_together, patches = SHAPE[name]
+    calls, states, handles = [], [], []
+    per_step, branches = (2 if name in TWO_CALLS else 1), (1 if name in ONE_BRANCH else 2)
+    order = [0, 1] if name in ("dit", "z_image") else [1, 0]
     history, newest = ([], []), [None, None]
-    handle = getattr(model, LAST_LAYER.get(name, "proj_out")).register_forward_pre_hook(
-        lambda _module, args: states.append(args[0])
-    )
     hidden = [None, None]
 
-    def forward(hidden_states, *args, **kwargs):
+    def forward(original, hidden_states, *args, **kwargs):
+        if name == "z_image":
+            [output] = answer(lambda x: (torch.stack(original(list(x[:, :, None]), *args, **kwargs)[0])[:, :, 0],),
+                              torch.stack(hidden_states)[:, :, 0])  # fmt: skip
+            return (list(output[:, :, None]),)
+        output = answer(lambda x: original(x, *args, **kwargs), hidden_states)[0]
+        return Transformer2DModelOutput(output) if kwargs.get("return_dict", True) else (output,)
+
+    def answer(model, hidden_states):
         step, which = divmod(len(calls), per_step)
         calls.append(step)
         rows = {which: slice(None)} if per_step == 2 or branches == 1 else {}
@@ -76,11 +115,12 @@ def naive(name, pipe, plan, call, seed=0):
         if not rows:
             rows = {order[0]: slice(0, half), order[1]: slice(half, None)}
         if step in plan.computed:
-            newest[which] = original(hidden_states, *args, **kwargs)[0]
+            newest[which] = model(hidden_states)[0]
             for branch, part in rows.items():
                 own = channels_first(name, newest[which])[part][:, : shape[0]]
                 history[branch].insert(0, own)
-                hidden[branch] = states[-1].reshape(len(hidden_states), -1, states[-1].shape[-1])[part]
+                if name not in UNREAD:
+                    hidden[branch] = states[-1].reshape(len(hidden_states), -1, states[-1].shape[-1])[part]
         output = newest[which].clone()
         if plan.weights[step]:
             for branch, part in rows.items():
@@ -100,26 +140,39 @@ def naive(name, pipe, plan, call, seed=0):
                     read = (own @ matrices[branch]).view(len(own), *patches)
                     forecast += torch.einsum(put_together, read).reshape(forecast.shape)
                 channels_first(name, output)[part][:, : shape[0]] = forecast.float()
-        return Transformer2DModelOutput(output) if kwargs.get("return_dict", True) else (output,)
+        return (output,)
 
-    model.forward = forward
+    for model in models_of(pipe):
+        if name not in UNREAD:
+            layer = getattr(model, LAST_LAYER.get(name, "proj_out"))
+            handles.append(layer.register_forward_pre_hook(lambda _module, args: states.append(args[0])))
+        model.forward = functools.partial(forward, model.forward)
+        signature = inspect.signature(type(model).forward)  # pipelines call it by position or by name
+        model.forward = by_position(signature, model.forward)
     try:
         return drawn(pipe, call, seed=seed)
     finally:
-        del model.forward
-        handle.remove()
+        for model in models_of(pipe):
+            del model.forward
+        for handle in handles:
+            handle.remove()
+
+
+def by_position(signature, forward):
+    """``forward`` with its first argument given by position, whatever its name."""
+    first = list(signature.parameters)[1]
+    return lambda *args, **kwargs: forward(*args, **kwargs) if args else forward(kwargs.pop(first), **kwargs)
 
 
 def random_plan(name, pipe, call):
     """Weights about those of a line, for every step, and readouts for all but one."""
-    timesteps, kernel = timesteps_of(pipe, call), KERNELS[len(SHAPE[name][0]) - 1]
-    guidance = call["guidance_scale"] if GUIDED[name] else 1.0
-    plan = extrapolation(COMPUTED, timesteps, guidance, describe_model(pipe.transformer))
-    layer = getattr(pipe.transformer, LAST_LAYER.get(name, "proj_out"))
-    numbers = len(plan.branches) * layer.in_features * math.prod(SHAPE[name][2][-3:] if kernel else (16,))
+    plan, kernel = line(name, pipe, call, COMPUTED), KERNELS[len(SHAPE[name][0]) - 1]
+    layer = None if name in UNREAD else getattr(pipe.transformer, LAST_LAYER.get(name, "proj_out"))
+    width = 0 if layer is None else layer.in_features
+    numbers = len(plan.branches) * width * math.prod(SHAPE[name][2][-3:] if kernel else SHAPE[name][2][1:])
     torch.manual_seed(0)
     rows, readouts = [()], [()]
-    for step in range(1, len(timesteps)):
+    for step in range(1, len(plan.timesteps)):
         tensors = plan.cached_at(step) + 1
         row = 0.1 / math.prod(kernel) * torch.randn(len(plan.branches), tensors, *kernel)
         row[(slice(None), 0, *(side // 2 for side in kernel))] += 1
@@ -140,13 +193,13 @@ def unchanged(model, before):
 @pytest.mark.parametrize("name", TINY)
 def test_a_plan_that_computes_every_step_changes_nothing(name):
     pipe, call = TINY[name]()
-    untouched, before = drawn(pipe, call(0)), state(pipe.transformer)
-    timesteps = timesteps_of(pipe, call(0))
-    guidance = call(0)["guidance_scale"] if GUIDED[name] else 1.0
-    plan = extrapolation(range(len(timesteps)), timesteps, guidance, describe_model(pipe.transformer))
-    with apply_dqar(pipe, plan):
+    untouched, before = drawn(pipe, call(0)), [state(model) for model in models_of(pipe)]
+    plan = line(name, pipe, call(0), range(len(timesteps_of(pipe, call(0)))))
+    with apply_dqar(pipe, plan) as session:
         assert torch.equal(drawn(pipe, call(0)), untouched)
-    assert unchanged(pipe.transformer, before) and "step" not in vars(pipe.scheduler)
+    table = session.trace.to_pandas("model")
+    assert len(table) == len(plan.timesteps) * len(plan.branches) and set(table.decision) == {"compute"}
+    assert all(map(unchanged, models_of(pipe), before)) and "step" not in vars(pipe.scheduler)
 
 
 def test_steps_are_told_apart_in_bfloat16():
@@ -178,14 +231,14 @@ def test_a_planned_run_is_a_plain_loop(name):
         assert (planned - untouched).abs().max() > 100 * tolerance and not torch.allclose(planned, other)
 
 
-@pytest.mark.parametrize("name", [name for name in TINY if name not in ("sd3_img2img", "cogvideox")])
+@pytest.mark.parametrize("name", [name for name in TINY if name not in ("sd3_img2img", "cogvideox", *UNREAD)])
 def test_patches_are_those_of_the_model(name):
     """What the last layer makes of the hidden states, put together, is the output."""
     pipe, call = TINY[name]()
     outputs = []
     handle = pipe.transformer.register_forward_hook(lambda _module, _args, output: outputs.append(output[0]))
-    with FinalHiddenStates(pipe.transformer) as seen:
-        layer = seen.layer
+    with FinalHiddenStates([pipe.transformer]) as seen:
+        [layer] = seen.layers
         drawn(pipe, call(0), steps=1)
         patches = layer(seen.take())
     handle.remove()
@@ -214,19 +267,20 @@ def test_guidance_is_told_from_what_it_makes(scale, sign):
 def test_a_fitted_plan_beats_extrapolation(name):
     pipe, call = TINY[name]()
     calls = [call(i) for i in range(3)]
-    reference, before = [drawn(pipe, one, seed=i) for i, one in enumerate(calls)], state(pipe.transformer)
+    reference = [drawn(pipe, one, seed=i) for i, one in enumerate(calls)]
+    before = [state(model) for model in models_of(pipe)]
     plan = fit_plan(pipe, calls, STEPS, macs=2, refinements=1)
     assert plan.macs_speedup >= 2 and plan.timesteps == tuple(timesteps_of(pipe, call(0)))
-    assert plan.latents == (SHAPE[name][0] if name != "cogvideox" and GUIDED[name] else LAYOUT[name])
-    assert plan.history == HISTORY and any(plan.readouts) and plan.scheduler == type(pipe.scheduler).__name__
-    assert plan.guidance == (((scale := call(0)["guidance_scale"]), scale) if GUIDED[name] else (1, 1))
+    assert plan.latents == tuple(channels_first(name, torch.empty(1, *SHAPE[name][0])).shape[1:])
+    assert plan.history == HISTORY and any(plan.readouts) != (name in UNREAD)
+    assert plan.scheduler == type(pipe.scheduler).__name__ and plan.guidance == scales_of(name, call(0))
     errors = []
-    for own in (plan, extrapolation(plan.computed, plan.timesteps, plan.guidance[0], plan.model)):
+    for own in (plan, line(name, pipe, call(0), plan.computed)):
         with apply_dqar(pipe, own):
             planned = [drawn(pipe, one, seed=i) for i, one in enumerate(calls)]
         errors.append(sum((a - b).square().mean().item() for a, b in zip(planned, reference, strict=True)))
     assert errors[0] < 0.3 * errors[1]
-    assert unchanged(pipe.transformer, before) and "step" not in vars(pipe.scheduler)
+    assert all(map(unchanged, models_of(pipe), before)) and "step" not in vars(pipe.scheduler)
     assert all(torch.equal(drawn(pipe, one, seed=i), reference[i]) for i, one in enumerate(calls))
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("calibration")]
 
