@@ -11,7 +11,7 @@
    those before it did wrong. Each cached tensor is weighted by a small kernel: what a pixel's neighbours did tells
    where the output bends. So do the hidden states that the last layer was given at the newest computed step, of which
    a matrix reads what to add. Each branch of guidance has weights of its own; all are fitted together, to what
-   guidance makes of them.
+   guidance makes of them. Images that have gone astray count less.
 4. **Refinement.** Neighbouring sets of steps are tried, and kept if the joint error of a run is smaller on images that
    the weights were not fitted on.
 """
@@ -36,8 +36,10 @@ from tqdm import tqdm
 
 from dqar.config import check, check_choice
 from dqar.families import bare, describe_models, family, transformers
+from dqar.forecast.ladder import PlanLadder
 from dqar.forecast.lockstep import Answer, CallRun, Lockstep, Moment
 from dqar.forecast.plan import ForecastPlan
+from dqar.forecast.promise import check_enough, check_promise, fit_ladder, rungs
 from dqar.forecast.run import channels_back, channels_first, from_patches, to_patches, weighted_sum
 from dqar.forecast.steps import RIDGE, Jumps, choose_steps, gram, least_squares
 from dqar.plan import write_json
@@ -55,6 +57,11 @@ NEIGHBOURS_RIDGE = 1e-5
 """As ``RIDGE``, for the weights of a pixel's neighbours, the many of which would else fit noise."""
 READOUT_RIDGE = 3e-3
 """The same for what is read from the hidden states."""
+MAX_TRUST = 50.0
+"""How many times more, or less, than the median image one counts in the least squares: one over the root of its squared
+error, compared with the median."""
+ROUNDING = 1e-8
+"""Of the latents' mean square: a squared error as small says nothing of an image."""
 GAIN_IMAGES, GAIN_POINTS = 8, 10
 """Images, and steps, at which it is measured what an error does to the finished image."""
 
@@ -66,11 +73,12 @@ def fit_plan(
     macs: float = 3.0,
     target: Target = "reference",
     *,
+    promise: tuple[float, float] | None = None,
     refinements: int = 12,
     seed: int = 0,
     work: str | Path | None = None,
     max_bytes: float | None = None,
-) -> ForecastPlan:
+) -> ForecastPlan | PlanLadder:
     """Makes a plan for any diffusers pipeline with a transformer, from calls of the pipeline itself.
 
     Args:
@@ -81,22 +89,38 @@ def fit_plan(
         num_inference_steps: of the runs that the plan is for.
         macs: full compute's multiply-accumulates over the plan's, at least.
         target: what the plan is to reach: the run itself, or the solution that five times the steps find.
+        promise: ``(decibels, share)``: the least PSNR that this share of images is to have to the same call without the
+            plan. Half the calls are then kept to fit no plan on, but to choose and to calibrate: 140 images in all, or
+            more, for a share of 0.95.
         refinements: neighbouring sets of steps to try.
         seed: of the first call without generator or latents; the next one's is one more.
         work: a folder for what was computed: a fit that was interrupted goes on from there.
         max_bytes: refuses to begin where the trajectories may need more memory than this.
 
     Returns:
-        The plan, its provenance with the errors of all that was tried.
+        The plan, its provenance with the errors of all that was tried; with a ``promise`` a ``PlanLadder``, which keeps
+        it with 90 % confidence, of plans from 1.5 to ``macs`` times fewer multiply-accumulates.
 
     Raises:
         ValueError: what can't be planned, before the first image where it can be told: fewer than two images, another
-            argument out of range, a stochastic scheduler, guidance that isn't a weighted sum of its branches.
+            argument out of range, a stochastic scheduler, guidance that isn't a weighted sum of its branches; a promise
+            that even the densest plan doesn't keep, or too few images to tell.
         RuntimeError, FloatingPointError: a call failed, naming it.
     """
     check("macs", macs, 1 <= macs <= num_inference_steps / 2, "from 1 to half the steps")
-    calibration = Calibration(pipe, calls, num_inference_steps, target, seed=seed, work=work, max_bytes=max_bytes)
-    return calibration.plan(max(2, int(calibration.num_steps / macs)), refinements)
+    options: dict[str, Any] = {"seed": seed, "work": work, "max_bytes": max_bytes}
+    if promise is None:
+        calibration = Calibration(pipe, calls, num_inference_steps, target, **options)
+        return calibration.plan(max(2, int(calibration.num_steps / macs)), refinements)
+    check("promise", promise, isinstance(promise, tuple) and len(promise) == 2, "a tuple (decibels, share)")
+    check_promise(*promise)
+    check("target", target, target == "reference", "'reference', which a promise is about")
+    half = max(1, len(calls) // 2)
+    calibration = Calibration(pipe, calls[:half], num_inference_steps, target, **options)
+    held_out = calibration.images * (len(calls) - half) // half  # as many a call as before
+    check_enough(held_out, promise[1])
+    plans = [calibration.plan(number, refinements) for number in rungs(calibration.num_steps, macs)]
+    return fit_ladder(pipe, plans, calls[half:], *promise, seed=seed + half)
 
 
 @dataclass(frozen=True)
@@ -507,10 +531,10 @@ class Calibration:
         self, step: int, moments: Sequence[Moment], fitted_on: int, channels: int
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One step's weights ``[branches, tensors, ...kernel]`` and readouts ``[branches, width, size]``, float64."""
-        system, left = StepSystem(self.kernel), fitted_on
+        system, done = StepSystem(self.kernel), 0
+        roots = self._trust(step, moments, fitted_on).sqrt()
         for moment, trajectory in zip(moments, self.trajectories, strict=True):
-            images = min(left, moment.images)
-            left -= images
+            images = min(fitted_on - done, moment.images)
             if not images:
                 break
             start, slope = moment.line()
@@ -522,16 +546,13 @@ class Calibration:
                 share = moment.shares[branch]
                 tensors = [channels_first(x[moment.part].to(device), channels) for x in (*outputs, moment.latents)]
                 seen = neighbourhoods(tensors, self.kernel)[:images]
-                if moment.keeps_lengths:
-                    every = share.double()[:images].expand_as(outputs[0][moment.part][:images])
-                    maps.append(channels_first(every, channels)[..., None] * seen)
-                else:
-                    maps.append(share * seen)
-                if moment.hidden_states:  # a share a token, or one for all
-                    own = share.double()[:images] if moment.keeps_lengths else share
-                    states.append(own * moment.hidden_states[branch][:images].to(device).double())
-            goal = channels_first(goal, channels)[:images]
-            system.add(torch.cat(maps, -1), torch.cat(states, -1) if states else None, goal)
+                maps.append(_through_lengths(moment, branch, seen, channels) if moment.keeps_lengths else share * seen)
+                if moment.hidden_states:
+                    states.append(share * moment.hidden_states[branch][:images].to(device).double())
+            goal, root = channels_first(goal, channels)[:images], roots[done : done + images].to(device)
+            trusted = [torch.cat(parts, -1) * _beside(root, parts[0]) for parts in (maps, states) if parts]
+            system.add(trusted[0], trusted[1] if states else None, goal * _beside(root, goal))
+            done += images
         weights, matrix = system.solve()
         branches = len(moments[0].outputs)
         weights = weights.reshape(branches, -1, *self.kernel)
@@ -539,6 +560,24 @@ class Calibration:
         center: tuple[Any, ...] = (slice(None), 0, *(side // 2 for side in self.kernel))
         weights[center] += 1
         return weights, None if matrix is None else matrix.view(branches, -1, matrix.shape[-1])
+
+    def _trust(self, step: int, moments: Sequence[Moment], fitted_on: int) -> torch.Tensor:
+        """How much each image counts in a step's least squares, ``[fitted_on]`` float64.
+
+        One that has gone astray, which no weights bring back, would else bend those of all others.
+        """
+        astray = torch.cat(
+            [
+                (moment.of_images(moment.sample).cpu().double() - trajectory.previous[step - 1].double())
+                .square()
+                .flatten(1)
+                .mean(1)
+                for moment, trajectory in zip(moments, self.trajectories, strict=True)
+            ]
+        )[:fitted_on]
+        astray = astray + ROUNDING * self.trajectories[0].previous[step - 1].double().square().mean().clamp_min(1e-30)
+        ratio = astray / astray.median()
+        return ratio.clamp(1 / MAX_TRUST**2, MAX_TRUST**2).rsqrt()
 
     def _finished(self, latents: torch.Tensor) -> torch.Tensor:
         """What is compared in the end: a pixel-space model's latents are the picture, which clips them."""
@@ -640,6 +679,31 @@ def _forecast(
             forecast = forecast + from_patches(states @ matrices[number], forecast.shape)
         forecasts[branch] = channels_back(forecast, channels).to(outputs[0].dtype)
     return moment.guide(forecasts)
+
+
+def _beside(numbers: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """``[images]`` as they multiply ``[images, ...]``."""
+    return numbers.view(-1, *[1] * (x.ndim - 1))
+
+
+def _through_lengths(moment: Moment, branch: str, maps: torch.Tensor, channels: int) -> torch.Tensor:
+    """How what guidance makes changes with a branch's output, where it keeps each row's length; to first order.
+
+    Across a row's direction as much as the branch's share is; along it, as the length of the conditional output.
+
+    Args:
+        maps: ``[images, C, ...grid, K]``, changes of the branch's output.
+    """
+
+    def rows(x: torch.Tensor) -> torch.Tensor:
+        return channels_first(x, channels)[: len(maps), ..., None].to(maps)
+
+    newest, axis = moment.outputs["cond"][0][moment.part], 1 if moment.guided.ndim == 3 else -2
+    along = F.normalize(rows(moment.of_images(moment.guided)), dim=axis)
+    change = rows(moment.shares[branch].expand(newest.shape)) * (maps - along * (along * maps).sum(axis, keepdim=True))
+    if branch == "cond":
+        change += along * (F.normalize(rows(newest), dim=axis) * maps).sum(axis, keepdim=True)
+    return change
 
 
 def _rounded(scale: float) -> float:

@@ -411,18 +411,21 @@ class Lockstep:
             flat = shown[0].flatten().double()
             shares = [(of_images.flatten().double() @ flat / (flat @ flat)).item()]
         moment.scale = shares[0] / sum(shares)
-        if not _makes(of_images, shares, shown) and len(shown) == 2 and keeps_lengths(of_images, shown[0]):
-            moment.scale = bent_scale(of_images.float(), shown[0].float(), shown[1].float()).item()
-            shares = _bent_shares(of_images, shown[0], shown[1], moment.scale)
+        rest = _rest(of_images, shares, shown)
+        if len(shown) == 2 and keeps_lengths(of_images, shown[0]):
+            scale = bent_scale(of_images.float(), shown[0].float(), shown[1].float()).item()
+            bent_shares = _bent_shares(of_images, shown[0], shown[1], scale)
+            if (bent_rest := _rest(of_images, bent_shares, shown)) < 0.5 * rest:
+                shares, rest, moment.scale = bent_shares, bent_rest, scale
         moment.shares = dict(zip(run.branches, shares, strict=True))
-        if not _makes(of_images, shares, shown):
+        if not rest <= LARGEST_RESIDUAL:
             if not of_images.isfinite().all():
                 raise FloatingPointError("the model's output holds NaN or inf")
             raise ValueError(
                 "guidance makes no weighted sum of the branches' outputs: leave out guidance_rescale and the like"
             )
-        if moment.keeps_lengths and guided.ndim > 3:
-            moment.hidden_states = {}  # a token's readout would go into rows of different shares
+        if moment.keeps_lengths:
+            moment.hidden_states = {}  # what is read would go into each row by a matrix of its own
         return moment
 
     def _forward(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -523,10 +526,10 @@ def _bent_shares(guided: torch.Tensor, cond: torch.Tensor, uncond: torch.Tensor,
     return [scale * stretch, (1 - scale) * stretch]
 
 
-def _makes(guided: torch.Tensor, shares: Sequence[Any], shown: Sequence[torch.Tensor]) -> bool:
-    """Whether ``guided`` is the sum of what is shown by these shares, so far as rounding lets tell."""
+def _rest(guided: torch.Tensor, shares: Sequence[Any], shown: Sequence[torch.Tensor]) -> float:
+    """How much of ``guided`` isn't the sum of what is shown by these shares."""
     rest = guided.double() - sum(share * x.double() for share, x in zip(shares, shown, strict=True))
-    return bool(rest.norm() <= LARGEST_RESIDUAL * guided.double().norm())
+    return (rest.norm() / guided.double().norm()).item()
 
 
 def _generator_states(generator: Any) -> list[torch.Tensor]:

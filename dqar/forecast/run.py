@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from dqar.controller import DQARController
 from dqar.families import as_batch, as_output, describe_models, family, last_layer
 from dqar.forecast.plan import ForecastPlan
+from dqar.noise import adds_noise
 from dqar.plan import BRANCHES
 from dqar.run import Call, Run, Stream
 from dqar.takeover import Handler
@@ -65,7 +66,12 @@ class ForecastEngine:
                 "scheduler.set_timesteps in a loop of your own"
             )
         late = self._late(run)
-        self.plan.check_run(run.timesteps.values[late:], type(run.scheduler).__name__)
+        if self.plan.scheduler is not None and adds_noise(run.scheduler):
+            raise ValueError(
+                f"{type(run.scheduler).__name__} adds noise at each step, the plan was fitted under "
+                f"{self.plan.scheduler}: use that, or another deterministic sampler"
+            )
+        self.plan.check_run(run.timesteps.values[late:])
         if run.index < late:
             raise ValueError(
                 f"the plan was made for runs that begin at timestep {self.plan.timesteps[0]:g}, this one begins at "
