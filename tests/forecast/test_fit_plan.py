@@ -191,6 +191,8 @@ def test_a_plan_for_several_scales_serves_those_between_and_no_others():
         for other in (1.5, 6.0):
             with pytest.raises(ValueError, match=f"guidance_scale=2 to 5, this run has {other:g}"):
                 drawn(pipe, {**ask, "guidance_scale": other})
+        with pytest.raises(ValueError, match="4 x 3 x 4 x 4 latents, these are 4 x 2 x 4 x 4"):
+            drawn(pipe, {**ask, "num_frames": 5})
     with apply_dqar(pipe, extrapolation(plan.computed, plan.timesteps, 3.3, plan.model)):
         line = drawn(pipe, ask)
     assert (planned - reference).norm() < 0.5 * (line - reference).norm()
