@@ -11,7 +11,7 @@
    those before it did wrong. Each cached tensor is weighted by a small kernel: what a pixel's neighbours did tells
    where the output bends. So do the hidden states that the last layer was given at the newest computed step, of which
    a matrix reads what to add. Each branch of guidance has weights of its own; all are fitted together, to what
-   guidance makes of them. Images that have gone astray count less.
+   guidance makes of them.
 4. **Refinement.** Neighbouring sets of steps are tried, and kept if the joint error of a run is smaller on images that
    the weights were not fitted on.
 """
@@ -57,11 +57,6 @@ NEIGHBOURS_RIDGE = 1e-5
 """As ``RIDGE``, for the weights of a pixel's neighbours, the many of which would else fit noise."""
 READOUT_RIDGE = 3e-3
 """The same for what is read from the hidden states."""
-MAX_TRUST = 50.0
-"""How many times more, or less, than the median image one counts in the least squares: one over the root of its squared
-error, compared with the median."""
-ROUNDING = 1e-8
-"""Of the latents' mean square: a squared error as small says nothing of an image."""
 GAIN_IMAGES, GAIN_POINTS = 8, 10
 """Images, and steps, at which it is measured what an error does to the finished image."""
 
@@ -531,10 +526,10 @@ class Calibration:
         self, step: int, moments: Sequence[Moment], fitted_on: int, channels: int
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One step's weights ``[branches, tensors, ...kernel]`` and readouts ``[branches, width, size]``, float64."""
-        system, done = StepSystem(self.kernel), 0
-        roots = self._trust(step, moments, fitted_on).sqrt()
+        system, left = StepSystem(self.kernel), fitted_on
         for moment, trajectory in zip(moments, self.trajectories, strict=True):
-            images = min(fitted_on - done, moment.images)
+            images = min(left, moment.images)
+            left -= images
             if not images:
                 break
             start, slope = moment.line()
@@ -549,10 +544,8 @@ class Calibration:
                 maps.append(_through_lengths(moment, branch, seen, channels) if moment.keeps_lengths else share * seen)
                 if moment.hidden_states:
                     states.append(share * moment.hidden_states[branch][:images].to(device).double())
-            goal, root = channels_first(goal, channels)[:images], roots[done : done + images].to(device)
-            trusted = [torch.cat(parts, -1) * _beside(root, parts[0]) for parts in (maps, states) if parts]
-            system.add(trusted[0], trusted[1] if states else None, goal * _beside(root, goal))
-            done += images
+            goal = channels_first(goal, channels)[:images]
+            system.add(torch.cat(maps, -1), torch.cat(states, -1) if states else None, goal)
         weights, matrix = system.solve()
         branches = len(moments[0].outputs)
         weights = weights.reshape(branches, -1, *self.kernel)
@@ -560,24 +553,6 @@ class Calibration:
         center: tuple[Any, ...] = (slice(None), 0, *(side // 2 for side in self.kernel))
         weights[center] += 1
         return weights, None if matrix is None else matrix.view(branches, -1, matrix.shape[-1])
-
-    def _trust(self, step: int, moments: Sequence[Moment], fitted_on: int) -> torch.Tensor:
-        """How much each image counts in a step's least squares, ``[fitted_on]`` float64.
-
-        One that has gone astray, which no weights bring back, would else bend those of all others.
-        """
-        astray = torch.cat(
-            [
-                (moment.of_images(moment.sample).cpu().double() - trajectory.previous[step - 1].double())
-                .square()
-                .flatten(1)
-                .mean(1)
-                for moment, trajectory in zip(moments, self.trajectories, strict=True)
-            ]
-        )[:fitted_on]
-        astray = astray + ROUNDING * self.trajectories[0].previous[step - 1].double().square().mean().clamp_min(1e-30)
-        ratio = astray / astray.median()
-        return ratio.clamp(1 / MAX_TRUST**2, MAX_TRUST**2).rsqrt()
 
     def _finished(self, latents: torch.Tensor) -> torch.Tensor:
         """What is compared in the end: a pixel-space model's latents are the picture, which clips them."""
@@ -679,11 +654,6 @@ def _forecast(
             forecast = forecast + from_patches(states @ matrices[number], forecast.shape)
         forecasts[branch] = channels_back(forecast, channels).to(outputs[0].dtype)
     return moment.guide(forecasts)
-
-
-def _beside(numbers: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """``[images]`` as they multiply ``[images, ...]``."""
-    return numbers.view(-1, *[1] * (x.ndim - 1))
 
 
 def _through_lengths(moment: Moment, branch: str, maps: torch.Tensor, channels: int) -> torch.Tensor:
