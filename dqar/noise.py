@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 STOCHASTIC = (
-    "DDPM", "Ancestral", "SDE", "Sde", "LCM", "TCD", "SCM", "Consistency", "Stochastic", "SASolver", "UnCLIP", "RePaint",
-    "CogVideoXDPM",
+    "DDPM", "Ancestral", "SDE", "Sde", "LCM", "TCD", "SCM", "Consistency", "Stochastic", "SASolver", "UnCLIP",
+    "RePaint", "CogVideoXDPM",
 )  # fmt: skip
 """In the names of diffusers' schedulers that add noise at each step, whatever they are configured to."""
 
