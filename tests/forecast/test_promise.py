@@ -121,12 +121,15 @@ def test_a_promise_is_fitted_from_calls_alone(tmp_path):
     assert all(plan.provenance["calibration_images"] == 12 for plan in ladder.plans)
     assert ladder.promise.images == 8 and ladder.promise.kept >= 6 and ladder.promise.decibels == 30
     ladder.save(tmp_path / "ladder.json")
-    call = {**calls[0], "num_inference_steps": 8, "output_type": "np"}
-    reference = pipe(**call, generator=torch.Generator().manual_seed(99)).images
-    with apply_dqar(pipe, PlanLadder.load(tmp_path / "ladder.json")) as session:
-        planned = pipe(**call, generator=torch.Generator().manual_seed(99)).images
-    assert len(session.summary()["plan_of_image"]) == 4 and "30 dB in 50%" in session.summary()["promise"]
-    assert np.square(planned - reference).mean() < 1e-3
+    decibels = []
+    for number, call in enumerate(calls[3:], 3):  # those that it wasn't fitted on, from the noise that they had
+        call = {**call, "num_inference_steps": 8, "output_type": "np"}
+        reference = pipe(**call, generator=torch.Generator().manual_seed(number)).images
+        with apply_dqar(pipe, PlanLadder.load(tmp_path / "ladder.json")) as session:
+            planned = pipe(**call, generator=torch.Generator().manual_seed(number)).images
+        assert len(session.summary()["plan_of_image"]) == 4 and "30 dB in 50%" in session.summary()["promise"]
+        decibels += (-10 * np.log10(np.square(planned - reference).mean((1, 2, 3)))).tolist()
+    assert sum(own >= 30 for own in decibels[4:]) == ladder.promise.kept
     with pytest.raises(ValueError, match=r"with the densest, \d+ of 8 images have 200 dB"):
         fit_plan(pipe, calls, 8, macs=4, promise=(200.0, 0.5), refinements=0)
 
