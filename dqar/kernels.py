@@ -1,7 +1,7 @@
 """The entropy of attention on a GPU, in one pass over the keys: a Triton kernel.
 
-Imported where there is a GPU and Triton, which torch's CUDA builds bring along; ``stats.query_entropy`` has a portable
-way everywhere else. Attention itself stays PyTorch's own, and so its output does, too, to the bit.
+Needs a GPU and Triton, which torch's CUDA builds include; ``stats.query_entropy`` has a portable version. Attention
+itself stays PyTorch's, so its output is unchanged to the bit.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def _entropy_kernel(
     """Online softmax (Milakov & Gimelshein 2018), tiled as in FlashAttention-2, with one more running sum.
 
     With the maximum ``m`` so far, beside ``total = Σ e^(s−m)`` it keeps ``moment = Σ e^(s−m)·(s−m)``. Where the maximum
-    grows by δ, both shrink by ``e^−δ`` and the moment loses ``δ·total``. The entropy is ``log total − moment / total``:
-    only differences to the maximum enter, so that large scores cancel before they are summed.
+    grows by δ, both shrink by ``e^−δ`` and the moment loses ``δ·total``. The entropy is ``log total − moment / total``.
+    Only differences from the maximum are summed, so large scores do no harm.
     """
     head = tl.program_id(1)
     batch = head // num_heads

@@ -1,4 +1,4 @@
-"""How much signal and noise the latents of a step hold, and the clean ones that the model predicts in them."""
+"""Signal and noise levels of each step's latents, and the clean latents that the model predicts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def adds_noise(scheduler: Any) -> bool:
 
 @dataclass(frozen=True)
 class NoiseLevels:
-    """The noise schedule of one run: ``x_t = signal · x0 + noise · ε`` at each step, as ``latents`` gives ``x_t``.
+    """The noise schedule of one run: ``x_t = signal · x0 + noise · ε`` at each step.
 
     Attributes:
         signal, noise: one number a step.
@@ -42,11 +42,11 @@ class NoiseLevels:
     sigma_data: float = 0.5
 
     def snr(self, step: int) -> float:
-        """The schedule's own ``(signal / noise)²``."""
+        """SNR of the schedule at a step, ``(signal / noise)²``."""
         return (self.signal[step] / self.noise[step]) ** 2 if self.noise[step] else math.inf
 
     def latents(self, step: int, model_input: torch.Tensor) -> torch.Tensor:
-        """``x_t`` from what the model is given, which EDM's schedulers scale to unit variance."""
+        """``x_t`` from the model's input, which EDM schedulers scale to unit variance."""
         if self.prediction != "edm":
             return model_input
         return model_input * math.sqrt(self.noise[step] ** 2 + self.sigma_data**2)
@@ -68,12 +68,12 @@ class NoiseLevels:
 
 
 def noise_levels(scheduler: Any, timesteps: list[float]) -> NoiseLevels | None:
-    """The levels of a scheduler's current timesteps; ``None`` for a scheduler of no kind that is known here.
+    """The levels of a scheduler's current timesteps; ``None`` for an unknown kind of scheduler.
 
-    Variance-preserving schedulers take ᾱ from the scheduler's own sigmas where it has one a timestep, else from its
-    table at the (whole) timesteps. Variance-exploding ones (Euler, Heun, KDPM2 …) give the model variance-preserving
-    input, by ``scale_model_input``, so they are of this kind too. Flow-matching ones have
-    ``x_t = (1 − σ) x0 + σ ε``, EDM's ``x_t = x0 + σ ε``.
+    For variance-preserving schedulers ᾱ comes from the scheduler's sigmas if there is one for each timestep, else from
+    its table at the integer timesteps. So it is for variance-exploding schedulers (Euler, Heun, KDPM2 …), whose
+    ``scale_model_input`` makes the model's input variance-preserving. Flow matching has ``x_t = (1 − σ) x0 + σ ε``,
+    EDM ``x_t = x0 + σ ε``.
     """
     config = getattr(scheduler, "config", {})
     name, prediction = type(scheduler).__name__, config.get("prediction_type", "epsilon")

@@ -1,4 +1,4 @@
-"""The policy network of slide 7: five features in, the probability that a reuse is harmless out; its training."""
+"""Slide 7's policy network, which predicts from five features whether a reuse is harmless, and its training."""
 
 from __future__ import annotations
 
@@ -91,17 +91,17 @@ def train_policy(
 
     Args:
         features, held_out_features: ``[B, 5]`` in slide 7's order; the held-out ones of other seeds and classes.
-        labels, held_out_labels: ``[B]``, 1 where a reuse was harmless.
+        labels, held_out_labels: ``[B]``, 1 for a harmless reuse, else 0.
         l2: weight of the squared weights in the loss.
-        omit: a feature that the network is not shown (its mean instead), for ablations.
-        patience: epochs without a better held-out loss before it stops; ``None`` goes on to ``max_epochs``, and keeps
-            the last network instead of the best.
+        omit: a feature to replace by its mean, for ablations.
+        patience: stops after so many epochs without a better held-out loss; ``None`` trains for ``max_epochs`` and
+            returns the last network instead of the best.
 
     Returns:
         The policy, and one row an epoch: ``epoch``, ``train`` and ``held_out`` loss.
 
     Raises:
-        ValueError: an unknown feature, or labels of one kind only.
+        ValueError: an unknown feature, or labels that are all equal.
     """
     if omit is not None and omit not in FEATURES:
         raise ValueError(f"omit={omit!r} is not accepted: choose one of {', '.join(FEATURES)}")

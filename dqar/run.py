@@ -1,8 +1,8 @@
-"""Which step of which run a forward pass is: the only place that knows.
+"""Finds the run and the step that a forward pass belongs to. No other module does this.
 
-A *run* is one pass down a scheduler's timesteps; its step is found from the timestep that the model is given. A run
-denoises one *stream* of latents or, in tiles, windows and micro-batches, several side by side. A step is one forward
-pass of a stream, or several: one for each branch of guidance. What is kept belongs to a stream.
+A *run* is one pass through a scheduler's timesteps. Its current step follows from the timestep that the model is given.
+A run denoises one *stream* of latents, or several side by side (tiles, windows, micro-batches). At each step a stream
+needs one forward pass (a *call*), or one for each branch of guidance. A stream owns what is cached for it.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from dqar.noise import NoiseLevels, noise_levels
 from dqar.plan import BRANCHES
 
 MAX_RUNS = 16
-"""Unfinished runs that are kept side by side; a stopped one leaves when so many others began."""
+"""Unfinished runs to remember; the oldest is dropped when more begin."""
 MAX_STREAMS = 256
-"""Streams of one run: beyond, each call is taken for a run of its own."""
+"""Streams to remember in one run; each further call counts as a run of its own."""
 Condition = tuple[torch.Tensor | None, ...]
 
 
 class Timesteps:
-    """The timesteps of one scheduler, as ``set_timesteps`` left them."""
+    """The timesteps that ``set_timesteps`` gave one scheduler."""
 
     def __init__(self, scheduler: Any):
         self.scheduler, self.tensor = scheduler, scheduler.timesteps
@@ -38,18 +38,18 @@ class Timesteps:
 
     @property
     def current(self) -> bool:
-        """Whether the scheduler hasn't got others since."""
+        """Whether the scheduler still has these timesteps."""
         return getattr(self.scheduler, "timesteps", None) is self.tensor
 
     @property
     def levels(self) -> NoiseLevels | None:
-        """Signal and noise at each step, where the scheduler tells."""
+        """Signal and noise at each step; ``None`` for a scheduler of an unknown kind."""
         if not self._asked:
             self._levels, self._asked = noise_levels(self.scheduler, self.values), True
         return self._levels
 
     def index_by_memory(self, timestep: Any) -> int | None:
-        """The index of a timestep that is a view of these, as pipelines' are: no device has to be waited for."""
+        """The index of a timestep that is a view of these, as a pipeline's is: found without waiting for the device."""
         ours = self.tensor
         if not (isinstance(timestep, torch.Tensor) and isinstance(ours, torch.Tensor)) or timestep.dtype != ours.dtype:
             return None
@@ -63,10 +63,10 @@ class Timesteps:
         return index if 0 <= index < len(self.values) else None
 
     def indices_by_value(self, value: float) -> list[int]:
-        """Where the value may stand, the nearest first.
+        """The indices of timesteps that may be meant by ``value``, the nearest first.
 
-        Flux-like models are given a thousandth of it. In bfloat16 it was rounded before and after the division, by up
-        to 0.4 % each, and the first steps of a shifted schedule are as near to each other as that.
+        Flux-like models get the timestep divided by 1000. In bfloat16 it is rounded before and after the division, by
+        up to 0.4 % each time, and the first timesteps of a shifted schedule are no further apart than that.
         """
         exact = [i for i, own in enumerate(self.values) if own == value]
         if exact:
@@ -80,7 +80,7 @@ class Timesteps:
 
 @dataclass
 class Kept:
-    """One tensor that a run keeps to, and how to notice that it changed, in place too."""
+    """A tensor that stays the same in a run, with what it takes to notice a change, also a change in place."""
 
     tensor: torch.Tensor
     version: int | None
@@ -88,7 +88,7 @@ class Kept:
 
     @classmethod
     def of(cls, tensor: torch.Tensor | None) -> Kept | None:
-        """What is to be compared with later."""
+        """Remembers ``tensor`` for a later comparison."""
         if tensor is None:
             return None
         if tensor.is_inference():  # without a version counter
@@ -96,7 +96,7 @@ class Kept:
         return cls(tensor, tensor._version, None)
 
     def still(self, tensor: torch.Tensor) -> bool:
-        """Whether ``tensor`` is or holds the same; another object is looked into only if this one didn't change."""
+        """Whether ``tensor`` is the same object, unchanged, or holds equal values."""
         if tensor is self.tensor and self.version is not None:
             return tensor._version == self.version
         if self.copy is not None:
@@ -108,28 +108,28 @@ class Kept:
 
 @dataclass
 class Call:
-    """One of a stream's forward passes: the same branches of the same condition, at every step once."""
+    """A forward pass that a stream makes once at every step, with the same branches and the same condition."""
 
     stream: Stream
     slices: dict[str, slice]
-    """The branches' rows of the batch."""
+    """The rows of the batch that hold each branch."""
     condition: tuple[Kept | None, ...]
     batch: int
     claimed: int = 0
-    """The count of the step at which it was last made."""
+    """``Run.count`` when it was last made."""
     caption: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    """K and V of each cross-attention, which are the caption's."""
+    """K and V of each cross-attention: they depend on the caption only."""
     output: torch.Tensor | None = None
-    """The newest computed one, whole, where outputs are forecast."""
+    """The newest computed output, all branches, if outputs are forecast."""
 
     @functools.cached_property
     def labels(self) -> tuple[int, ...] | None:
-        """The class labels, where the model is given any; the device is waited for once a run."""
+        """The class labels, if the model takes any. Waits for the device once a run."""
         labels = self.condition[0]
         return None if labels is None else tuple(labels.tensor.tolist())
 
     def keeps_to(self, condition: Condition) -> bool:
-        """Whether the condition is the call's."""
+        """Whether ``condition`` equals the call's."""
         return len(condition) == len(self.condition) and all(
             kept is tensor if kept is None or tensor is None else kept.still(tensor)
             for kept, tensor in zip(self.condition, condition, strict=True)
@@ -138,69 +138,69 @@ class Call:
 
 @dataclass
 class Stream:
-    """Latents that are denoised together, with what is kept for them: ``state``, which has ``forget``."""
+    """Latents that are denoised together, and ``state``: what is cached for them, with a method ``forget``."""
 
     state: Any
     latents: torch.Tensor
-    """The newest, of one branch ``[b, C, H, W]``."""
+    """The newest latents of one branch, ``[b, C, H, W]``."""
     calls: list[Call] = field(default_factory=list)
     opened: int = 0
-    """The count of the step that was last opened for it."""
+    """``Run.count`` when its last step began."""
 
 
 @dataclass
 class Run:
-    """One pass down the timesteps."""
+    """One pass through the timesteps."""
 
     number: int
     timesteps: Timesteps | None
-    """``None``: nobody knows them, as of a transformer without a scheduler."""
+    """``None`` if they are unknown, as for a transformer without a scheduler."""
     streams: list[Stream] = field(default_factory=list)
     index: int = -1
-    """The step, in ``timesteps``; without them: counted."""
+    """The step's index in ``timesteps``; without timesteps, steps are counted."""
     count: int = 0
-    """Steps taken, the open one included."""
+    """Steps begun so far."""
     timestep: float = 0.0
     first_timestep: float = 0.0
     guess: int = 1
     stepped: bool = False
-    """Whether the scheduler took a step since the last forward pass."""
+    """Whether the scheduler has stepped since the last forward pass."""
     unseen: torch.Tensor | None = None
-    """The sum of all outputs that nobody has looked at yet."""
+    """The sum of all outputs that were not yet checked for NaN."""
 
     @property
     def scheduler(self) -> Any:
-        """Whose timesteps these are; ``None``: unknown."""
+        """The scheduler of this run; ``None`` if unknown."""
         return None if self.timesteps is None else self.timesteps.scheduler
 
     @property
     def levels(self) -> NoiseLevels | None:
-        """Signal and noise at each step, where they are known."""
+        """Signal and noise at each step; ``None`` if unknown."""
         return None if self.timesteps is None else self.timesteps.levels
 
     @property
     def total_steps(self) -> int:
-        """Steps of a whole run; without timesteps guessed: evenly spaced ones down to zero tell from the first two."""
+        """Steps of a whole run; without timesteps guessed from the first two, taken as evenly spaced down to zero."""
         if self.timesteps is not None:
             return len(self.timesteps.values)
         return max(self.index + 1, self.guess)
 
     @property
     def last(self) -> bool:
-        """Whether the open step is the run's last one."""
+        """Whether the current step is the run's last."""
         return self.timesteps is not None and self.index + 1 == len(self.timesteps.values)
 
 
 class RunFinder:
-    """Finds run, step and stream of each forward pass, for one session.
+    """Finds run, step and stream of each forward pass of one session.
 
     Args:
         family: of the model.
-        null_class: of the unconditional branch, where the model has classes.
-        scheduler: a function that returns the pipeline's own scheduler, now; ``None`` for a transformer alone.
-        new_state: makes what a stream keeps.
+        null_class: class of the unconditional branch, if the model has classes.
+        scheduler: returns the pipeline's present scheduler, or ``None`` for a transformer alone.
+        new_state: makes the state of a new stream.
         begin_run: returns the number of a new run.
-        end_run: is told of a run that ended or was given up.
+        end_run: called with each run that ends or is given up.
     """
 
     def __init__(
@@ -221,19 +221,19 @@ class RunFinder:
     # --- the scheduler -----------------------------------------------------------------------------------------------
 
     def timesteps_set(self, scheduler: Any) -> None:
-        """A scheduler of this thread got its timesteps: a run on it is over."""
+        """A scheduler of this thread got new timesteps: its run is over."""
         thread = threading.get_ident()
         here = [r for r in self._set_here.get(thread, []) if r() not in (None, scheduler)]
         self._set_here[thread] = [*here, weakref.ref(scheduler)][-MAX_RUNS:]
         self.give_up(self._runs.get((thread, id(scheduler))))
 
     def stepping(self, scheduler: Any) -> Run | None:
-        """The run whose open step the scheduler is about to take."""
+        """The run whose current step the scheduler is about to take."""
         run = self._runs.get((threading.get_ident(), id(scheduler)))
         return run if run is not None and run.count and not run.stepped else None
 
     def finishing(self, scheduler: Any) -> Run | None:
-        """Notes that the scheduler took a step; the run, if it was its last, before anything is decoded."""
+        """Notes that the scheduler has stepped. Returns the run if that was its last step: latents are decoded next."""
         run = self._runs.get((threading.get_ident(), id(scheduler)))
         if run is None or not run.count:
             return None
@@ -243,7 +243,7 @@ class RunFinder:
         return run if run.last and claimed else None
 
     def give_up(self, run: Run | None) -> None:
-        """Ends a run, and frees what was kept for it."""
+        """Ends a run and frees its cache."""
         for key, one in list(self._runs.items()):
             if one is run:
                 del self._runs[key]
@@ -259,11 +259,11 @@ class RunFinder:
     # --- the forward pass --------------------------------------------------------------------------------------------
 
     def find(self, latents: torch.Tensor, timestep: Any, condition: Condition) -> tuple[Run, Call, bool]:
-        """The run, opened at its step, the call, and whether it is the stream's first at this step.
+        """Returns the run at its present step, the call, and whether it is the stream's first call at this step.
 
         Args:
             latents: ``[B, C, H, W]``, all branches of the call.
-            timestep: as the model is given it: of all samples the same.
+            timestep: as the model gets it; the same for all samples.
             condition: ``families.conditions`` of the call.
 
         Raises:
@@ -313,7 +313,7 @@ class RunFinder:
         return run, True
 
     def _count(self, run: Run | None, value: float) -> tuple[Run, bool]:
-        """The step of a run whose timesteps nobody knows: each lower timestep is the next one."""
+        """The step of a run with unknown timesteps: each lower timestep is the next step."""
         if run is not None and value == run.timestep:
             return run, False
         if run is not None and value > run.timestep:
@@ -329,14 +329,14 @@ class RunFinder:
         return run, True
 
     def _locate(self, timestep: Any) -> tuple[Timesteps | None, list[int], float]:
-        """Whose timestep it is, where it may stand among them, and its value (0 where that wasn't read)."""
+        """The timesteps it belongs to, its possible indices there, and its value (0 if it wasn't read)."""
         own = self.scheduler()
         here = [ref() for ref in reversed(self._set_here.get(threading.get_ident(), []))]
         candidates: list[Timesteps] = []
         for scheduler in (own, *here):
             if scheduler is None or any(scheduler is one.scheduler for one in candidates):
                 continue
-            # Before set_timesteps a scheduler lists all it was trained with: a list that nobody chose.
+            # Before set_timesteps a scheduler lists all its training timesteps, which nobody chose.
             if getattr(scheduler, "num_inference_steps", 0) is None and scheduler not in here:
                 continue
             timesteps = self._lists.get(id(scheduler))
@@ -366,11 +366,11 @@ class RunFinder:
         return run
 
     def _goes_on(self, run: Run, latents: torch.Tensor) -> bool:
-        """Whether latents after left-out steps are those that the run was at, rather than another run's."""
+        """Whether latents that skip steps continue this run, rather than begin another."""
         return any(_alike(stream.latents, latents[: len(stream.latents)]) > 0.5 for stream in run.streams)
 
     def _find_call(self, run: Run, latents: torch.Tensor, condition: Condition) -> Call | None:
-        """Which of the run's calls this is, if it was made before; each is made once a step."""
+        """The run's call that this forward pass repeats, if any; each call is made once a step."""
         calls = [call for stream in run.streams for call in stream.calls]
         if len(calls) == 1 and calls[0].claimed != run.count and _fits(calls[0], latents):
             return calls[0] if calls[0].keeps_to(condition) else self._changed(calls[0], latents, condition)
@@ -386,7 +386,7 @@ class RunFinder:
         return None
 
     def _changed(self, call: Call, latents: torch.Tensor, condition: Condition) -> Call | None:
-        """The only call of the only stream, for which something else is to be drawn now, or by other branches."""
+        """Starts the only stream anew: its condition or its branches have changed."""
         stream, slices = call.stream, self._branch_slices(latents, condition)
         if latents[next(iter(slices.values()))].shape != stream.latents.shape:
             return None
@@ -426,7 +426,7 @@ class RunFinder:
         return labels is not None and self.null_class is not None and bool((labels == self.null_class).all())
 
     def _branch_slices(self, latents: torch.Tensor, condition: Condition) -> dict[str, slice]:
-        """Which part of the batch is which branch; guidance doubles the batch, with equal latents in both halves."""
+        """The rows of each branch. Guidance doubles the batch, with equal latents in both halves."""
         batch, half, labels = len(latents), len(latents) // 2, condition[0]
         classes = labels if labels is not None and labels.ndim == 1 else None
         if batch % 2 == 0 and torch.equal(latents[:half], latents[half:]):

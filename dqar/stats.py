@@ -1,4 +1,4 @@
-"""What DQAR looks at: attention entropy and latent SNR (slide 4), and the threshold τ(p) (slide 5)."""
+"""The signals of the gate: attention entropy and latent SNR (slide 4), and the threshold τ(p) (slide 5)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 MAP_TOKENS = 128
-"""Keys up to which a map's few operations cost less than its tiles' many."""
+"""Up to so many keys a whole attention map is cheaper than tiles of it."""
 
 
 def attention_entropy(
@@ -24,8 +24,8 @@ def attention_entropy(
     - ``"sum"``: slide 4 to the letter, ``-(1/H) Σ_h Σ_ij A log(A + ε)``, ``[B]``: up to Nq·ln Nk;
     - ``"none"``: averaged over queries only, ``[B, H]``.
 
-    Outside ``"sum"``, ε bounds the logarithm's argument from below instead of being added to it, which would lower
-    every entropy by Nk·ε nats.
+    Except in ``"sum"``, ε is a lower bound of the logarithm's argument. Adding it, as the slide does, lowers every
+    entropy by Nk·ε nats.
     """
     if attn_map.ndim != 4:
         raise ValueError(f"attn_map of shape {tuple(attn_map.shape)} is not accepted: needs [B, H, Nq, Nk]")
@@ -97,7 +97,7 @@ def fused_attention_with_entropy(
     Args:
         q, k, v: queries, keys and values, ``[B, H, N, D]``.
         scale: factor of the scores; ``D ** -0.5`` by default.
-        num_queries: estimate the entropy from so many evenly spread queries; all of them by default, which is exact.
+        num_queries: number of evenly spread queries to estimate the entropy from; exact, from all, by default.
 
     Returns:
         The output ``[B, H, N, D]``, bit for bit that of ``F.scaled_dot_product_attention``, and the entropy
@@ -124,11 +124,6 @@ def snr(clean: torch.Tensor, noisy: torch.Tensor, eps: float = 1e-6) -> torch.Te
     clean, noisy = clean.flatten(1).float(), noisy.flatten(1).float()
     noise = noisy - clean
     return torch.linalg.vecdot(clean, clean) / (torch.linalg.vecdot(noise, noise) + eps)
-
-
-def schedule_snr(alpha_bar: torch.Tensor | float) -> torch.Tensor | float:
-    """The noise schedule's own SNR, ``ᾱ / (1 − ᾱ)``."""
-    return alpha_bar / (1 - alpha_bar)
 
 
 def tau(base: float, prompt_length: float) -> float:

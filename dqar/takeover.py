@@ -1,9 +1,9 @@
-"""Taking over a module's calls, and watching a scheduler's, so that whatever else is on them stays.
+"""Takes over a module's calls and watches a scheduler's, without disturbing other hooks on them.
 
-Offloading, other caches and compilers exchange a module's ``forward`` and put it back as they found it, in any order.
-So ``forward`` isn't touched here: a module is taken over as PyTorch's own parametrizations do it, by a class derived
-from its own, of the same name, whose ``__call__`` comes before all of that. A copy or a pickle of it is of the
-original class, and nothing of it leads back.
+Offloading, other caches and compilers replace a module's ``forward`` and later restore what they found, in any order.
+So ``forward`` stays as it is. Instead the module's class is replaced, as PyTorch's parametrizations do it: by a derived
+class of the same name whose ``__call__`` runs first. Copies and pickles are of the original class and hold no reference
+to the session.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ class _TakenOver(torch.nn.Module):
 
 @functools.cache
 def _taken_over(cls: type) -> type:
-    # Decisions are Python's; what is compiled is compiled around them. As a decorator it would import the compiler.
+    # The compiler works around the handler. Used as a decorator, this would import the compiler at once.
     call = torch.compiler.disable(_TakenOver.__call__)
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, "__call__": call}
     return type(cls.__name__, (_TakenOver, cls), names)
 
 
 def take_over(module: torch.nn.Module, handler: Handler) -> None:
-    """Lets ``handler`` answer ``module``'s calls until ``give_back``.
+    """Sends ``module``'s calls to ``handler`` until ``give_back``.
 
     Raises:
         ValueError: the module is taken over already.
@@ -67,49 +67,49 @@ def take_over(module: torch.nn.Module, handler: Handler) -> None:
 
 
 def give_back(module: torch.nn.Module) -> None:
-    """Ends ``take_over``; does nothing where there was none."""
+    """Ends ``take_over``; does nothing if the module wasn't taken over."""
     vars(module).pop(HANDLER, None)
     if type(module).__bases__[0] is _TakenOver:  # else somebody derived another class from it meanwhile
         object.__setattr__(module, "__class__", type(module).__bases__[1])
 
 
 def handler_of(module: torch.nn.Module) -> Handler | None:
-    """Who answers the module's calls, if not the module."""
+    """The handler of a module that is taken over; else ``None``."""
     return vars(module).get(HANDLER) if isinstance(module, _TakenOver) else None
 
 
 def original_class(module: torch.nn.Module) -> type:
-    """The module's class, as if it weren't taken over."""
+    """The module's own class, whether or not it is taken over."""
     return type(module).__bases__[1] if type(module).__bases__[0] is _TakenOver else type(module)
 
 
 class SchedulerWatch:
-    """Tells its listeners of every ``set_timesteps`` and ``step`` of every diffusers scheduler, whosever it is.
+    """Tells its listeners of every ``set_timesteps`` and ``step`` of every diffusers scheduler.
 
-    A transformer may serve several pipelines, each may get another scheduler or a copy for each request, and nothing of
-    a scheduler may change: not its attributes, not the signature of ``step`` that pipelines look at, not what a copy or
-    a pickle of it holds. So the methods of the classes are wrapped while anybody listens, and the schedulers stay as
-    they are; only where somebody has put a ``step`` on one scheduler alone, that is wrapped.
+    A transformer may serve several pipelines, and each may get another scheduler or a copy for each request. A
+    scheduler itself must not change: neither its attributes, nor the signature of ``step`` that pipelines inspect, nor
+    its copies and pickles. So the methods of the classes are wrapped while anybody listens. A ``step`` that somebody
+    has set on a single scheduler is wrapped there.
 
     A listener has ``timesteps_set(scheduler)``, ``before_step(scheduler, model_output, sample)`` and
-    ``after_step(scheduler)``, which are called in the scheduler's own thread.
+    ``after_step(scheduler)``, called in the thread that steps the scheduler.
     """
 
     def __init__(self) -> None:
         self._listeners: weakref.WeakSet[Any] = weakref.WeakSet()
-        # Whose, which, the original, the wrapper, and for whom, where it is one scheduler's.
+        # Owner, method name, original, wrapper, and the listener if the owner is a single scheduler.
         self._wrapped: list[tuple[Any, str, Any, Any, Any]] = []
         self._lock = threading.RLock()
         self._inside = threading.local()
 
     def listen(self, listener: Any, scheduler: Any = None) -> None:
-        """Adds a listener; ``scheduler``'s class is watched even if it is none of diffusers'."""
+        """Adds a listener, and watches ``scheduler``'s class too, even if it isn't from diffusers."""
         with self._lock:
             self._listeners.add(listener)
             self.look_around(listener, scheduler)
 
     def look_around(self, listener: Any, scheduler: Any = None) -> None:
-        """Watches scheduler classes that were imported since, and a ``step`` that ``scheduler`` got since."""
+        """Also watches scheduler classes, and a ``step`` of ``scheduler``, that have appeared since."""
         with self._lock:
             classes = (*_subclasses(SchedulerMixin), *(type(scheduler).__mro__ if scheduler is not None else ()))
             for owner in (*classes, *(() if scheduler is None else (scheduler,))):
@@ -119,7 +119,7 @@ class SchedulerWatch:
                         self._wrap(owner, name, method, listener if owner is scheduler else None)
 
     def leave(self, listener: Any) -> None:
-        """Takes a listener off; after the last one, every class is as it was."""
+        """Removes a listener; after the last one every class is as before."""
         with self._lock:
             self._listeners.discard(listener)
             for entry in tuple(self._wrapped):

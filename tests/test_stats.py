@@ -113,7 +113,6 @@ def test_snr_by_hand():
     assert stats.snr(clean, noisy).tolist() == pytest.approx([25 / 25, 1 / 1e-6], rel=1e-5)
     with pytest.raises(ValueError, match="same shape"):
         stats.snr(clean, noisy[:1])
-    assert stats.schedule_snr(0.8) == pytest.approx(4.0)
 
 
 def test_latent_norm_by_hand():

@@ -32,7 +32,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from dqar.config import check, check_choice
 from dqar.families import bare, describe_models, family, transformers

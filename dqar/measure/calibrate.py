@@ -7,7 +7,7 @@ import math
 
 import pandas as pd
 from diffusers import DiffusionPipeline
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from dqar.config import DQARConfig, check
 from dqar.measure import metrics

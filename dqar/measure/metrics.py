@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 from torchmetrics.functional.image import structural_similarity_index_measure
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from dqar.models.classifier import Classifier
 

@@ -11,7 +11,7 @@ from diffusers import (
     SchedulerMixin,
 )
 from diffusers.utils.torch_utils import randn_tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from dqar.attention import apply_dqar
 from dqar.config import DQARConfig, Probe

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import torch
 from diffusers import DiffusionPipeline
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from dqar.config import ReuseTarget
 from dqar.measure.sampling import LOOK, class_labels, first_latents, sample

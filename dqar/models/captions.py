@@ -13,7 +13,7 @@ import urllib.request
 import zipfile
 from pathlib import Path
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 ARCHIVE = "http://images.cocodataset.org/annotations/annotations_trainval2017.zip"
 ARCHIVE_SHA1 = "8551ee4bb5860311e79dace7e79cb91e432e78b3"  # as gluon-cv and others publish it

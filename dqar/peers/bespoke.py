@@ -16,7 +16,7 @@ from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 Prediction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """The guided noise ``[B, ...]`` in latents ``[B, ...]`` at a timestep ``[]``, of the images numbered ``[B]``."""

@@ -33,20 +33,32 @@ from dqar.quantizer import QuantizeMode, quantize
 from dqar.studies import overhead
 from dqar.studies.compare import Method
 
+DIT_XL_2_ATTENTION = (2, 16, 256, 72)
+"""Batch (both branches of guidance), heads, tokens and width of a head."""
 
-def overhead_of_looking(run: Run) -> pd.DataFrame:
-    """Seconds of one attention, B2 H16 N256 D72 (DiT-XL/2's), plain and with entropy in three ways; tidy."""
-    calls = attention_calls(run.profile.device, seed=run.seed)
+
+def overhead_of_looking(run: Run, shape: tuple[int, int, int, int] | None = None) -> pd.DataFrame:
+    """What the entropy of one attention costs, measured now in three ways, as a multiple of plain attention's time.
+
+    Args:
+        shape: batch, heads, tokens and width of a head to measure anew, in place of DiT-XL/2's, whose table is kept.
+
+    Returns:
+        A row a way: ``method``, ``cost`` (median) with its quartiles ``cost_low`` and ``cost_high``, and ``max_error``,
+        the largest relative error of the estimate from some of the queries.
+    """
+    calls = attention_calls(run.profile.device, seed=run.seed, shape=shape or DIT_XL_2_ATTENTION)
 
     def measure() -> pd.DataFrame:
         times = metrics.interleaved_times(calls, 20 * run.profile.repeats, run.profile.device)
-        exact, estimate = calls["fused entropy"]()[1], calls["32 of 256 queries"]()[1]
+        few = next(name for name in calls if name.endswith("queries"))
+        exact, estimate = calls["fused entropy"]()[1], calls[few]()[1]
         error = ((estimate - exact).abs() / exact).max().item()
         ratios = 1 / metrics.speedups(times, "plain")
         ratios.columns = ["cost_high", "cost", "cost_low"]
-        return ratios.assign(max_error=[error if name.startswith("32") else 0.0 for name in ratios.index]).reset_index()
+        return ratios.assign(max_error=[error if name == few else 0.0 for name in ratios.index]).reset_index()
 
-    return run.table("overhead_of_looking", measure)
+    return run.table("overhead_of_looking", measure) if shape is None else measure()
 
 
 FOLDER = RECORDED / "benchmarks"
@@ -62,9 +74,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 Calls = dict[str, Callable[[], Any]]
 
 
-def attention_calls(device: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Calls:
-    """One attention of DiT-XL/2's shape, B2 H16 N256 D72, plain and with its entropy in three ways."""
-    shape = (2, 16, 256, 72)
+def attention_calls(
+    device: str,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    shape: tuple[int, int, int, int] = DIT_XL_2_ATTENTION,
+) -> Calls:
+    """One attention ``[B, H, N, D]``, plain and with its entropy in three ways, one of them from an eighth of N."""
+    tokens = shape[2]
     generator = torch.Generator().manual_seed(seed)
     query, key, value = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))
 
@@ -75,7 +92,9 @@ def attention_calls(device: str, dtype: torch.dtype = torch.float32, seed: int =
     return {
         "plain": lambda: F.scaled_dot_product_attention(query, key, value),
         "fused entropy": lambda: stats.fused_attention_with_entropy(query, key, value),
-        "32 of 256 queries": lambda: stats.fused_attention_with_entropy(query, key, value, num_queries=32),
+        f"{tokens // 8} of {tokens} queries": lambda: stats.fused_attention_with_entropy(
+            query, key, value, num_queries=tokens // 8
+        ),
         "maps": with_maps,
     }
 

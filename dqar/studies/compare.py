@@ -13,7 +13,7 @@ from typing import Any, Literal
 import pandas as pd
 import torch
 from diffusers import DiffusionPipeline
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from dqar.config import DQARConfig
 from dqar.forecast.plan import ForecastPlan
@@ -77,7 +77,8 @@ class Method:
         if isinstance(self.config, DQARConfig):
             config = self.config
             facts |= {"target": config.reuse_target, "schedule": config.schedule, "bits": config.quantize_bits}
-            facts |= {"mode": "mixed" if config.mixed_precision else config.quantize_mode}
+            mode = f"{config.quantize_mode} fitted" if config.cache.fitted else config.quantize_mode
+            facts |= {"mode": "mixed" if config.mixed_precision else mode}
             facts |= {"order": config.cache.forecast_order}
             facts["interval"] = config.static_interval if config.schedule == "static" else None
         return {name: facts[name] for name in FACTS if facts.get(name) is not None}
@@ -128,6 +129,7 @@ class Drawn:
             DQAR, NaN for a rival, which doesn't say.
         events: such sites in a run.
         cache_bytes: an image's, at the step that keeps most.
+        trace: what DQAR decided, a row a site (of a forecast plan: a step); ``None`` without DQAR.
     """
 
     method: Method
@@ -137,6 +139,7 @@ class Drawn:
     sites_reused: float
     events: float
     cache_bytes: float
+    trace: pd.DataFrame | None = None
 
 
 def draw(method: Method, profile: Profile, seed: int, first_image: int = 0, num_samples: int | None = None) -> Drawn:
@@ -151,12 +154,13 @@ def draw(method: Method, profile: Profile, seed: int, first_image: int = 0, num_
     )
     drawn = results[0]
     reused = events = cached = 0.0 if method.peer is None else math.nan
+    trace = None
     if drawn.trace is not None:
         trace = drawn.trace.to_pandas(MODEL if isinstance(method.config, ForecastPlan) else SELF_ATTENTION)
         saved = trace.decision != "compute"
         reused, events = float(saved.mean()), float(saved.sum() / trace.run.nunique())
         cached = trace.groupby(["run", "step"])["bytes"].sum().max() / min(profile.batch_size, number)
-    return Drawn(method, drawn.images, drawn.labels, macs / number, reused, events, cached)
+    return Drawn(method, drawn.images, drawn.labels, macs / number, reused, events, cached, trace)
 
 
 def compare(

@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 import torch
 from diffusers import DiffusionPipeline
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from dqar.attention import apply_dqar
 from dqar.config import CacheFormat, DQARConfig

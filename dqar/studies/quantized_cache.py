@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any, get_args
 
 import pandas as pd
+import torch
 
+from dqar.config import CacheFormat, DQARConfig, ReuseTarget
 from dqar.measure.results import Run
 from dqar.measure.sampling import OPEN, sample
 from dqar.models.pipelines import cached_pipeline
-from dqar.quantizer import quantize
+from dqar.quantizer import QuantizeMode, quantize
 from dqar.studies.compare import FULL, Method, compare, draw, summarize
 
+FORMATS = tuple(itertools.product((8, 4, 2), get_args(QuantizeMode), (False, True)))
+"""Bits, mode, and whether the levels are fitted."""
 
-def quantization_error(run: Run) -> pd.DataFrame:
-    """Relative error of this model's own K, V and attention outputs in few bits: tensor, bits, mode, layer, step."""
 
-    def measure() -> pd.DataFrame:
+def quantization_error(run: Run, formats: Sequence[tuple[int, QuantizeMode, bool]] | None = None) -> pd.DataFrame:
+    """Relative error of this model's own K, V and attention outputs in few bits: tensor, bits, mode, layer, step.
+
+    Args:
+        formats: bits, mode and whether the levels are fitted, of each format to measure anew; by default all, whose
+            table is kept.
+    """
+
+    def measure(formats: Sequence[tuple[int, QuantizeMode, bool]]) -> pd.DataFrame:
         pipe, rows = cached_pipeline(run.profile), []
         every = max(1, run.profile.num_inference_steps // 5)
         calls = 0
@@ -27,12 +40,13 @@ def quantization_error(run: Run) -> pd.DataFrame:
                 calls += tensor == "K" and layer == 0
                 if (calls - 1) % every:
                     return
-                for bits in (8, 4, 2):
-                    for mode in ("per_tensor", "per_channel", "per_token"):
-                        kept = quantize(x, bits, mode, batch_dims=1)
-                        error = ((kept.dequantize() - x).norm() / x.norm()).item()
-                        row = {"tensor": tensor, "bits": bits, "mode": mode, "layer": layer, "step": calls - 1}
-                        rows.append({**row, "relative_error": error, "bytes_per_value": kept.nbytes / x.numel()})
+                for bits, mode, fitted in formats:
+                    scales = torch.float16 if fitted else torch.float32  # as the cache keeps them
+                    kept = quantize(x, bits, mode, batch_dims=1, fitted=fitted, scale_dtype=scales)
+                    error = ((kept.dequantize() - x).norm() / x.norm()).item()
+                    row = {"tensor": tensor, "bits": bits, "mode": f"{mode} fitted" if fitted else mode}
+                    row |= {"layer": layer, "step": calls - 1}
+                    rows.append({**row, "relative_error": error, "bytes_per_value": kept.nbytes / x.numel()})
 
             return hook
 
@@ -47,32 +61,55 @@ def quantization_error(run: Run) -> pd.DataFrame:
                 handle.remove()
         return pd.DataFrame(rows)
 
-    return run.table("quantization_error", measure)
+    if formats is not None:
+        return measure(formats)
+    return run.table("quantization_error", lambda: measure(FORMATS))
 
 
-def quantization_quality(run: Run) -> pd.DataFrame:
+def cached(target: ReuseTarget, bits: int, **options: Any) -> DQARConfig:
+    """Every second step reused from a cache of so many bits; ``options`` are other fields of ``DQARConfig``."""
+    return dataclasses.replace(OPEN, schedule="static", reuse_target=target, quantize_bits=bits, **options)
+
+
+def cache_methods(target: ReuseTarget) -> list[Method]:
+    """A cache in 16, 8, 4 and 2 bits and every mode; the unquantized one first."""
+    methods = [Method(f"{target} 16 bit", config=cached(target, 16))]
+    for bits, mode, fitted in FORMATS:
+        config = cached(target, bits, quantize_mode=mode, cache=CacheFormat(fitted=fitted))
+        methods.append(Method(f"{target} INT{bits} {mode}{' fitted' if fitted else ''}", config=config))
+    if target == "kv":
+        methods.append(Method("kv K-FP16 V-INT8", config=cached("kv", 8, mixed_precision=True)))
+    return methods
+
+
+def quantization_quality(run: Run, configs: Sequence[DQARConfig] | None = None) -> pd.DataFrame:
     """Images drawn with the cache in 16, 8, 4 and 2 bits, every second step reused: ``compare.summarize``.
 
     ``psnr`` is to full compute and holds the error of the reuse too; ``psnr_cache`` is to the same reuse with an
     unquantized cache, and holds the error of the bits alone.
+
+    Args:
+        configs: to measure anew, each beside itself in 16 bits; in place of ``cache_methods``, whose table is kept.
     """
 
-    def measure() -> pd.DataFrame:
+    def measure(groups: Sequence[Sequence[Method]]) -> pd.DataFrame:
         number = max(4, run.profile.num_samples // 2)
         reference = draw(FULL, run.profile, run.seed, num_samples=number)
         rows = []
-        for target in ("kv", "output"):
-            base = dataclasses.replace(OPEN, schedule="static", reuse_target=target, quantize_bits=16)
-            methods = [Method(f"{target} 16 bit", config=base)]
-            for bits in (8, 4, 2):
-                for mode in ("per_tensor", "per_channel", "per_token"):
-                    config = dataclasses.replace(base, quantize_bits=bits, quantize_mode=mode)
-                    methods.append(Method(f"{target} INT{bits} {mode}", config=config))
-            if target == "kv":
-                mixed = dataclasses.replace(base, quantize_bits=8, mixed_precision=True)
-                methods.append(Method("kv K-FP16 V-INT8", config=mixed))
+        for methods in groups:
             unquantized = {"cache": methods[0].draw(run.profile, run.seed, num_samples=number).images}
             rows += [compare(method, reference, run.profile, run.seed, beside=unquantized) for method in methods]
         return summarize(pd.concat(rows, ignore_index=True))
 
-    return run.table("quantization_quality", measure)
+    if configs is None:
+        return run.table("quantization_quality", lambda: measure([cache_methods("kv"), cache_methods("output")]))
+    plain = {"quantize_bits": 16, "mixed_precision": False, "balance": False}
+    return measure(
+        [
+            [
+                Method(f"{number}: 16 bit", config=dataclasses.replace(config, **plain)),
+                Method(f"{number}: INT{config.quantize_bits} {config.quantize_mode}", config=config),
+            ]
+            for number, config in enumerate(configs)
+        ]
+    )

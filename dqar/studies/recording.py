@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from dqar.measure.results import atomic_path, load_table, provenance, save_table
 from dqar.models.profiles import Profile

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from dqar.config import DQARConfig, ReuseTarget
 from dqar.forecast.plan import ForecastPlan

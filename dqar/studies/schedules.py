@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -31,8 +32,14 @@ def schedule_methods() -> list[Method]:
     ]
 
 
-def schedules(run: Run) -> pd.DataFrame:
-    """Quality and MACs of each schedule, and of simply taking fewer steps: ``compare.summarize``."""
+def schedules(run: Run, methods: Sequence[Method] | None = None) -> pd.DataFrame:
+    """Quality and MACs of each schedule, and of simply taking fewer steps: ``compare.summarize``.
+
+    Args:
+        methods: to measure anew, in place of these, whose table is kept.
+    """
+    if methods is not None:
+        return compare_all(methods, run.profile, run.seed)
 
     def measure() -> pd.DataFrame:
         full = run.profile.num_inference_steps
@@ -43,15 +50,21 @@ def schedules(run: Run) -> pd.DataFrame:
     return run.table("schedules", measure)
 
 
-def schedule_maps(run: Run) -> pd.DataFrame:
-    """What each schedule did at each step and layer of one image: ``family``, step, layer, decision, reason."""
+def schedule_maps(run: Run, methods: Sequence[Method] | None = None) -> pd.DataFrame:
+    """What each schedule did at each step and layer of one image: ``family``, step, layer, decision, reason.
 
-    def measure() -> pd.DataFrame:
+    Args:
+        methods: to trace anew, in place of all schedules with the attention output reused, whose table is kept.
+    """
+
+    def measure(traced: Sequence[Method]) -> pd.DataFrame:
         tables = []
-        for method in schedule_methods():
-            if method.columns()["target"] == "output":
-                table = method.draw(run.profile, run.seed, num_samples=1).traced.to_pandas()
-                tables.append(table[table.branch == "cond"].assign(family=method.family))
+        for method in traced:
+            table = method.draw(run.profile, run.seed, num_samples=1).traced.to_pandas()
+            tables.append(table[table.branch == "cond"].assign(family=method.family))
         return pd.concat(tables)[["family", "step", "layer", "decision", "reason"]]
 
-    return run.table("schedule_maps", measure)
+    if methods is not None:
+        return measure(methods)
+    kept = [method for method in schedule_methods() if method.columns()["target"] == "output"]
+    return run.table("schedule_maps", lambda: measure(kept))

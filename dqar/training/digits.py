@@ -18,7 +18,7 @@ from diffusers import DDPMScheduler, DiTTransformer2DModel
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel, compute_snr
 from torch import nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from dqar.models.data import load_split
 from dqar.models.pipelines import EmbeddedDiTPipeline
