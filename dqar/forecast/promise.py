@@ -135,7 +135,7 @@ def calibrated(draft: PlanLadder, features: torch.Tensor, quality: np.ndarray) -
         kept = int((chosen >= promise.decibels).sum())
         if least_share(kept, images, promise.confidence) < promise.share:
             break
-        facts = {
+        facts: dict[str, Any] = {
             "kept": kept,
             "images": images,
             "expected": conformal_bound(chosen.tolist(), promise.share),
