@@ -5,8 +5,8 @@ from dqar.config import CacheFormat, DQARConfig, Probe
 from dqar.controller import Decision, DQARController
 from dqar.families import describe_model
 from dqar.forecast.fit import fit_plan
+from dqar.forecast.ladder import PlanLadder
 from dqar.forecast.plan import ForecastPlan, extrapolation
-from dqar.forecast.promise import keep_promise
 from dqar.plan import ReusePlan
 
 __all__ = [
@@ -16,12 +16,12 @@ __all__ = [
     "DQARSession",
     "Decision",
     "ForecastPlan",
+    "PlanLadder",
     "Probe",
     "ReusePlan",
     "apply_dqar",
     "describe_model",
     "extrapolation",
     "fit_plan",
-    "keep_promise",
     "remove_dqar",
 ]

@@ -18,7 +18,8 @@ import torch
 
 from dqar.config import DQARConfig
 from dqar.controller import DQARController
-from dqar.families import bare, conditions, family, null_class
+from dqar.families import as_batch, bare, conditions, family, null_class, transformers
+from dqar.forecast.ladder import LadderEngine, PlanLadder
 from dqar.forecast.plan import ForecastPlan
 from dqar.forecast.run import ForecastEngine
 from dqar.plan import ReusePlan
@@ -31,7 +32,9 @@ _SESSIONS: weakref.WeakSet[DQARSession] = weakref.WeakSet()
 
 
 def apply_dqar(
-    pipe: Any, config: DQARConfig | ReusePlan | ForecastPlan | None = None, prompt_length: int | None = None
+    pipe: Any,
+    config: DQARConfig | ReusePlan | ForecastPlan | PlanLadder | None = None,
+    prompt_length: int | None = None,
 ) -> DQARSession:
     """Attaches DQAR to a diffusers pipeline or transformer; use as context manager, or end with ``remove_dqar``.
 
@@ -41,7 +44,8 @@ def apply_dqar(
             ``snr_range=None`` opens the gate; it tells the number of steps from the first two timesteps, and reuses
             from the third step on.
         config: what decides: a ``DQARConfig``, or a ``ReusePlan`` with the defaults for all else, about the sites
-            inside the model; a ``ForecastPlan`` about the whole model. The deck's defaults if left out.
+            inside the model; a ``ForecastPlan`` about the whole model, a ``PlanLadder`` image by image. The deck's
+            defaults if left out.
         prompt_length: words of the prompt or label, for slide 5's τ(p). ``None`` takes the caption's tokens (mean over
             the batch) where the model is given a caption with a mask, and else leaves the threshold as it is.
 
@@ -116,23 +120,28 @@ class DQARSession:
 
     Attributes:
         pipe: the pipeline or transformer it was made for.
-        transformer: the module whose calls it takes over, with the wrappers around it.
+        transformer: the module whose calls it takes over, with the wrappers around it; a pipeline's first one.
         config: what decides.
         trace: what was decided in every run since it was made.
     """
 
-    def __init__(self, pipe: Any, config: DQARConfig | ForecastPlan, prompt_length: int | None):
+    def __init__(self, pipe: Any, config: DQARConfig | ForecastPlan | PlanLadder, prompt_length: int | None):
         self.pipe, self.config, self.trace = pipe, config, Trace()
-        self.transformer: torch.nn.Module = getattr(pipe, "transformer", pipe)
+        self._transformers = transformers(pipe)
+        self.transformer: torch.nn.Module = self._transformers[0]
         self._model = bare(self.transformer)
-        self._engine: Engine = (
-            ForecastEngine(self._model, config, self.trace)
-            if isinstance(config, ForecastPlan)
-            else ReuseEngine(self.transformer, config, prompt_length, self.trace)
-        )
+        models = [bare(one) for one in self._transformers]
+        self._engine: Engine
+        if isinstance(config, PlanLadder):
+            self._engine = LadderEngine(models, config, self.trace)
+        elif isinstance(config, ForecastPlan):
+            self._engine = ForecastEngine(models, config, self.trace)
+        else:
+            self._engine = ReuseEngine(self.transformer, config, prompt_length, self.trace)
         self._argument_names = list(inspect.signature(type(self._model).forward).parameters)[1:]
+        self._family = family(self.transformer)
         self._finder = RunFinder(
-            family(self.transformer),
+            self._family,
             null_class(self.transformer),
             lambda: getattr(self.pipe, "scheduler", None),
             self._engine.new_state,
@@ -149,6 +158,11 @@ class DQARSession:
 
     def __exit__(self, *exception: object) -> None:
         self.remove()
+
+    @property
+    def engine(self) -> Engine:
+        """What decides, and what it has seen."""
+        return self._engine
 
     @property
     def attached(self) -> bool:
@@ -170,7 +184,7 @@ class DQARSession:
         Raises:
             ValueError: DQAR is there already, or an attention processor was exchanged meanwhile.
         """
-        handlers = [(self.transformer, self.forward), *self._engine.handlers()]
+        handlers = [*((one, self.forward) for one in self._transformers), *self._engine.handlers()]
         if any(handler_of(module) is not None for module, _ in handlers):
             raise ValueError("DQAR is already applied to this transformer: call remove_dqar first")
         for module, handler in handlers:
@@ -196,7 +210,8 @@ class DQARSession:
 
         Returns:
             ``runs``, ``steps``, ``sites_computed``, ``sites_reused``, ``sites_shared``, ``reused_share``,
-            ``forecast_steps``, and ``peak_cache_bytes``, of the cache of one step.
+            ``forecast_steps``, and ``peak_cache_bytes``, of the cache of one step; with a ``PlanLadder`` also
+            ``plan_of_image``, the computed steps of each image's plan, and the ``promise``.
         """
         sites, outputs = self.trace.to_pandas(), self.trace.to_pandas(MODEL)
         table = outputs if sites.empty else sites
@@ -213,6 +228,7 @@ class DQARSession:
             "reused_share": reused / max(1, len(sites)),
             "forecast_steps": forecast,
             "peak_cache_bytes": 0 if table.empty else int(table.groupby(["run", "step"]).bytes.sum().max()),
+            **(self._engine.summary() if isinstance(self._engine, LadderEngine) else {}),
         }
 
     # --- the transformer's calls -------------------------------------------------------------------------------------
@@ -220,17 +236,17 @@ class DQARSession:
     def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Answers the transformer's calls: finds run and step, lets the engine answer, and looks at the output."""
         named = dict(zip(self._argument_names, args, strict=False)) | kwargs
-        latents = named.get("hidden_states")
+        latents = as_batch(named.get(self._family.latents))
         if not isinstance(latents, torch.Tensor) or self._trains(latents, named):
             return original(*args, **kwargs)
-        run, call, first = self._finder.find(latents, named.get("timestep"), conditions(named))
+        run, call, first = self._finder.find(latents, named.get(self._family.timestep), conditions(named))
         compute = functools.partial(original, *args, **kwargs)
         try:
             if run.count == 1 and first:
                 WATCH.look_around(self, run.scheduler)
                 self._engine.begin_run(run, latents)
             output = self._engine.call(compute, run, call, named, first)
-            self._look_at(output[0], run, call, compute)
+            self._look_at(as_batch(output[0]), run, call, compute)
         except BaseException:
             self._finder.give_up(run)
             raise

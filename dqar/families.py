@@ -1,12 +1,14 @@
-"""What differs between model families, as data: how branches are stacked, which module comes last, what is kept to."""
+"""What differs between model families, as data: how branches are stacked, which module comes last, how it is called."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from dqar.takeover import original_class
 
@@ -19,11 +21,18 @@ class Family:
         branch_order: how the family's pipelines stack the branches of guidance in one batch.
         last_layer: the linear layer that reads the output from the last hidden states.
         channels: the axis of the latents' channels; of packed tokens ``[B, tokens, C]`` always the last.
+        latents, timestep: names of the forward pass's arguments.
+        lists: whether latents, captions and outputs are lists of one tensor an image, latents ``[C, 1, H, W]``.
+        reversed_time: whether the model is given ``1 - t / 1000``, for the scheduler's ``t``.
     """
 
     branch_order: tuple[str, str] = ("uncond", "cond")
     last_layer: str = "proj_out"
     channels: int = 1
+    latents: str = "hidden_states"
+    timestep: str = "timestep"
+    lists: bool = False
+    reversed_time: bool = False
 
 
 FAMILIES = {
@@ -32,9 +41,13 @@ FAMILIES = {
     "LatteTransformer3DModel": Family(),
     "LuminaNextDiT2DModel": Family(("cond", "uncond")),
     "CogVideoXTransformer3DModel": Family(channels=2),
+    "Lumina2Transformer2DModel": Family(reversed_time=True),
+    "ZImageTransformer2DModel": Family(("cond", "uncond"), latents="x", timestep="t", lists=True, reversed_time=True),
 }
 CONDITIONS = ("class_labels", "encoder_hidden_states", "encoder_attention_mask", "pooled_projections")
 """Arguments of a transformer that say what is to be drawn: a run, and each of its branches, keeps to them."""
+CAPTION_LISTS = "cap_feats"
+"""The same, where they are a list of one tensor an image."""
 
 
 def bare(transformer: Any) -> Any:
@@ -46,6 +59,12 @@ def bare(transformer: Any) -> Any:
             transformer = transformer.get_base_model()
         else:
             return transformer
+
+
+def transformers(pipe: Any) -> list[torch.nn.Module]:
+    """The models that a pipeline denoises with, or the model itself: Wan 2.2 has one for high and one for low noise."""
+    parts = (getattr(pipe, name, None) for name in ("transformer", "transformer_2"))
+    return [part for part in parts if isinstance(part, torch.nn.Module)] or [pipe]
 
 
 def family(transformer: torch.nn.Module) -> Family:
@@ -103,8 +122,34 @@ def null_class(transformer: torch.nn.Module) -> int | None:
 
 
 def conditions(named: dict[str, Any]) -> tuple[torch.Tensor | None, ...]:
-    """A call's ``CONDITIONS``, in that order."""
-    return tuple(value if isinstance(value := named.get(name), torch.Tensor) else None for name in CONDITIONS)
+    """A call's ``CONDITIONS``, in that order, and the captions that are a list."""
+    given = [named.get(name) for name in CONDITIONS] + list(named.get(CAPTION_LISTS, ()))
+    return tuple(value if isinstance(value, torch.Tensor) else None for value in given)
+
+
+def as_batch(images: Any) -> Any:
+    """Latents or an output as one tensor ``[B, ...]``, where the family has a list of ``[C, 1, H, W]``.
+
+    Raises:
+        ValueError: images of different sizes, or other lists.
+    """
+    if isinstance(images, torch.Tensor) or not isinstance(images, (list, tuple)):
+        return images
+    shapes = {tuple(image.shape) if isinstance(image, torch.Tensor) else type(image).__name__ for image in images}
+    if len(shapes) != 1 or len(shape := shapes.pop()) != 4 or shape[1] != 1:
+        raise ValueError(f"latents of {sorted(map(str, shapes)) or shape} are not accepted: images of one size")
+    return torch.stack(list(images)).squeeze(2)
+
+
+def as_output(sample: torch.Tensor, like: Family, return_dict: bool) -> Any:
+    """An output ``[B, ...]`` as a model of the family returns it."""
+    own: Any = list(sample.unsqueeze(2).unbind()) if like.lists else sample
+    return Transformer2DModelOutput(sample=own) if return_dict else (own,)
+
+
+def describe_models(models: Iterable[Any]) -> str:
+    """``describe_model`` of all that a pipeline denoises with."""
+    return " and ".join(map(describe_model, models))
 
 
 def describe_model(transformer: Any) -> str:

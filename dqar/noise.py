@@ -8,6 +8,22 @@ from typing import Any
 
 import torch
 
+STOCHASTIC = (
+    "DDPM", "Ancestral", "SDE", "Sde", "LCM", "TCD", "SCM", "Consistency", "Stochastic", "SASolver", "UnCLIP",
+    "RePaint", "CogVideoXDPM",
+)  # fmt: skip
+"""In the names of diffusers' schedulers that add noise at each step, whatever they are configured to."""
+
+
+def adds_noise(scheduler: Any) -> bool:
+    """Whether a scheduler adds fresh noise at each step, as its class or its configuration says."""
+    config = getattr(scheduler, "config", {})
+    return (
+        any(part in type(scheduler).__name__ for part in STOCHASTIC)
+        or str(config.get("algorithm_type")).startswith("sde")
+        or bool(config.get("stochastic_sampling"))
+    )
+
 
 @dataclass(frozen=True)
 class NoiseLevels:

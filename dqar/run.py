@@ -130,7 +130,7 @@ class Call:
 
     def keeps_to(self, condition: Condition) -> bool:
         """Whether ``condition`` equals the call's."""
-        return all(
+        return len(condition) == len(self.condition) and all(
             kept is tensor if kept is None or tensor is None else kept.still(tensor)
             for kept, tensor in zip(self.condition, condition, strict=True)
         )
@@ -351,6 +351,7 @@ class RunFinder:
                 return timesteps, [index], 0.0
             candidates.append(timesteps)
         value = float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
+        value = 1 - value if self.family.reversed_time else value
         for timesteps in candidates:
             if indices := timesteps.indices_by_value(value):
                 return timesteps, indices, value

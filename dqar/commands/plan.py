@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from diffusers import DiffusionPipeline
 
 from dqar.commands.parser import Parser
 from dqar.config import check
-from dqar.forecast.fit import Calibration, Target
+from dqar.forecast.fit import Calibration, Target, fit_plan
+from dqar.forecast.ladder import PlanLadder
 from dqar.forecast.plan import ForecastPlan
-from dqar.forecast.profiles import calibrate_profile, with_provenance
+from dqar.forecast.profiles import calibrate_profile, profile_calls, with_provenance
 from dqar.models.pipelines import load_pipeline
 from dqar.models.profiles import SCHEDULERS, get_profile
 
@@ -51,11 +53,20 @@ def run(arguments: list[str]) -> int:
     parser.add_argument(
         "--start", type=Path, metavar="PLAN", help="an earlier plan with as many computed steps, to be improved"
     )
+    parser.add_argument(
+        "--promise", type=float, nargs=2, metavar=("DB", "SHARE"),
+        help="fits a ladder of plans: at least so many dB of PSNR to all steps computed in this share of images",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("plan.json"), help="the file to write (default: plan.json)")
     options = parser.parse_args(arguments)
     plan = _plan_of_pipeline(options) if options.pipeline else _plan_of_profile(options)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     plan.save(options.out)
+    if isinstance(plan, PlanLadder):
+        print(
+            f"{options.out}: {', '.join(str(len(own.computed)) for own in plan.plans)} computed steps; {plan.promise}"
+        )
+        return 0
     # Latents in [-1, 1] have four times the squared error of images in [0, 1].
     error = min(trial["measured"] for trial in plan.provenance["trials"]) / 4
     quality = f"{-10 * math.log10(max(error, 1e-12)):.1f} dB to the {options.target} on images not fitted on"
@@ -66,18 +77,21 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _plan_of_profile(options: argparse.Namespace) -> ForecastPlan:
+def _plan_of_profile(options: argparse.Namespace) -> ForecastPlan | PlanLadder:
     if options.prompts is not None:
         raise ValueError("--prompts is for a --pipeline: a profile has its own")
     changes = {"scheduler": options.scheduler} if options.scheduler else {}
     profile = get_profile(options.profile, **changes)
     number, starts = _budget(options, profile.num_inference_steps)
     pipe = load_pipeline(profile)
+    if options.promise:
+        ladder = _ladder(options, pipe, profile_calls(pipe, profile, options.images), profile.num_inference_steps)
+        return dataclasses.replace(ladder, plans=tuple(with_provenance(plan, profile) for plan in ladder.plans))
     calibration = calibrate_profile(pipe, profile, options.target, options.images, options.work)
     return with_provenance(calibration.plan(number, options.refinements, starts), profile)
 
 
-def _plan_of_pipeline(options: argparse.Namespace) -> ForecastPlan:
+def _plan_of_pipeline(options: argparse.Namespace) -> ForecastPlan | PlanLadder:
     if options.prompts is None:
         raise ValueError("--pipeline needs --prompts, a text file with one prompt a line")
     if options.scheduler:
@@ -98,8 +112,20 @@ def _plan_of_pipeline(options: argparse.Namespace) -> ForecastPlan:
     else:
         pipe.to(options.device)
     calls = [{"prompt": prompt, **shared} for prompt in prompts]
+    if options.promise:
+        return _ladder(options, pipe, calls, options.steps)
     calibration = Calibration(pipe, calls, options.steps, options.target, work=options.work)
     return calibration.plan(number, options.refinements, starts)
+
+
+def _ladder(options: argparse.Namespace, pipe: Any, calls: list[dict[str, Any]], steps: int) -> PlanLadder:
+    """What keeps the promise; half the calls are kept to calibrate it."""
+    ladder = fit_plan(
+        pipe, calls, steps, options.macs, options.target,
+        promise=tuple(options.promise), refinements=options.refinements, work=options.work,
+    )  # fmt: skip
+    assert isinstance(ladder, PlanLadder)
+    return ladder
 
 
 def _budget(options: argparse.Namespace, steps: int) -> tuple[int, list[tuple[int, ...]]]:
@@ -111,4 +137,6 @@ def _budget(options: argparse.Namespace, steps: int) -> tuple[int, list[tuple[in
     starts = [] if options.start is None else [tuple(sorted(ForecastPlan.load(options.start).computed))]
     if starts and len(starts[0]) != number:
         raise ValueError(f"{options.start} computes {len(starts[0])} steps, {number} are wanted")
+    if starts and options.promise:
+        raise ValueError("--start is for one plan: leave it out with --promise")
     return number, starts

@@ -35,9 +35,11 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from dqar.config import check, check_choice
-from dqar.families import bare, describe_model, family
+from dqar.families import bare, describe_models, family, transformers
+from dqar.forecast.ladder import PlanLadder
 from dqar.forecast.lockstep import Answer, CallRun, Lockstep, Moment
 from dqar.forecast.plan import ForecastPlan
+from dqar.forecast.promise import check_enough, check_promise, fit_ladder, rungs
 from dqar.forecast.run import channels_back, channels_first, from_patches, to_patches, weighted_sum
 from dqar.forecast.steps import RIDGE, Jumps, choose_steps, gram, least_squares
 from dqar.plan import write_json
@@ -66,11 +68,12 @@ def fit_plan(
     macs: float = 3.0,
     target: Target = "reference",
     *,
+    promise: tuple[float, float] | None = None,
     refinements: int = 12,
     seed: int = 0,
     work: str | Path | None = None,
     max_bytes: float | None = None,
-) -> ForecastPlan:
+) -> ForecastPlan | PlanLadder:
     """Makes a plan for any diffusers pipeline with a transformer, from calls of the pipeline itself.
 
     Args:
@@ -81,22 +84,38 @@ def fit_plan(
         num_inference_steps: of the runs that the plan is for.
         macs: full compute's multiply-accumulates over the plan's, at least.
         target: what the plan is to reach: the run itself, or the solution that five times the steps find.
+        promise: ``(decibels, share)``: the least PSNR that this share of images is to have to the same call without the
+            plan. Half the calls are then kept to fit no plan on, but to choose and to calibrate: 140 images in all, or
+            more, for a share of 0.95.
         refinements: neighbouring sets of steps to try.
         seed: of the first call without generator or latents; the next one's is one more.
         work: a folder for what was computed: a fit that was interrupted goes on from there.
         max_bytes: refuses to begin where the trajectories may need more memory than this.
 
     Returns:
-        The plan, its provenance with the errors of all that was tried.
+        The plan, its provenance with the errors of all that was tried; with a ``promise`` a ``PlanLadder``, which keeps
+        it with 90 % confidence, of plans from 1.5 to ``macs`` times fewer multiply-accumulates.
 
     Raises:
         ValueError: what can't be planned, before the first image where it can be told: fewer than two images, another
-            argument out of range, a stochastic scheduler, guidance that isn't a weighted sum of its branches.
+            argument out of range, a stochastic scheduler, guidance that isn't a weighted sum of its branches; a promise
+            that even the densest plan doesn't keep, or too few images to tell.
         RuntimeError, FloatingPointError: a call failed, naming it.
     """
     check("macs", macs, 1 <= macs <= num_inference_steps / 2, "from 1 to half the steps")
-    calibration = Calibration(pipe, calls, num_inference_steps, target, seed=seed, work=work, max_bytes=max_bytes)
-    return calibration.plan(max(2, int(calibration.num_steps / macs)), refinements)
+    options: dict[str, Any] = {"seed": seed, "work": work, "max_bytes": max_bytes}
+    if promise is None:
+        calibration = Calibration(pipe, calls, num_inference_steps, target, **options)
+        return calibration.plan(max(2, int(calibration.num_steps / macs)), refinements)
+    check("promise", promise, isinstance(promise, tuple) and len(promise) == 2, "a tuple (decibels, share)")
+    check_promise(*promise)
+    check("target", target, target == "reference", "'reference', which a promise is about")
+    half = max(1, len(calls) // 2)
+    calibration = Calibration(pipe, calls[:half], num_inference_steps, target, **options)
+    held_out = calibration.images * (len(calls) - half) // half  # as many a call as before
+    check_enough(held_out, promise[1])
+    plans = [calibration.plan(number, refinements) for number in rungs(calibration.num_steps, macs)]
+    return fit_ladder(pipe, plans, calls[half:], *promise, seed=seed + half)
 
 
 @dataclass(frozen=True)
@@ -173,10 +192,11 @@ class Calibration:
         if self._work is not None:
             self._work.mkdir(parents=True, exist_ok=True)
         with Lockstep(pipe, num_inference_steps):  # refuses pipelines of another kind
-            model = describe_model(pipe.transformer)
-        weights = [p.flatten()[:8].float() for p in bare(pipe.transformer).parameters() if not p.is_meta]
+            models = transformers(pipe)
+        self._model = describe_models(models)
+        weights = [p.flatten()[:8].float() for one in models for p in bare(one).parameters() if not p.is_meta]
         scheduler = type(pipe.scheduler).__name__, dict(pipe.scheduler.config)
-        self._key = _digest(model, weights, scheduler, num_inference_steps, target, seed)
+        self._key = _digest(self._model, weights, scheduler, num_inference_steps, target, seed)
         self.trajectories: list[Trajectory] = []
         with tqdm(total=len(calls) * num_inference_steps, desc=f"{target} trajectories", leave=False) as bar:
             for number, call in enumerate(calls):
@@ -254,7 +274,7 @@ class Calibration:
             first.timesteps,
             (_rounded(min(scales)), _rounded(max(scales))) if len(first.branches) > 1 else (1.0, 1.0),
             HISTORY,
-            describe_model(self.pipe.transformer),
+            self._model,
             self.kernel,
             source,
             final.readouts,
@@ -288,7 +308,7 @@ class Calibration:
             rows, readouts, earlier = list(like.weights[:start]), list(like.readouts[:start]), like.guided
         guided: list[dict[int, torch.Tensor]] = [{} for _ in self.calls]
         raw: list[dict[int, list[torch.Tensor]]] = [{} for _ in self.calls]
-        channels = family(self.pipe.transformer).channels
+        channels = family(transformers(self.pipe)[0]).channels
         step = 0
         runs: list[CallRun] = []
         with Lockstep(self.pipe, self.num_inference_steps, self.seed) as lockstep:
@@ -381,7 +401,7 @@ class Calibration:
                 if step == 0:
                     moment.line()  # refuses stochastic samplers and those that clip
                     if moment.scale < 0:
-                        name = type(bare(self.pipe.transformer)).__name__
+                        name = self._model.split()[0]
                         raise ValueError(f"{name} stacks the conditional branch first: dqar.families needs to know")
                 if step % every == 0:
                     latents.append(moment.of_images(moment.sample).cpu())
@@ -520,7 +540,8 @@ class Calibration:
             for branch, outputs in moment.outputs.items():
                 share = moment.shares[branch]
                 tensors = [channels_first(x[moment.part].to(device), channels) for x in (*outputs, moment.latents)]
-                maps.append(share * neighbourhoods(tensors, self.kernel)[:images])
+                seen = neighbourhoods(tensors, self.kernel)[:images]
+                maps.append(_through_lengths(moment, branch, seen, channels) if moment.keeps_lengths else share * seen)
                 if moment.hidden_states:
                     states.append(share * moment.hidden_states[branch][:images].to(device).double())
             goal = channels_first(goal, channels)[:images]
@@ -624,21 +645,35 @@ def _forecast(
     moment: Moment, weights: torch.Tensor, matrices: torch.Tensor | None, kernel: tuple[int, ...], channels: int
 ) -> torch.Tensor:
     """What the scheduler is given in place of ``moment.guided``, if each branch's output is its forecast."""
-    change = torch.zeros_like(moment.of_images(moment.guided), dtype=torch.float64)
+    device, forecasts = moment.guided.device, {}
     for number, (branch, outputs) in enumerate(moment.outputs.items()):
-        tensors = [channels_first(x[moment.part].to(change.device), channels) for x in (*outputs, moment.latents)]
+        tensors = [channels_first(x[moment.part].to(device), channels) for x in (*outputs, moment.latents)]
         forecast = weighted_sum(tensors, weights[number])
         if matrices is not None:
-            states = moment.hidden_states[branch].to(change.device).double()
+            states = moment.hidden_states[branch].to(device).double()
             forecast = forecast + from_patches(states @ matrices[number], forecast.shape)
-        newest = outputs[0][moment.part].to(change.device)
-        forecast = channels_back(forecast, channels).to(newest.dtype)
-        change += moment.shares[branch] * (forecast.double() - newest.double())
-    guided = moment.guided.clone()
-    for first in range(0, len(guided), moment.images):
-        part = guided[first : first + moment.images][moment.part]
-        part.copy_((part.double() + change).to(part.dtype))
-    return guided
+        forecasts[branch] = channels_back(forecast, channels).to(outputs[0].dtype)
+    return moment.guide(forecasts)
+
+
+def _through_lengths(moment: Moment, branch: str, maps: torch.Tensor, channels: int) -> torch.Tensor:
+    """How what guidance makes changes with a branch's output, where it keeps each row's length; to first order.
+
+    Across a row's direction as much as the branch's share is; along it, as the length of the conditional output.
+
+    Args:
+        maps: ``[images, C, ...grid, K]``, changes of the branch's output.
+    """
+
+    def rows(x: torch.Tensor) -> torch.Tensor:
+        return channels_first(x, channels)[: len(maps), ..., None].to(maps)
+
+    newest, axis = moment.outputs["cond"][0][moment.part], 1 if moment.guided.ndim == 3 else -2
+    along = F.normalize(rows(moment.of_images(moment.guided)), dim=axis)
+    change = rows(moment.shares[branch].expand(newest.shape)) * (maps - along * (along * maps).sum(axis, keepdim=True))
+    if branch == "cond":
+        change += along * (F.normalize(rows(newest), dim=axis) * maps).sum(axis, keepdim=True)
+    return change
 
 
 def _rounded(scale: float) -> float:

@@ -16,10 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-from dqar.families import bare, conditions, family, last_layer, null_class
-from dqar.forecast.run import FinalHiddenStates, mixture, patch_sides, shared_part
+from dqar.families import as_batch, as_output, bare, conditions, family, null_class, transformers
+from dqar.forecast.run import FinalHiddenStates, bent_scale, keeps_lengths, mixture, patch_sides, shared_part
 from dqar.plan import BRANCHES
 from dqar.run import Call, Run, RunFinder
 from dqar.takeover import WATCH, give_back, take_over
@@ -51,7 +50,9 @@ class Moment:
         raw: the newest computed outputs as the model returned them, one for each of its calls a step.
         guided: what the pipeline made of the branches' outputs for the scheduler.
         sample: the latents that the scheduler steps from.
-        shares: how much of each branch's output is in ``guided``.
+        scale: the guidance scale; 1 without guidance.
+        shares: how much of each branch's output is in ``guided``: a number, or ``[b, ..., 1]`` where guidance keeps
+            each row's length.
     """
 
     timestep: float
@@ -61,7 +62,8 @@ class Moment:
     raw: list[torch.Tensor]
     guided: torch.Tensor
     sample: torch.Tensor
-    shares: dict[str, float]
+    scale: float
+    shares: dict[str, Any]
     scheduler: Any
     arguments: inspect.BoundArguments
 
@@ -71,9 +73,24 @@ class Moment:
         return len(self.latents)
 
     @property
-    def scale(self) -> float:
-        """The guidance scale; 1 without guidance."""
-        return self.shares["cond"] / sum(self.shares.values())
+    def keeps_lengths(self) -> bool:
+        """Whether guidance keeps the length of each row of the conditional output."""
+        return isinstance(self.shares["cond"], torch.Tensor)
+
+    def guide(self, forecasts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What the pipeline would make of other outputs of the branches ``[b, ...]``, in place of ``guided``."""
+        guided, images = self.guided.clone(), self.images
+        if self.keeps_lengths:
+            sign = self.shares["cond"].sum().sign()
+            forecast = sign * bent(forecasts["cond"].double(), forecasts["uncond"].double(), self.scale)
+        else:
+            forecast = self.of_images(guided).double()
+            for branch, output in forecasts.items():
+                newest = self.outputs[branch][0][self.part].to(output.device)
+                forecast = forecast + self.shares[branch] * (output.double() - newest.double())
+        for first in range(0, len(guided), images):
+            guided[first : first + images][self.part] = forecast.to(guided.dtype)
+        return guided
 
     @property
     def part(self) -> tuple[slice, ...]:
@@ -223,30 +240,37 @@ class Lockstep:
     def __init__(
         self, pipe: Any, num_inference_steps: int, seed: int = 0, computed_one: Callable[[], Any] = lambda: None
     ):
-        if not isinstance(getattr(pipe, "transformer", None), torch.nn.Module) or not hasattr(pipe, "scheduler"):
+        self._transformers = transformers(pipe)
+        if self._transformers[0] is pipe or not hasattr(pipe, "scheduler"):
             raise ValueError(f"{type(pipe).__name__} has no transformer and scheduler: a plan needs a pipeline of both")
         self.pipe, self.num_inference_steps, self.seed = pipe, num_inference_steps, seed
         self._computed_one = computed_one
         self._runs: dict[int, CallRun] = {}
         self._schedulers: dict[int, Any] = {}
-        self._model = bare(pipe.transformer)
+        self._model = bare(self._transformers[0])
         self._argument_names = list(inspect.signature(type(self._model).forward).parameters)[1:]
+        self._family = family(self._model)
         self._finder = RunFinder(
-            family(pipe.transformer),
-            null_class(pipe.transformer),
+            self._family,
+            null_class(self._model),
             lambda: self._schedulers.get(threading.get_ident()),
             _Forgetful,
             lambda: 0,
             lambda run: None,
         )
         try:
-            last_layer(self._model)
-            self._states: FinalHiddenStates | None = FinalHiddenStates(self._model)
+            self._states: FinalHiddenStates | None = FinalHiddenStates([bare(one) for one in self._transformers])
         except ValueError:
             self._states = None
 
     def __enter__(self) -> Lockstep:
-        take_over(self.pipe.transformer, self._forward)
+        for taken, transformer in enumerate(self._transformers):
+            try:
+                take_over(transformer, self._forward)
+            except ValueError:
+                for other in self._transformers[:taken]:
+                    give_back(other)
+                raise
         if self._states is not None:
             self._states.__enter__()
         WATCH.listen(self, self.pipe.scheduler)
@@ -256,7 +280,8 @@ class Lockstep:
         WATCH.leave(self)
         if self._states is not None:
             self._states.__exit__(*exception)
-        give_back(self.pipe.transformer)
+        for transformer in self._transformers:
+            give_back(transformer)
         self._finder.clear()
         if callable(free := getattr(self.pipe, "maybe_free_model_hooks", None)):
             free()
@@ -370,12 +395,14 @@ class Lockstep:
             [run.raw[key] for key in sorted(run.raw)],
             guided,
             sample,
+            1.0,
             {},
             bound.arguments["self"],
             bound,
         )
         of_images = moment.of_images(guided)
         shown = [x[moment.part] for x in newest.values()]
+        shares: list[Any]
         if len(shown) == 2:
             _, *shares = (x.item() for x in mixture(of_images.float(), shown[0].float(), shown[1].float()))
             if any(share != share for share in shares):  # NaN: both branches say the same
@@ -383,26 +410,36 @@ class Lockstep:
         else:
             flat = shown[0].flatten().double()
             shares = [(of_images.flatten().double() @ flat / (flat @ flat)).item()]
+        moment.scale = shares[0] / sum(shares)
+        rest = _rest(of_images, shares, shown)
+        if len(shown) == 2 and keeps_lengths(of_images, shown[0]):
+            scale = bent_scale(of_images.float(), shown[0].float(), shown[1].float()).item()
+            bent_shares = _bent_shares(of_images, shown[0], shown[1], scale)
+            if (bent_rest := _rest(of_images, bent_shares, shown)) < 0.5 * rest:
+                shares, rest, moment.scale = bent_shares, bent_rest, scale
         moment.shares = dict(zip(run.branches, shares, strict=True))
-        rest = of_images.double() - sum(s * x.double() for s, x in zip(shares, shown, strict=True))
-        if not (rest.norm() <= LARGEST_RESIDUAL * of_images.double().norm()):
+        if not rest <= LARGEST_RESIDUAL:
             if not of_images.isfinite().all():
                 raise FloatingPointError("the model's output holds NaN or inf")
             raise ValueError(
                 "guidance makes no weighted sum of the branches' outputs: leave out guidance_rescale and the like"
             )
+        if moment.keeps_lengths:
+            moment.hidden_states = {}  # what is read would go into each row by a matrix of its own
         return moment
 
     def _forward(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
         """Answers the transformer's calls: computes, replays, or returns what it last did."""
         run = self._runs.get(threading.get_ident())
         named = dict(zip(self._argument_names, args, strict=False)) | kwargs
-        latents = named.get("hidden_states")
         if run is None:
             return original(*args, **kwargs)
+        latents = as_batch(named.get(self._family.latents))
         if not isinstance(latents, torch.Tensor):
-            raise ValueError(f"{type(self._model).__name__} takes no tensor `hidden_states`: plans can't follow it")
-        found, call, _ = self._finder.find(latents, named.get("timestep"), conditions(named))
+            raise ValueError(
+                f"{type(self._model).__name__} takes no tensor `{self._family.latents}`: plans can't follow it"
+            )
+        found, call, _ = self._finder.find(latents, named.get(self._family.timestep), conditions(named))
         if found.timesteps is None:
             raise ValueError("the model is given a timestep that isn't the scheduler's")
         if len(found.streams) > 1:
@@ -415,7 +452,8 @@ class Lockstep:
             self._keep(run, call, key, run.replayed[step][key].to(latents.device), latents, None)
         elif run.computed is None or step in run.computed:
             output = original(*args, **kwargs)
-            self._keep(run, call, key, output[0], latents, self._states.take() if self._states is not None else None)
+            states = self._states.take() if self._states is not None else None
+            self._keep(run, call, key, as_batch(output[0]), latents, states)
             self._computed_one()
         else:
             output = None
@@ -425,7 +463,7 @@ class Lockstep:
         if output is not None:
             return output
         sample = run.raw[key].to(latents.device, copy=True)
-        return Transformer2DModelOutput(sample=sample) if named.get("return_dict", True) else (sample,)
+        return as_output(sample, self._family, named.get("return_dict", True))
 
     def _look(self, run: CallRun, call: Call, raw: torch.Tensor, latents: torch.Tensor) -> None:
         part, rows = shared_part(raw, latents), next(iter(call.slices.values()))
@@ -473,6 +511,25 @@ def _grid(x: torch.Tensor, channels: int) -> tuple[int, ...]:
     """The latents' sides, without batch and channels."""
     axis = x.ndim - 1 if x.ndim == 3 else channels
     return tuple(side for i, side in enumerate(x.shape) if i not in (0, axis))
+
+
+def bent(cond: torch.Tensor, uncond: torch.Tensor, scale: float) -> torch.Tensor:
+    """Guidance that gives each row, along the last axis, the length that it has in ``cond``."""
+    guided = uncond + scale * (cond - uncond)
+    return guided * (cond.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True).clamp_min(1e-12))
+
+
+def _bent_shares(guided: torch.Tensor, cond: torch.Tensor, uncond: torch.Tensor, scale: float) -> list[torch.Tensor]:
+    """How much of each branch is in what ``bent`` makes of them, or in its negative, ``[b, ..., 1]``."""
+    straight = uncond + scale * (cond - uncond)
+    stretch = (guided * straight).sum(-1, keepdim=True) / straight.square().sum(-1, keepdim=True).clamp_min(1e-12)
+    return [scale * stretch, (1 - scale) * stretch]
+
+
+def _rest(guided: torch.Tensor, shares: Sequence[Any], shown: Sequence[torch.Tensor]) -> float:
+    """How much of ``guided`` isn't the sum of what is shown by these shares."""
+    rest = guided.double() - sum(share * x.double() for share, x in zip(shares, shown, strict=True))
+    return (rest.norm() / guided.double().norm()).item()
 
 
 def _generator_states(generator: Any) -> list[torch.Tensor]:

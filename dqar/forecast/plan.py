@@ -36,7 +36,8 @@ class ForecastPlan:
         readouts: one row per step: for each branch a matrix from a token's hidden states to what is added to the
             forecast of its patch (rows, columns and channels of it), row by row, cond first; ``()``: nothing is added.
         provenance: where it comes from, and with which errors; saved with it, not compared.
-        scheduler: class name of the sampler that its weights were fitted under; ``None``: any, as of an extrapolation.
+        scheduler: class name of the sampler that its weights were fitted under, which other deterministic ones may take
+            the place of; ``None``: none, as of an extrapolation.
         latents: shape of one image's output, without the batch; ``None``: any, as of an extrapolation.
 
     Raises:
@@ -124,17 +125,8 @@ class ForecastPlan:
         late = len(timesteps) - len(self.timesteps)
         return late if late > 0 and _close(self.timesteps, timesteps[late:]) else 0
 
-    def check_run(self, timesteps: Sequence[float], scheduler: str | None = None) -> None:
-        """Raises ``ValueError`` for a run with other timesteps or another sampler, saying how they differ.
-
-        Args:
-            timesteps: those that the run visits.
-            scheduler: class name of its sampler.
-        """
-        if None not in (scheduler, self.scheduler) and scheduler != self.scheduler:
-            raise ValueError(
-                f"the plan was fitted under {self.scheduler}, this run uses {scheduler}: make one for this sampler"
-            )
+    def check_run(self, timesteps: Sequence[float]) -> None:
+        """Raises ``ValueError`` for a run that visits other timesteps, saying how they differ."""
         if len(timesteps) != len(self.timesteps):
             raise ValueError(
                 f"the plan was made for {steps_in_words(len(self.timesteps))}, this run takes {len(timesteps)}: "
@@ -180,8 +172,11 @@ class ForecastPlan:
 
     def save(self, path: str | Path) -> None:
         """Writes JSON: a row of weights per step, and which are computed."""
-        content = {"format": FORECAST_FORMAT, **vars(self)}
-        write_json(path, {**content, "computed": sorted(self.computed), "provenance": dict(self.provenance)})
+        write_json(path, {"format": FORECAST_FORMAT, **self.to_json()})
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields, as JSON takes them and ``ForecastPlan`` does."""
+        return {**vars(self), "computed": sorted(self.computed), "provenance": dict(self.provenance)}
 
     @classmethod
     def load(cls, path: str | Path) -> ForecastPlan:

@@ -8,9 +8,9 @@ What is promised is told from images that the plan wasn't fitted on, and holds f
 - **With confidence**, by Clopper and Pearson (1934): the least share of good images under which as many good ones of n
   as were seen would be rarer than 1 − confidence.
 
-Several plans are tried from the densest to the sparsest, until one fails: so each is tried only if all before it keep
-the promise, and the confidence holds for the plan that is taken, with no correction for how many were tried
-(fixed-sequence testing; Bauer 1991).
+A rule chooses a plan for each image: the sparsest of which it predicts a PSNR above a threshold. Thresholds are tried
+from the highest down, until one fails: so each is tried only if all before it keep the promise, and the confidence
+holds for the one that is taken, with no correction for how many were tried (fixed-sequence testing; Bauer 1991).
 """
 
 from __future__ import annotations
@@ -18,48 +18,27 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm.auto import tqdm
 
 from dqar.attention import apply_dqar
 from dqar.config import check
+from dqar.forecast.ladder import LadderEngine, PlanLadder, Promise
 from dqar.forecast.lockstep import call_arguments
 from dqar.forecast.plan import ForecastPlan
 
-
-@dataclass(frozen=True)
-class Promise:
-    """What was promised of a plan's images, and on what grounds.
-
-    Attributes:
-        decibels: the least PSNR to the same call without the plan, in dB.
-        share: of all images, that have it.
-        confidence: that this is so.
-        kept: of the images that it was tried on, those that have it.
-        images: that it was tried on.
-        expected: the PSNR (dB) that the next image has with probability ``share``, over the draw of all images.
-    """
-
-    decibels: float
-    share: float
-    confidence: float
-    kept: int
-    images: int
-    expected: float
-
-    @property
-    def holds(self) -> bool:
-        """Whether the images are grounds enough for it."""
-        return least_share(self.kept, self.images, self.confidence) >= self.share
-
-    def __str__(self) -> str:
-        return (
-            f"PSNR >= {self.decibels:g} dB in {self.share:.0%} of images, with {self.confidence:.0%} confidence: "
-            f"{self.kept} of {self.images} others have it"
-        )
+RULE_SHARE = 1 / 3
+"""Of the images that the plans weren't fitted on, those that the rule is fitted on."""
+RUNGS = (1.5, 2.0, 3.0)
+"""How many times fewer MACs a ladder's denser plans take."""
+THRESHOLDS = np.arange(15, -15.5, -0.5)
+"""In dB above what is promised; written down before any image is seen, as fixed-sequence testing needs."""
+RIDGES = tuple(10.0**power for power in range(-3, 3))
+BEST = 80.0
+"""PSNR in dB that the rule tells no more apart: rounding."""
 
 
 def conformal_bound(values: Sequence[float], share: float) -> float:
@@ -82,57 +61,131 @@ def images_needed(share: float, confidence: float) -> int:
     return math.ceil(math.log(1 - confidence) / math.log(share) - 1e-9)
 
 
-def keep_promise(
+def fit_ladder(
     pipe: Any,
     plans: Sequence[ForecastPlan],
     calls: Sequence[Mapping[str, Any]],
-    decibels: float = 45.0,
-    share: float = 0.95,
+    decibels: float,
+    share: float,
     confidence: float = 0.9,
     *,
     seed: int = 1_000_000,
-) -> ForecastPlan:
-    """The plan of ``plans`` that computes least and keeps the promise, with the promise in its provenance.
+) -> PlanLadder:
+    """A ladder that keeps a promise at the least cost found: the rule that chooses a plan for each image, calibrated.
+
+    Every call is drawn in full compute and by every plan. On the first ``RULE_SHARE`` of the images a ridge regression
+    learns to tell each plan's PSNR from ``first_step_features``; on the others the lowest threshold is sought with
+    which the images keep the promise.
 
     Args:
         pipe: the pipeline that the plans were made for.
-        plans: of one number of steps.
+        plans: of one kind of run.
         calls: keyword arguments of the pipeline, as for ``fit_plan``, but other images than the plans were fitted on,
             drawn as those will be that the promise is about.
         decibels, share, confidence: what is promised, see ``Promise``.
         seed: of the first call without generator or latents; the next one's is one more.
 
     Raises:
-        ValueError: too few images for the promise, or no plan keeps it.
+        ValueError: too few images for the promise, or the densest plan doesn't keep it.
     """
-    check("plans", len(plans), len({plan.timesteps for plan in plans}) == 1, "plans for the same timesteps")
-    for name, value in (("share", share), ("confidence", confidence)):
-        check(name, value, 0 < value < 1, "a number between 0 and 1")
-    calls = list(calls)
-    needed = images_needed(share, confidence)
-    reference: list[np.ndarray] = []
-    kept: ForecastPlan | None = None
-    for plan in sorted(plans, key=lambda own: -len(own.computed)):
+    check_promise(decibels, share, confidence)
+    plans = sorted(plans, key=lambda plan: -len(plan.computed))
+    reference = [_draw(pipe, plans[0], call, seed + i) for i, call in enumerate(tqdm(calls, "held out", leave=False))]
+    images = sum(map(len, reference))
+    check_enough(images, share, confidence)
+    first = int(RULE_SHARE * images)
+    quality = np.empty((images, len(plans)))
+    features: list[torch.Tensor] = []
+    for rung, plan in enumerate(plans):
+        alone = PlanLadder((plan,), ((0.0,),), math.inf, Promise(decibels, share, confidence, 0, 0, 0.0, 1.0))
         values: list[float] = []
-        for number, call in enumerate(tqdm(calls, desc=f"{len(plan.computed)} computed steps", leave=False)):
-            if number == len(reference):
-                reference.append(_draw(pipe, plan, call, seed + number))
-                drawn = sum(map(len, reference))
-            with apply_dqar(pipe, plan):
-                images = _draw(pipe, plan, call, seed + number)
-            values += [_psnr(ours, theirs) for ours, theirs in zip(images, reference[number], strict=True)]
-        check("calls", f"{drawn} images", drawn >= needed, f"{needed} or more, for a promise of this share")
-        good = sum(value >= decibels for value in values)
-        promise = Promise(decibels, share, confidence, good, len(values), conformal_bound(values, share))
-        if not promise.holds:
+        with apply_dqar(pipe, alone) as session:
+            for i, call in enumerate(tqdm(calls, f"{len(plan.computed)} computed steps", leave=False)):
+                drawn = _draw(pipe, plan, call, seed + i)
+                values += [_psnr(ours, theirs) for ours, theirs in zip(drawn, reference[i], strict=True)]
+        quality[:, rung] = values
+        assert isinstance(session.engine, LadderEngine)
+        features = [own for own, _ in session.engine.chosen]
+    check("calls", f"{len(features)} streams of {images} images", len(features) == images, "one stream of latents each")
+    told = torch.stack(features)
+    weights = tuple(
+        tuple(float(f"{w:.7g}") for w in ridge(told[:first].numpy(), np.minimum(quality[:first, rung], BEST)))
+        for rung in range(len(plans))
+    )
+    draft = PlanLadder(tuple(plans), weights, math.inf, alone.promise)
+    return calibrated(draft, told[first:], quality[first:])
+
+
+def calibrated(draft: PlanLadder, features: torch.Tensor, quality: np.ndarray) -> PlanLadder:
+    """The ladder with the lowest threshold with which images that its rule wasn't fitted on keep its promise.
+
+    Args:
+        features: ``[images, F]``, see ``first_step_features``.
+        quality: ``[images, plans]``, PSNR in dB.
+
+    Raises:
+        ValueError: the densest plan doesn't keep it.
+    """
+    promise, taken = draft.promise, None
+    steps, images = draft.plans[0].num_inference_steps, len(quality)
+    for threshold in (math.inf, *(promise.decibels + THRESHOLDS).tolist()):
+        trial = dataclasses.replace(draft, threshold=threshold)
+        rungs = trial.choose(features)
+        chosen = quality[range(images), rungs]
+        kept = int((chosen >= promise.decibels).sum())
+        if least_share(kept, images, promise.confidence) < promise.share:
             break
-        said = {**dataclasses.asdict(promise), "statement": str(promise)}
-        kept = dataclasses.replace(plan, provenance={**plan.provenance, "promise": said})
-    if kept is None:
+        facts: dict[str, Any] = {
+            "kept": kept,
+            "images": images,
+            "expected": conformal_bound(chosen.tolist(), promise.share),
+            "macs_speedup": steps * images / sum(len(draft.plans[rung].computed) for rung in rungs),
+        }
+        taken = dataclasses.replace(trial, promise=dataclasses.replace(promise, **facts))
+    if taken is None:
         raise ValueError(
-            f"no plan keeps the promise: with the densest, {promise.kept} of {promise.images} images have it"
+            f"no plan keeps the promise: with the densest, {kept} of {images} images have {promise.decibels:g} dB"
         )
-    return kept
+    return taken
+
+
+def check_promise(decibels: float, share: float, confidence: float = 0.9) -> None:
+    """Raises ``ValueError`` for numbers that can't be promised."""
+    check("decibels", decibels, isinstance(decibels, (int, float)) and math.isfinite(decibels), "a number of dB")
+    for name, value in (("share", share), ("confidence", confidence)):
+        check(name, value, isinstance(value, float) and 0 < value < 1, "a number between 0 and 1")
+
+
+def rungs(num_steps: int, macs: float) -> list[int]:
+    """How many steps a ladder's plans compute, the most first; the sparsest has ``macs`` times fewer MACs."""
+    factors = [*(factor for factor in RUNGS if factor < macs), macs]
+    return sorted({max(2, int(num_steps / factor)) for factor in factors}, reverse=True)
+
+
+def ridge(features: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Weights of ``features`` ``[n, F]``, and a constant, by ridge regression to ``values`` ``[n]``; ``[F + 1]``.
+
+    On features of unit variance; of ``RIDGES`` the one with the least error when each image is left out in turn.
+    """
+    mean, scale = features.mean(0), features.std(0)
+    scale = np.where(scale > 1e-9 * np.abs(mean) + 1e-12, scale, np.inf)  # what never varies tells nothing
+    left, singular, right = np.linalg.svd((features - mean) / scale, full_matrices=False)
+    goal, best = values - values.mean(), (math.inf, np.zeros(features.shape[1]))
+    for strength in RIDGES:
+        kept = singular**2 / (singular**2 + strength * len(values))
+        leverage = np.minimum((left**2 * kept).sum(1) + 1 / len(values), 1 - 1e-6)
+        error = np.square((goal - left @ (kept * (left.T @ goal))) / (1 - leverage)).mean()
+        damped = singular / (singular**2 + strength * len(values))
+        best = min(best, (error, right.T @ (damped * (left.T @ goal))), key=lambda pair: pair[0])
+    weights = best[1] / scale
+    return np.append(weights, values.mean() - weights @ mean)
+
+
+def check_enough(images: int, share: float, confidence: float = 0.9) -> None:
+    """Raises ``ValueError`` if so many images that no plan was fitted on are too few for a promise."""
+    needed = images_needed(share, confidence)
+    accepted = f"{math.ceil(needed / (1 - RULE_SHARE))} or more, and as many to fit the plans on"
+    check("calls", f"{images} held-out images", images - int(RULE_SHARE * images) >= needed, accepted)
 
 
 def _draw(pipe: Any, plan: ForecastPlan, call: Mapping[str, Any], seed: int) -> np.ndarray:

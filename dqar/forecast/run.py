@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from dqar.controller import DQARController
-from dqar.families import describe_model, family, last_layer
+from dqar.families import as_batch, as_output, describe_models, family, last_layer
 from dqar.forecast.plan import ForecastPlan
+from dqar.noise import adds_noise
 from dqar.plan import BRANCHES
 from dqar.run import Call, Run, Stream
 from dqar.takeover import Handler
@@ -26,7 +26,7 @@ class ForecastEngine:
     A step is counted from where the plan's runs begin, in the trace too.
 
     Args:
-        model: the diffusers transformer, without wrappers.
+        models: the diffusers transformers that denoise in turn, without wrappers; nearly always one.
         plan: which steps are computed, and how the others are forecast.
         trace: to write to.
 
@@ -36,10 +36,11 @@ class ForecastEngine:
 
     looks, saves = False, True
 
-    def __init__(self, model: torch.nn.Module, plan: ForecastPlan, trace: Trace):
-        plan.check_model(describe_model(model))
-        self.model, self.plan, self.trace = model, plan, trace
-        self._seen = FinalHiddenStates(model) if any(plan.readouts) else None
+    def __init__(self, models: Sequence[torch.nn.Module], plan: ForecastPlan, trace: Trace):
+        plan.check_model(describe_models(models))
+        self.model, self.plan, self.trace = models[0], plan, trace
+        self._family = family(self.model)
+        self._seen = FinalHiddenStates(models) if any(plan.readouts) else None
 
     @property
     def controller(self) -> DQARController:
@@ -48,11 +49,11 @@ class ForecastEngine:
 
     def handlers(self) -> list[tuple[torch.nn.Module, Handler]]:
         """The modules to take over, and who answers their calls."""
-        return [] if self._seen is None else [(self._seen.layer, self._seen.see)]
+        return [] if self._seen is None else [(layer, self._seen.see) for layer in self._seen.layers]
 
     def new_state(self) -> OutputForecast:
         """For one stream."""
-        return OutputForecast(self.plan, family(self.model).channels)
+        return OutputForecast(self.plan, self._family.channels)
 
     def clear(self) -> None:
         """Nothing is kept but the streams' own."""
@@ -65,7 +66,12 @@ class ForecastEngine:
                 "scheduler.set_timesteps in a loop of your own"
             )
         late = self._late(run)
-        self.plan.check_run(run.timesteps.values[late:], type(run.scheduler).__name__)
+        if self.plan.scheduler is not None and adds_noise(run.scheduler):
+            raise ValueError(
+                f"{type(run.scheduler).__name__} adds noise at each step, the plan was fitted under "
+                f"{self.plan.scheduler}: use that, or another deterministic sampler"
+            )
+        self.plan.check_run(run.timesteps.values[late:])
         if run.index < late:
             raise ValueError(
                 f"the plan was made for runs that begin at timestep {self.plan.timesteps[0]:g}, this one begins at "
@@ -80,12 +86,12 @@ class ForecastEngine:
         """
         plan, step = self.plan, run.index - self._late(run)
         forecast: OutputForecast = call.stream.state
-        latents, branches = named["hidden_states"], tuple(call.slices)
+        latents, branches = as_batch(named[self._family.latents]), tuple(call.slices)
         fresh = step in plan.computed
         if fresh:
             output = compute()
-            call.output = output[0]
-            forecast.keep(step, output[0], call.slices, latents)
+            call.output = as_batch(output[0])
+            forecast.keep(step, call.output, call.slices, latents)
             if step == min(plan.computed):
                 size = getattr(self.model.config, "sample_size", None)
                 plan.check_latents(forecast.outputs[branches[0]][0].shape[1:], size)
@@ -101,7 +107,7 @@ class ForecastEngine:
         if fresh and not (plan.weights[step] and forecast.usable(step, branches)):
             return output
         sample = forecast.output(step, latents, call.output, call.slices)
-        return Transformer2DModelOutput(sample=sample) if named.get("return_dict", True) else (sample,)
+        return as_output(sample, self._family, named.get("return_dict", True))
 
     def _record(self, run: Run, step: int, branches: Sequence[str], fresh: bool, nbytes: int) -> None:
         """Traces whether a call was computed or forecast, and the bytes kept for each of its branches."""
@@ -130,20 +136,20 @@ class ForecastEngine:
 
 
 class FinalHiddenStates:
-    """Sees what the model's last layer is given, ``[B, tokens, width]``; the computation stays untouched.
+    """Sees what the models' last layers are given, ``[B, tokens, width]``; the computation stays untouched.
 
-    A context manager, by a hook of PyTorch's own; or ``see`` answers the layer's calls.
+    A context manager, by hooks of PyTorch's own; or ``see`` answers the layers' calls.
 
     Raises:
         ValueError: a model whose last layer isn't known.
     """
 
-    def __init__(self, transformer: torch.nn.Module):
-        self.layer = last_layer(transformer)
+    def __init__(self, models: Sequence[torch.nn.Module]):
+        self.layers = [last_layer(model) for model in models]
         self._newest: dict[int, torch.Tensor] = {}  # by thread
 
     def see(self, original: Callable[..., Any], hidden_states: torch.Tensor) -> torch.Tensor:
-        """Answers the last layer's calls, as it would."""
+        """Answers a last layer's calls, as it would."""
         self._newest[threading.get_ident()] = hidden_states
         return original(hidden_states)
 
@@ -152,13 +158,15 @@ class FinalHiddenStates:
         return self._newest.pop(threading.get_ident())
 
     def __enter__(self) -> FinalHiddenStates:
-        self._handle = self.layer.register_forward_pre_hook(
-            lambda _module, args: self._newest.update({threading.get_ident(): args[0]})
-        )
+        self._handles = [
+            layer.register_forward_pre_hook(lambda _module, args: self._newest.update({threading.get_ident(): args[0]}))
+            for layer in self.layers
+        ]
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
 
 
 def shared_part(output: torch.Tensor, latents: torch.Tensor) -> tuple[slice, ...]:
@@ -357,7 +365,9 @@ class OutputForecast:
         if guided.shape != cond.shape:
             return None
         eps = torch.finfo(returned["cond"].dtype).eps
-        scale = mixture(guided, cond, uncond)[0]
+        scale = torch.where(
+            keeps_lengths(guided, cond), bent_scale(guided, cond, uncond), mixture(guided, cond, uncond)[0]
+        )
         difference, size = cond - uncond, math.sqrt(guided.numel())
         return torch.stack([scale, 16 * eps * (guided.norm() + uncond.norm()) / difference.norm() / size])
 
@@ -395,6 +405,26 @@ def mixture(
     determinant = dd * uu - du.square()
     ahead, total = (gd * uu - gu * du) / determinant, (gu * dd - gd * du) / determinant
     return (ahead / total).float(), ahead, total - ahead
+
+
+def keeps_lengths(guided: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+    """Whether each row of ``guided``, along the last axis, is as long as ``cond``'s: Qwen-Image and Lumina 2 do that.
+
+    A bool on the device; within bfloat16's rounding.
+    """
+    lengths, expected = guided.float().norm(dim=-1), cond.float().norm(dim=-1)
+    return ((lengths - expected).abs() <= 1e-2 * expected).all()
+
+
+def bent_scale(guided: torch.Tensor, cond: torch.Tensor, uncond: torch.Tensor) -> torch.Tensor:
+    """The guidance scale, on the device, where each row of ``guided`` was scaled: told from directions alone.
+
+    By least squares of what ``uncond + scale * (cond - uncond)`` has across the direction of ``guided``.
+    """
+    along, uncond, ahead = (x.to(_widest(x.device)) for x in (guided, uncond, cond - uncond))
+    along = along / along.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    uncond, ahead = (x - (x * along).sum(-1, keepdim=True) * along for x in (uncond, ahead))
+    return (-(uncond * ahead).sum() / (ahead * ahead).sum()).float()
 
 
 def _widest(device: torch.device) -> torch.dtype:

@@ -10,7 +10,7 @@ CORE = "core"
 """The top level of the package, and of ``forecast`` what a plan needs to run."""
 ABOVE_THE_CORE = {"__init__", "__main__", "api", "workbook"}
 """Top-level modules that put the parts together."""
-RUNTIME = {"forecast.plan", "forecast.run"}
+RUNTIME = {"forecast.plan", "forecast.run", "forecast.ladder"}
 
 
 def module_names() -> list[str]:

@@ -8,7 +8,7 @@ import torch
 from helpers import embedded_pipeline
 from scipy.ndimage import correlate
 
-from dqar import ForecastPlan
+from dqar import ForecastPlan, PlanLadder
 from dqar.__main__ import main
 from dqar.families import describe_model
 from dqar.forecast.fit import NEIGHBOURS_RIDGE, READOUT_RIDGE, StepSystem, neighbourhoods
@@ -203,12 +203,23 @@ def test_the_command_line_saves_a_plan_and_names_wrong_arguments(tmp_path, capsy
     assert len(plan.computed) == 4 and plan.provenance["profile"]["name"] == "smoke"
     assert main(["plan", *options, "--start", str(path), "--refinements", "0"]) == 0
     assert ForecastPlan.load(path).provenance["trials"][0]["computed"] == sorted(plan.computed)
+    assert main(["plan", *options, "--start", str(path), "--promise", "40", "0.9"]) == 2
+    assert "leave it out with --promise" in capsys.readouterr().err
     assert main(["plan", *options, "--start", str(path), "--macs", "4"]) == 2
     assert "computes 4 steps, 2 are wanted" in capsys.readouterr().err
     wrongs = (["--refinements", "-1"], ["--macs", "0.5"], ["--target", "best"], ["--scheduler", "heun"])
     for wrong in (*wrongs, ["--profile", "x"], ["--prompts", "x"]):
         assert main(["plan", *options, *wrong]) == 2
         assert wrong[0] in (error := capsys.readouterr().err) or wrong[1] in error
+
+
+def test_the_command_line_saves_a_ladder(tmp_path, capsys):
+    path = tmp_path / "ladder.json"
+    options = ["--profile", "smoke", "--macs", "2", "--images", "32", "--refinements", "0", "--out", str(path)]
+    assert main(["plan", *options, "--promise", "10", "0.5"]) == 0
+    assert "5, 4 computed steps; PSNR >= 10 dB in 50% of images" in capsys.readouterr().out
+    assert PlanLadder.load(path).plans[1].provenance["profile"]["name"] == "smoke"
+    assert main(["plan", *options, "--promise", "10", "1.5"]) == 2 and "share=1.5" in capsys.readouterr().err
 
 
 def test_the_command_line_plans_a_saved_pipeline(pixart_folder, tmp_path, capsys):

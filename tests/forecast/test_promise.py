@@ -1,16 +1,16 @@
 """Promises against the binomial's closed form, SciPy's beta, and the share of images that keep them."""
 
-import dataclasses
 import math
 
 import numpy as np
 import pytest
+import torch
 from helpers import embedded_pipeline
 from scipy.stats import beta
 
-from dqar import extrapolation, fit_plan
-from dqar.families import describe_model
-from dqar.forecast.promise import conformal_bound, images_needed, keep_promise, least_share
+from dqar import PlanLadder, apply_dqar, extrapolation, fit_plan
+from dqar.forecast.ladder import Promise
+from dqar.forecast.promise import RIDGES, calibrated, conformal_bound, images_needed, least_share, ridge
 
 
 @pytest.mark.parametrize(("kept", "images"), [(0, 5), (1, 5), (95, 100), (100, 100), (297, 300)])
@@ -47,23 +47,105 @@ def test_a_promise_is_broken_as_rarely_as_said():
     assert np.mean([shares[number] >= 0.95 for number in kept.tolist()]) <= 0.1
 
 
-def test_the_sparsest_plan_that_keeps_it_is_taken():
+def draft(decibels, share, plans=3):
+    """A ladder of plans that compute 8, 4 and 2 of 8 steps; the second feature tells how hard an image is."""
+    computed = (range(8), (0, 2, 4, 6), (0, 4))[:plans]
+    own = tuple(extrapolation(steps, range(8, 0, -1), 1.0, "model") for steps in computed)
+    weights = tuple((0.0, 10.0, 60.0 - 10 * rung) for rung in range(plans))
+    return PlanLadder(own, weights, math.inf, Promise(decibels, share, 0.9, 0, 0, 0.0, 1.0))
+
+
+def drawn_alike(generator, images):
+    """Features, and each plan's PSNR: ten times the second feature, less for sparser plans, and what no rule tells."""
+    features = generator.standard_normal((images, 2))
+    noise = 4 * generator.standard_normal((images, 1))
+    return torch.tensor(features), 10 * features[:, 1:] + noise + np.array([70.0, 50.0, 40.0])
+
+
+def test_a_ladder_breaks_its_promise_as_rarely_as_said():
+    generator = np.random.default_rng(2)
+    features, quality = drawn_alike(generator, 50_000)
+    broken, speedups = [], []
+    for _ in range(400):
+        ladder = calibrated(draft(40.0, 0.9), *drawn_alike(generator, 80))
+        rungs = ladder.choose(features)
+        broken.append(np.mean(quality[range(len(rungs)), rungs] >= 40) < 0.9)
+        speedups.append(ladder.promise.macs_speedup)
+    assert np.mean(broken) <= 0.1 + 2 * math.sqrt(0.1 * 0.9 / 400) and np.mean(speedups) > 1.5
+
+
+def test_a_ladder_is_cheaper_than_its_cheapest_plan_alone_that_keeps_the_promise():
+    told, quality = drawn_alike(np.random.default_rng(3), 300)
+    ladder = calibrated(draft(40.0, 0.9), told, quality)
+    assert [least_share(int((own >= 40).sum()), 300, 0.9) >= 0.9 for own in quality.T] == [True, False, False]
+    assert ladder.promise.macs_speedup > 1.4 and ladder.promise.kept >= 0.9 * 300 and ladder.promise.expected >= 40
+    rungs = ladder.choose(told)
+    assert ladder.promise.kept == sum(quality[i, rung] >= 40 for i, rung in enumerate(rungs))
+    assert ladder.promise.macs_speedup == pytest.approx(8 * 300 / sum((8, 4, 2)[rung] for rung in rungs))
+    with pytest.raises(ValueError, match=r"no plan keeps the promise: with the densest, \d+ of 300 images have 90 dB"):
+        calibrated(draft(90.0, 0.9), told, quality)
+
+
+def test_the_rule_is_ridge_regression():
+    """Against the closed form, and leaving each image out in turn."""
+    generator = np.random.default_rng(0)
+    features = np.c_[generator.standard_normal((30, 5)) * [1, 2, 3, 4, 5], np.full(30, 7.0)]  # one never varies
+    values = features[:, 0] - features[:, 3] + generator.standard_normal(30) + 50
+
+    def closed_form(x, y, strength, images=None):
+        z = (x - features.mean(0)) / features.std(0).clip(1e-9)
+        z, goal = z[:, :5], y - values.mean()
+        return np.linalg.solve(z.T @ z + strength * 30 * np.eye(5), z.T @ goal)
+
+    candidates = [closed_form(features, values, strength) for strength in RIDGES]
+    own = ridge(features, values)
+    scaled = own[:5] * features.std(0)[:5]
+    assert own[5] == 0 and any(np.allclose(scaled, one) for one in candidates)
+    assert own[-1] == pytest.approx(values.mean() - own[:-1] @ features.mean(0))
+    noise = ridge(features, generator.standard_normal(30))  # nothing to tell: the strongest ridge
+    assert np.abs(noise[:5] * features.std(0)[:5]).max() < 0.1
+
+
+def tame():
     pipe = embedded_pipeline()
     for parameter in pipe.transformer.parameters():
         parameter.data *= 0.4
-    calls = [{"class_labels": [*range(i, i + 4)], "guidance_scale": 3.0} for i in range(5)]
-    plan = fit_plan(pipe, calls[:1], 8, macs=2, refinements=0)
-    timesteps, model = plan.timesteps, describe_model(pipe.transformer)
-    every, poor = (extrapolation(own, timesteps, 3.0, model, 0) for own in (range(8), (0, 1)))
-    promised = keep_promise(pipe, [poor, plan, every], calls[1:], 30, 0.8, 0.9)
-    assert promised == plan and promised.provenance["promise"]["images"] == 16
-    assert promised.provenance["promise"]["kept"] == 16 and promised.provenance["promise"]["expected"] > 30
-    assert "PSNR >= 30 dB in 80% of images" in promised.provenance["promise"]["statement"]
-    assert keep_promise(pipe, [poor, plan, every], calls[1:], 200, 0.8, 0.9) == every
-    with pytest.raises(ValueError, match=r"no plan keeps the promise: with the densest, \d+ of 16"):
-        keep_promise(pipe, [poor], calls[1:], 100, 0.8, 0.9)
-    with pytest.raises(ValueError, match="16 images.* 45 or more"):
-        keep_promise(pipe, [plan], calls[1:], 30, 0.95, 0.9)
-    other = dataclasses.replace(poor, timesteps=[*timesteps[:-1], 0.5])
-    with pytest.raises(ValueError, match="the same timesteps"):
-        keep_promise(pipe, [plan, other], calls[1:])
+    return pipe
+
+
+def test_a_promise_is_fitted_from_calls_alone(tmp_path):
+    pipe = tame()
+    calls = [{"class_labels": [*range(i, i + 4)], "guidance_scale": 3.0} for i in range(6)]
+    ladder = fit_plan(pipe, calls, 8, macs=4, promise=(30.0, 0.5), refinements=0)
+    assert [len(plan.computed) for plan in ladder.plans] == [5, 4, 2]
+    assert all(plan.provenance["calibration_images"] == 12 for plan in ladder.plans)
+    assert ladder.promise.images == 8 and ladder.promise.kept >= 6 and ladder.promise.decibels == 30
+    ladder.save(tmp_path / "ladder.json")
+    decibels = []
+    for number, call in enumerate(calls[3:], 3):  # those that it wasn't fitted on, from the noise that they had
+        call = {**call, "num_inference_steps": 8, "output_type": "np"}
+        reference = pipe(**call, generator=torch.Generator().manual_seed(number)).images
+        with apply_dqar(pipe, PlanLadder.load(tmp_path / "ladder.json")) as session:
+            planned = pipe(**call, generator=torch.Generator().manual_seed(number)).images
+        assert len(session.summary()["plan_of_image"]) == 4 and "30 dB in 50%" in session.summary()["promise"]
+        decibels += (-10 * np.log10(np.square(planned - reference).mean((1, 2, 3)))).tolist()
+    assert sum(own >= 30 for own in decibels[4:]) == ladder.promise.kept
+    with pytest.raises(ValueError, match=r"with the densest, \d+ of 8 images have 200 dB"):
+        fit_plan(pipe, calls, 8, macs=4, promise=(200.0, 0.5), refinements=0)
+
+
+def test_what_cant_be_promised_is_said_before_anything_is_drawn():
+    pipe, calls, forwards = tame(), [{"class_labels": [1, 2]}] * 4, []
+    pipe.transformer.register_forward_hook(lambda *_: forwards.append(1))
+    for promise, text in (
+        ((45.0, 1.5), "share=1.5 is not accepted"),
+        ((math.nan, 0.9), "decibels=nan is not accepted"),
+        (45.0, "promise=45.0 is not accepted"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            fit_plan(pipe, calls, 8, macs=2, promise=promise)
+    with pytest.raises(ValueError, match="target='converged' is not accepted: 'reference'"):
+        fit_plan(pipe, calls, 8, macs=2, target="converged", promise=(45.0, 0.9))
+    assert not forwards
+    with pytest.raises(ValueError, match="4 held-out images is not accepted|calls='4 held-out images'.*: 66 or more"):
+        fit_plan(pipe, calls, 8, macs=2, promise=(45.0, 0.95))

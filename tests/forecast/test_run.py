@@ -107,7 +107,7 @@ def test_a_planned_run_is_what_it_says(pipe, kernel, reads):
 def test_patches_are_those_of_the_model(dit_folder):
     """What the last layer makes of the hidden states, put together, is the output; four channels, patches of 2."""
     transformer = DiTPipeline.from_pretrained(dit_folder).transformer
-    with torch.no_grad(), FinalHiddenStates(transformer) as seen:
+    with torch.no_grad(), FinalHiddenStates([transformer]) as seen:
         latents, t = torch.randn(2, 4, 8, 8), torch.tensor([5, 5])
         output = transformer(latents, timestep=t, class_labels=torch.tensor([1, 2])).sample
         patches = transformer.proj_out_2(seen.take())
@@ -115,7 +115,7 @@ def test_patches_are_those_of_the_model(dit_folder):
     assert torch.equal(to_patches(output, patches.shape[1]), patches)
     assert not transformer.proj_out_2._forward_pre_hooks
     with pytest.raises(ValueError, match="Linear has no final linear layer"):
-        FinalHiddenStates(torch.nn.Linear(1, 1))
+        FinalHiddenStates([torch.nn.Linear(1, 1)])
 
 
 @pytest.mark.parametrize("order", [0, 1, 2])
