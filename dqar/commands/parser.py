@@ -30,7 +30,9 @@ class Parser(argparse.ArgumentParser):
         group.add_argument("--weights", metavar="FROM", help="a whole pipeline: a folder, REPO or REPO@REVISION")
         group.add_argument("--device", help="cpu or cuda")
         group.add_argument("--images", type=int, metavar="N", help="of each method, at most, in every measurement")
-        group.add_argument("--reference", metavar="FROM", help="of FID: an .npz with mu and sigma, or a folder of images")
+        group.add_argument(
+            "--reference", metavar="FROM", help="of FID: an .npz with mu and sigma, or a folder of images"
+        )
         group.add_argument(
             "--set", action="append", default=[], metavar="FIELD=VALUE", help="any field, such as guidance_scale=4.0"
         )

@@ -131,8 +131,8 @@ def _at_hand(what: str, load: Callable[[], Any]) -> Any:
         return load()
     except (ImportError, OSError) as error:
         reason = " ".join(str(error).split())
-        text = f"{what} is missing, and all else goes on: it needs torch-fidelity, torchvision and transformers"
-        warnings.warn(f"{text} (pip install 'dqar[gpu]') and, once, a network for its weights: {reason}", stacklevel=3)
+        text = f"no {what}, and all else goes on: pip install 'dqar[gpu]', and, once, a network for the weights"
+        warnings.warn(f"{text} ({reason})", stacklevel=3)
         return None
 
 
@@ -143,7 +143,7 @@ def _inception(device: str) -> Inception | None:
 
         return Inception(NoTrainInceptionV3("inception-v3-compat", ["2048"], antialias=False).to(device))
 
-    return _at_hand("FID and sFID", load)
+    return _at_hand("FID and sFID by Inception-v3", load)
 
 
 @functools.cache

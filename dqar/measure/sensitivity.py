@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from tqdm.auto import tqdm
 
 from dqar.config import ReuseTarget
 from dqar.families import CONDITIONS, family
-from dqar.measure.sampling import LOOK, class_labels, first_latents, sample, within_memory
+from dqar.measure.sampling import LOOK, class_labels, conditions, first_latents, sample, within_memory
 from dqar.models.guidance import guide
 from dqar.models.pipelines import to_images
 from dqar.models.profiles import Profile
@@ -71,7 +70,7 @@ def _trials(
     features = _features(pipe, profile, seed, first_image, num_images)
     numbers = torch.arange(first_image, first_image + num_images)
     labels = class_labels(pipe, numbers)
-    asked = _Asked.of(pipe, profile, seed, first_image, num_images)
+    asked = _Asked.of(pipe, profile, numbers)
     scheduler = copy.deepcopy(pipe.scheduler)
     scheduler.set_timesteps(steps)
     states = [_State(first_latents(pipe, scheduler, seed, numbers), scheduler)]
@@ -127,22 +126,22 @@ class _Asked:
     prompt_lengths: torch.Tensor | None
 
     @classmethod
-    def of(cls, pipe: DiffusionPipeline, profile: Profile, seed: int, first_image: int, num_images: int) -> _Asked:
-        """Of the images that ``sample`` draws, as the pipeline itself asks for them in a run of one step."""
+    def of(cls, pipe: DiffusionPipeline, profile: Profile, images: torch.Tensor) -> _Asked:
+        """Of the images of these numbers, as the pipeline itself asks for them."""
         seen: dict[str, Any] = {}
         handle = pipe.transformer.register_forward_pre_hook(
             lambda _module, _args, kwargs: seen.update(kwargs), with_kwargs=True
         )
         try:
-            together = dataclasses.replace(profile, batch_size=num_images)
-            sample(pipe, together, seed, first_image=first_image, num_samples=num_images, num_inference_steps=1)
+            # PixArt's pipeline doesn't get through a run of one step.
+            pipe(**conditions(pipe, images), guidance_scale=profile.guidance_scale, num_inference_steps=2)
         finally:
             handle.remove()
         order = [family(pipe.transformer).branch_order.index(branch) for branch in BRANCHES]
-        rows = torch.cat([torch.arange(num_images) + half * num_images for half in order])
+        rows = torch.cat([torch.arange(len(images)) + half * len(images) for half in order])
         kept = {name: seen[name] for name in (*CONDITIONS, "added_cond_kwargs") if name in seen}
         mask = kept.get("encoder_attention_mask")
-        lengths = None if mask is None else mask[rows[:num_images].to(mask.device)].sum(1).float().cpu()
+        lengths = None if mask is None else mask[rows[: len(images)].to(mask.device)].sum(1).float().cpu()
         return cls(_rows(kept, rows), lengths)
 
     def select(self, images: torch.Tensor) -> _Asked:

@@ -17,9 +17,11 @@ from diffusers import (
 )
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
-DPM_SOLVER = {"algorithm_type": "dpmsolver++", "solver_order": 2}
+# Trailing steps begin at the last timestep, as the noise does, and are among those of five times as many steps; leading
+# ones, as in DiT-XL/2's own configuration, are neither.
+DPM_SOLVER = {"algorithm_type": "dpmsolver++", "solver_order": 2, "timestep_spacing": "trailing"}
 SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "ddim": (DDIMScheduler, {"clip_sample": False}),
+    "ddim": (DDIMScheduler, {"clip_sample": False, "timestep_spacing": "trailing"}),
     "dpm-solver++": (DPMSolverMultistepScheduler, DPM_SOLVER),
     # Other spacings of the same steps: even in log-SNR (Lu et al. 2022), or Karras et al.'s (2022).
     "dpm-solver++-lu": (DPMSolverMultistepScheduler, {**DPM_SOLVER, "use_lu_lambdas": True}),
@@ -223,5 +225,7 @@ def _typed(field: str, text: str) -> Any:
     except ValueError:
         value = -1
     if not 0 < value < float("inf"):
-        raise ValueError(f"profile field {field}={text} is not accepted: {'a whole' if hint is int else 'a'} number > 0")
+        raise ValueError(
+            f"profile field {field}={text} is not accepted: {'a whole' if hint is int else 'a'} number > 0"
+        )
     return value

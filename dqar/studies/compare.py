@@ -169,6 +169,7 @@ def compare(
     seed: int,
     first_image: int = 0,
     beside: Mapping[str, torch.Tensor] | None = None,
+    networks: bool = False,
 ) -> pd.DataFrame:
     """Draws by ``method`` the images that ``reference`` shows, and compares.
 
@@ -178,6 +179,7 @@ def compare(
         profile: model, sampler, guidance, steps and images at once.
         seed, first_image: as for ``sample``.
         beside: other images ``[N, C, H, W]`` to measure the error against, by name.
+        networks: whether Inception, CLIP and LPIPS score models without a classifier of their own, too.
 
     Returns:
         One row an image: the columns of ``FACTS`` that apply, ``image``, ``label``; ``mse``, the mean squared error to
@@ -196,8 +198,9 @@ def compare(
     table["ssim"] = metrics.ssim(drawn.images, reference.images).numpy()
     if not profile.trained:  # what a random model draws is no picture, and no method of it is better than another
         table[["mse", "ssim"]] = math.nan
-    for name, column in scores(profile, drawn.images, drawn.labels, reference.images).items():
-        table[name] = column
+    if networks or profile.embedded:
+        for name, column in scores(profile, drawn.images, drawn.labels, reference.images).items():
+            table[name] = column
     costs = {"macs": drawn.macs, "macs_speedup": reference.macs / drawn.macs, "sites_reused": drawn.sites_reused}
     return table.assign(**costs, events=drawn.events, cache_bytes=drawn.cache_bytes)
 
@@ -214,8 +217,8 @@ def summarize(rows: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         The columns of ``FACTS`` that are there; ``images``; ``psnr`` (dB of the mean squared error, ``inf`` if
-        identical), and ``psnr_<name>`` for every ``mse_<name>``; ``class_accuracy``, and the means of ``ssim``, ``lpips``,
-        ``clip`` and what all images have in common, so far as it is there.
+        identical), and ``psnr_<name>`` for every ``mse_<name>``; ``class_accuracy``, and the means of ``ssim``,
+        ``lpips``, ``clip`` and what all images have in common, so far as it is there.
     """
     by = rows.groupby("method", sort=False)
     table = by[[name for name in FACTS[1:] if name in rows]].first()

@@ -70,7 +70,9 @@ def study(labels: pd.DataFrame, delta: float, total_steps: int, **training: Any)
     """
     features = features_of(labels, total_steps)
     harmless = torch.tensor((labels.error < delta).to_numpy(), dtype=torch.float32)
-    train, stop, test = (torch.tensor((labels.label % GROUPS).isin(groups).to_numpy()) for groups in (TRAIN, STOP, TEST))
+    train, stop, test = (
+        torch.tensor((labels.label % GROUPS).isin(groups).to_numpy()) for groups in (TRAIN, STOP, TEST)
+    )
     network, history = train_policy(features[train], harmless[train], features[stop], harmless[stop], **training)
     judged = features[test]
     if omit := training.get("omit"):

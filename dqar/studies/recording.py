@@ -60,6 +60,15 @@ class Sizes:
         )
 
 
+def check_recordable(profile: Profile) -> None:
+    """Raises ``ValueError`` for a profile with random weights, or settings that an embedded model has no use for."""
+    if not profile.trained:
+        raise ValueError(f"profile {profile.name!r} can't be recorded: its weights are random; see `dqar benchmark`")
+    for field in ("weights", "reference", "rehearsal"):
+        if profile.embedded and getattr(profile, field):
+            raise ValueError(f"profile {profile.name!r} takes no {field}: it is an embedded model, with its own")
+
+
 class Recording:
     """The recorded tables of one profile, and their finished parts.
 
@@ -74,10 +83,7 @@ class Recording:
     """
 
     def __init__(self, profile: Profile, work: Path, out: Path):
-        if not profile.trained:
-            raise ValueError(f"profile {profile.name!r} can't be recorded: its weights are random; `dqar benchmark`")
-        if profile.embedded and (profile.reference or profile.rehearsal):
-            raise ValueError(f"profile {profile.name!r} has a reference and a classifier of its own: leave both out")
+        check_recordable(profile)
         self.profile, self.sizes = profile, Sizes.of(profile)
         self.folder, self.parts = out / profile.label, work / profile.label
         for folder in (self.folder, self.parts):
@@ -125,7 +131,7 @@ class Recording:
     def compare(self, method: Method, seed: int, first_image: int, number: int) -> pd.DataFrame:
         """``compare`` with full compute, whose images are kept beside the parts."""
         reference = self._full_compute(seed, first_image, number)
-        return compare(method, reference, self.many_at_once, seed, first_image)
+        return compare(method, reference, self.many_at_once, seed, first_image, networks=True)
 
     def _full_compute(self, seed: int, first_image: int, number: int) -> Drawn:
         path = self.parts / f"full-compute-{seed}-{first_image}-{number}.pt"

@@ -250,7 +250,9 @@ def record_memory(recording: Recording) -> pd.DataFrame:
     """``weight_bytes``, and ``added_bytes`` that drawing four images adds at its peak; a process for every method."""
 
     def measure() -> pd.DataFrame:
-        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        processes = multiprocessing.get_context("forkserver")
+        processes.set_forkserver_preload([__name__])  # imported once, for all of them
+        with processes.Pool(1, maxtasksperchild=1) as pool:
             calls = [(recording.profile, method) for method in _needed(recording)]
             return pd.DataFrame(tqdm(pool.imap(_memory, calls, chunksize=1), total=len(calls), desc="memory"))
 
