@@ -145,7 +145,7 @@ def slide13_plan_distances(run: Run, table: pd.DataFrame) -> Figure:
             axes.annotate(f"{row.psnr:.0f} dB", top, (0, 6), textcoords="offset points", ha="center", bbox=box)
     axes.axhline(0, color=DARK, ls="--", lw=2)
     axes.set_xticks(range(len(budgets)), [f"{budget:g}× fewer MACs" for budget in budgets])
-    axes.set(xlim=(-0.5, len(budgets) - 0.5), ylabel="FD-digits over full compute's")
+    axes.set(xlim=(-0.5, len(budgets) - 0.5), ylabel=f"{run.profile.distance} over full compute's")
     axes.legend()
     plans = table[table.kind == "DQAR plan"]
     farther = int((plans.fd_growth_low > 0).sum())
@@ -154,7 +154,7 @@ def slide13_plan_distances(run: Run, table: pd.DataFrame) -> Figure:
         f"{farther} of {len(plans)} plans are farther from the data than full compute; beside each point stands its "
         "PSNR to full compute",
     )
-    return save(run, "slide13_plan_distances", figure, table, "n = 1,000 images; bars: 95 %")
+    return save(run, "slide13_plan_distances", figure, table, f"n = {run.profile.images:,} images; bars: 95 %")
 
 
 def slide08_plans(run: Run, plans: dict[str, list[ForecastPlan]]) -> Figure:

@@ -90,9 +90,13 @@ def save(run: Run, name: str, figure: Figure, table: pd.DataFrame, note: str = "
     layout.set(rect=(0, 0.045, 1, 0.955))
     place: dict[str, Any] = {"size": SMALLEST, "color": GREY, "va": "bottom"}
     figure.text(0.008, 0.008, note, ha="left", **place)
+    rehearsal = "REHEARSAL: random weights" if run.profile.rehearsal else ""
     if len(table.columns):  # something was measured
-        text = f"{source['profile']['name']} · {device} · seed {source['seed']}"
+        rehearsal += " · " if rehearsal else ""
+        text = f"{rehearsal}{source['profile']['name']} · {device} · seed {source['seed']}"
         figure.text(0.992, 0.008, text, ha="right", **place)
+    elif rehearsal:
+        figure.text(0.992, 0.008, rehearsal, ha="right", **place)
     title = figure.get_suptitle() or (figure.axes[0].get_title() or figure.axes[0].get_title("left"))
     title = title.replace("\n", " ")
     panels = [f"{ax.get_ylabel()} against {ax.get_xlabel()}" for ax in figure.axes if ax.get_xlabel()]
@@ -100,7 +104,7 @@ def save(run: Run, name: str, figure: Figure, table: pd.DataFrame, note: str = "
     words = {
         "figure": name,
         "title": title,
-        "alt": ". ".join([title, *panels, note]).replace("\n", " ").strip(". ") + ".",
+        "alt": ". ".join([title, *panels, note, rehearsal]).replace("\n", " ").strip(". ") + ".",
         "smallest_text": min(text.get_fontsize() for text in texts),
     }
     drawn = io.BytesIO()
@@ -116,6 +120,11 @@ def save(run: Run, name: str, figure: Figure, table: pd.DataFrame, note: str = "
             path.write_text(json.dumps({**words, **source}, indent=2, ensure_ascii=False) + "\n")
     plt.close(figure)
     return figure
+
+
+def pictures(run: Run) -> str:
+    """What the profile's model draws, in a word."""
+    return "digits" if run.profile.model == "digits" else "images"
 
 
 def path_of(run: Run, name: str) -> Path:

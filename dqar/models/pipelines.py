@@ -171,11 +171,14 @@ def _load_pretrained(profile: Profile) -> DiffusionPipeline:
             )
             asked = profile.weights
         return pipeline.from_pretrained(asked.source, revision=asked.revision, dtype=profile.dtype, **parts)
-    except OSError as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         at = f" at revision {asked.revision}" if asked.revision else ""
         raise OSError(
             f"profile {profile.name!r} needs {asked.source}{at} from the Hugging Face hub, its local cache or a "
-            "folder: is there a network? Once it has been loaded, HF_HUB_OFFLINE=1 uses the cache"
+            "folder: is there a network, or is it half-downloaded? Once it has been loaded, HF_HUB_OFFLINE=1 uses the "
+            "cache"
         ) from error
 
 

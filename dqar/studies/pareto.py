@@ -323,7 +323,9 @@ def comparisons(
     def one(method: Method) -> pd.DataFrame:
         reference, converged = images()
         table = compare(method, reference, profile, PARETO_SEED, beside={"converged": converged})
-        return table.drop(columns="features", errors="ignore")  # a hundred methods' would weigh megabytes, and nobody reads them
+        return table.drop(
+            columns="features", errors="ignore"
+        )  # a hundred methods' would weigh megabytes, and nobody reads them
 
     return {slug(method.name): functools.partial(one, method) for method in methods}
 

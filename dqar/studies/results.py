@@ -115,8 +115,9 @@ def summary(run: Run, resamples: int = 200) -> pd.DataFrame:
 
     Returns:
         The columns of ``FACTS``; ``images``, ``psnr`` (dB), ``ssim``, ``class_accuracy``; ``fd`` (Fréchet distance to
-        the held-out data, in the classifier's features) and ``fd_growth`` (over full compute, on the same seeds), with
-        ``_low`` and ``_high``: 95 % bootstrap intervals; ``sites_reused`` (share), ``events`` (a run),
+        the reference, in the classifier's or Inception's features) and ``fd_growth`` (over full compute, on the same
+        seeds), with ``_low`` and ``_high``: 95 % bootstrap intervals; ``sfid``, ``lpips``, ``clip``, where they were
+        taken; ``sites_reused`` (share), ``events`` (a run),
         ``macs_speedup``; ``ms_per_step`` (four images) and ``speedup`` with quartiles; ``weight_bytes``,
         ``cache_bytes`` (an image), ``added_bytes`` (what drawing four images adds to the process at its peak).
     """
@@ -134,9 +135,10 @@ def summary(run: Run, resamples: int = 200) -> pd.DataFrame:
     if memory is not None:
         table = table.merge(memory, on="method", how="left")
     table = table.reindex(columns=[*FACTS, *COLUMNS])
-    table.attrs = images.attrs
+    table.attrs = dict(images.attrs)
     if seconds is not None:  # the hardware on which time was measured, not the one that drew the images
         table.attrs = {"provenance": {**seconds.attrs["provenance"], "images": images.attrs.get("provenance")}}
+    table.attrs["distance"] = run.profile.distance
     return table
 
 
