@@ -159,8 +159,9 @@ def slide07_delta(run: Run, oracle: pd.DataFrame) -> Figure:
     chosen = shown[shown.delta == delta].iloc[0]
     headline(
         figure,
-        f"A run of the most harmful reuses that count as harmless changes the Fréchet distance by "
-        f"{chosen.fd_growth:+.1%} and reaches {chosen.psnr:.0f} dB",
+        "A run of the most harmful reuses that count as harmless "
+        + ("" if np.isnan(chosen.fd_growth) else f"changes the Fréchet distance by {chosen.fd_growth:+.1%} and ")
+        + f"reaches {chosen.psnr:.0f} dB",
     )
     return save(
         run, "slide07_delta", figure, oracle, f"n = {oracle.image.nunique()} images; distance: {run.profile.distance}"

@@ -83,7 +83,7 @@ def slug(name: str) -> str:
 def provenance(profile: Profile, seed: int) -> dict[str, Any]:
     """What was run, on what, when, and by which code."""
     return {
-        "profile": {**dataclasses.asdict(profile), "dtype": str(profile.dtype)},
+        "profile": settings(profile),
         "seed": seed,
         "device": torch.cuda.get_device_name() if profile.device == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
@@ -94,6 +94,11 @@ def provenance(profile: Profile, seed: int) -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "fingerprint": _fingerprint(profile, seed),
     }
+
+
+def settings(profile: Profile) -> dict[str, Any]:
+    """The profile's fields as a provenance has them."""
+    return {**dataclasses.asdict(profile), "dtype": str(profile.dtype)}
 
 
 def save_table(table: pd.DataFrame, path: Path, source: dict[str, Any]) -> None:

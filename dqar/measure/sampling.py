@@ -131,11 +131,11 @@ def within_memory(run: Callable[[int], Result], batch_size: int, what: str) -> R
                 raise RuntimeError(
                     f"{what}: not even one image fits into the GPU's memory: --set offload=true keeps less there"
                 ) from error
-        batch_size //= 2
+        before, batch_size = batch_size, batch_size // 2
         torch.cuda.empty_cache()
         if what not in _FITS:
-            text = f"{what}: the GPU's memory is too small for {2 * batch_size} images at once, so fewer are"
-            warnings.warn(f"{text}: {batch_size}, then half of that", stacklevel=2)
+            text = f"{what}: the GPU's memory is too small for {before} images at once"
+            warnings.warn(f"{text}: {batch_size} are tried, and fewer if need be", stacklevel=2)
         _FITS[what] = batch_size
 
 

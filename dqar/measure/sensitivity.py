@@ -70,7 +70,7 @@ def _trials(
     features = _features(pipe, profile, seed, first_image, num_images)
     numbers = torch.arange(first_image, first_image + num_images)
     labels = class_labels(pipe, numbers)
-    asked = _Asked.of(pipe, profile, numbers)
+    asked = _Asked.of(pipe, numbers)
     scheduler = copy.deepcopy(pipe.scheduler)
     scheduler.set_timesteps(steps)
     states = [_State(first_latents(pipe, scheduler, seed, numbers), scheduler)]
@@ -126,7 +126,7 @@ class _Asked:
     prompt_lengths: torch.Tensor | None
 
     @classmethod
-    def of(cls, pipe: DiffusionPipeline, profile: Profile, images: torch.Tensor) -> _Asked:
+    def of(cls, pipe: DiffusionPipeline, images: torch.Tensor) -> _Asked:
         """Of the images of these numbers, as the pipeline itself asks for them."""
         seen: dict[str, Any] = {}
         handle = pipe.transformer.register_forward_pre_hook(
@@ -134,7 +134,7 @@ class _Asked:
         )
         try:
             # PixArt's pipeline doesn't get through a run of one step.
-            pipe(**conditions(pipe, images), guidance_scale=profile.guidance_scale, num_inference_steps=2)
+            pipe(**conditions(pipe, images), guidance_scale=2.0, num_inference_steps=2)
         finally:
             handle.remove()
         order = [family(pipe.transformer).branch_order.index(branch) for branch in BRANCHES]

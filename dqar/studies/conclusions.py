@@ -50,11 +50,14 @@ def verdicts(run: Run) -> pd.DataFrame:
             f"{kv_bytes / full_bytes:.2f} of full compute's.",
         ),
     ]
-    name, truly_fid = run.profile.distance, run.profile.distance == "FID"
-    growth = (
-        f"{name}: {kv.fd_growth:+.2f} ({kv.fd_growth_low:+.2f} to {kv.fd_growth_high:+.2f}) at {kv.macs_speedup:.2f}× "
-        f"fewer MACs; {half} steps: {fewer.fd_growth:+.2f} at {fewer.macs_speedup:.2f}×."
-    )
+    truly_fid = run.profile.distance == "FID"
+    growth = "Not recorded yet: make results."
+    if not math.isnan(kv.fd_growth):
+        growth = (
+            f"{'' if truly_fid else 'No FID, but '}{run.profile.distance}: {kv.fd_growth:+.2f} ({kv.fd_growth_low:+.2f} "
+            f"to {kv.fd_growth_high:+.2f}) at {kv.macs_speedup:.2f}× fewer MACs; {half} steps: "
+            f"{fewer.fd_growth:+.2f} at {fewer.macs_speedup:.2f}×."
+        )
     if truly_fid:
         tested.append(("FID grows by less than 1", kv.fd_growth, kv.fd_growth < 1, growth))
     rows = [
@@ -69,7 +72,7 @@ def verdicts(run: Run) -> pd.DataFrame:
             else (claim, "holds" if holds else "does not hold", reason)
             for claim, value, holds, reason in tested
         ),
-        *([] if truly_fid else [("FID grows by less than 1", "not testable here", f"No FID, but {growth}")]),
+        *([] if truly_fid else [("FID grows by less than 1", "not testable here", growth)]),
         (
             "Drop-in replacement, no retraining",
             "holds",

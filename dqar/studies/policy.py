@@ -23,6 +23,7 @@ from dqar.plan import BRANCHES, ReusePlan
 from dqar.policy import FEATURES, ReusePolicy, policy_features, train_policy
 from dqar.studies.compare import FULL, Method
 from dqar.studies.recording import LABEL_SEED, SWEEP_SEED, Recording
+from dqar.studies.reference import record_reference
 
 LABELLED: tuple[ReuseTarget, ...] = ("kv", "output", "block")
 """What policies are trained for."""
@@ -283,6 +284,7 @@ def recorded_policy(recording: Recording, target: ReuseTarget) -> ReusePolicy:
     """The policy for one reuse target, trained on its labels if it isn't yet; with δ from ``record_oracle``."""
     path = policy_path(recording.folder, target)
     if not path.exists():
+        record_reference(recording)
         labels, delta = recorded_labels(recording, target), calibrated_delta(record_oracle(recording))
         trained = study(labels, delta, recording.profile.num_inference_steps)
         card = {"target": target, "delta": delta, "labels": len(labels), "auc_held_out": trained.auc()}

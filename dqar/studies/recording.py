@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from dqar.measure.results import atomic_path, load_table, provenance, save_table
+from dqar.measure.results import atomic_path, load_table, provenance, save_table, settings
 from dqar.models.profiles import Profile
 from dqar.studies.compare import FULL, Drawn, Method, compare, draw
 
@@ -118,8 +118,7 @@ class Recording:
 
     def _of_this_profile(self, table: pd.DataFrame) -> pd.DataFrame:
         """The table, if nothing that changes results was otherwise when it was recorded."""
-        before = table.attrs["provenance"]["profile"]
-        now = provenance(self.profile, 0)["profile"]
+        before, now = table.attrs["provenance"]["profile"], settings(self.profile)
         for field in RESULT_FIELDS:
             if field in before and before[field] != now[field]:
                 raise ValueError(
