@@ -121,7 +121,8 @@ def run_notebook(path: Path, profile: str | Mapping[str, Any], seed: int, out: P
     try:
         folder.mkdir(parents=True, exist_ok=True)
         source = nbformat.read(path, as_version=4)
-        made_of = f"{profile}|{seed}|{code_hash(everything=True)}|{recorded_hash(profile_of(profile).label)}|{_written(source)}"
+        recordings = recorded_hash(profile_of(profile).label)
+        made_of = f"{profile}|{seed}|{code_hash(everything=True)}|{recordings}|{_written(source)}"
         key = hashlib.sha256(made_of.encode()).hexdigest()
         if executed.exists() and (notebook := _finished(executed)).metadata.get("dqar_key") == key:
             if not executed.with_suffix(".html").exists():

@@ -53,10 +53,10 @@ def verdicts(run: Run) -> pd.DataFrame:
     truly_fid = run.profile.distance == "FID"
     growth = "Not recorded yet: make results."
     if not math.isnan(kv.fd_growth):
+        name = run.profile.distance if truly_fid else f"No FID, but {run.profile.distance}"
         growth = (
-            f"{'' if truly_fid else 'No FID, but '}{run.profile.distance}: {kv.fd_growth:+.2f} ({kv.fd_growth_low:+.2f} "
-            f"to {kv.fd_growth_high:+.2f}) at {kv.macs_speedup:.2f}× fewer MACs; {half} steps: "
-            f"{fewer.fd_growth:+.2f} at {fewer.macs_speedup:.2f}×."
+            f"{name}: {kv.fd_growth:+.2f} ({kv.fd_growth_low:+.2f} to {kv.fd_growth_high:+.2f}) at "
+            f"{kv.macs_speedup:.2f}× fewer MACs; {half} steps: {fewer.fd_growth:+.2f} at {fewer.macs_speedup:.2f}×."
         )
     if truly_fid:
         tested.append(("FID grows by less than 1", kv.fd_growth, kv.fd_growth < 1, growth))
