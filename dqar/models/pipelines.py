@@ -150,6 +150,8 @@ def with_parts(pipe: DiffusionPipeline, **parts: Any) -> DiffusionPipeline:
     """A pipeline of the same parts but these, which are not copied."""
     labels = {} if (id2label := pipe.config.get("id2label")) is None else {"id2label": id2label}
     other = type(pipe)(**{**pipe.components, **labels, **parts})
+    if "labels" in vars(pipe):  # DiTPipeline's classes by name, which are in no config
+        other.labels = pipe.labels
     other.set_progress_bar_config(disable=True)
     return other
 
