@@ -45,7 +45,9 @@ def slide07(run: Run, labels: pd.DataFrame, oracle: pd.DataFrame) -> Figure:
     bars = {"network": areas.loc["nothing"], "network\nwithout\nentropy": areas.loc["entropy"]}
     rule = study.auc("rule")
     for number, area in enumerate(bars.values()):
-        spread = [[area["mean"] - area["min"]], [area["max"] - area["mean"]]]
+        spread = np.clip(
+            [[area["mean"] - area["min"]], [area["max"] - area["mean"]]], 0, None
+        )  # equal but for rounding
         right.bar(number, area["mean"], yerr=spread, color=ACCENT, capsize=8, alpha=1 if number == 0 else 0.55)
         right.text(number, area["max"] + 0.02, f"{area['mean']:.2f}", ha="center")
     right.bar(2, rule, color=GREY)
