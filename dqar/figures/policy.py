@@ -45,9 +45,8 @@ def slide07(run: Run, labels: pd.DataFrame, oracle: pd.DataFrame) -> Figure:
     bars = {"network": areas.loc["nothing"], "network\nwithout\nentropy": areas.loc["entropy"]}
     rule = study.auc("rule")
     for number, area in enumerate(bars.values()):
-        spread = np.clip(
-            [[area["mean"] - area["min"]], [area["max"] - area["mean"]]], 0, None
-        )  # equal but for rounding
+        # Clipped, since the mean of equal areas may lie beside them by rounding.
+        spread = np.clip([[area["mean"] - area["min"]], [area["max"] - area["mean"]]], 0, None)
         right.bar(number, area["mean"], yerr=spread, color=ACCENT, capsize=8, alpha=1 if number == 0 else 0.55)
         right.text(number, area["max"] + 0.02, f"{area['mean']:.2f}", ha="center")
     right.bar(2, rule, color=GREY)
