@@ -52,7 +52,7 @@ class Sizes:
             sites_per_step=2 if few else 3,
             sweep_images=2 if few else min(20, most),
             samples=most,
-            part=3 if few else min(100, most),
+            part=min(3 if few else 100, most),
             plan_images=10 if few else min(120, max(2, most)),
             refinements=1 if few else 24,
             pareto_images=2 if few else min(20, most),
