@@ -24,9 +24,12 @@ from dqar.models.profiles import WEIGHTS, Profile, profile_of
 
 PACKAGE = Path(__file__).parent.parent
 IN_A_CHECKOUT = (PACKAGE.parent / "pyproject.toml").exists()
-RECORDED = Path(os.environ.get("DQAR_RECORDED") or (PACKAGE.parent / "recorded" if IN_A_CHECKOUT else "recorded"))
+_RECORDED = PACKAGE.parent / "recorded" if IN_A_CHECKOUT else Path("recorded")
+RECORDED = Path(os.environ.get("DQAR_RECORDED", _RECORDED))
 """Long measurements of ``dqar.studies.record``, by profile: those in ``$DQAR_RECORDED``, in the repository, or, of an
 installed package, in the working folder."""
+BENCHMARKS = _RECORDED / "benchmarks"
+"""Those of ``dqar benchmark``, which belong to no profile."""
 
 
 class Run:
@@ -178,8 +181,8 @@ def code_hash(everything: bool = False) -> str:
 def recorded_hash(label: str) -> str:
     """A digest of the recorded tables of the profile with this label, and of the benchmarks, which belong to none."""
     digest = hashlib.sha256()
-    for folder in (label, "benchmarks"):
-        for path in sorted(path for path in (RECORDED / folder).rglob("*") if path.is_file()):
+    for folder in (RECORDED / label, BENCHMARKS):
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
