@@ -178,7 +178,8 @@ class _State:
         both = torch.cat([latents, latents])
         timesteps = t.to(both.device).expand(len(both))
         noise = pipe.transformer(both, timestep=timesteps, **asked.arguments).sample[:, : both.shape[1]]
-        noise = guide(*noise.chunk(2), guidance_scale)
+        cond, uncond = noise.chunk(2)
+        noise = guide(cond, uncond, guidance_scale)
         return _State(scheduler.step(noise, t, self.latents).prev_sample, scheduler, self.step + 1)
 
     def select(self, images: torch.Tensor) -> _State:

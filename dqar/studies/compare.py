@@ -199,8 +199,8 @@ def compare(
     if not profile.trained:  # what a random model draws is no picture, and no method of it is better than another
         table[["mse", "ssim"]] = math.nan
     if networks or profile.embedded:
-        for name, column in scores(profile, drawn.images, drawn.labels, reference.images).items():
-            table[name] = column
+        for name, values in scores(profile, drawn.images, drawn.labels, reference.images).items():
+            table[name] = values
     costs = {"macs": drawn.macs, "macs_speedup": reference.macs / drawn.macs, "sites_reused": drawn.sites_reused}
     return table.assign(**costs, events=drawn.events, cache_bytes=drawn.cache_bytes)
 

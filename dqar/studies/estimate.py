@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -98,15 +97,16 @@ def estimate(profile: Profile, folder: Path) -> pd.DataFrame:
     large, four = (dataclasses.replace(profile, batch_size=n) for n in (at_once, min(4, profile.images)))
     FULL.draw(large, 0, num_samples=at_once, num_inference_steps=2)  # warm
     metrics.reset_peak_memory(profile.device)
-    short, longer = (_seconds(profile, lambda n=n: FULL.draw(large, 0, num_samples=at_once, num_inference_steps=n))
-                     for n in (2, 6))  # fmt: skip
+    short, longer = (_seconds(FULL, large, steps) for steps in (2, 6))
     peak = metrics.peak_memory_bytes(profile.device)
     step = max(longer - short, 1e-9) / 4 / at_once
     decode = max(short / at_once - 2 * step, 0.0)
-    few = _slope(profile, FULL, four)
-    alone = _slope(profile, Method("looking", config=LOOK), dataclasses.replace(profile, batch_size=1))
+    few = _slope(FULL, four)
+    alone = _slope(Method("looking", config=LOOK), dataclasses.replace(profile, batch_size=1))
     drawn = FULL.draw(large, 0, num_samples=at_once, num_inference_steps=2)
-    score = _seconds(profile, lambda: scores(profile, drawn.images, drawn.labels, drawn.images)) / at_once
+    started = time.perf_counter()
+    scores(profile, drawn.images, drawn.labels, drawn.images)
+    score = (time.perf_counter() - started) / at_once
     extractor = None if profile.embedded else extractor_of(profile)
     row_bytes = 200 + 2 * sum(extractor.widths.values() if extractor else (64,))
     image_bytes = drawn.images[0].nbytes
@@ -122,18 +122,14 @@ def estimate(profile: Profile, folder: Path) -> pd.DataFrame:
     return table
 
 
-def _slope(profile: Profile, method: Method, batch: Profile) -> float:
+def _slope(method: Method, batch: Profile) -> float:
     """Seconds of one step of a guided image, all else taken out."""
-    number = batch.batch_size
-    short, longer = (
-        _seconds(profile, lambda n=n: method.draw(batch, 0, num_samples=number, num_inference_steps=n)) for n in (2, 6)
-    )
-    return max(longer - short, 1e-9) / 4 / number
+    short, longer = (_seconds(method, batch, steps) for steps in (2, 6))
+    return max(longer - short, 1e-9) / 4 / batch.batch_size
 
 
-def _seconds(profile: Profile, call: Callable[[], object]) -> float:
+def _seconds(method: Method, batch: Profile, steps: int) -> float:
+    """Of one batch, whose images come back to the CPU and so are done."""
     started = time.perf_counter()
-    call()
-    if profile.device == "cuda":
-        torch.cuda.synchronize()
+    method.draw(batch, 0, num_samples=batch.batch_size, num_inference_steps=steps)
     return time.perf_counter() - started
