@@ -13,9 +13,11 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import papermill
@@ -31,12 +33,12 @@ from rich.table import Table
 from traitlets.config import Config
 
 from dqar import __main__ as command
-from dqar.commands.parser import Parser
+from dqar.commands.parser import Parser, asked_profile
 from dqar.figures.gallery import publish
 from dqar.figures.notebook import check_parameters, store
 from dqar.figures.style import with_palette
 from dqar.measure.results import Run, atomic_path, code_hash, recorded_hash
-from dqar.models.profiles import get_profile
+from dqar.models.profiles import profile_of
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 ABOUT_TIME = ("10_benchmarks",)
@@ -104,8 +106,10 @@ def of_slide(slide: int, notebooks: list[Path]) -> list[Path]:
     return found
 
 
-def run_notebook(path: Path, profile: str, seed: int, out: Path) -> Outcome:
+def run_notebook(path: Path, profile: str | Mapping[str, Any], seed: int, out: Path) -> Outcome:
     """Executes one notebook into ``out/notebooks`` as .ipynb and HTML; a copy that succeeded before is kept.
+
+    ``profile`` is what ``Run`` takes.
 
     Whatever goes wrong with this one, a kernel that dies or is missing or a file that can't be read, is its outcome, so
     that the others run.
@@ -116,7 +120,8 @@ def run_notebook(path: Path, profile: str, seed: int, out: Path) -> Outcome:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         source = nbformat.read(path, as_version=4)
-        made_of = f"{profile}|{seed}|{code_hash(everything=True)}|{recorded_hash(profile)}|{_written(source)}"
+        recordings = recorded_hash(profile_of(profile).label)
+        made_of = f"{profile}|{seed}|{code_hash(everything=True)}|{recordings}|{_written(source)}"
         key = hashlib.sha256(made_of.encode()).hexdigest()
         if executed.exists() and (notebook := _finished(executed)).metadata.get("dqar_key") == key:
             if not executed.with_suffix(".html").exists():
@@ -276,6 +281,7 @@ def run(arguments: list[str]) -> int:
     """
     parser = Parser("workbook", "Runs the notebooks and makes the figures. Keeps what is finished; resumes.")
     parser.add_profile()
+    parser.add_changes()
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--only", metavar="NAMES", help="comma-separated beginnings of notebooks: 01,03 or trace")
     which.add_argument("--slide", type=int, help="only what draws the deck's picture of this slide")
@@ -294,18 +300,19 @@ def run(arguments: list[str]) -> int:
         parser.parse_args([f"--{name}={value}" for name, value in options.parameters], options)
     if options.jobs < 1:
         raise ValueError(f"--jobs {options.jobs} is not accepted: 1 or more")
-    profile = get_profile(options.profile)
+    asked = asked_profile(options)
+    profile = profile_of(asked)
     notebooks = choose(options.only, trained=profile.trained)
     if options.slide is not None:
         notebooks = of_slide(options.slide, notebooks)
-    out = options.out or store(options.profile)
-    Run(options.profile, options.seed, out)
+    out = options.out or store(profile.label)
+    Run(asked, options.seed, out)
     logging.basicConfig(filename=out / "workbook.log", level=logging.INFO, format="%(asctime)s %(message)s")
     warnings.filterwarnings("ignore", category=nbformat.validator.MissingIDFieldWarning)
     os.environ.pop("JPY_SESSION_NAME", None)  # where a notebook runs this: nobody watches the kernels that it starts
 
     def one(path: Path) -> Outcome:
-        return run_notebook(path, options.profile, options.seed, out)
+        return run_notebook(path, asked if len(asked) > 1 else options.profile, options.seed, out)
 
     if options.jobs == 1:
         outcomes = [one(path) for path in notebooks]
@@ -313,7 +320,7 @@ def run(arguments: list[str]) -> int:
         with ThreadPoolExecutor(options.jobs) as pool:
             outcomes = list(pool.map(one, notebooks))
     console = Console()
-    table = Table("notebook", "status", "seconds", title=f"profile {options.profile}, seed {options.seed}")
+    table = Table("notebook", "status", "seconds", title=f"profile {profile.label}, seed {options.seed}")
     for outcome in outcomes:
         logging.info("%s: %s in %.0f s %s", outcome.notebook, outcome.status, outcome.seconds, outcome.error)
         table.add_row(outcome.notebook, outcome.status, f"{outcome.seconds:.0f}")

@@ -60,9 +60,9 @@ def make_vae():
     return AutoencoderKL(block_out_channels=(8,), latent_channels=4, norm_num_groups=4, sample_size=8)
 
 
-def make_dit(seed=0, scheduler=None):
+def make_dit(seed=0, scheduler=None, **options):
     """A ``DiTPipeline``, VAE and all."""
-    transformer = random_transformer(seed, **LATENT, num_embeds_ada_norm=NULL)
+    transformer = random_transformer(seed, **LATENT, num_embeds_ada_norm=NULL, **options)
     scheduler = scheduler or DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
     return silent(DiTPipeline(transformer, make_vae(), scheduler))
 
@@ -71,10 +71,10 @@ WORDS = ("a", "cat", "dog", "on", "the", "red", "mat", "runs", "sits", "in", "pa
 PROMPTS = ("a cat", "two big red dog runs in the park")  # 2 and 8 words, and the end of the text
 
 
-def make_pixart(seed=0, scheduler=None):
+def make_pixart(seed=0, scheduler=None, num_layers=3):
     """A ``PixArtAlphaPipeline``, T5, tokenizer and VAE and all."""
     torch.manual_seed(seed)
-    transformer = randomize(PixArtTransformer2DModel(**LATENT, **TEXT, num_layers=3))
+    transformer = randomize(PixArtTransformer2DModel(**LATENT, **TEXT, num_layers=num_layers))
     vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from pathlib import Path
 from typing import NoReturn
 
-from dqar.models.profiles import PROFILES
+from dqar.models.profiles import PROFILES, Weights, get_profile, profile_of
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,6 +24,19 @@ class Parser(argparse.ArgumentParser):
         names = " ".join(PROFILES)
         self.add_argument("--profile", default="digits", metavar="NAME", help=f"{names} (default: digits)")
 
+    def add_changes(self) -> None:
+        """Adds the options that change a profile; ``asked_profile`` reads them."""
+        group = self.add_argument_group("changes to the profile: give `record` and `workbook` the same ones")
+        group.add_argument("--weights", metavar="FROM", help="a whole pipeline: a folder, REPO or REPO@REVISION")
+        group.add_argument("--device", help="cpu or cuda")
+        group.add_argument("--images", type=int, metavar="N", help="of each method, at most, in every measurement")
+        group.add_argument(
+            "--reference", metavar="FROM", help="of FID: an .npz with mu and sigma, or a folder of images"
+        )
+        group.add_argument(
+            "--set", action="append", default=[], metavar="FIELD=VALUE", help="any field, such as guidance_scale=4.0"
+        )
+
 
 class _Formatter(argparse.HelpFormatter):
     """One line an option, in 120 columns; the options aren't listed twice."""
@@ -34,3 +48,28 @@ class _Formatter(argparse.HelpFormatter):
         positionals = [action for action in actions if not action.option_strings]
         names = [f"{{{','.join(action.choices)}}}" if action.choices else action.dest for action in positionals]
         super().add_usage(" ".join([self._prog, *names, "[OPTIONS]"]), actions, groups, prefix)
+
+
+def asked_profile(options: argparse.Namespace) -> dict[str, str]:
+    """The profile's name and its changed fields as texts, for ``profiles.profile_of``; notebooks are given the same.
+
+    Raises:
+        ValueError: a profile, field or value that isn't accepted.
+    """
+    asked = {"name": options.profile}
+    if options.weights is not None:  # a whole pipeline, with its own transformer
+        weights = Weights.parse(options.weights)
+        asked |= {"weights": "@".join(filter(None, (weights.source, weights.revision))), "transformer": "none"}
+    if options.images is not None:
+        images = get_profile(options.profile, images=str(options.images)).images
+        asked |= {"images": str(images), "num_samples": str(min(images, get_profile(options.profile).num_samples))}
+    asked |= {name: value for name in ("device", "reference") if (value := getattr(options, name)) is not None}
+    for text in options.set:
+        field, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--set {text} is not accepted: FIELD=VALUE, such as guidance_scale=4.0")
+        asked[field] = value
+    if "reference" in asked:  # notebooks run in another folder
+        asked["reference"] = str(Path(asked["reference"]).resolve())
+    profile_of(asked)
+    return asked

@@ -26,13 +26,13 @@ def slide11(run: Run) -> Figure:
         ("Sampler", "DPM-Solver++ (50 steps)", f"{sampler} ({profile.num_inference_steps} steps)"),
         ("CFG scale", "7.5", f"{profile.guidance_scale:g}"),
         ("Batch size", "1", f"{profile.batch_size} (timing: 4)"),
-        ("Quality", "FID", "FD-digits (1,000 images), PSNR"),
+        ("Quality", "FID", f"{profile.distance} ({profile.images:,} images), PSNR"),
     ]
     table = pd.DataFrame(rows, columns=["Parameter", "The deck", f"Measured here (profile {profile.name})"])
     parameters = transformer["model"].split(", ")[-1].removesuffix(" params")
     title = (
         "The deck's configuration, and this run's"
-        if profile.model == "dit-xl-2"
+        if profile.model in ("dit-xl-2", "pixart")
         else f"Quality is measured on a model of {parameters} parameters; the deck's has 675M"
     )
     return save_table(run, "slide11", title, table, [14, 36, 40])

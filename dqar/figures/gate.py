@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 
 from dqar import stats
-from dqar.figures.style import ACCENT, BLUE, COMPUTE, DARK, GREY, headline, plain_ticks, recorded, save
+from dqar.figures.style import ACCENT, BLUE, COMPUTE, DARK, GREY, headline, pictures, plain_ticks, recorded, save
 from dqar.measure.calibrate import propose_gate
 from dqar.measure.results import Run
 from dqar.studies import policy, trace
@@ -118,5 +118,5 @@ def samples(run: Run, images: dict[str, torch.Tensor]) -> Figure:
             ax.set(xticks=[], yticks=[])
         label = "5 × difference" if is_difference else method.replace("kv", "K and V").replace(", ", ",\n", 1)
         line[0].set_ylabel(label, rotation=0, ha="right", va="center", size=16)
-    headline(figure, "The same digits from the same noise: full compute, and three ways of reuse")
+    headline(figure, f"The same {pictures(run)} from the same noise: full compute, and three ways of reuse")
     return save(run, "samples", figure, pd.DataFrame(), f"{len(reference)} images of the same seeds")

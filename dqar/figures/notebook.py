@@ -5,8 +5,9 @@ from __future__ import annotations
 import ast
 import functools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import tqdm.auto
 from IPython.core.getipython import get_ipython
@@ -14,19 +15,20 @@ from IPython.display import Markdown
 from matplotlib.figure import Figure
 
 from dqar.measure.results import IN_A_CHECKOUT, PACKAGE, Run
+from dqar.models.profiles import profile_of
 
 PARAMETERS = ("profile", "seed", "out")
 """Of every notebook."""
 
 
-def begin(profile: str, seed: int = 0, out: str | Path | None = None) -> Run:
+def begin(profile: str | Mapping[str, Any], seed: int = 0, out: str | Path | None = None) -> Run:
     """The run that a notebook measures, draws and keeps its results in.
 
     Outside of JupyterLab and VS Code, as under papermill, it switches all progress bars off: nobody watches them, and
     they would stand in the page.
 
     Args:
-        profile: a name from ``dqar.models.profiles``.
+        profile: a name from ``dqar.models.profiles``, or a mapping of its ``name`` and fields to change.
         seed: of all sampling.
         out: folder for results and figures; ``None``: ``store(profile)``.
 
@@ -41,7 +43,7 @@ def begin(profile: str, seed: int = 0, out: str | Path | None = None) -> Run:
         raise ValueError(f"seed={seed!r} is not accepted: an int")
     if not is_watched():
         tqdm.auto.tqdm.__init__ = functools.partialmethod(tqdm.auto.tqdm.__init__, disable=True)
-    return Run(profile, seed, store(profile) if out is None else out)
+    return Run(profile, seed, store(profile_of(profile).label) if out is None else out)
 
 
 def store(profile: str) -> Path:

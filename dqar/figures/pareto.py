@@ -150,7 +150,7 @@ def slide13_plan_distances(run: Run, table: pd.DataFrame) -> Figure:
             axes.annotate(f"{row.psnr:.0f} dB", top, (0, 6), textcoords="offset points", ha="center", bbox=box)
     axes.axhline(0, color=DARK, ls="--", lw=2)
     axes.set_xticks(range(len(budgets)), [f"{budget:g}× fewer MACs" for budget in budgets])
-    axes.set(xlim=(-0.5, len(budgets) - 0.5), ylabel="FD-digits over full compute's")
+    axes.set(xlim=(-0.5, len(budgets) - 0.5), ylabel=f"{run.profile.distance} over full compute's")
     axes.margins(y=0.12)
     axes.legend()
     plans = table[table.kind == "DQAR plan"]
@@ -160,7 +160,7 @@ def slide13_plan_distances(run: Run, table: pd.DataFrame) -> Figure:
         f"{farther} of {len(plans)} plans are farther from the data than full compute; "
         f"they keep {plans.psnr.min():.0f} to {plans.psnr.max():.0f} dB",
     )
-    note = "n = 1,000 images; bars: 95%; dB: PSNR to full compute, of the mean squared error"
+    note = f"n = {run.profile.images:,} images; bars: 95%; dB: PSNR to full compute, of the mean squared error"
     return save(run, "slide13_plan_distances", figure, table, note)
 
 

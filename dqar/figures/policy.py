@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_curve
 
-from dqar.figures.style import ACCENT, BLUE, COMPUTE, DARK, GREY, headline, plain_ticks, recorded, save
+from dqar.figures.style import ACCENT, BLUE, COMPUTE, DARK, GREY, headline, pictures, plain_ticks, recorded, save
 from dqar.measure.results import Run
 from dqar.studies import policy
 
@@ -45,7 +45,8 @@ def slide07(run: Run, labels: pd.DataFrame, oracle: pd.DataFrame) -> Figure:
     bars = {"network": areas.loc["nothing"], "network\nwithout\nentropy": areas.loc["entropy"]}
     rule = study.auc("rule")
     for number, area in enumerate(bars.values()):
-        spread = [[area["mean"] - area["min"]], [area["max"] - area["mean"]]]
+        # Clipped, since the mean of equal areas may lie beside them by rounding.
+        spread = np.clip([[area["mean"] - area["min"]], [area["max"] - area["mean"]]], 0, None)
         right.bar(number, area["mean"], yerr=spread, color=ACCENT, capsize=8, alpha=1 if number == 0 else 0.55)
         right.text(number, area["max"] + 0.02, f"{area['mean']:.2f}", ha="center")
     right.bar(2, rule, color=GREY)
@@ -54,7 +55,7 @@ def slide07(run: Run, labels: pd.DataFrame, oracle: pd.DataFrame) -> Figure:
     right.text(2.45, 0.52, "chance", ha="right")
     right.set_xticks(range(3), [*bars, "slide 5's\nrule"])
     right.set(ylim=(0, 1.05), ylabel="area under the ROC curve")
-    right.set_title("Held-out digits")
+    right.set_title(f"Held-out {pictures(run)}")
     right.grid(axis="x", visible=False)
     worse = "does not" if rule < 0.55 else "less well"
     useful = "adds nothing" if areas["mean"]["entropy"] >= areas["mean"]["nothing"] else "adds little"
@@ -86,14 +87,16 @@ def slide07_training(run: Run, labels: pd.DataFrame, oracle: pd.DataFrame) -> Fi
                  va="top" if score == "policy" else "bottom")  # fmt: skip
     roc.plot([0, 1], [0, 1], color=GREY, ls="--")
     roc.set(xlabel="harmful reuses accepted", ylabel="harmless reuses accepted")
-    roc.set_title("Held-out digits")
+    roc.set_title(f"Held-out {pictures(run)}")
     really, said = calibration_curve(study.held_out.harmless, study.held_out.policy, n_bins=8, strategy="quantile")
     calibration.plot([0, 1], [0, 1], color=GREY, ls="--")
     calibration.plot(said, really, color=ACCENT, lw=3, marker="o")
     calibration.set(xlabel="probability, as said", ylabel="share that is harmless")
     calibration.set_title("Calibration")
     worst = np.abs(really - said).max()
-    headline(figure, f"The network's probabilities are off by at most {worst:.2f} on digits that it has not seen")
+    headline(
+        figure, f"The network's probabilities are off by at most {worst:.2f} on {pictures(run)} that it has not seen"
+    )
     return save(run, "slide07_training", figure, labels, f"n = {len(study.held_out)} held-out reuses")
 
 
@@ -151,7 +154,7 @@ def slide07_delta(run: Run, oracle: pd.DataFrame) -> Figure:
     left.axhline(policy.DELTA_FD, color=GREY, ls="--", label="accepted")
     left.xaxis.set_major_formatter("{x:.0%}")
     left.yaxis.set_major_formatter("{x:.1%}")
-    left.set(xlabel="sites reused", ylabel="growth of FD-digits")
+    left.set(xlabel="sites reused", ylabel=f"growth of {run.profile.distance}")
     left.legend()
     right.plot(1e9 * shown.delta, shown.psnr, color=ACCENT, lw=4, marker="o", ms=10)
     right.axvline(1e9 * delta, color=GREY, ls="--", label="accepted")
@@ -161,10 +164,13 @@ def slide07_delta(run: Run, oracle: pd.DataFrame) -> Figure:
     chosen = shown[shown.delta == delta].iloc[0]
     headline(
         figure,
-        f"A run of the most harmful reuses that count as harmless changes the Fréchet distance by "
-        f"{chosen.fd_growth:+.1%} and reaches {chosen.psnr:.0f} dB",
+        "A run of the most harmful reuses that count as harmless "
+        + ("" if np.isnan(chosen.fd_growth) else f"changes the Fréchet distance by {chosen.fd_growth:+.1%} and ")
+        + f"reaches {chosen.psnr:.0f} dB",
     )
-    return save(run, "slide07_delta", figure, oracle, f"n = {oracle.image.nunique()} images; distance: FD-digits")
+    return save(
+        run, "slide07_delta", figure, oracle, f"n = {oracle.image.nunique()} images; distance: {run.profile.distance}"
+    )
 
 
 def _at_equal_share(runs: pd.DataFrame, share: float = 0.2) -> dict[str, float]:

@@ -70,7 +70,7 @@ def slide12(run: Run, summary: pd.DataFrame) -> Figure:
         "Runtime\n(ms a step)",
         "Memory\n(peak, MB)",
         "Reuse events",
-        "FID claimed, FD-digits measured",
+        f"FID claimed, {run.profile.distance} measured",
     ]
     table = pd.DataFrame(rows, columns=columns)
     slower, more = ("more" if x > 0 else "less" for x in (longer, larger))
@@ -137,8 +137,8 @@ def slide13(run: Run, summary: pd.DataFrame, gated: pd.DataFrame) -> Figure:
     for y, row in enumerate(here.itertuples()):
         found.annotate(_number(row.fd, ".2f"), (np.nanmax([row.fd_high, row.fd, 0]), y), (8, 0),
                        textcoords="offset points", va="center")  # fmt: skip
-    found.set(yticks=range(len(here)), yticklabels=[], xlim=(0, 6.5))
-    found.set_title("Measured: FD-digits (not FID)")
+    found.set(yticks=range(len(here)), yticklabels=[], xlim=(0, 1.5 * np.nanmax([*here.fd_high, *here.fd, 1e-9])))
+    found.set_title("Measured: " + run.profile.distance + (" (not FID)" if run.profile.embedded else ""))
     for ax in (claimed, found):
         ax.invert_yaxis()
         ax.grid(visible=False)
@@ -193,7 +193,7 @@ def slide13_distances(run: Run, summary: pd.DataFrame) -> Figure:
     left.barh(labels, table.fd_growth, xerr=np.clip(spread, 0, None), color=colors, capsize=5)
     left.axvline(0, color=GREY)
     left.invert_yaxis()
-    left.set(xlabel="FD-digits over full compute's")
+    left.set(xlabel=f"{run.profile.distance} over full compute's")
     bars = right.barh(labels, table.psnr, color=colors)
     right.bar_label(bars, [f"{psnr:.1f}" for psnr in table.psnr], padding=5)
     right.set(xlabel="PSNR to full compute (dB)", xlim=(0, 1.25 * table.psnr.max()))
@@ -225,9 +225,14 @@ def methods_table(summary: pd.DataFrame) -> pd.DataFrame:
                 f"{_number(r.added_bytes / 1e6, '.0f')}"
                 for r in summary.itertuples()
             ],
-            "FD-digits (95 %)": [
+            f"{summary.attrs.get('distance', 'Fréchet distance')} (95 %)": [
                 f"{r.fd:.2f} ({r.fd_low:.2f}–{r.fd_high:.2f})" if r.fd == r.fd else "–" for r in summary.itertuples()
             ],
+            **{
+                name.upper().replace("SFID", "sFID"): [_number(x, ".3g") for x in summary[name]]
+                for name in ("sfid", "lpips", "clip")
+                if summary[name].notna().any()
+            },
             "PSNR": [_number(x, ".1f", " dB") if x != np.inf else "identical" for x in summary.psnr],
             "SSIM": [_number(x, ".4f") for x in summary.ssim],
             "Class right": [_number(x * 100, ".1f", " %") for x in summary.class_accuracy],

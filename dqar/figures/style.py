@@ -99,10 +99,11 @@ def save(
     layout.set(rect=(0, 0.045, 1, 0.955))
     place: dict[str, Any] = {"size": SMALLEST, "color": GREY, "va": "bottom"}
     figure.text(0.008, 0.008, note, ha="left", **place)
+    rehearsal = "REHEARSAL: random weights" if run.profile.rehearsal else ""
     measured_on = ""
     if len(table.columns):  # something was measured
         measured_on = f"{source['profile']['name']} · {device} · seed {source['seed']}"
-        figure.text(0.992, 0.008, measured_on, ha="right", **place)
+    figure.text(0.992, 0.008, " · ".join(filter(None, (rehearsal, measured_on))), ha="right", **place)
     for text in figure.findobj(Text):
         if (signed := with_minus(text.get_text())) != text.get_text():
             text.set_text(signed)
@@ -115,7 +116,7 @@ def save(
     words = {
         "figure": name,
         "title": title,
-        "alt": ". ".join([title, *panels, note]).replace("\n", " ").strip(". ") + ".",
+        "alt": ". ".join([title, *panels, note, rehearsal]).replace("\n", " ").strip(". ") + ".",
         "smallest_text": min(text.get_fontsize() for text in texts),
         "note": note,
         "measured_on": measured_on,
@@ -185,6 +186,11 @@ def _write_with_sidecar(target: Path, picture: bytes, words: dict, source: dict[
         path.write_bytes(picture)
     with atomic_path(target.with_suffix(".json")) as path:
         path.write_text(json.dumps({**words, **source}, indent=2, ensure_ascii=False) + "\n")
+
+
+def pictures(run: Run) -> str:
+    """What the profile's model draws, in a word."""
+    return "digits" if run.profile.model == "digits" else "images"
 
 
 def path_of(run: Run, name: str) -> Path:

@@ -6,10 +6,12 @@ import dataclasses
 import math
 
 import pandas as pd
+import torch
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from dqar.config import DQARConfig, check
+from dqar.families import family
 from dqar.measure import metrics
 from dqar.measure.recorders import ChangeRecorder
 from dqar.measure.sampling import LOOK, sample
@@ -19,10 +21,28 @@ KEYS = ["run", "step", "layer", "branch"]
 
 
 def trace_sites(pipe: DiffusionPipeline, profile: Profile, seed: int, num_samples: int | None = None) -> pd.DataFrame:
-    """Every site of an untouched denoising: the trace, with the ``change`` of its output since the step before."""
-    with ChangeRecorder(pipe.transformer, profile.num_inference_steps) as changes:
-        drawn = sample(pipe, profile, seed, LOOK, num_samples=num_samples, description="trace")
-    return drawn.traced.to_pandas().merge(pd.DataFrame(changes.rows), on=KEYS, how="left")
+    """Every site of an untouched denoising: the trace, with the ``change`` of its output since the step before.
+
+    Of captions, ``prompt_length`` is a run's mean number of tokens.
+    """
+    lengths: list[float] = []
+
+    def look(_module: torch.nn.Module, _args: tuple, named: dict) -> None:
+        mask = named.get("encoder_attention_mask")
+        if mask is not None:
+            half = family(pipe.transformer).branch_order.index("cond")
+            lengths.append(mask.chunk(2)[half].sum(1).float().mean().item())
+
+    handle = pipe.transformer.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        with ChangeRecorder(pipe.transformer, profile.num_inference_steps) as changes:
+            drawn = sample(pipe, profile, seed, LOOK, num_samples=num_samples, description="trace")
+    finally:
+        handle.remove()
+    table = drawn.traced.to_pandas().merge(pd.DataFrame(changes.rows), on=KEYS, how="left")
+    if lengths:
+        table["prompt_length"] = table.run.map(dict(enumerate(lengths[:: profile.num_inference_steps])))
+    return table
 
 
 def propose_gate(sites: pd.DataFrame, share: float = 0.5, snr_range: tuple[float, float] = (0.5, 50.0)) -> DQARConfig:
@@ -40,7 +60,9 @@ def propose_gate(sites: pd.DataFrame, share: float = 0.5, snr_range: tuple[float
         "snr_range", snr_range, not inside.empty, f"the trace's SNR is {sites.snr.min():.3g} to {sites.snr.max():.3g}"
     )
     # Just above the quantile, since the gate asks for strictly less.
-    threshold = math.nextafter(float(inside.entropy.quantile(share)), math.inf)
+    # As the base of slide 5's τ(p), which the gate scales by the length of captions.
+    scale = (inside.prompt_length / 64) ** 0.5 if "prompt_length" in inside else 1.0
+    threshold = math.nextafter(float((inside.entropy / scale).quantile(share)), math.inf)
     return DQARConfig(entropy_threshold=threshold, snr_range=snr_range, schedule="all")
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,25 +61,56 @@ def ssim(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     return similarity
 
 
-def frechet_distance(features: torch.Tensor, reference: torch.Tensor) -> float:
+@dataclass(frozen=True)
+class Gaussian:
+    """What a Fréchet distance knows of a set of features: mean ``[D]`` and covariance ``[D, D]``, float64."""
+
+    mean: torch.Tensor
+    covariance: torch.Tensor
+
+    @classmethod
+    def of(cls, features: torch.Tensor) -> Gaussian:
+        """Of features ``[N >= 2, D]``.
+
+        Raises:
+            ValueError: fewer than two samples, or NaN or inf in the features.
+        """
+        _check_features("reference", features)
+        return cls(features.double().mean(0), torch.cov(features.double().T))
+
+    @functools.cached_property
+    def root(self) -> torch.Tensor:
+        """The covariance's square root."""
+        values, vectors = torch.linalg.eigh(self.covariance)
+        return vectors * values.clamp_min(0).sqrt() @ vectors.T
+
+
+def frechet_distance(features: torch.Tensor, reference: torch.Tensor | Gaussian) -> float:
     """Fréchet distance between Gaussians fitted to two sets of features ``[N, D]`` (Heusel et al. 2017), in float64.
 
     ``‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½)``. Name it after the extractor (``FD-digits``); FID is Inception's only.
 
     Raises:
-        ValueError: fewer than two samples, or NaN or inf in the features.
+        ValueError: fewer than two samples, NaN or inf in the features, or another number of them than the reference's.
     """
-    for name, x in (("features", features), ("reference", reference)):
-        if x.ndim != 2 or len(x) < 2 or not x.isfinite().all():
-            raise ValueError(f"{name} of shape {tuple(x.shape)}: needs [N >= 2, D] finite values")
-    a, b = features.double(), reference.double()
-    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
-    # Σ₁Σ₂ has the eigenvalues of √Σ₂ Σ₁ √Σ₂, which is symmetric: faster and steadier.
-    values, vectors = torch.linalg.eigh(cov_b)
-    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
-    root_trace = torch.linalg.eigvalsh(root @ cov_a @ root).clamp_min(0).sqrt().sum()
-    distance = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * root_trace
-    return float(distance.clamp_min(0))
+    _check_features("features", features)
+    other = reference if isinstance(reference, Gaussian) else Gaussian.of(reference)
+    if features.shape[1] != len(other.mean):
+        raise ValueError(f"{features.shape[1]} features can't be compared with a reference of {len(other.mean)}")
+    a = features.to(other.mean)
+    centred = (a - a.mean(0)) / (len(a) - 1) ** 0.5
+    # With X the centred features, (Σ₁Σ₂)^½ has the trace of the nuclear norm of X√Σ₂: its Gram matrix is symmetric, and
+    # of N or of D rows, whichever are fewer.
+    product = centred @ other.root
+    gram = product @ product.T if len(product) < product.shape[1] else product.T @ product
+    root_trace = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().sum()
+    distance = (a.mean(0) - other.mean).square().sum() + centred.square().sum() + other.covariance.trace()
+    return float((distance - 2 * root_trace).clamp_min(0))
+
+
+def _check_features(name: str, x: torch.Tensor) -> None:
+    if x.ndim != 2 or len(x) < 2 or not x.isfinite().all():
+        raise ValueError(f"{name} of shape {tuple(x.shape)}: needs [N >= 2, D] finite values")
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -20,20 +20,23 @@ from typing import Any
 import pandas as pd
 import torch
 
-from dqar.models.profiles import WEIGHTS, Profile, get_profile
+from dqar.models.profiles import WEIGHTS, Profile, profile_of
 
 PACKAGE = Path(__file__).parent.parent
 IN_A_CHECKOUT = (PACKAGE.parent / "pyproject.toml").exists()
-RECORDED = PACKAGE.parent / "recorded" if IN_A_CHECKOUT else Path("recorded")
-"""Long measurements of ``dqar.studies.record``, by profile: those in the repository, of the shipped models, or, of an
-installed package, those in the working folder."""
+_RECORDED = PACKAGE.parent / "recorded" if IN_A_CHECKOUT else Path("recorded")
+RECORDED = Path(os.environ.get("DQAR_RECORDED", _RECORDED))
+"""Long measurements of ``dqar.studies.record``, by profile: those in ``$DQAR_RECORDED``, in the repository, or, of an
+installed package, in the working folder."""
+BENCHMARKS = _RECORDED / "benchmarks"
+"""Those of ``dqar benchmark``, which belong to no profile."""
 
 
 class Run:
     """One run of the workbook: a profile, a seed, and the folder that its results and figures go to.
 
     Args:
-        profile: name of a profile in ``dqar.models.profiles``.
+        profile: name of a profile in ``dqar.models.profiles``, or a mapping of its ``name`` and fields to change.
         seed: of all sampling.
         out: folder for ``results/`` and ``figures/``, made if it isn't there.
 
@@ -42,11 +45,12 @@ class Run:
         OSError: ``out`` can't be written.
     """
 
-    def __init__(self, profile: str, seed: int = 0, out: str | Path = "out"):
-        self.profile = get_profile(profile)
+    def __init__(self, profile: str | Mapping[str, Any], seed: int = 0, out: str | Path = "out"):
+        self.profile = profile_of(profile)
         self.seed = seed
-        self.recordings = RECORDED / profile
-        self.results, self.figures = Path(out) / "results" / profile, Path(out) / "figures"
+        label = self.profile.label
+        self.recordings = RECORDED / label
+        self.results, self.figures = Path(out) / "results" / label, Path(out) / "figures"
         for folder in (self.results, self.figures):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -82,7 +86,7 @@ def slug(name: str) -> str:
 def provenance(profile: Profile, seed: int) -> dict[str, Any]:
     """What was run, on what, when, and by which code."""
     return {
-        "profile": {**dataclasses.asdict(profile), "dtype": str(profile.dtype)},
+        "profile": settings(profile),
         "seed": seed,
         "device": torch.cuda.get_device_name() if profile.device == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
@@ -93,6 +97,11 @@ def provenance(profile: Profile, seed: int) -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "fingerprint": _fingerprint(profile, seed),
     }
+
+
+def settings(profile: Profile) -> dict[str, Any]:
+    """The profile's fields as a provenance has them."""
+    return {**dataclasses.asdict(profile), "dtype": str(profile.dtype)}
 
 
 def save_table(table: pd.DataFrame, path: Path, source: dict[str, Any]) -> None:
@@ -107,7 +116,7 @@ def save_table(table: pd.DataFrame, path: Path, source: dict[str, Any]) -> None:
 
 
 def load_table(path: Path) -> pd.DataFrame:
-    """Reads what ``save_table`` wrote; the provenance is in ``attrs["provenance"]``.
+    """Reads what ``save_table`` wrote; ``attrs`` has its ``provenance``, and the ``folder`` that it lies in.
 
     Raises:
         ValueError: truncated, or without provenance.
@@ -121,7 +130,7 @@ def load_table(path: Path) -> pd.DataFrame:
     except (pa.ArrowInvalid, OSError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is truncated or no results file of dqar: remove it and run again") from error
     table = arrow.to_pandas()
-    table.attrs = {"provenance": source}
+    table.attrs = {"provenance": source, "folder": str(path.parent)}
     return table
 
 
@@ -169,11 +178,11 @@ def code_hash(everything: bool = False) -> str:
     return digest.hexdigest()
 
 
-def recorded_hash(profile: str) -> str:
-    """A digest of a profile's recorded tables, and of the benchmarks, which belong to none."""
+def recorded_hash(label: str) -> str:
+    """A digest of the recorded tables of the profile with this label, and of the benchmarks, which belong to none."""
     digest = hashlib.sha256()
-    for folder in (profile, "benchmarks"):
-        for path in sorted(path for path in (RECORDED / folder).rglob("*") if path.is_file()):
+    for folder in (RECORDED / label, BENCHMARKS):
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from diffusers import (
@@ -22,6 +25,7 @@ from dqar.models.profiles import Profile
 from dqar.plan import ReusePlan
 from dqar.trace import Trace
 
+Result = TypeVar("Result")
 OPEN = DQARConfig(entropy_threshold=None, snr_range=None)
 """Reuses whatever the schedule allows: neither entropy nor SNR has a say."""
 LOOK = DQARConfig(schedule="none", probe=Probe(record=True))
@@ -74,25 +78,65 @@ def sample(
         num_samples, num_inference_steps: in place of the profile's.
         first_image: number of the set's first image to draw.
         description: of the progress bar.
+
+    Raises:
+        RuntimeError: not even one image fits into the GPU's memory; of more, half as many are drawn at once.
     """
     images = torch.arange(first_image, first_image + (num_samples or profile.num_samples))
     labels = class_labels(pipe, images)
-    session = None if config is None else apply_dqar(pipe, config)
-    try:
-        batches = []
-        for part in tqdm(images.split(profile.batch_size), desc=description, leave=False):
-            drawn = pipe(
-                **conditions(pipe, part),
-                guidance_scale=profile.guidance_scale,
-                num_inference_steps=num_inference_steps or profile.num_inference_steps,
-                generator=noise_generators(seed, part),
-                output_type="pt",
-            ).images
-            batches.append(drawn.float().cpu())
-    finally:
-        if session is not None:
-            session.remove()
-    return Samples(torch.cat(batches), labels, session.trace if session else None)
+
+    def draw(batch_size: int) -> tuple[list[torch.Tensor], Trace | None]:
+        session = None if config is None else apply_dqar(pipe, config)
+        try:
+            batches = []
+            for part in tqdm(images.split(batch_size), desc=description, leave=False):
+                drawn = pipe(
+                    **conditions(pipe, part),
+                    guidance_scale=profile.guidance_scale,
+                    num_inference_steps=num_inference_steps or profile.num_inference_steps,
+                    generator=noise_generators(seed, part),
+                    output_type="pt",
+                ).images
+                batches.append(drawn.float().cpu())
+        finally:
+            if session is not None:
+                session.remove()
+        return batches, session.trace if session else None
+
+    batches, trace = within_memory(draw, min(profile.batch_size, len(images)), profile.label)
+    return Samples(torch.cat(batches), labels, trace)
+
+
+_FITS: dict[str, int] = {}
+"""The largest number of images at once that has fitted, by whatever ran out of memory with more."""
+
+
+def within_memory(run: Callable[[int], Result], batch_size: int, what: str) -> Result:
+    """``run(batch_size)``; where the GPU's memory is too small for that, from the start with half as many at once.
+
+    Args:
+        run: starts afresh at each call.
+        batch_size: at most.
+        what: needs so much memory; it is remembered, and said once.
+
+    Raises:
+        RuntimeError: one at once doesn't fit.
+    """
+    batch_size = min(batch_size, _FITS.get(what, batch_size))
+    while True:
+        try:
+            return run(batch_size)
+        except torch.OutOfMemoryError as error:
+            if batch_size == 1:
+                raise RuntimeError(
+                    f"{what}: not even one image fits into the GPU's memory: --set offload=true keeps less there"
+                ) from error
+        before, batch_size = batch_size, batch_size // 2
+        torch.cuda.empty_cache()
+        if what not in _FITS:
+            text = f"{what}: the GPU's memory is too small for {before} images at once"
+            warnings.warn(f"{text}: {batch_size} are tried, and fewer if need be", stacklevel=2)
+        _FITS[what] = batch_size
 
 
 def class_labels(pipe: DiffusionPipeline, images: torch.Tensor) -> torch.Tensor:

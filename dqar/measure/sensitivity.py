@@ -14,8 +14,9 @@ from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from dqar.config import ReuseTarget
-from dqar.measure.sampling import LOOK, class_labels, first_latents, sample
-from dqar.models.guidance import guided_prediction
+from dqar.families import CONDITIONS, family
+from dqar.measure.sampling import LOOK, class_labels, conditions, first_latents, sample, within_memory
+from dqar.models.guidance import guide
 from dqar.models.pipelines import to_images
 from dqar.models.profiles import Profile
 from dqar.plan import BRANCHES
@@ -43,19 +44,39 @@ def site_errors(
 
     Returns:
         One row per trial: ``image``, ``label``, ``step``, ``layer``, ``branch``, what the controller knows when it
-        decides (``entropy`` of the cached result, ``snr``, ``latent_norm``), ``change`` (relative error of the site's
-        own output) and ``error`` (mean squared error of the finished image in [0, 1], against full compute).
+        decides (``entropy`` of the cached result, ``snr``, ``latent_norm``, of captions ``prompt_length``), ``change``
+        (relative error of the site's own output) and ``error`` (mean squared error of the finished image in [0, 1],
+        against full compute).
     """
+
+    def trials(at_once: int) -> pd.DataFrame:
+        images = torch.arange(first_image, first_image + num_images).split(at_once)
+        parts = [_trials(pipe, profile, seed, target, int(part[0]), len(part), sites_per_step) for part in images]
+        return pd.concat(parts, ignore_index=True)
+
+    return within_memory(trials, num_images, f"{profile.label}, {sites_per_step} reuses of each image")
+
+
+def _trials(
+    pipe: DiffusionPipeline,
+    profile: Profile,
+    seed: int,
+    target: ReuseTarget,
+    first_image: int,
+    num_images: int,
+    sites_per_step: int,
+) -> pd.DataFrame:
     steps = profile.num_inference_steps
     features = _features(pipe, profile, seed, first_image, num_images)
     numbers = torch.arange(first_image, first_image + num_images)
     labels = class_labels(pipe, numbers)
+    asked = _Asked.of(pipe, numbers)
     scheduler = copy.deepcopy(pipe.scheduler)
     scheduler.set_timesteps(steps)
     states = [_State(first_latents(pipe, scheduler, seed, numbers), scheduler)]
     for _ in tqdm(range(steps), desc="reference", leave=False):
-        states.append(states[-1].advance(pipe, labels, profile.guidance_scale))
-    finished = to_images(pipe, states[-1].latents)
+        states.append(states[-1].advance(pipe, asked, profile.guidance_scale))
+    finished = to_images(pipe, states[-1].latents).cpu()
     generator = torch.Generator().manual_seed(seed * 1_000_003 + first_image)
     blocks = pipe.transformer.transformer_blocks
     rows = []
@@ -64,14 +85,17 @@ def site_errors(
         images = torch.arange(num_images).repeat_interleave(sites_per_step)
         layers, branches = torch.cat(sites) % len(blocks), torch.cat(sites) // len(blocks)
         with _replaced(blocks, target) as swap:
-            states[step - 1].advance(pipe, labels, profile.guidance_scale)
+            states[step - 1].advance(pipe, asked, profile.guidance_scale)
             swap.replay(images, layers, branches)
-            state = states[step].select(images).advance(pipe, labels[images], profile.guidance_scale)
+            chosen = asked.select(images)
+            state = states[step].select(images).advance(pipe, chosen, profile.guidance_scale)
             changes = swap.changes
         for _ in range(step + 1, steps):
-            state = state.advance(pipe, labels[images], profile.guidance_scale)
-        errors = (to_images(pipe, state.latents) - finished[images]).square().flatten(1).mean(1)
+            state = state.advance(pipe, chosen, profile.guidance_scale)
+        errors = (to_images(pipe, state.latents).cpu() - finished[images]).square().flatten(1).mean(1)
         table = pd.DataFrame({"image": images + first_image, "label": labels[images], "step": step, "layer": layers})
+        if asked.prompt_lengths is not None:
+            table["prompt_length"] = asked.prompt_lengths[images].numpy()
         rows.append(table.assign(branch=[BRANCHES[b] for b in branches], change=changes.numpy(), error=errors.numpy()))
     return pd.concat(rows, ignore_index=True).merge(features, on=["image", "step", "layer", "branch"])
 
@@ -90,6 +114,54 @@ def _features(pipe: DiffusionPipeline, profile: Profile, seed: int, first_image:
 
 
 @dataclass(frozen=True)
+class _Asked:
+    """What the transformer is given beside latents and timestep: of all images the conditional branch, then the other.
+
+    Attributes:
+        arguments: by name, tensors ``[2N, ...]`` or what doesn't depend on the image.
+        prompt_lengths: tokens of each caption ``[N]``; ``None`` where there are none.
+    """
+
+    arguments: dict[str, Any]
+    prompt_lengths: torch.Tensor | None
+
+    @classmethod
+    def of(cls, pipe: DiffusionPipeline, images: torch.Tensor) -> _Asked:
+        """Of the images of these numbers, as the pipeline itself asks for them."""
+        seen: dict[str, Any] = {}
+        handle = pipe.transformer.register_forward_pre_hook(
+            lambda _module, _args, kwargs: seen.update(kwargs), with_kwargs=True
+        )
+        try:
+            # PixArt's pipeline doesn't get through a run of one step.
+            pipe(**conditions(pipe, images), guidance_scale=2.0, num_inference_steps=2)
+        finally:
+            handle.remove()
+        order = [family(pipe.transformer).branch_order.index(branch) for branch in BRANCHES]
+        rows = torch.cat([torch.arange(len(images)) + half * len(images) for half in order])
+        kept = {name: seen[name] for name in (*CONDITIONS, "added_cond_kwargs") if name in seen}
+        mask = kept.get("encoder_attention_mask")
+        lengths = None if mask is None else mask[rows[: len(images)].to(mask.device)].sum(1).float().cpu()
+        return cls(_rows(kept, rows), lengths)
+
+    def select(self, images: torch.Tensor) -> _Asked:
+        """Of a batch made of these images, each as often as it is named."""
+        count = next(len(x) for x in self.arguments.values() if isinstance(x, torch.Tensor)) // 2
+        lengths = None if self.prompt_lengths is None else self.prompt_lengths[images]
+        return _Asked(_rows(self.arguments, torch.cat([images, images + count])), lengths)
+
+
+def _rows(arguments: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
+    """The arguments of these rows of a batch; what is no tensor, or none with rows, as it is."""
+    chosen = {}
+    for name, value in arguments.items():
+        if isinstance(value, dict):
+            value = _rows(value, rows)
+        chosen[name] = value[rows.to(value.device)] if isinstance(value, torch.Tensor) else value
+    return chosen
+
+
+@dataclass(frozen=True)
 class _State:
     """A denoising before one of its steps: latents ``[M, C, H, W]``, and the scheduler with all that it remembers."""
 
@@ -98,14 +170,16 @@ class _State:
     step: int = 0
 
     @torch.no_grad()
-    def advance(self, pipe: DiffusionPipeline, labels: torch.Tensor, guidance_scale: float) -> _State:
+    def advance(self, pipe: DiffusionPipeline, asked: _Asked, guidance_scale: float) -> _State:
         """The state one step later; this one stays as it is."""
         scheduler = copy.deepcopy(self.scheduler)
-        null = torch.full_like(labels, pipe.transformer.config.num_embeds_ada_norm)
         t = scheduler.timesteps[self.step]
-        noise = guided_prediction(
-            pipe.transformer, scheduler, self.latents, t, torch.cat([labels, null]), guidance_scale
-        )
+        latents = scheduler.scale_model_input(self.latents, t)
+        both = torch.cat([latents, latents])
+        timesteps = t.to(both.device).expand(len(both))
+        noise = pipe.transformer(both, timestep=timesteps, **asked.arguments).sample[:, : both.shape[1]]
+        cond, uncond = noise.chunk(2)
+        noise = guide(cond, uncond, guidance_scale)
         return _State(scheduler.step(noise, t, self.latents).prev_sample, scheduler, self.step + 1)
 
     def select(self, images: torch.Tensor) -> _State:
@@ -144,7 +218,7 @@ class _Swap:
             if len(source) == 0:
                 return result
             old, new = self.kept[layer, part][source], output[destination]
-            error = (new - old).flatten(1).norm(dim=1) / new.flatten(1).norm(dim=1)
+            error = ((new - old).flatten(1).float().norm(dim=1) / new.flatten(1).float().norm(dim=1)).cpu()
             items = destination % len(self.changes)
             self.changes[items] = torch.maximum(self.changes[items], error)
             result = result.clone()

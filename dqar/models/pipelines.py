@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -125,13 +126,34 @@ def load_pipeline(profile: Profile) -> DiffusionPipeline:
 
 
 def cached_pipeline(profile: Profile) -> DiffusionPipeline:
-    """One pipeline for all profiles of the same model, sampler, dtype and device, shared within the process."""
-    return _cached_pipeline(
-        dataclasses.replace(profile, num_inference_steps=1, guidance_scale=1.0, num_samples=1, batch_size=1, repeats=1)
+    """One pipeline for all profiles of the same model, sampler, dtype and device, shared within the process.
+
+    Pipelines of several samplers share the model: a GPU holds it once.
+    """
+    return _with_scheduler(
+        dataclasses.replace(
+            profile, num_inference_steps=1, guidance_scale=1.0, num_samples=1, images=1, batch_size=1, repeats=1
+        )
     )
 
 
-_cached_pipeline = functools.lru_cache(maxsize=8)(load_pipeline)
+@functools.lru_cache(maxsize=8)
+def _with_scheduler(profile: Profile) -> DiffusionPipeline:
+    loaded = _loaded(dataclasses.replace(profile, scheduler="ddim"))
+    return with_parts(loaded, scheduler=make_scheduler(profile.scheduler, loaded.scheduler))
+
+
+_loaded = functools.lru_cache(maxsize=4)(load_pipeline)
+
+
+def with_parts(pipe: DiffusionPipeline, **parts: Any) -> DiffusionPipeline:
+    """A pipeline of the same parts but these, which are not copied."""
+    labels = {} if (id2label := pipe.config.get("id2label")) is None else {"id2label": id2label}
+    other = type(pipe)(**{**pipe.components, **labels, **parts})
+    if "labels" in vars(pipe):  # DiTPipeline's classes by name, which are in no config
+        other.labels = pipe.labels
+    other.set_progress_bar_config(disable=True)
+    return other
 
 
 def _load_pretrained(profile: Profile) -> DiffusionPipeline:
@@ -151,11 +173,14 @@ def _load_pretrained(profile: Profile) -> DiffusionPipeline:
             )
             asked = profile.weights
         return pipeline.from_pretrained(asked.source, revision=asked.revision, dtype=profile.dtype, **parts)
-    except OSError as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         at = f" at revision {asked.revision}" if asked.revision else ""
         raise OSError(
             f"profile {profile.name!r} needs {asked.source}{at} from the Hugging Face hub, its local cache or a "
-            "folder: is there a network? Once it has been loaded, HF_HUB_OFFLINE=1 uses the cache"
+            "folder: is there a network, or is it half-downloaded? Once it has been loaded, HF_HUB_OFFLINE=1 uses the "
+            "cache"
         ) from error
 
 

@@ -27,6 +27,7 @@ from diffusers.hooks import (
 from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from diffusers.hooks.mag_cache import _MAG_CACHE_LEADER_BLOCK_HOOK
 
+from dqar.families import CONDITIONS, family, null_class
 from dqar.peers.rival import Rival
 from dqar.peers.shared import COMPONENTS, Progress, calibrate, check_range, quiet, watched
 
@@ -102,7 +103,7 @@ def diffusers_taylorseer_lite(
     """diffusers' TaylorSeer-Lite: forecasts the model's last layer only, with the schedule of ``diffusers_taylorseer``.
 
     It needed, besides what that needed: patterns for DiT, since ``use_lite_mode`` would look for ``proj_out``, which is
-    ``proj_out_2`` here, find none, and still let every block return zeros at the steps in between.
+    ``proj_out_2`` there, find none, and still let every block return zeros at the steps in between.
 
     Raises:
         ValueError: a setting out of range.
@@ -113,7 +114,7 @@ def diffusers_taylorseer_lite(
         max_order=order,
         disable_cache_before_step=warmup,
         taylor_factors_dtype=pipe.transformer.dtype,
-        cache_identifiers=["proj_out_2"],
+        cache_identifiers=[rf"^{family(pipe.transformer).last_layer}$"],
         skip_predict_identifiers=[r"transformer_blocks\.\d+"],
     )
     with _diffusers_cache(pipe, num_inference_steps, apply_taylorseer_cache, lambda _: config):
@@ -276,8 +277,8 @@ def faster_cache(
 ) -> Iterator[None]:
     """diffusers' FasterCache (Lv et al. 2024, arXiv 2410.19355): leaves out the unconditional half of the batch.
 
-    It needed: ``class_labels`` among the inputs that it halves, or else it raises; DiT's first input by its name; the
-    two halves swapped on their way in and out, since it takes the second one for the conditional one and DiT's
+    It needed: ``class_labels`` among the inputs that it halves, or else it raises; the first input by its name; of DiT
+    the two halves swapped on their way in and out, since it takes the second one for the conditional one and DiT's
     pipelines put that first; the format ``BCHW``, the timestep, and its hooks reset between runs. It needs guidance.
 
     Args:
@@ -305,7 +306,7 @@ def faster_cache(
             attention_weight_callback=lambda _: attention_weight,
             tensor_format="BCHW",
             current_timestep_callback=lambda: run.timestep,
-            _unconditional_conditional_input_kwargs_identifiers=["hidden_states", "timestep", "class_labels"],
+            _unconditional_conditional_input_kwargs_identifiers=["hidden_states", "timestep", *CONDITIONS],
         )
 
     def apply(transformer: torch.nn.Module, config: FasterCacheConfig) -> None:
@@ -313,14 +314,16 @@ def faster_cache(
             apply_faster_cache(transformer, config)
 
     with _diffusers_cache(pipe, num_inference_steps, apply, config) as run:
-        forward = pipe.transformer.forward
+        forward, cond_first = pipe.transformer.forward, family(pipe.transformer).branch_order[0] == "cond"
 
-        def swapped(hidden_states, timestep=None, class_labels=None, **kwargs):
-            null, half = pipe.transformer.config.num_embeds_ada_norm, len(class_labels) // 2
-            if run.step == 0 and (len(class_labels) % 2 or not bool((class_labels[half:] == null).all())):
+        def swapped(hidden_states, **kwargs):
+            half = len(hidden_states) // 2
+            if run.step == 0 and not _guided(pipe.transformer, hidden_states, kwargs):
                 raise ValueError("FasterCache needs guidance: the batch has no unconditional second half")
-            hidden_states, class_labels = hidden_states.roll(half, 0), class_labels.roll(half, 0)
-            output = forward(hidden_states=hidden_states, timestep=timestep, class_labels=class_labels, **kwargs)
+            if not cond_first:
+                return forward(hidden_states=hidden_states, **kwargs)
+            kwargs["class_labels"] = kwargs["class_labels"].roll(half, 0)
+            output = forward(hidden_states=hidden_states.roll(half, 0), **kwargs)
             if isinstance(output, tuple):
                 return (output[0].roll(half, 0),)
             output.sample = output.sample.roll(half, 0)
@@ -328,6 +331,14 @@ def faster_cache(
 
         pipe.transformer.forward = swapped
         yield
+
+
+def _guided(transformer: torch.nn.Module, latents: torch.Tensor, named: dict[str, Any]) -> bool:
+    """Whether the batch has both branches: null classes behind the labels, or, of captions, the same latents twice."""
+    half = len(latents) // 2
+    if (labels := named.get("class_labels")) is not None:
+        return len(labels) % 2 == 0 and bool((labels[half:] == null_class(transformer)).all())
+    return len(latents) % 2 == 0 and torch.equal(latents[:half], latents[half:])
 
 
 _INTERVALS = tuple({"interval": interval, "order": order} for interval in (2, 3, 4, 5, 6) for order in (1, 2))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from dqar.models.pipelines import num_classes
+from dqar.measure.sampling import conditions, noise_generators
 from dqar.takeover import handler_of
 
 COMPONENTS = ("attn1", "ff")
@@ -142,11 +142,12 @@ def calibrate(
     key = (what, pipe.transformer.dtype, sampler, num_inference_steps, guidance_scale, images)
 
     def draw():
+        numbers = torch.arange(images)
         pipe(
-            class_labels=[image % num_classes(pipe) for image in range(images)],
+            **conditions(pipe, numbers),
             guidance_scale=guidance_scale,
             num_inference_steps=num_inference_steps,
-            generator=[torch.Generator().manual_seed(CALIBRATION_SEED * 1_000_003 + i) for i in range(images)],
+            generator=noise_generators(CALIBRATION_SEED, numbers),
             output_type="np",
         )
 

@@ -30,7 +30,7 @@ from dqar.takeover import handler_of
 # hardly any time, and the salient channels that PTQ4DiT is about are in the layers that are named here. Nor pos_embed
 # and proj_out_2, which are tiny. (norm1.linear holds a third of a block's weights all the same: less memory is saved
 # than it seems.)
-_QUANTIZED = re.compile(r"transformer_blocks\.\d+\.(attn1|ff)\.")
+_QUANTIZED = re.compile(r"transformer_blocks\.\d+\.(attn1|attn2|ff)\.")
 
 
 def quantize_transformer(
@@ -45,7 +45,7 @@ def quantize_transformer(
         salience: from ``measure_salience``, turns on CSB; ``None`` leaves it out.
 
     Raises:
-        ValueError: other blocks than adaLN-Zero's, a transformer that is quantized already or carries hooks (which
+        ValueError: other blocks than DiT's or PixArt's, a transformer that is quantized already or carries hooks (which
             a copy would share with it), or another model's ``salience``.
     """
     _sites(transformer)
@@ -77,7 +77,7 @@ def measure_salience(
         Float32 ``[channels]`` on the CPU by the name of the layer; to_q's is also to_k's and to_v's.
 
     Raises:
-        ValueError: other blocks than adaLN-Zero's, or a quantized transformer.
+        ValueError: other blocks than DiT's or PixArt's, or a quantized transformer.
     """
     sites = _sites(pipe.transformer)
     peaks: dict[str, dict[float, torch.Tensor]] = {name: {} for name in sites}
@@ -137,14 +137,15 @@ def balance(transformer: DiTTransformer2DModel, salience: dict[str, torch.Tensor
       for shift/s and scale' = (1 + scale)/s − 1, as does that of the first feed-forward layer.
     - to_out's goes into to_v's rows, since attention mixes tokens, never channels.
     - The second feed-forward layer lies behind a GELU, which nothing can be moved through: it isn't balanced.
+    - PixArt's blocks share one adaLN layer, so of them only to_out is balanced.
 
     Args:
         transformer: diffusers', unquantized.
         salience: from ``measure_salience`` on this model. A channel of none, or of zero weights, keeps s = 1.
 
     Raises:
-        ValueError: other blocks than adaLN-Zero's, a quantized transformer, or another model's ``salience``; nothing
-            has changed then.
+        ValueError: other blocks than DiT's or PixArt's, a quantized transformer, or another model's ``salience``;
+            nothing has changed then.
     """
     sites = _sites(transformer)
     _check_salience(salience, sites)
@@ -210,24 +211,28 @@ def _sites(transformer: nn.Module) -> dict[str, _Site]:
     """
     blocks = getattr(transformer, "transformer_blocks", ())
     kinds = {str(getattr(block, "norm_type", type(block).__name__)) for block in blocks}
-    if kinds != {"ada_norm_zero"}:
+    if len(kinds) != 1 or not kinds <= {"ada_norm_zero", "ada_norm_single"}:
         raise ValueError(
             f"a {type(transformer).__name__} with transformer_blocks of {', '.join(sorted(kinds)) or 'no kind'} is not "
-            "accepted: needs those of norm_type 'ada_norm_zero', as DiTTransformer2DModel has"
+            "accepted: needs those of norm_type 'ada_norm_zero' or 'ada_norm_single', as DiT and PixArt have"
         )
     if any(is_traceable_wrapper_subclass(parameter) for parameter in transformer.parameters()):
         raise ValueError("a transformer that is quantized already is not accepted: needs the one it was made from")
     sites = {}
     for layer_id, block in enumerate(blocks):
-        attn, modulation, up = block.attn1, block.norm1.linear, block.ff.net[0].proj
+        attn, name = block.attn1, f"transformer_blocks.{layer_id}"
+        values = _Rows(attn.to_v, 0, attn.to_v.out_features)
+        sites[f"{name}.attn1.to_out.0"] = _Site((attn.to_out[0],), (values,))
+        if kinds == {
+            "ada_norm_single"
+        }:  # its shift and scale are made for all blocks by one layer: nothing to fold into
+            continue
+        modulation, up = block.norm1.linear, block.ff.net[0].proj
         width = modulation.out_features // 6
         # AdaLayerNormZero's order: shift, scale and gate of attention, then of the feed-forward layers.
         shift_msa, scale_msa, _, shift_mlp, scale_mlp, _ = (
             _Rows(modulation, i * width, (i + 1) * width, offset=float(i in (1, 4))) for i in range(6)
         )
-        name = f"transformer_blocks.{layer_id}"
-        values = _Rows(attn.to_v, 0, attn.to_v.out_features)
-        sites[f"{name}.attn1.to_out.0"] = _Site((attn.to_out[0],), (values,))
         sites[f"{name}.attn1.to_q"] = _Site((attn.to_q, attn.to_k, attn.to_v), (shift_msa, scale_msa))
         sites[f"{name}.ff.net.0.proj"] = _Site((up,), (shift_mlp, scale_mlp))
     return sites

@@ -25,7 +25,7 @@ from dqar.config import DQARConfig, Probe
 from dqar.families import describe_model
 from dqar.forecast.plan import extrapolation
 from dqar.measure import metrics
-from dqar.measure.results import RECORDED, Run, load_table, provenance, save_table
+from dqar.measure.results import BENCHMARKS, Run, load_table, provenance, save_table
 from dqar.models.pipelines import EmbeddedDiTPipeline, load_pipeline, make_scheduler, random_dit_xl_2
 from dqar.models.profiles import get_profile
 from dqar.plan import BRANCHES, ReusePlan
@@ -61,7 +61,7 @@ def overhead_of_looking(run: Run, shape: tuple[int, int, int, int] | None = None
     return run.table("overhead_of_looking", measure) if shape is None else measure()
 
 
-FOLDER = RECORDED / "benchmarks"
+FOLDER = BENCHMARKS
 """Of the recorded tables."""
 OVERHEAD = "overhead/digits-cpu.parquet"
 """Of ``dqar.studies.overhead``'s table, within the folder."""

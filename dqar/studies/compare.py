@@ -18,9 +18,9 @@ from tqdm.auto import tqdm
 from dqar.config import DQARConfig
 from dqar.forecast.plan import ForecastPlan
 from dqar.measure import metrics
+from dqar.measure.quality import scores
 from dqar.measure.sampling import Samples, sample
-from dqar.models.classifier import CLASSIFIERS, Classifier, load_classifier
-from dqar.models.pipelines import cached_pipeline, load_pipeline
+from dqar.models.pipelines import cached_pipeline, with_parts
 from dqar.models.profiles import Profile
 from dqar.peers import w8a8
 from dqar.peers.registry import Peer
@@ -110,10 +110,9 @@ FULL = Method("full compute")
 
 @functools.lru_cache(maxsize=2)
 def _quantized_pipeline(profile: Profile, balanced: bool) -> DiffusionPipeline:
-    pipe = load_pipeline(profile)
+    pipe = cached_pipeline(profile)
     salience = w8a8.measure_salience(pipe, profile, CALIBRATION_SEED) if balanced else None
-    pipe.transformer = w8a8.quantize_transformer(pipe.transformer, salience)
-    return pipe
+    return with_parts(pipe, transformer=w8a8.quantize_transformer(pipe.transformer, salience))
 
 
 @dataclass(frozen=True)
@@ -170,6 +169,7 @@ def compare(
     seed: int,
     first_image: int = 0,
     beside: Mapping[str, torch.Tensor] | None = None,
+    networks: bool = False,
 ) -> pd.DataFrame:
     """Draws by ``method`` the images that ``reference`` shows, and compares.
 
@@ -179,12 +179,13 @@ def compare(
         profile: model, sampler, guidance, steps and images at once.
         seed, first_image: as for ``sample``.
         beside: other images ``[N, C, H, W]`` to measure the error against, by name.
+        networks: whether Inception, CLIP and LPIPS score models without a classifier of their own, too.
 
     Returns:
         One row an image: the columns of ``FACTS`` that apply, ``image``, ``label``; ``mse``, the mean squared error to
-        the reference, and ``mse_<name>`` to each of ``beside``; ``ssim``; ``predicted`` (class) and ``features``
-        (float16 ``[D]``), where there is a classifier; and what all images have in common: ``macs``, ``macs_speedup``
-        (the reference's over these), ``sites_reused``, ``events`` and ``cache_bytes`` of ``Drawn``.
+        the reference, and ``mse_<name>`` to each of ``beside``; ``ssim``; the columns of ``quality.scores``; and what
+        all images have in common: ``macs``, ``macs_speedup`` (the reference's over these), ``sites_reused``,
+        ``events`` and ``cache_bytes`` of ``Drawn``.
     """
     number = len(reference.images)
     drawn = reference if method == reference.method else draw(method, profile, seed, first_image, number)
@@ -197,10 +198,9 @@ def compare(
     table["ssim"] = metrics.ssim(drawn.images, reference.images).numpy()
     if not profile.trained:  # what a random model draws is no picture, and no method of it is better than another
         table[["mse", "ssim"]] = math.nan
-    if (classifier := classifier_of(profile)) is not None:
-        predicted, features = metrics.classify(classifier, drawn.images)
-        table["predicted"] = predicted.numpy()
-        table["features"] = list(features.half().numpy())
+    if networks or profile.embedded:
+        for name, values in scores(profile, drawn.images, drawn.labels, reference.images).items():
+            table[name] = values
     costs = {"macs": drawn.macs, "macs_speedup": reference.macs / drawn.macs, "sites_reused": drawn.sites_reused}
     return table.assign(**costs, events=drawn.events, cache_bytes=drawn.cache_bytes)
 
@@ -217,8 +217,8 @@ def summarize(rows: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         The columns of ``FACTS`` that are there; ``images``; ``psnr`` (dB of the mean squared error, ``inf`` if
-        identical), and ``psnr_<name>`` for every ``mse_<name>``; ``ssim``, ``class_accuracy`` and the means of what all
-        images have in common, so far as it is there.
+        identical), and ``psnr_<name>`` for every ``mse_<name>``; ``class_accuracy``, and the means of ``ssim``,
+        ``lpips``, ``clip`` and what all images have in common, so far as it is there.
     """
     by = rows.groupby("method", sort=False)
     table = by[[name for name in FACTS[1:] if name in rows]].first()
@@ -227,20 +227,10 @@ def summarize(rows: pd.DataFrame) -> pd.DataFrame:
         table[column.replace("mse", "psnr")] = metrics.decibels(by[column].mean())
     if "predicted" in rows:
         table["class_accuracy"] = (rows.predicted == rows.label).groupby(rows.method, sort=False).mean()
-    common = ("ssim", "macs", "macs_speedup", "sites_reused", "events", "cache_bytes")
+    common = ("ssim", "lpips", "clip", "macs", "macs_speedup", "sites_reused", "events", "cache_bytes")
     table = table.join(by[[name for name in common if name in rows]].mean()).reset_index()
     table.attrs = rows.attrs
     return table
-
-
-@functools.cache
-def _classifier(model: str) -> Classifier:
-    return load_classifier(model)
-
-
-def classifier_of(profile: Profile) -> Classifier | None:
-    """The classifier of a profile's images; ``None`` where there is none, or nothing to see in them."""
-    return _classifier(profile.model) if profile.model in CLASSIFIERS and profile.trained else None
 
 
 def times(methods: Iterable[Method], profile: Profile, seed: int) -> pd.DataFrame:

@@ -359,7 +359,7 @@ def record_pareto(recording: Recording) -> None:
     profile, sizes = recording.profile, recording.sizes
     for sampler in SAMPLERS:
         methods = contenders(profile, sampler, recording.folder)
-        chosen = _some_of_each(methods, sizes.pareto_settings)
+        chosen = some_of_each(methods, sizes.pareto_settings)
         parts = comparisons(chosen, profile, sampler, sizes.pareto_images)
         recording.table(f"pareto-{slug(sampler)}", parts, PARETO_SEED)
 
@@ -380,12 +380,14 @@ def comparisons(
     def one(method: Method) -> pd.DataFrame:
         reference, converged = images()
         table = compare(method, reference, profile, PARETO_SEED, beside={"converged": converged})
-        return table.drop(columns="features")  # a hundred methods' would weigh megabytes, and nobody reads them
+        return table.drop(
+            columns="features", errors="ignore"
+        )  # a hundred methods' would weigh megabytes, and nobody reads them
 
     return {slug(method.name): functools.partial(one, method) for method in methods}
 
 
-def _some_of_each(methods: Sequence[Method], number: int | None) -> list[Method]:
+def some_of_each(methods: Sequence[Method], number: int | None) -> list[Method]:
     """The first ``number`` of each family, plans for another target being another one; ``None``: all."""
     families: dict[tuple[str, str | None], list[Method]] = {}
     for method in methods:

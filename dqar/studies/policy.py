@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,29 +17,34 @@ from sklearn.metrics import roc_auc_score
 from dqar.config import DQARConfig, ReuseTarget
 from dqar.measure import metrics
 from dqar.measure.calibrate import propose_gate
+from dqar.measure.quality import reference_of
 from dqar.measure.sensitivity import site_errors
-from dqar.models.classifier import load_classifier
-from dqar.models.data import Dataset, load_split
 from dqar.plan import BRANCHES, ReusePlan
 from dqar.policy import FEATURES, ReusePolicy, policy_features, train_policy
 from dqar.studies.compare import FULL, Method
 from dqar.studies.recording import LABEL_SEED, SWEEP_SEED, Recording
+from dqar.studies.reference import record_reference
 
 LABELLED: tuple[ReuseTarget, ...] = ("kv", "output", "block")
 """What policies are trained for."""
 
 
+GROUPS = 10
+"""Labelled images, and with them their classes or captions, are in as many groups in turn; of digits, the classes."""
 # Each image has a noise of its own, so that held-out classes are held-out seeds, too.
 TRAIN, STOP, TEST = range(0, 6), range(6, 8), range(8, 10)
-"""Classes that a policy is trained on, stopped early by, and judged by."""
+"""Groups that a policy is trained on, stopped early by, and judged by."""
 DELTA_FD = 0.1
 """Accepted growth of the Fréchet distance, relative: what the deck accepts is below 1 of 10.2."""
+DELTA_PSNR = 40.0
+"""Accepted in its place where images have no features: PSNR to full compute, in dB."""
 
 
-def features_of(labels: pd.DataFrame, total_steps: int, prompt_length: int = 1) -> torch.Tensor:
+def features_of(labels: pd.DataFrame, total_steps: int) -> torch.Tensor:
     """Slide 7's features ``[B, 5]`` of labelled sites; class labels are prompts of one word."""
-    rows = zip(labels.entropy, labels.snr, labels.latent_norm, labels.step, strict=True)
-    return torch.tensor([policy_features(*row, total_steps, prompt_length) for row in rows])
+    lengths = labels.get("prompt_length", pd.Series(1.0, index=labels.index))
+    rows = zip(labels.entropy, labels.snr, labels.latent_norm, labels.step, lengths, strict=True)
+    return torch.tensor([policy_features(*row[:-1], total_steps, row[-1]) for row in rows])
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,9 @@ def study(labels: pd.DataFrame, delta: float, total_steps: int, **training: Any)
     """
     features = features_of(labels, total_steps)
     harmless = torch.tensor((labels.error < delta).to_numpy(), dtype=torch.float32)
-    train, stop, test = (torch.tensor(labels.label.isin(classes).to_numpy()) for classes in (TRAIN, STOP, TEST))
+    train, stop, test = (
+        torch.tensor((labels.label % GROUPS).isin(groups).to_numpy()) for groups in (TRAIN, STOP, TEST)
+    )
     network, history = train_policy(features[train], harmless[train], features[stop], harmless[stop], **training)
     judged = features[test]
     if omit := training.get("omit"):
@@ -192,31 +200,29 @@ def calibrated_delta(oracle: pd.DataFrame) -> float:
         oracle: of ``record_oracle``: runs of accepted decisions, by ``share`` and ``delta``.
 
     Returns:
-        The largest ``delta`` whose run keeps the Fréchet distance to held-out data within ``DELTA_FD`` of full
-        compute's; of the smallest run, if none does.
+        The largest ``delta`` whose run keeps the Fréchet distance to its reference within ``DELTA_FD`` of full
+        compute's (without features: ``DELTA_PSNR``); of the smallest run, if none does.
     """
     table = accepted_runs(oracle)
-    kept = table[(table.share > 0) & (table.fd_growth <= DELTA_FD)]
+    good = table.psnr >= DELTA_PSNR if table.fd.isna().all() else table.fd_growth <= DELTA_FD
+    kept = table[(table.share > 0) & good]
     return float((kept if len(kept) else table[table.share > 0].head(1)).delta.max())
 
 
 def accepted_runs(oracle: pd.DataFrame) -> pd.DataFrame:
     """Of each run of accepted decisions: ``share``, ``delta``, ``psnr`` (dB to full compute), ``fd``, ``fd_growth``.
 
-    The Fréchet distance is to the held-out data of the model that ``oracle``'s provenance names.
+    The Fréchet distance is to the reference of the model that ``oracle``'s provenance names, beside which it lies; NaN
+    where images have no features.
     """
-    real = held_out_features(oracle.attrs["provenance"]["profile"]["model"])
-    rows = []
+    real = reference_of(oracle.attrs["provenance"]["profile"]["model"], Path(oracle.attrs.get("folder", "")))
+    rows, distance = [], math.nan
     for (share, delta), part in oracle.groupby(["share", "delta"]):
-        distance = metrics.frechet_distance(torch.tensor(np.stack(list(part.features))).float(), real)
+        if real is not None and "features" in part:
+            distance = metrics.frechet_distance(torch.tensor(np.stack(list(part.features))).float(), real.features)
         rows.append({"share": share, "delta": delta, "psnr": metrics.decibels(part.mse.mean()), "fd": distance})
     table = pd.DataFrame(rows).sort_values("share", ignore_index=True)
     return table.assign(fd_growth=table.fd / table.fd[table.share == 0].item() - 1)
-
-
-def held_out_features(model: str) -> torch.Tensor:
-    """The classifier's features ``[N, D]`` of an embedded model's test data, which neither was trained on."""
-    return metrics.classify(load_classifier(model), load_split(cast(Dataset, model), "test")[0] / 2 + 0.5)[1]
 
 
 def policy_path(folder: Path, target: ReuseTarget) -> Path:
@@ -278,6 +284,7 @@ def recorded_policy(recording: Recording, target: ReuseTarget) -> ReusePolicy:
     """The policy for one reuse target, trained on its labels if it isn't yet; with δ from ``record_oracle``."""
     path = policy_path(recording.folder, target)
     if not path.exists():
+        record_reference(recording)
         labels, delta = recorded_labels(recording, target), calibrated_delta(record_oracle(recording))
         trained = study(labels, delta, recording.profile.num_inference_steps)
         card = {"target": target, "delta": delta, "labels": len(labels), "auc_held_out": trained.auc()}

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from dqar.studies import challenges, pareto, policy, results
+from dqar.studies import challenges, pareto, policy, reference, results
 from dqar.studies.recording import Recording
 
 TABLES: dict[str, Callable[[Recording], object]] = {
+    "reference": reference.record_reference,
     "labels": policy.record_labels,
     "oracle": policy.record_oracle,
     "policy": policy.record_policies,

@@ -14,12 +14,14 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from dqar.measure.results import atomic_path, load_table, provenance, save_table
+from dqar.measure.results import atomic_path, load_table, provenance, save_table, settings
 from dqar.models.profiles import Profile
-from dqar.studies.compare import FULL, Drawn, Method, classifier_of, compare, draw
+from dqar.studies.compare import FULL, Drawn, Method, compare, draw
 
 # Other images than the notebooks' and the results' (seed 0): a policy mustn't be judged on what it was trained on.
-LABEL_SEED, SWEEP_SEED, RESULT_SEED, PARETO_SEED = 100, 200, 0, 700
+LABEL_SEED, SWEEP_SEED, RESULT_SEED, PARETO_SEED, REFERENCE_SEED = 100, 200, 0, 700, 600
+RESULT_FIELDS = ("weights", "transformer", "num_inference_steps", "guidance_scale", "dtype", "scheduler", "reference")
+"""Of a profile: parts that differ in one of them don't belong together."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Sizes:
     """Reuses tried at every step of each labelled image."""
     sweep_images: int = 20
     samples: int = 1000
-    """Of each method that the results compare."""
+    """Of each method that the results compare, and of the reference."""
     part: int = 100
     plan_images: int = 120
     refinements: int = 24
@@ -40,53 +42,63 @@ class Sizes:
     pareto_settings: int | None = None
     """Settings of each family at most; ``None``: all."""
 
+    @classmethod
+    def of(cls, profile: Profile) -> Sizes:
+        """Of a profile; its ``images`` limit every part, but labels, which have to be ten for a policy."""
+        few = profile.rehearsal or profile.name == "smoke"
+        most = profile.images
+        return cls(
+            label_images=10 if most < 20 else 20,
+            sites_per_step=2 if few else 3,
+            sweep_images=2 if few else min(20, most),
+            samples=most,
+            part=min(3 if few else 100, most),
+            plan_images=10 if few else min(120, max(2, most)),
+            refinements=1 if few else 24,
+            pareto_images=2 if few else min(20, most),
+            pareto_settings=1 if few else None,
+        )
 
-SIZES = {
-    "smoke": Sizes(
-        label_images=10,
-        sites_per_step=2,
-        sweep_images=2,
-        samples=6,
-        part=3,
-        plan_images=10,
-        refinements=1,
-        pareto_images=2,
-        pareto_settings=1,
-    )
-}
+
+def check_recordable(profile: Profile) -> None:
+    """Raises ``ValueError`` for a profile with random weights, or settings that an embedded model has no use for."""
+    if not profile.trained:
+        raise ValueError(f"profile {profile.name!r} can't be recorded: its weights are random; see `dqar benchmark`")
+    for field in ("weights", "reference", "rehearsal"):
+        if profile.embedded and getattr(profile, field):
+            raise ValueError(f"profile {profile.name!r} takes no {field}: it is an embedded model, with its own")
 
 
 class Recording:
     """The recorded tables of one profile, and their finished parts.
 
     Args:
-        profile: with a trained model whose images a classifier knows.
+        profile: with a trained model.
         work: folder of the finished parts.
-        out: folder of the finished tables, which go to one of the profile's name in it.
+        out: folder of the finished tables, which go to one of the profile's label in it.
 
     Raises:
-        ValueError: no classifier of the profile's images.
-        OSError: the folders can't be made.
+        ValueError: a profile with random weights, or a reference that doesn't fit.
+        OSError: a reference that isn't there; the folders can't be made.
     """
 
     def __init__(self, profile: Profile, work: Path, out: Path):
-        if classifier_of(profile) is None:
-            raise ValueError(f"profile {profile.name!r} can't be recorded: no classifier of its images is at hand")
-        self.profile, self.sizes = profile, SIZES.get(profile.name, Sizes())
-        self.folder, self.parts = out / profile.name, work / profile.name
+        check_recordable(profile)
+        self.profile, self.sizes = profile, Sizes.of(profile)
+        self.folder, self.parts = out / profile.label, work / profile.label
         for folder in (self.folder, self.parts):
             folder.mkdir(parents=True, exist_ok=True)
 
     @property
     def many_at_once(self) -> Profile:
-        """The profile with as many images at once as pay."""
+        """The profile with as many images at once as pay; ``sample`` takes fewer where they don't fit."""
         return dataclasses.replace(self.profile, batch_size=50)
 
     def table(self, name: str, parts: Mapping[Any, Callable[[], pd.DataFrame]], seed: int) -> pd.DataFrame:
         """The table ``name``: read if it is finished, else made of its parts, of which finished ones are read."""
         path = self.folder / f"{name}.parquet"
         if path.exists():
-            return load_table(path)
+            return self._of_this_profile(load_table(path))
         tables = []
         for part, measure in tqdm(parts.items(), desc=name):
             piece = self.parts / f"{name}-{part}.parquet"
@@ -96,16 +108,29 @@ class Recording:
                 seconds = time.monotonic() - started
                 save_table(table, piece, {**provenance(self.profile, seed), "seconds": seconds})
                 logging.info("%s, part %s: %d rows in %.0f s", name, part, len(table), seconds)
-            tables.append(load_table(piece))
-        sources = [table.attrs.pop("provenance") for table in tables]
+            tables.append(self._of_this_profile(load_table(piece)))
+        sources = [table.attrs["provenance"] for table in tables]
+        for table in tables:
+            table.attrs = {}
         source = {**sources[-1], "seconds": sum(source["seconds"] for source in sources)}
         save_table(pd.concat(tables, ignore_index=True), path, source)
         return load_table(path)
 
+    def _of_this_profile(self, table: pd.DataFrame) -> pd.DataFrame:
+        """The table, if nothing that changes results was otherwise when it was recorded."""
+        before, now = table.attrs["provenance"]["profile"], settings(self.profile)
+        for field in RESULT_FIELDS:
+            if field in before and before[field] != now[field]:
+                raise ValueError(
+                    f"{table.attrs['folder']} has parts that were recorded with {field} {before[field]}, and "
+                    f"{now[field]} is asked for: choose another --out and --work, or remove them"
+                )
+        return table
+
     def compare(self, method: Method, seed: int, first_image: int, number: int) -> pd.DataFrame:
         """``compare`` with full compute, whose images are kept beside the parts."""
         reference = self._full_compute(seed, first_image, number)
-        return compare(method, reference, self.many_at_once, seed, first_image)
+        return compare(method, reference, self.many_at_once, seed, first_image, networks=True)
 
     def _full_compute(self, seed: int, first_image: int, number: int) -> Drawn:
         path = self.parts / f"full-compute-{seed}-{first_image}-{number}.pt"

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from dqar.config import DQARConfig, ReuseTarget
 from dqar.forecast.plan import ForecastPlan
 from dqar.measure import metrics
+from dqar.measure.quality import Reference, reference_of
 from dqar.measure.results import Run, load_table, slug
 from dqar.measure.sampling import OPEN
 from dqar.models.profiles import Profile
@@ -114,8 +115,9 @@ def summary(run: Run, resamples: int = 200) -> pd.DataFrame:
 
     Returns:
         The columns of ``FACTS``; ``images``, ``psnr`` (dB), ``ssim``, ``class_accuracy``; ``fd`` (Fréchet distance to
-        the held-out data, in the classifier's features) and ``fd_growth`` (over full compute, on the same seeds), with
-        ``_low`` and ``_high``: 95 % bootstrap intervals; ``sites_reused`` (share), ``events`` (a run),
+        the reference, in the classifier's or Inception's features) and ``fd_growth`` (over full compute, on the same
+        seeds), with ``_low`` and ``_high``: 95 % bootstrap intervals; ``sfid``, ``lpips``, ``clip``, where they were
+        taken; ``sites_reused`` (share), ``events`` (a run),
         ``macs_speedup``; ``ms_per_step`` (four images) and ``speedup`` with quartiles; ``weight_bytes``,
         ``cache_bytes`` (an image), ``added_bytes`` (what drawing four images adds to the process at its peak).
     """
@@ -124,17 +126,19 @@ def summary(run: Run, resamples: int = 200) -> pd.DataFrame:
     table = pd.DataFrame([method.columns() for method in chosen])
     if len(images):
         measured = summarize(images).drop(columns=FACTS[1:], errors="ignore")
-        distances = frechet_intervals(images, policy.held_out_features(run.profile.model), resamples)
-        table = table.merge(measured.merge(distances, on="method", how="left"), on="method", how="left")
+        if (real := reference_of(run.profile.model, run.recordings)) is not None and "features" in images:
+            measured = measured.merge(frechet_intervals(images, real, resamples), on="method", how="left")
+        table = table.merge(measured, on="method", how="left")
     seconds, memory = run.recorded("speed"), run.recorded("memory")
     if seconds is not None:
         table = table.merge(speeds(seconds, run.profile), on="method", how="left")
     if memory is not None:
         table = table.merge(memory, on="method", how="left")
     table = table.reindex(columns=[*FACTS, *COLUMNS])
-    table.attrs = images.attrs
+    table.attrs = dict(images.attrs)
     if seconds is not None:  # the hardware on which time was measured, not the one that drew the images
         table.attrs = {"provenance": {**seconds.attrs["provenance"], "images": images.attrs.get("provenance")}}
+    table.attrs["distance"] = run.profile.distance
     return table
 
 
@@ -147,11 +151,12 @@ def beside_plans(run: Run, resamples: int = 200) -> pd.DataFrame | None:
         ``frechet_intervals``.
     """
     images = samples(run, methods(run.profile, run.recordings))
-    if not len(images) or not (images.family == pareto.PLAN).any():
+    real = reference_of(run.profile.model, run.recordings)
+    if real is None or "features" not in images or not (images.family == pareto.PLAN).any():
         return None
     budgets = images.budget[images.family == pareto.PLAN].unique()
     images = images[images.budget.isin(budgets) | (images.method == FULL.name)]
-    distances = frechet_intervals(images, policy.held_out_features(run.profile.model), resamples)
+    distances = frechet_intervals(images, real, resamples)
     points = summarize(images)[["method", "family", "budget", "psnr"]].merge(distances, on="method")
     points = points[points.method != FULL.name].reset_index(drop=True)
     points["kind"] = points.family.where(~points.family.isin(list(RIVALS)), "best other cache")
@@ -162,13 +167,14 @@ def beside_plans(run: Run, resamples: int = 200) -> pd.DataFrame | None:
 COLUMNS = [
     "images",
     *("psnr", "ssim", "class_accuracy", "fd", "fd_low", "fd_high", "fd_growth", "fd_growth_low", "fd_growth_high"),
+    *("sfid", "lpips", "clip"),
     *("sites_reused", "events", "macs_speedup", "ms_per_step", "speedup", "speedup_low", "speedup_high"),
     *("weight_bytes", "cache_bytes", "added_bytes"),
 ]
 
 
-def frechet_intervals(images: pd.DataFrame, real: torch.Tensor, resamples: int = 200, seed: int = 0) -> pd.DataFrame:
-    """Fréchet distance to real images by method, and its growth over full compute, with 95 % intervals.
+def frechet_intervals(images: pd.DataFrame, real: Reference, resamples: int = 200, seed: int = 0) -> pd.DataFrame:
+    """Fréchet distance to a reference by method, and its growth over full compute, with 95 % intervals.
 
     Images are drawn with replacement, the same ones for all methods. A set with doublets is farther away than one
     without, so the interval is the bootstrap's pivotal one, ``2θ − q``, in which that bias cancels. The distance
@@ -176,11 +182,12 @@ def frechet_intervals(images: pd.DataFrame, real: torch.Tensor, resamples: int =
 
     Args:
         images: rows with ``method``, ``image`` and ``features``; ``"full compute"`` among the methods.
-        real: features ``[N, D]``.
+        real: the reference.
         resamples, seed: of the bootstrap.
 
     Returns:
-        ``method``, ``fd`` and ``fd_growth``, each with ``_low`` and ``_high``.
+        ``method``, ``fd`` and ``fd_growth``, each with ``_low`` and ``_high``; ``sfid`` where images and reference have
+        spatial features.
     """
     most = images.groupby("method").size().max()
     images = images.groupby("method").filter(lambda own: len(own) == most)
@@ -188,9 +195,9 @@ def frechet_intervals(images: pd.DataFrame, real: torch.Tensor, resamples: int =
     features = {method: torch.tensor(np.stack(wide[method])).double() for method in images.method.unique()}
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randint(len(wide), (resamples, len(wide)), generator=generator)
-    values = {method: metrics.frechet_distance(x, real) for method, x in features.items()}
+    values = {method: metrics.frechet_distance(x, real.features) for method, x in features.items()}
     trials = {
-        method: np.array([metrics.frechet_distance(x[rows], real) for rows in chosen])
+        method: np.array([metrics.frechet_distance(x[rows], real.features) for rows in chosen])
         for method, x in tqdm(features.items(), desc="bootstrap", leave=False)
     }
     rows = []
@@ -201,7 +208,12 @@ def frechet_intervals(images: pd.DataFrame, real: torch.Tensor, resamples: int =
         growth_high, growth_low = 2 * growth - np.quantile(growth_trials, [0.025, 0.975])
         rows.append((method, value, low, high, growth, growth_low, growth_high))
     columns = ["method", "fd", "fd_low", "fd_high", "fd_growth", "fd_growth_low", "fd_growth_high"]
-    return pd.DataFrame(rows, columns=columns)
+    table = pd.DataFrame(rows, columns=columns)
+    if real.spatial is not None and "spatial" in images:
+        by = images.groupby("method").spatial
+        places = by.apply(lambda x: metrics.frechet_distance(torch.tensor(np.stack(list(x))), real.spatial))
+        table["sfid"] = table.method.map(places)
+    return table
 
 
 def check_recorded(run: Run, number: int = 4) -> pd.DataFrame:
@@ -240,7 +252,9 @@ def record_memory(recording: Recording) -> pd.DataFrame:
     """``weight_bytes``, and ``added_bytes`` that drawing four images adds at its peak; a process for every method."""
 
     def measure() -> pd.DataFrame:
-        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        processes = multiprocessing.get_context("forkserver")
+        processes.set_forkserver_preload([__name__])  # imported once, for all of them
+        with processes.Pool(1, maxtasksperchild=1) as pool:
             calls = [(recording.profile, method) for method in _needed(recording)]
             return pd.DataFrame(tqdm(pool.imap(_memory, calls, chunksize=1), total=len(calls), desc="memory"))
 

@@ -16,14 +16,14 @@ def sites(run: Run) -> pd.DataFrame:
 
     One row per step, layer and branch (means over the profile's images): ``entropy`` (nats, mean over heads and
     queries), ``snr`` (by predicted x0), ``snr_schedule``, ``change`` (relative: what reuse would do wrong there),
-    ``layer_change`` (the same against the layer before).
+    ``layer_change`` (the same against the layer before); of captions, ``prompt_length`` (tokens).
     """
 
     def measure() -> pd.DataFrame:
         table = trace_sites(cached_pipeline(run.profile), run.profile, run.seed)
-        return table.groupby(["step", "timestep", "layer", "branch", "tokens"], as_index=False)[
-            ["entropy", "snr", "snr_schedule", "change", "layer_change"]
-        ].mean()
+        means = ["entropy", "snr", "snr_schedule", "change", "layer_change"]
+        means += ["prompt_length"] if "prompt_length" in table else []
+        return table.groupby(["step", "timestep", "layer", "branch", "tokens"], as_index=False)[means].mean()
 
     return run.table("sites", measure)
 

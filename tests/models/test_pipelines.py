@@ -20,7 +20,7 @@ from dqar.measure.sampling import LOOK, OPEN, sample
 from dqar.models import captions, pipelines, profiles
 from dqar.models.captions import coco_captions
 from dqar.models.classifier import load_classifier
-from dqar.models.pipelines import load_pipeline, num_classes
+from dqar.models.pipelines import cached_pipeline, load_pipeline, num_classes, with_parts
 from dqar.models.profiles import Weights, get_profile
 from dqar.studies import trace
 from dqar.studies.compare import Method, compare_all
@@ -92,6 +92,15 @@ def test_classes_are_those_with_names(dit_folder):
     named = DiTPipeline(**pipe.components, id2label={0: "tench, Tinca tinca", 1: "goldfish"})
     assert num_classes(named) == 2
     assert num_classes(load_pipeline(get_profile("digits"))) == 10
+
+
+def test_pipelines_of_several_samplers_share_the_model_and_keep_its_classes(dit_folder):
+    profile = get_profile("dit-xl-2", weights=Weights(str(dit_folder)), **TINY)
+    one, other = (cached_pipeline(get_profile("dit-xl-2", weights=profile.weights, scheduler=name, **TINY))
+                  for name in ("ddim", "dpm-solver++"))  # fmt: skip
+    assert one.transformer is other.transformer and type(one.scheduler) is not type(other.scheduler)
+    named = DiTPipeline(**one.components, id2label={0: "tench, Tinca tinca"})
+    assert with_parts(named).labels == named.labels == {"tench": 0, "Tinca tinca": 0}
 
 
 def test_cut_classifier_weights_are_named(tmp_path):

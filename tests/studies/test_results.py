@@ -11,6 +11,7 @@ from dqar import DQARConfig, ReusePlan
 from dqar.__main__ import main
 from dqar.figures import policy as figures
 from dqar.measure import calibrate, metrics
+from dqar.measure.quality import Reference
 from dqar.measure.results import RECORDED, Run, load_table, slug
 from dqar.measure.sampling import sample
 from dqar.models.pipelines import load_pipeline
@@ -153,7 +154,7 @@ def test_intervals_tell_a_shifted_set_from_the_same_one():
     images = pd.concat(
         pd.DataFrame({"method": name, "image": range(200), "features": list(x)}) for name, x in sets.items()
     )
-    table = results.frechet_intervals(images, real, resamples=100).set_index("method")
+    table = results.frechet_intervals(images, Reference(metrics.Gaussian.of(real)), resamples=100).set_index("method")
     for name, x in sets.items():
         assert table.fd[name] == pytest.approx(metrics.frechet_distance(torch.tensor(x), real))
         assert table.fd_low[name] < table.fd[name] < table.fd_high[name]
@@ -164,7 +165,8 @@ def test_intervals_tell_a_shifted_set_from_the_same_one():
 
 def test_distances_are_put_beside_plans(tmp_path, monkeypatch):
     real = np.random.default_rng(0).normal(size=(300, 4))
-    monkeypatch.setattr(policy, "held_out_features", lambda model: torch.tensor(real))
+    reference = Reference(metrics.Gaussian.of(torch.tensor(real)))
+    monkeypatch.setattr(results, "reference_of", lambda model, folder: reference)
     rows = [
         ("full compute", "full compute", math.nan, 0.0),
         ("plan", "DQAR plan", 3, 1e-5),
@@ -236,14 +238,14 @@ def test_the_command_writes_where_it_is_told_to(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "out/smoke/speed.parquet").exists() and "speed: recorded in" in capsys.readouterr().out
 
 
-def test_what_no_classifier_knows_is_not_recorded(tmp_path):
-    with pytest.raises(ValueError, match="'dit-xl-2-random' can't be recorded: no classifier"):
+def test_random_weights_are_not_recorded(tmp_path):
+    with pytest.raises(ValueError, match="'dit-xl-2-random' can't be recorded: its weights are random"):
         Recording(get_profile("dit-xl-2-random"), tmp_path, tmp_path)
 
 
 def test_recording_names_an_unknown_table(capsys):
     assert main(["record", "--profile", "smoke", "--only", "nonsense"]) == 2
-    assert "'nonsense' is unknown: choose from labels" in capsys.readouterr().err
+    assert "'nonsense' is unknown: choose from reference, labels" in capsys.readouterr().err
 
 
 def test_what_was_not_recorded_is_drawn_as_missing(tmp_path):

@@ -1,0 +1,135 @@
+"""What a recording will take, before it is made: a few timed steps, times the steps, images and bytes of each part."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from dqar.forecast.fit import FINER
+from dqar.measure import metrics
+from dqar.measure.quality import extractor_of, scores
+from dqar.measure.sampling import LOOK
+from dqar.models.profiles import Profile
+from dqar.studies import pareto, policy, results
+from dqar.studies.compare import FULL, Method
+from dqar.studies.recording import Sizes
+
+TARGETS, DECIDERS = len(policy.LABELLED), 2 * 4 * 4
+"""Reuse targets of the labels; targets, shares and deciders that are compared."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a part asks of the pipeline, at most: reuse and plans need less.
+
+    Attributes:
+        steps: of single guided images, in batches as large as pay.
+        small: the same in batches of four; ``alone``: one image at once, its entropy measured.
+        images: that are decoded; ``scored``: of these, by the networks of ``quality.scores``.
+        kept: images that are kept until the recording is done.
+    """
+
+    steps: int
+    small: int = 0
+    alone: int = 0
+    images: int = 0
+    scored: int = 0
+    kept: int = 0
+
+
+def works(profile: Profile, folder: Path) -> dict[str, Work]:
+    """The work of every part that takes time, by its name in ``record.TABLES``.
+
+    Args:
+        folder: of the recorded tables. What their methods will be is counted as far as it is known without them.
+    """
+    sizes, steps = Sizes.of(profile), profile.num_inference_steps
+    labelled, sweep, part = sizes.label_images, sizes.sweep_images, sizes.part
+    trials = labelled * sizes.sites_per_step
+    numbers = [pareto.computed_steps(profile, budget) for budget in pareto.PLAN_BUDGETS]
+    budgets = sorted(set(numbers))
+    fits = sum((4 + sizes.refinements * budgets[-1] // number) * number for number in budgets)
+    follow = len(pareto.SAMPLERS) * sizes.plan_images * (steps + FINER * steps + 2 * fits)
+    compared = [len(_some(profile, sampler, folder, sizes)) for sampler in pareto.SAMPLERS]
+    # Rule and policy for two targets, and for each budget a plan, fewer steps and two rivals, are still to come.
+    methods = max(len(results.methods(profile, folder)), 11 + 4 + 4 * len(pareto.BUDGETS))
+    dtypes = 2 * part
+    drawn = (methods - 2) * sizes.samples + dtypes
+    overhead = 5 * (2 * profile.repeats + 1) * 4
+    one_site = labelled * (1 + 2 * steps) + trials * steps * (steps - 1) // 2
+    own_reference = not profile.embedded and profile.reference is None
+    return {
+        "reference": Work(*(own_reference * x for x in (sizes.samples * steps, 0, 0, *3 * (sizes.samples,)))),
+        "labels": Work(
+            TARGETS * one_site, alone=TARGETS * labelled * steps, images=TARGETS * (2 * labelled + trials * (steps - 1))
+        ),
+        "oracle": Work(6 * part * steps, images=6 * part, scored=5 * part, kept=part),
+        "deciders": Work((DECIDERS + 1) * sweep * steps, images=DECIDERS * sweep, scored=DECIDERS * sweep, kept=sweep),
+        "overhead": Work(0, small=overhead * steps, images=overhead),
+        "accumulation": Work(16 * sweep * steps, images=16 * sweep),
+        "sharing": Work(10 * sweep * steps, images=10 * sweep, scored=10 * sweep),
+        "plans": Work(follow),
+        "pareto": Work(
+            sum(count + 1 + FINER for count in compared) * sizes.pareto_images * steps,
+            images=sum(compared) * sizes.pareto_images,
+        ),
+        "speed": Work(0, small=methods * (profile.repeats + 1) * 4 * steps, images=methods * 4 * (profile.repeats + 1)),
+        "memory": Work(0, small=methods * 4 * steps, images=methods * 4),
+        "samples": Work((drawn + sizes.samples) * steps, images=drawn, scored=drawn, kept=sizes.samples),
+    }
+
+
+def _some(profile: Profile, sampler: str, folder: Path, sizes: Sizes) -> list[Method]:
+    return pareto.some_of_each(pareto.contenders(profile, sampler, folder), sizes.pareto_settings)
+
+
+def estimate(profile: Profile, folder: Path) -> pd.DataFrame:
+    """One row a part: ``part``, ``hours`` and ``disk_gb``, both at most; ``attrs`` has what was measured for it.
+
+    ``attrs``: ``images_at_once``, ``seconds_per_step`` (of a guided image, in so large a batch), ``seconds_per_image``
+    (to decode it), ``seconds_per_score``, ``peak_bytes`` (allocated on a GPU, resident on a CPU) and ``device``.
+    """
+    at_once = min(50, profile.images)
+    large, four = (dataclasses.replace(profile, batch_size=n) for n in (at_once, min(4, profile.images)))
+    FULL.draw(large, 0, num_samples=at_once, num_inference_steps=2)  # warm
+    metrics.reset_peak_memory(profile.device)
+    short, longer = (_seconds(FULL, large, steps) for steps in (2, 6))
+    peak = metrics.peak_memory_bytes(profile.device)
+    step = max(longer - short, 1e-9) / 4 / at_once
+    decode = max(short / at_once - 2 * step, 0.0)
+    few = _slope(FULL, four)
+    alone = _slope(Method("looking", config=LOOK), dataclasses.replace(profile, batch_size=1))
+    drawn = FULL.draw(large, 0, num_samples=at_once, num_inference_steps=2)
+    started = time.perf_counter()
+    scores(profile, drawn.images, drawn.labels, drawn.images)
+    score = (time.perf_counter() - started) / at_once
+    extractor = None if profile.embedded else extractor_of(profile)
+    row_bytes = 200 + 2 * sum(extractor.widths.values() if extractor else (64,))
+    image_bytes = drawn.images[0].nbytes
+    rows = []
+    for part, work in works(profile, folder).items():
+        seconds = work.steps * step + work.small * few + work.alone * alone + work.images * decode + work.scored * score
+        disk = work.scored * row_bytes * 2 + work.kept * image_bytes  # rows stand in the parts and in the table
+        rows.append({"part": part, "hours": seconds / 3600, "disk_gb": disk / 1e9})
+    table = pd.DataFrame(rows)
+    device = torch.cuda.get_device_name() if profile.device == "cuda" else "this CPU"
+    measured = {"images_at_once": at_once, "seconds_per_step": step, "seconds_per_image": decode}
+    table.attrs = {**measured, "seconds_per_score": score, "peak_bytes": peak, "device": device}
+    return table
+
+
+def _slope(method: Method, batch: Profile) -> float:
+    """Seconds of one step of a guided image, all else taken out."""
+    short, longer = (_seconds(method, batch, steps) for steps in (2, 6))
+    return max(longer - short, 1e-9) / 4 / batch.batch_size
+
+
+def _seconds(method: Method, batch: Profile, steps: int) -> float:
+    """Of one batch, whose images come back to the CPU and so are done."""
+    started = time.perf_counter()
+    method.draw(batch, 0, num_samples=batch.batch_size, num_inference_steps=steps)
+    return time.perf_counter() - started

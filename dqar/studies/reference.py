@@ -1,0 +1,70 @@
+"""What the recorded images are compared with as a set: published statistics, a folder, or full compute's own."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dqar.measure.metrics import Gaussian
+from dqar.measure.quality import Reference, extractor_of, features_of_files, image_files, load_reference
+from dqar.measure.results import atomic_path
+from dqar.models.profiles import Profile
+from dqar.studies.compare import FULL
+from dqar.studies.recording import REFERENCE_SEED, Recording
+
+
+def check_reference(profile: Profile) -> None:
+    """Checks the profile's ``reference`` before anything is measured.
+
+    Raises:
+        OSError: it isn't there or can't be read.
+        ValueError: statistics of another number of features, or too few images.
+    """
+    extractor = None if profile.embedded else extractor_of(profile)
+    if profile.reference is None or extractor is None:
+        return
+    path = Path(profile.reference)
+    if path.is_dir():
+        image_files(path)
+    else:
+        load_reference(path, extractor.widths)
+
+
+def record_reference(recording: Recording) -> None:
+    """``reference.npz``: Gaussians of the reference's features; of an embedded model there is nothing to record.
+
+    Without a ``reference``, they are of as many images as are compared, drawn in full compute from other seeds: full
+    compute itself then has the distance that two sets of the same kind have.
+    """
+    profile, path = recording.profile, recording.folder / "reference.npz"
+    extractor = None if profile.embedded else extractor_of(profile)
+    if extractor is None or path.exists():
+        return
+    if profile.reference is None:
+        columns = _full_compute(recording)
+    elif Path(profile.reference).is_dir():
+        pipe = FULL.pipeline(profile)
+        size = pipe.transformer.config.sample_size * 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+        columns = features_of_files(extractor, image_files(Path(profile.reference)), size)
+    else:
+        reference = load_reference(Path(profile.reference), extractor.widths)
+        columns = {}
+    if columns:
+        reference = Reference(**{name: Gaussian.of(x) for name, x in columns.items()})
+    with atomic_path(path) as temporary:
+        reference.save(temporary)
+
+
+def _full_compute(recording: Recording) -> dict[str, torch.Tensor]:
+    number, size = recording.sizes.samples, recording.sizes.part
+    parts = {
+        first: functools.partial(recording.compare, FULL, REFERENCE_SEED, first, min(size, number - first))
+        for first in range(0, number, size)
+    }
+    table = recording.table("reference", parts, REFERENCE_SEED)
+    return {
+        name: torch.tensor(np.stack(list(table[name]))).float() for name in ("features", "spatial") if name in table
+    }

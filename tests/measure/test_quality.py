@@ -1,0 +1,147 @@
+"""Scores by networks: what they are compared with, and what happens where a network or a file isn't there."""
+
+import types
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from PIL import Image
+from torch import nn
+
+from dqar.__main__ import main
+from dqar.measure import metrics, quality
+from dqar.measure.metrics import Gaussian
+from dqar.measure.quality import Inception, Reference, StandIn, load_reference
+from dqar.models.profiles import get_profile
+
+RECORD = ["record", "--profile", "dit-xl-2", "--device", "cpu", "--set", "rehearsal=true"]
+
+
+def images(number, seed=0):
+    return torch.rand(number, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def statistics(features):
+    x = features.double().numpy()
+    return {"mu": x.mean(0), "sigma": np.cov(x.T)}
+
+
+@pytest.mark.parametrize("number", [6, 40])  # fewer and more images than features
+def test_the_distance_to_statistics_is_scipys(number, tmp_path):
+    a, b = torch.randn(number, 12, generator=torch.Generator().manual_seed(1)), StandIn()(images(90))["features"]
+    np.savez(tmp_path / "b.npz", **statistics(b))
+    other, mine = statistics(b), statistics(a)
+    root = scipy.linalg.sqrtm(mine["sigma"] @ other["sigma"]).real
+    expected = ((mine["mu"] - other["mu"]) ** 2).sum() + np.trace(mine["sigma"] + other["sigma"] - 2 * root)
+    reference = load_reference(tmp_path / "b.npz", StandIn.widths)
+    assert metrics.frechet_distance(a, reference.features) == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match="11 features can't be compared with a reference of 12"):
+        metrics.frechet_distance(a[:, :11], reference.features)
+
+
+def test_a_reference_keeps_both_kinds_of_features(tmp_path):
+    gaussian, spatial = Gaussian.of(images(9).flatten(1)[:, :5]), Gaussian.of(images(9, 1).flatten(1)[:, :3])
+    Reference(gaussian, spatial).save(tmp_path / "r.npz")
+    again = load_reference(tmp_path / "r.npz")
+    torch.testing.assert_close(again.features.covariance, gaussian.covariance, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(again.spatial.mean, spatial.mean, rtol=1e-6, atol=1e-7)
+
+
+def test_a_folder_is_cropped_and_resized_as_pillow_does_it(tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "deep").mkdir()
+    for name, shape in (("a.png", (8, 8, 3)), ("deep/b.JPG", (12, 20, 3))):
+        Image.fromarray(rng.integers(0, 255, shape, dtype=np.uint8)).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no image")
+    files = quality.image_files(tmp_path)
+    found = quality.features_of_files(StandIn(), files, 8)["features"]
+    first = torch.from_numpy(np.array(Image.open(tmp_path / "a.png"))).permute(2, 0, 1)[None] / 255
+    assert found.shape == (2, 12) and torch.allclose(found[:1], StandIn()(first)["features"])
+    (tmp_path / "broken.png").write_bytes(b"nothing")
+    with pytest.raises(OSError, match=r"broken\.png can't be read as an image"):
+        quality.features_of_files(StandIn(), quality.image_files(tmp_path), 8)
+
+
+@pytest.mark.parametrize(
+    "arrays, message",
+    [
+        ({"mu": np.zeros(5), "sigma": np.eye(5)}, r"has mu \(5,\) and sigma \(5, 5\): those of 12 features are needed"),
+        ({"mu": np.zeros(12), "sigma": np.eye(3)}, r"has mu \(12,\) and sigma \(3, 3\): those of 12 features"),
+        ({"mean": np.zeros(12)}, "has the arrays of none: needs mu and sigma"),
+    ],
+)
+def test_statistics_of_other_features_are_refused_before_anything_is_written(arrays, message, tmp_path, capsys):
+    np.savez(tmp_path / "other.npz", **arrays)
+    with pytest.raises(ValueError, match=message):
+        load_reference(tmp_path / "other.npz", StandIn.widths)
+    folders = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    assert main([*RECORD, "--reference", str(tmp_path / "other.npz"), *folders]) == 2
+    assert "other.npz has" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda path: None, "isn't there: an .npz with mu and sigma, or a folder of images"),
+        (lambda path: path.write_bytes(b"PK cut"), "can't be read"),
+        (lambda path: path.mkdir(), "has 0 images: two or more of .png, .jpg, .jpeg, .webp"),
+    ],
+)
+def test_a_reference_that_is_none_is_named(make, message, tmp_path, capsys):
+    make(tmp_path / "r.npz")
+    assert main([*RECORD, "--reference", str(tmp_path / "r.npz"), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_downloaded_is_left_out_and_said_once(monkeypatch):
+    def offline(*_args, **_kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("torchmetrics.image.fid.NoTrainInceptionV3", offline)
+    profile = get_profile("dit-xl-2", device="cpu")
+    quality._inception.cache_clear()
+    with pytest.warns(UserWarning, match="no FID and sFID by Inception-v3, and all else goes on.*no route") as said:
+        for _ in range(2):
+            assert quality.scores(profile, images(2), torch.arange(2), images(2)) == {}
+    assert len(said) == 1
+    quality._inception.cache_clear()
+
+
+def test_random_weights_are_scored_in_a_rehearsal_only():
+    drawn = images(2), torch.arange(2), images(2)
+    assert quality.scores(get_profile("dit-xl-2-random"), *drawn) == {}
+    found = quality.scores(get_profile("dit-xl-2", rehearsal=True), *drawn)
+    assert list(found) == ["features"] and found["features"][0].shape == (12,)
+
+
+def test_inception_is_asked_in_batches_for_pooled_and_spatial_features(monkeypatch):
+    """A network with Inception's places, which keeps the first pixel's value."""
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.Mixed_6d = nn.Module()
+            self.Mixed_6d.branch1x1 = nn.Conv2d(3, 192, 1)
+
+        def forward(self, x):
+            assert x.dtype == torch.uint8
+            self.Mixed_6d.branch1x1(nn.functional.interpolate(x.float(), (17, 17)))
+            return x[:, 0, 0, 0, None].float().expand(-1, 2048)
+
+    monkeypatch.setattr(quality, "AT_ONCE", 2)
+    drawn, network = images(5), Network()
+    found = Inception(network)(drawn)
+    assert {name: x.shape[1] for name, x in found.items()} == Inception.widths
+    assert found["features"][:, 7].tolist() == (drawn[:, 0, 0, 0] * 255).round().tolist()
+    with torch.no_grad():
+        places = network.Mixed_6d.branch1x1(nn.functional.interpolate((drawn * 255).round(), (17, 17)))
+    torch.testing.assert_close(found["spatial"][:, 7 * 20 + 3], places[:, 3, 1, 3])  # row 1, column 3, channel 3
+
+
+def test_an_embedded_model_keeps_its_classifier():
+    drawn = torch.rand(2, 1, 8, 8)
+    found = quality.scores(get_profile("digits"), drawn, torch.arange(2), drawn)
+    assert list(found) == ["predicted", "features"] and isinstance(found["predicted"], np.ndarray)
+    assert quality.reference_of("digits", types.SimpleNamespace()).features.mean.shape == (64,)
