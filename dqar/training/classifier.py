@@ -48,7 +48,7 @@ class ClassifierRecipe:
 
 CLASSIFIER_RECIPES = {
     "digits": ClassifierRecipe("digits", 60, 64, 2e-3, 1e-2, noise=0.1, moved=False),
-    "cifar10": ClassifierRecipe("cifar10", 16, 128, 4e-3, 5e-2, noise=0.0, moved=True, muon_learning_rate=0.03),
+    "cifar10": ClassifierRecipe("cifar10", 24, 128, 4e-3, 5e-2, noise=0.0, moved=True, muon_learning_rate=0.03),
 }
 
 

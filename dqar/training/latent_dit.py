@@ -47,6 +47,10 @@ class LatentRecipe:
     """Of the matrices inside the blocks, which Muon trains; AdamW all others."""
     warmup_steps: int = 100
     constant_steps: int = 12000
+    kept_tokens: int = 32
+    """Of each image, the tokens that go through all blocks in training; the others pass the middle blocks by."""
+    routed_steps: int = 12000
+    """Steps before all tokens go through all blocks, as they do when images are drawn."""
     label_dropout: float = 0.1
     min_snr_gamma: float = 5.0
     seed: int = 0
@@ -83,16 +87,20 @@ class LatentRecipe:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step learns from: latents ``[B, C, S, S]``, noise of that shape, timesteps ``[B]``, classes ``[B]``."""
+    """What one step learns from: latents ``[B, C, S, S]``, noise of that shape, timesteps ``[B]``, classes ``[B]``.
+
+    ``kept`` ``[B, K]``: places of the tokens that go through all blocks.
+    """
 
     latents: torch.Tensor
     noise: torch.Tensor
     timesteps: torch.Tensor
     classes: torch.Tensor
+    kept: torch.Tensor
 
     def to(self, device: str | torch.device) -> Batch:
         """The same on a device."""
-        return Batch(*(x.to(device) for x in (self.latents, self.noise, self.timesteps, self.classes)))
+        return Batch(*(x.to(device) for x in vars(self).values()))
 
 
 def draw_batch(recipe: LatentRecipe, latents: torch.Tensor, labels: torch.Tensor, step: int) -> Batch:
@@ -114,11 +122,15 @@ def draw_batch(recipe: LatentRecipe, latents: torch.Tensor, labels: torch.Tensor
     places = (torch.randperm(size, generator=generator) + torch.rand(size, generator=generator)) / size
     dropped = torch.rand(size, generator=generator) < recipe.label_dropout
     seen = latents[mirrored, chosen].float()
+    noise = torch.randn(seen.shape, generator=generator)
+    tokens = (recipe.sample_size // recipe.patch_size) ** 2
+    kept = torch.rand(size, tokens, generator=generator).argsort(1)
     return Batch(
         seen,
-        torch.randn(seen.shape, generator=generator),
+        noise,
         (places * total).long().clamp(max=total - 1),
         torch.where(dropped, recipe.num_classes, labels[chosen]),
+        kept[:, : recipe.kept_tokens] if step < recipe.routed_steps else kept,
     )
 
 
@@ -133,7 +145,7 @@ def signal_and_noise(timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 def batch_loss(model: StackedDiT, batch: Batch, recipe: LatentRecipe, dtype: torch.dtype) -> torch.Tensor:
     """Mean min-SNR-weighted squared error of the predicted noise (Hang et al. 2023)."""
     signal, noise = (x[:, None, None, None] for x in signal_and_noise(batch.timesteps))
-    predicted = model(signal * batch.latents + noise * batch.noise, batch.timesteps, batch.classes, dtype)
+    predicted = model(signal * batch.latents + noise * batch.noise, batch.timesteps, batch.classes, dtype, batch.kept)
     snr = (signal / noise).square().flatten()
     weight = snr.clamp(max=recipe.min_snr_gamma) / snr
     return (weight * (predicted - batch.noise).square().mean(dim=(1, 2, 3))).mean()
@@ -353,7 +365,9 @@ def held_out_loss(model: StackedDiT, recipe: LatentRecipe, latents: torch.Tensor
     noise = torch.randn(latents.shape, generator=generator)
     timesteps = torch.arange(len(latents)) * NOISE_SCHEDULE["num_train_timesteps"] // len(latents)
     timesteps = timesteps[torch.randperm(len(latents), generator=generator)]
-    parts = (x.split(MICROBATCH) for x in (latents.float(), noise, timesteps, labels))
+    tokens = (recipe.sample_size // recipe.patch_size) ** 2
+    kept = torch.arange(tokens).expand(len(latents), tokens)
+    parts = (x.split(MICROBATCH) for x in (latents.float(), noise, timesteps, labels, kept))
     losses = [batch_loss(model, Batch(*part).to(device), recipe, torch.bfloat16) for part in zip(*parts, strict=True)]
     return torch.stack(losses).mean().item()
 
