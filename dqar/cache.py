@@ -266,5 +266,7 @@ class QuantizedCache:
             batch_dims=1,
             partner=partner if config.balance else None,
             keep_channels=config.cache.keep_channels,
+            fitted=config.cache.fitted,
+            scale_dtype=torch.float16 if config.cache.fitted else torch.float32,
             check_finite=check_finite and x.device.type == "cpu",
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -69,7 +70,9 @@ class QuantizedTensor:
     @property
     def nbytes(self) -> int:
         """Bytes of integers, scales and all else that is stored."""
-        extras = (part.nbytes for part in (self.offset, self.balance, self.kept, self.kept_channels) if part is not None)
+        extras = (
+            part.nbytes for part in (self.offset, self.balance, self.kept, self.kept_channels) if part is not None
+        )
         return self.data.nbytes + self.scale.nbytes + sum(extras)
 
 
@@ -158,7 +161,8 @@ def _fit(
     """Integers, scale and offset with the least squared error of ``q · scale + offset`` that Lloyd's algorithm finds.
 
     In turn it rounds to the nearest level and fits the line through ``(q, x)``. The turns only lead to a minimum near
-    by. So they begin at several spacings, from the one for Gaussian data to the one that reaches all values.
+    by. So they begin at several spacings, from the one for Gaussian data to the one that reaches all values, with the
+    mean on a level and between two.
     """
     if not (x.numel() and shared):  # each value has a scale of its own
         return torch.zeros_like(x, dtype=torch.int8), torch.ones_like(x, dtype=dtype), x.to(dtype)
@@ -166,12 +170,12 @@ def _fit(
     tiny = torch.finfo(torch.float16).tiny
     mean = x.mean(shared, keepdim=True)
     centred = x - mean
-    narrow = (centred.square().mean(shared, keepdim=True).sqrt() * GAUSSIAN_STEPS[bits]).clamp_min(tiny)
-    wide = torch.maximum(narrow, 2 * centred.abs().amax(shared, keepdim=True) / (2**bits - 1))
-    least, best_scale, best_offset = torch.full_like(mean, math.inf), narrow, narrow / 2
-    for share in (0, 1 / 3, 2 / 3, 1):
-        scale = narrow * (wide / narrow) ** share
-        offset = scale / 2
+    gaussian = (centred.square().mean(shared, keepdim=True).sqrt() * GAUSSIAN_STEPS[bits]).clamp_min(tiny)
+    reaching = (2 * centred.abs().amax(shared, keepdim=True) / (2**bits - 1)).clamp_min(tiny)
+    least, best_scale, best_offset = torch.full_like(mean, math.inf), gaussian, gaussian / 2
+    for share, place in itertools.product((0, 0.5, 1), (0, 0.5)):
+        scale = gaussian * (reaching / gaussian) ** share
+        offset = scale * place
         for _ in range(3):
             integers = ((centred - offset) / scale).round_().clamp_(lowest, highest)
             centre = integers.mean(shared, keepdim=True)
@@ -183,7 +187,8 @@ def _fit(
         better = error < least
         least = torch.where(better, error, least)
         best_scale, best_offset = torch.where(better, scale, best_scale), torch.where(better, offset, best_offset)
-    scale, offset = best_scale.to(dtype), (mean + best_offset).to(dtype)
+    largest = torch.finfo(dtype).max
+    scale, offset = (part.clamp(-largest, largest).to(dtype) for part in (best_scale, mean + best_offset))
     integers = ((x - offset.float()) / scale.float()).round_().clamp_(lowest, highest)
     return integers.to(torch.int8), scale, offset
 

@@ -76,6 +76,7 @@ def test_a_wrong_value_is_named_with_its_field(field, values, accepted):
             {"cache": CacheFormat(forecast_order=1)},
             "cache.forecast_order=1 .* only with reuse_target 'output', 'block'",
         ),
+        ({"cache": CacheFormat(fitted=True), "quantize_bits": 16}, "cache.fitted=True .* only with quantize_b"),
         ({"cache": CacheFormat(keep_channels=4), "quantize_bits": 16}, "cache.keep_channels=4 .* only with quantize_b"),
     ],
 )

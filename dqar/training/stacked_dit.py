@@ -93,8 +93,8 @@ class StackedDiT(nn.Module):
         """The noise ``[B, C, S, S]`` float32 in ``latents`` at ``timesteps`` ``[B]``, for ``classes`` ``[B]``.
 
         ``dtype`` is the products' in the blocks; the sum that runs through them stays in float32. With ``kept``
-        ``[B, K]``, only the K tokens it names of each image go through the middle blocks, from the third to the fifth
-        last: training steps then take less than two thirds of the time (token routing, TREAD: Krause et al. 2025).
+        ``[B, K]``, only these tokens of each image go through the middle blocks, from the third to the fifth last:
+        training steps then take less than two thirds of the time (token routing, TREAD: Krause et al. 2025).
         """
         batch, side, patch = len(latents), self.sample_size // self.patch_size, self.patch_size
         patches = latents.view(batch, self.in_channels, side, patch, side, patch).permute(0, 2, 4, 1, 3, 5)
@@ -105,14 +105,15 @@ class StackedDiT(nn.Module):
         attention = (self.qkv_weight, self.qkv_bias, self.out_weight, self.out_bias)
         stacks = (*attention, self.up_weight, self.up_bias, self.down_weight, self.down_bias)
         layers = zip(*(x.to(dtype).unbind(0) for x in stacks), strict=True)
-        routed = kept is not None and kept.shape[1] < side * side
+        first, last = 2, self.num_layers - 4
+        routed = kept is not None and kept.shape[1] < side * side and first < last
         for i, (modulation, layer) in enumerate(
             zip(modulations.view(batch, self.num_layers, -1).unbind(1), layers, strict=True)
         ):
-            if routed and i == 2:
+            if routed and i == first:
                 places, every = kept[..., None].expand(-1, -1, hidden.shape[-1]), hidden
                 hidden = hidden.gather(1, places)
-            if routed and i == self.num_layers - 4:
+            if routed and i == last:
                 hidden = every.scatter(1, places, hidden)
             hidden = self._block(hidden, modulation, *layer, self.num_attention_heads)
         shift, scale = F.linear(conditioning, self.final_modulation_weight, self.final_modulation_bias).chunk(2, 1)

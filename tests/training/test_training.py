@@ -135,8 +135,8 @@ def test_the_autoencoders_training_resumes_as_if_never_interrupted(tmp_path, mon
 # --- transformer -----------------------------------------------------------------------------------------------------
 
 
-def random_model():
-    model = StackedDiT(3, 2, 16, in_channels=4, sample_size=16, patch_size=2, num_classes=10)
+def random_model(num_layers=3):
+    model = StackedDiT(num_layers, 2, 16, in_channels=4, sample_size=16, patch_size=2, num_classes=10)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1, generator=generator)  # zeros anywhere would hide what goes where
@@ -154,6 +154,38 @@ def test_the_exported_transformer_is_the_trained_one():
     assert expected.std() > 0.1 and (expected[3] - expected[4]).abs().max() > 0.1
     rounded = model(latents, timesteps, classes, torch.bfloat16)
     assert 0 < (rounded - expected).norm() < 0.03 * expected.norm()
+
+
+def test_routed_tokens_pass_the_middle_blocks_by():
+    """Against diffusers' own blocks, which get the kept tokens only."""
+    model, generator = random_model(num_layers=8), torch.Generator().manual_seed(1)
+    latents, kept = torch.randn(3, 4, 16, 16, generator=generator), torch.rand(3, 64, generator=generator).argsort(1)
+    timesteps, classes = torch.tensor([3, 500, 900]), torch.tensor([0, 4, 9])
+    stock, rows, whole = model.to_stock(), torch.arange(3)[:, None], []
+    plain = stock(latents, timestep=timesteps, class_labels=classes).sample
+
+    def take(_block, args):
+        whole.append(args[0].clone())
+        return (args[0][rows, kept[:, :20]], *args[1:])
+
+    def put_back(_block, _args, hidden):
+        whole[0][rows, kept[:, :20]] = hidden
+        return whole[0]
+
+    stock.transformer_blocks[2].register_forward_pre_hook(take)
+    stock.transformer_blocks[3].register_forward_hook(put_back)  # the fifth last of eight
+    expected = stock(latents, timestep=timesteps, class_labels=classes).sample
+    found = model(latents, timesteps, classes, kept=kept[:, :20])
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+    assert (expected - plain).norm() > 0.05 * plain.norm()
+    torch.testing.assert_close(model(latents, timesteps, classes, kept=kept), plain, atol=2e-5, rtol=1e-4)
+
+
+def test_routing_ends_at_its_step(latents):
+    recipe = dataclasses.replace(TINY, kept_tokens=12, routed_steps=3)
+    early, late = (draw_batch(recipe, *latents, step).kept for step in (2, 3))
+    assert early.shape == (40, 12) and all(len(row.unique()) == 12 for row in early) and len(early.unique()) == 64
+    assert torch.equal(late.sort(1).values, torch.arange(64).expand(40, 64))
 
 
 def test_training_starts_from_the_identity():
