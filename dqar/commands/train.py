@@ -36,6 +36,7 @@ def run(arguments: list[str]) -> int:
     cifar.add_argument("--minutes", type=float, default=math.inf, help="stop after so many; the same command goes on")
     cifar.add_argument("--heads", type=int, default=4, help="of 32 channels each (default: 4)")
     cifar.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of one thread each, on a CPU")
+    cifar.add_argument("--start", type=Path, metavar="WEIGHTS", help="go on from an exported model, as dqar/weights")
     cifar.add_argument("--export", action="store_true", help="export the last checkpoint, and train nothing")
     options = parser.parse_args(arguments)
     name = options.model.removesuffix("-classifier")
@@ -50,6 +51,8 @@ def run(arguments: list[str]) -> int:
         print(json.dumps(evaluate_digits(weights, get_profile("digits", batch_size=50)), indent=1))
     else:
         latent = LatentRecipe(num_attention_heads=options.heads, seed=options.seed)
+        if options.start:
+            cifar10.take_up(latent, options.start, work)
         if not options.export:
             limits = {"workers": options.workers, "minutes": options.minutes}
             images = cifar10.train(latent, work, options.images, options.device, **limits)

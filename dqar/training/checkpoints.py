@@ -29,12 +29,16 @@ def load_checkpoint(path: Path, recipe: dict, device: str = "cpu") -> dict | Non
         state = torch.load(path, weights_only=True, map_location=device)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} can't be read ({str(error).splitlines()[0]}): remove it to start anew") from error
-    made = state["recipe"]
+    check_recipe(state["recipe"], recipe, path)
+    return state
+
+
+def check_recipe(made: dict, recipe: dict, path: Path) -> None:
+    """Raises ``ValueError`` if what is at ``path`` was made by another recipe, naming the fields that differ."""
     if made != recipe:
         fields = [name for name in {**made, **recipe} if made.get(name) != recipe.get(name)]
         changes = ", ".join(f"{name} {made.get(name)} instead of {recipe.get(name)}" for name in fields)
         raise ValueError(f"{path} was made by another recipe ({changes}): remove it to start anew")
-    return state
 
 
 def cut_log(path: Path, steps: int) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from diffusers import AutoencoderKL, DiTPipeline
+from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -32,7 +32,7 @@ from dqar.training.card import (
     write_card,
     write_json,
 )
-from dqar.training.checkpoints import load_checkpoint
+from dqar.training.checkpoints import check_recipe, load_checkpoint, save_checkpoint
 from dqar.training.latent_dit import MICROBATCH, LatentRecipe, draw_latents, held_out_loss, train_latent_dit
 from dqar.training.stacked_dit import StackedDiT
 from dqar.training.vae import VaeRecipe, encode, reconstruction_psnr, train_vae
@@ -143,6 +143,44 @@ def train(
         check=Check(recipe, vae, work),
     )
     return torch.load(work / "checkpoint.pt", weights_only=True)["step"] * recipe.batch_size
+
+
+def take_up(recipe: LatentRecipe, weights: Path, work: Path) -> None:
+    """Begins ``work`` with the model that ``export`` wrote to ``weights``, unless there is a checkpoint already.
+
+    Training goes on from the averaged weights in FP16 and without the optimizers' running means, which aren't shipped.
+
+    Raises:
+        OSError: there is no exported model, or it can't be read.
+        ValueError: it was made by another recipe.
+    """
+    folder = weights / "cifar10"
+    if (work / "checkpoint.pt").exists():
+        return
+    try:
+        facts = json.loads((folder / "training.json").read_text())
+        stock = DiTTransformer2DModel.from_pretrained(folder / "transformer", dtype=torch.float32)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise OSError(f"{folder} holds no exported model that training can go on from ({error})") from error
+    check_recipe(facts["recipe"], asdict(recipe), folder)
+    work.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(folder / "vae", work / "vae", dirs_exist_ok=True)
+    shutil.copytree(weights / "cifar10-classifier", work / "weights/cifar10-classifier", dirs_exist_ok=True)
+    write_json(work / "vae-quality.json", {"psnr": facts["vae"]["psnr"]})
+    model, step = recipe.build(), facts["images_seen"] // recipe.batch_size
+    model.load_stock(stock)
+    losses = [facts["loss"][min(i // facts["steps_a_loss"], len(facts["loss"]) - 1)] for i in range(step)]
+    for name, lines in (("checks", facts["checks"]), ("loss", [{"step": i, "loss": x} for i, x in enumerate(losses)])):
+        (work / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    state = {
+        "recipe": asdict(recipe),
+        "step": step,
+        "seconds": 3600 * facts["hours"],
+        "model": model.state_dict(),
+        "average": model.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in recipe.optimizers(model)],
+    }
+    save_checkpoint(work / "checkpoint.pt", state)
 
 
 def export(recipe: LatentRecipe, work: Path, weights: Path, device: str = "cpu", num_samples: int = 1000) -> None:

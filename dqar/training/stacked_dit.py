@@ -9,7 +9,7 @@ float32.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from diffusers import DiTTransformer2DModel
@@ -146,34 +146,45 @@ class StackedDiT(nn.Module):
         Its null class is 1000, where ``DiTPipeline`` looks for it; the rows between it and the classes are zeros.
         """
         model = self._stock(self.num_layers).eval()
+        for block in model.transformer_blocks:
+            block.norm1.emb.class_embedder.embedding_table.weight.zero_()
+        for ours, theirs in self._pairs(model):
+            theirs.copy_(ours)
+        return model
+
+    @torch.no_grad()
+    def load_stock(self, model: DiTTransformer2DModel) -> None:
+        """Takes over what ``to_stock`` wrote, in any dtype."""
+        for ours, theirs in self._pairs(model):
+            ours.copy_(theirs)
+
+    def _pairs(self, model: DiTTransformer2DModel) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """This model's parameters, or views of them, each with its place in the stock one."""
         width = self.num_attention_heads * self.attention_head_dim
-        model.pos_embed.proj.weight.copy_(self.patch_weight.view_as(model.pos_embed.proj.weight))
-        model.pos_embed.proj.bias.copy_(self.patch_bias)
+        yield self.patch_weight.view_as(model.pos_embed.proj.weight), model.pos_embed.proj.weight
+        yield self.patch_bias, model.pos_embed.proj.bias
+        linears = [
+            (self.final_modulation_weight, self.final_modulation_bias, model.proj_out_1),
+            (self.final_weight, self.final_bias, model.proj_out_2),
+        ]
         for i, block in enumerate(model.transformer_blocks):
             embedder, attention, feed_forward = block.norm1.emb, block.attn1, block.ff.net
             table = embedder.class_embedder.embedding_table.weight
-            table.zero_()
-            table[: self.num_classes] = self.class_table[:-1]
-            table[NULL_CLASS] = self.class_table[-1]
-            _set(embedder.timestep_embedder.linear_1, self.time_weight_1, self.time_bias_1)
-            _set(embedder.timestep_embedder.linear_2, self.time_weight_2, self.time_bias_2)
-            _set(block.norm1.linear, self.modulation_weight[i], self.modulation_bias[i])
-            weights, biases = self.qkv_weight[i].split(width), self.qkv_bias[i].split(width)
-            for linear, weight, bias in zip(
-                (attention.to_q, attention.to_k, attention.to_v), weights, biases, strict=True
-            ):
-                _set(linear, weight, bias)
-            _set(attention.to_out[0], self.out_weight[i], self.out_bias[i])
-            _set(feed_forward[0].proj, self.up_weight[i], self.up_bias[i])
-            _set(feed_forward[2], self.down_weight[i], self.down_bias[i])
-        _set(model.proj_out_1, self.final_modulation_weight, self.final_modulation_bias)
-        _set(model.proj_out_2, self.final_weight, self.final_bias)
-        return model
-
-
-def _set(linear: nn.Linear, weight: torch.Tensor, bias: torch.Tensor) -> None:
-    linear.weight.copy_(weight)
-    linear.bias.copy_(bias)
+            yield self.class_table[:-1], table[: self.num_classes]
+            yield self.class_table[-1], table[NULL_CLASS]
+            projections = (attention.to_q, attention.to_k, attention.to_v)
+            linears += [
+                (self.time_weight_1, self.time_bias_1, embedder.timestep_embedder.linear_1),
+                (self.time_weight_2, self.time_bias_2, embedder.timestep_embedder.linear_2),
+                (self.modulation_weight[i], self.modulation_bias[i], block.norm1.linear),
+                *zip(self.qkv_weight[i].split(width), self.qkv_bias[i].split(width), projections, strict=True),
+                (self.out_weight[i], self.out_bias[i], attention.to_out[0]),
+                (self.up_weight[i], self.up_bias[i], feed_forward[0].proj),
+                (self.down_weight[i], self.down_bias[i], feed_forward[2]),
+            ]
+        for weight, bias, linear in linears:
+            yield weight, linear.weight
+            yield bias, linear.bias
 
 
 def _block(

@@ -152,6 +152,9 @@ def test_the_exported_transformer_is_the_trained_one():
     found = stock(latents, timestep=timesteps, class_labels=asked).sample
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
     assert expected.std() > 0.1 and (expected[3] - expected[4]).abs().max() > 0.1
+    again = StackedDiT(3, 2, 16, in_channels=4, sample_size=16, patch_size=2, num_classes=10, seed=1)
+    again.load_stock(stock)
+    assert torch.equal(again(latents, timesteps, classes), expected)
     rounded = model(latents, timesteps, classes, torch.bfloat16)
     assert 0 < (rounded - expected).norm() < 0.03 * expected.norm()
 
@@ -338,6 +341,20 @@ def test_from_data_to_card(cifar, tmp_path, capsys, monkeypatch):
     assert drawn.images.shape == (3, 3, 32, 32) and drawn.labels.tolist() == [0, 1, 2]
     latents, _ = cifar10.prepare_latents(work, pipe.vae)
     assert latents.shape == (2, 60, 4, 16, 16) and latents.float().std().item() == pytest.approx(1, abs=0.02)
+
+    again = tmp_path / "again/cifar10"
+    more = [*command[:1], "--work", str(again.parent), *command[3:-1], "400", "--minutes", "0"]
+    assert main(["train", *more, "--start", str(tmp_path / "shipped")]) == 0
+    assert "stopped at 160 images" in capsys.readouterr().out
+    assert [line["step"] for line in map(json.loads, (again / "loss.jsonl").read_text().splitlines())] == [0, 1, 2, 3]
+    assert json.loads((again / "checks.jsonl").read_text().splitlines()[0]) == check
+    assert main(["train", *more, "--start", str(tmp_path / "nowhere")]) == 0  # its own checkpoint comes first
+    (again / "checkpoint.pt").unlink()
+    assert main(["train", *more, "--start", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere/cifar10 holds no exported model" in capsys.readouterr().err
+    monkeypatch.setattr(train, "LatentRecipe", lambda **_changes: dataclasses.replace(TINY, num_layers=1))
+    assert main(["train", *more, "--start", str(tmp_path / "shipped")]) == 2
+    assert "made by another recipe (num_layers 2 instead of 1" in capsys.readouterr().err
 
     shard = next((folder / "vae").glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:1000])
