@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from diffusers import DiTTransformer2DModel
@@ -146,7 +147,8 @@ class StackedDiT(nn.Module):
         Its null class is 1000, where ``DiTPipeline`` looks for it; the rows between it and the classes are zeros.
         """
         model = self._stock(self.num_layers).eval()
-        for block in model.transformer_blocks:
+        blocks: Any = model.transformer_blocks
+        for block in blocks:
             block.norm1.emb.class_embedder.embedding_table.weight.zero_()
         for ours, theirs in self._pairs(model):
             theirs.copy_(ours)
@@ -163,11 +165,12 @@ class StackedDiT(nn.Module):
         width = self.num_attention_heads * self.attention_head_dim
         yield self.patch_weight.view_as(model.pos_embed.proj.weight), model.pos_embed.proj.weight
         yield self.patch_bias, model.pos_embed.proj.bias
-        linears = [
+        linears: list[tuple[torch.Tensor, torch.Tensor, Any]] = [
             (self.final_modulation_weight, self.final_modulation_bias, model.proj_out_1),
             (self.final_weight, self.final_bias, model.proj_out_2),
         ]
-        for i, block in enumerate(model.transformer_blocks):
+        blocks: Any = model.transformer_blocks
+        for i, block in enumerate(blocks):
             embedder, attention, feed_forward = block.norm1.emb, block.attn1, block.ff.net
             table = embedder.class_embedder.embedding_table.weight
             yield self.class_table[:-1], table[: self.num_classes]
