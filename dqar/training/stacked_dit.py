@@ -107,14 +107,15 @@ class StackedDiT(nn.Module):
         stacks = (*attention, self.up_weight, self.up_bias, self.down_weight, self.down_bias)
         layers = zip(*(x.to(dtype).unbind(0) for x in stacks), strict=True)
         first, last = 2, self.num_layers - 4
-        routed = kept is not None and kept.shape[1] < side * side and first < last
+        if kept is not None and (kept.shape[1] == side * side or first >= last):
+            kept = None
         for i, (modulation, layer) in enumerate(
             zip(modulations.view(batch, self.num_layers, -1).unbind(1), layers, strict=True)
         ):
-            if routed and i == first:
+            if kept is not None and i == first:
                 places, every = kept[..., None].expand(-1, -1, hidden.shape[-1]), hidden
                 hidden = hidden.gather(1, places)
-            if routed and i == last:
+            if kept is not None and i == last:
                 hidden = every.scatter(1, places, hidden)
             hidden = self._block(hidden, modulation, *layer, self.num_attention_heads)
         shift, scale = F.linear(conditioning, self.final_modulation_weight, self.final_modulation_bias).chunk(2, 1)
