@@ -33,7 +33,7 @@ def test_every_subcommand_has_help(name, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["wrkbook"], "dqar: command 'wrkbook' is unknown: choose one of workbook, plan, "),
+        (["wrkbook"], "dqar: command 'wrkbook' is unknown: choose one of workbook, deck, plan, "),
         (["plan", "--macs", "much"], "dqar plan: argument --macs: invalid float value: 'much'"),
         (["plan", "--prof", "digits"], "dqar plan: unrecognized arguments: --prof digits"),
         (["calibrate"], "dqar calibrate: one of the arguments --share --psnr is required"),

@@ -25,6 +25,8 @@ from dqar.takeover import WATCH, give_back, take_over
 
 LARGEST_RESIDUAL = 0.05
 """Of what guidance makes of the branches' outputs, beyond their weighted sum; rounding to bfloat16 makes up to 0.01."""
+ROUNDING = 1e-5
+"""A residual that float32 rounding explains; which of two smaller ones is the smallest tells nothing."""
 
 
 class _Left(BaseException):
@@ -412,7 +414,7 @@ class Lockstep:
             shares = [(of_images.flatten().double() @ flat / (flat @ flat)).item()]
         moment.scale = shares[0] / sum(shares)
         rest = _rest(of_images, shares, shown)
-        if len(shown) == 2 and keeps_lengths(of_images, shown[0]):
+        if rest > ROUNDING and len(shown) == 2 and keeps_lengths(of_images, shown[0]):
             scale = bent_scale(of_images.float(), shown[0].float(), shown[1].float()).item()
             bent_shares = _bent_shares(of_images, shown[0], shown[1], scale)
             if (bent_rest := _rest(of_images, bent_shares, shown)) < 0.5 * rest:

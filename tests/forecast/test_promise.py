@@ -147,5 +147,5 @@ def test_what_cant_be_promised_is_said_before_anything_is_drawn():
     with pytest.raises(ValueError, match="target='converged' is not accepted: 'reference'"):
         fit_plan(pipe, calls, 8, macs=2, target="converged", promise=(45.0, 0.9))
     assert not forwards
-    with pytest.raises(ValueError, match="4 held-out images is not accepted|calls='4 held-out images'.*: 66 or more"):
+    with pytest.raises(ValueError, match="calls='4 held-out images' is not accepted: 68 or more"):
         fit_plan(pipe, calls, 8, macs=2, promise=(45.0, 0.95))
