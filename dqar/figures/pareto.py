@@ -19,6 +19,7 @@ from dqar.figures.style import (
     DARK,
     GREEN,
     GREY,
+    REHEARSAL,
     SMALLEST,
     headline,
     missing,
@@ -214,6 +215,8 @@ def denoising(run: Run, drawn: pareto.Denoising | None) -> Figure | DisplayedIma
     headline(figure, title)
     figure.set_layout_engine("constrained", rect=(0, 0.045, 1, 0.955))
     note = f"PSNR of the mean squared error over these {number} images · {run.profile.name} · seed {run.seed}"
+    if run.profile.rehearsal:
+        note = f"{REHEARSAL} · {note}"
     figure.text(0.008, 0.008, note, size=SMALLEST, color=GREY, va="bottom")
     sides = {"Full compute": (drawn.full, range(steps), GREY), "DQAR plan": (drawn.planned, drawn.computed, ACCENT)}
     shown = []

@@ -76,6 +76,10 @@ def use_style() -> None:
     )
 
 
+REHEARSAL = "REHEARSAL: random weights"
+"""Stands in every figure of a rehearsal."""
+
+
 def save(
     run: Run, name: str, figure: Figure, table: pd.DataFrame, note: str = "", editable: dict[str, Any] | None = None
 ) -> Figure:
@@ -99,7 +103,7 @@ def save(
     layout.set(rect=(0, 0.045, 1, 0.955))
     place: dict[str, Any] = {"size": SMALLEST, "color": GREY, "va": "bottom"}
     figure.text(0.008, 0.008, note, ha="left", **place)
-    rehearsal = "REHEARSAL: random weights" if run.profile.rehearsal else ""
+    rehearsal = REHEARSAL if run.profile.rehearsal else ""
     measured_on = ""
     if len(table.columns):  # something was measured
         measured_on = f"{source['profile']['name']} · {device} · seed {source['seed']}"
@@ -149,7 +153,8 @@ def save_animation(
     file = io.BytesIO()
     drawn[0].save(file, "GIF", save_all=True, append_images=drawn[1:], duration=milliseconds, loop=0, optimize=True)
     target = path_of(run, name).with_suffix(".gif")
-    words = {"figure": name, "title": title, "alt": f"{title}."}
+    alt = f"{title}. {REHEARSAL}." if run.profile.rehearsal else f"{title}."
+    words = {"figure": name, "title": title, "alt": alt}
     if not shows_the_same(target, file.getvalue(), words):
         _write_with_sidecar(target, file.getvalue(), words, source)
     return target

@@ -389,8 +389,15 @@ def comparisons(
 
 
 def some_of_each(methods: Sequence[Method], number: int | None) -> list[Method]:
-    """The first ``number`` of each family, plans for another target being another one; ``None``: all."""
+    """The first ``number`` of each family, plans for another target being another one; ``None``: all.
+
+    DQAR's settings inside the blocks stay whole: one figure compares them with each other.
+    """
     families: dict[tuple[str, str | None], list[Method]] = {}
     for method in methods:
         families.setdefault((method.family, method.made_for), []).append(method)
-    return [method for members in families.values() for method in members[:number]]
+    return [
+        method
+        for (family, _), members in families.items()
+        for method in (members if family == SITES else members[:number])
+    ]
