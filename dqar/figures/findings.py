@@ -13,10 +13,11 @@ from matplotlib.figure import Figure
 from dqar.figures.style import SLIDE14
 from dqar.measure import metrics
 from dqar.measure.results import Run
+from dqar.studies import arena
 from dqar.studies import benchmarks as benchmark_tables
 from dqar.studies import claims as claims_study
 from dqar.studies import pareto as pareto_study
-from dqar.studies.compare import only
+from dqar.studies.compare import OURS, only
 from dqar.studies.trace import relations
 
 DECIDERS = {
@@ -194,17 +195,28 @@ def benchmarks(tables: Mapping[str, pd.DataFrame]) -> str:
 
 @recorded
 def pareto(run: Run, tables: Mapping[str, pd.DataFrame]) -> str:
-    """Notebook 11: plans against the best of all rivals."""
-    found = pd.concat(
-        pareto_study.verdicts(pareto_study.summary(table)).assign(n=table.image.nunique()) for table in tables.values()
+    """Notebook 11: plans against every rival, by the verdicts' intervals."""
+    found = pd.concat(arena.verdicts(table).assign(n=table.image.nunique()) for table in tables.values())
+    found = found[found.measure.isin(arena.SHOWN) & ~found.family.isin(OURS)]
+    lines = []
+    for measure, own in found.groupby("measure", sort=False):
+        count, least = own.verdict.value_counts(), own.loc[own.lead.idxmin()]
+        lines.append(
+            f"In the {measure} of {own.n.min()} images, DQAR's forecast plans are ahead of their rivals in "
+            f"{count.get('ahead', 0)} of {len(own)} comparisons, level in {count.get('level', 0)}, behind in "
+            f"{count.get('behind', 0)} (95% intervals); the smallest lead is {least.lead:.1f} dB, over {least.family} "
+            f"at {least.budget:g}×."
+        )
+    lossless = max(arena.lossless(table) for table in tables.values())
+    if not math.isnan(lossless):
+        lines.append(
+            f"A plan that takes {lossless:.1f} times fewer MACs is as near to the converged solution as full compute."
+        )
+    lines.append(
+        "A plan is a solver with fitted numbers: it has to be fitted for each model and number of steps, as learned "
+        "solvers do; most other rivals need no fitting."
     )
-    ahead, lead = found.ours > found.peer, (found.ours - found.peer)
-    return (
-        f"DQAR's forecast plans are ahead of the best rival at its best setting in {ahead.sum()} of {len(found)} "
-        f"comparisons (two samplers and targets, four MAC budgets; n = {found.n.min()} images), by {lead.min():.1f} to "
-        f"{lead.max():.1f} dB. A plan has to be fitted once for each model, sampler and number of steps; most rivals "
-        "need no fitting."
-    )
+    return " ".join(lines)
 
 
 def challenges(run: Run, panel: Figure) -> str:

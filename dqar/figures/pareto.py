@@ -32,101 +32,106 @@ from dqar.figures.style import (
 from dqar.forecast.fit import Target
 from dqar.forecast.plan import ForecastPlan
 from dqar.measure.results import Run, provenance, slug
-from dqar.studies import cache_memory, pareto
-from dqar.studies.compare import FULL
+from dqar.studies import arena, cache_memory, pareto
+from dqar.studies.compare import FULL, OURS
 
 SAMPLER_NAMES = {"dpm-solver++": "DPM-Solver++", "ddim": "DDIM"}
-SHOWN = {
+KINDS = {
+    "DQAR plan": (ACCENT, "D"),
+    "learned solver": ("#CC79A7", "P"),
     "fewer steps": (GREY, "X"),
     "output extrapolation": (BLUE, "o"),
-    "TaylorSeer": (GREEN, "s"),
-    "SeaCache": ("#CC79A7", "^"),
-    "DQAR sites": ("#E69F00", "v"),
+    "best cache": (GREEN, "s"),
+    "DQAR inside the blocks": ("#E69F00", "v"),
 }
-"""Drawn in colours of their own; all other peers in one."""
-OTHERS = "#A9B4BF"
+"""``arena.KINDS`` in the order in which they are drawn."""
+SIGNS = {"ahead": "✓", "level": "=", "behind": "✗"}
 TARGETS: dict[Target, str] = {"reference": "to the 50-step reference", "converged": "to the converged solution"}
 COMPARED = {"reference": "full compute", "converged": "converged solution"}
 
 
-@recorded("quality and MACs of every method")
-def _slide13_pareto(run: Run, table: pd.DataFrame) -> Figure:
-    sampler = table.attrs["sampler"]
-    points = pareto.summary(table)
+def slide13_pareto(run: Run, sampler: str, table: pd.DataFrame | None) -> Figure:
+    """Every kind of method at its best at each budget (``arena.recorded``): median, mean and 5th percentile of PSNR."""
+    name = f"slide13_pareto_{slug(sampler).replace('-', '_')}"
+    if table is None:
+        return missing(run, name, f"many images of every method at its best, {SAMPLER_NAMES[sampler]}")
     figure, panels = plt.subplots(1, 2, sharey=True)
     for axes, (target, label) in zip(panels, TARGETS.items(), strict=True):
-        _draw_families(axes, points, target)
-        steps = run.profile.num_inference_steps
-        axes.set(xlabel="MACs of full compute / of this", xscale="log", xlim=(1.08, 6.3))
-        ticks = (1.25, 1.5, 2, 3, 4, 5, 6)
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.minorticks_off()
-        axes.set_title(label.replace("50", str(steps)))
-    full = points[points.family == FULL.name].psnr_converged.iloc[0]
+        _draw_kinds(axes, arena.best_of_kinds(table, target))
+        axes.set_title(label.replace("50", str(run.profile.num_inference_steps)))
+    points = arena.standings(table, "converged")
+    full = points[points.family == FULL.name]["median"].iloc[0]
     error = panels[1].axhline(full, color=DARK, ls="--", lw=2)
     panels[1].legend([error], ["full compute's own error"], loc="upper right")
-    ours = points[points.family == pareto.PLAN].psnr_reference.max()  # NaN without a plan
-    panels[0].set(ylabel="PSNR (dB)", ylim=(0, max(66.0, ours + 3)))
-    panels[0].legend(loc="lower left", ncols=2, columnspacing=1, handlelength=1.3)
-    verdicts = pareto.verdicts(points)
-    won = int((verdicts.ours > verdicts.peer).sum())
-    headline(
-        figure,
-        f"With {SAMPLER_NAMES[sampler]}, DQAR's plans are better than every peer at {won} of {len(verdicts)} budgets, "
-        f"by {(verdicts.ours - verdicts.peer).median():.1f} dB in the median",
+    panels[0].set_ylabel("PSNR (dB): median, 5th percentile (–)")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    headline(figure, f"With {SAMPLER_NAMES[sampler]}, {_lead(arena.verdicts(table))}")
+    note = f"n = {table.image.nunique()} images; ○: PSNR of the mean squared error; rivals at their best settings"
+    return save(run, name, figure, table, note)
+
+
+def _draw_kinds(axes: Axes, points: pd.DataFrame) -> None:
+    budgets = sorted(points.budget.unique())
+    for number, (kind, (color, marker)) in enumerate(KINDS.items()):
+        own = points[points.kind == kind].set_index("budget").reindex(budgets)
+        where = np.arange(len(budgets)) + 0.13 * (number - (len(KINDS) - 1) / 2)
+        axes.vlines(where, own["5th percentile"], own["median"], color=color, lw=3)
+        axes.plot(where, own["5th percentile"], "_", color=color, ms=12, mew=3)
+        axes.plot(where, own["mean"], "o", mfc="white", mec=color, ms=7, mew=2)
+        axes.plot(where, own["median"], marker, color=color, ms=12, ls="none", label=kind)
+    axes.set_xticks(range(len(budgets)), [f"{budget:g}×" for budget in budgets])
+    axes.set(xlabel="fewer MACs than full compute", xlim=(-0.5, len(budgets) - 0.5))
+
+
+def _lead(verdicts: pd.DataFrame) -> str:
+    """Where the plans stand, in words that follow from the intervals."""
+    judged = verdicts[verdicts.measure.isin(arena.SHOWN) & ~verdicts.family.isin(OURS)]
+    if judged.empty:
+        return "no plan is measured beside a rival yet"
+    count, least = judged.verdict.value_counts(), judged.loc[judged.lead.idxmin()]
+    rivals, all_of_them = judged.family.nunique(), len(judged)
+    if count.get("ahead", 0) == all_of_them:
+        return (
+            f"DQAR's plans are ahead of all {rivals} rivals, in the median and the tail, by {least.lead:.1f} dB or more"
+        )
+    return (
+        f"DQAR's plans are ahead of {rivals} rivals in {count.get('ahead', 0)} of {all_of_them} comparisons, level in "
+        f"{count.get('level', 0)}, behind in {count.get('behind', 0)}"
     )
-    note = f"n = {table.image.nunique()} images, PSNR of their mean squared error; n = 1,000: slide13_plan_distances"
-    return save(run, f"slide13_pareto_{slug(sampler).replace('-', '_')}", figure, table, note)
-
-
-def _draw_families(axes: Axes, points: pd.DataFrame, target: Target) -> None:
-    peers = [f for f in points.family.unique() if f not in (pareto.PLAN, FULL.name)]
-    others = [family for family in peers if family not in SHOWN]
-    for number, family in enumerate(others):
-        line = pareto.frontier(points[points.family == family], target)
-        label = f"{len(others)} other caches" if number == 0 else None
-        axes.plot(line.macs_speedup, line[f"psnr_{target}"], color=OTHERS, lw=1.5, marker=".", ms=7, label=label)
-    for family, (color, marker) in SHOWN.items():
-        line = pareto.frontier(points[points.family == family], target)
-        axes.plot(line.macs_speedup, line[f"psnr_{target}"], color=color, lw=2, marker=marker, ms=8, label=family)
-    line = pareto.frontier(pareto.own_plans(points, target), target)
-    axes.plot(line.macs_speedup, line[f"psnr_{target}"], color=ACCENT, lw=4.5, marker="D", ms=10, label="DQAR plan")
-
-
-def slide13_pareto(run: Run, sampler: str, table: pd.DataFrame | None) -> Figure:
-    """PSNR against MACs saved, to the run's reference and to the converged solution: every family's best settings."""
-    if table is not None:
-        table.attrs["sampler"] = sampler
-    return _slide13_pareto(run, table)
 
 
 def slide12_pareto(run: Run, tables: dict[str, pd.DataFrame]) -> Figure:
-    """At each budget: DQAR's plan and the best peer at its best settings; all columns are in the Markdown."""
-    found = [pareto.verdicts(pareto.summary(table)).assign(sampler=sampler) for sampler, table in tables.items()]
-    if not found:
-        return missing(run, "slide12_pareto", "quality and MACs of every method")
-    verdicts = pd.concat(found, ignore_index=True)
-    verdicts["cell"] = [f"{ours:.1f} / {peer:.1f}" for ours, peer in zip(verdicts.ours, verdicts.peer, strict=True)]
-    wide = verdicts.pivot(index=["sampler", "target"], columns="budget", values="cell").reset_index()
-    wide["sampler"], wide["target"] = wide.sampler.map(SAMPLER_NAMES), wide.target.map(COMPARED)
-    wide.columns = ["Sampler", "PSNR to", *(f"{budget:g}×" for budget in wide.columns[2:])]
-    won, enough = int((verdicts.ours > verdicts.peer).sum()), int((verdicts.macs_needed.round(2) <= 0.8).sum())
-    title = (
-        f"DQAR's plans are ahead at {won} of {len(verdicts)} budgets; at {enough} they need at most 0.8 of the MACs "
-        "for the best peer's quality"
+    """At each budget: DQAR's plan, the strongest rival, and who is ahead; every rival stands in the Markdown."""
+    if not tables:
+        return missing(run, "slide12_pareto", "many images of every method at its best")
+    verdicts = pd.concat([arena.verdicts(table).assign(sampler=name) for name, table in tables.items()])
+    verdicts["sampler"], verdicts["target"] = verdicts.sampler.map(SAMPLER_NAMES), verdicts.target.map(COMPARED)
+    facing = pd.concat(
+        [arena.strongest(own).assign(sampler=name) for name, own in verdicts.groupby("sampler", sort=False)]
     )
-    note = f"a cell: plan / best peer (dB); columns: MAC reduction; n = {tables[next(iter(tables))].image.nunique()}"
-    source = next(iter(tables.values()))
-    figure = save_table(run, "slide12_pareto", title, wide, [16, 22, *[14] * (len(wide.columns) - 2)], source, note)
+    facing = facing[facing.measure.isin(arena.SHOWN)]
+    facing["cell"] = [f"{row.ours:.1f} / {row.theirs:.1f} {SIGNS[row.verdict]}" for row in facing.itertuples()]
+    wide = facing.pivot(index=["sampler", "target", "measure"], columns="budget", values="cell")
+    wide = wide.reindex(facing.set_index(["sampler", "target", "measure"]).index.unique()).fillna("–").reset_index()
+    wide.columns = ["Sampler", "PSNR to", "Image", *(f"{budget:g}×" for budget in wide.columns[3:])]
+    table = next(iter(tables.values()))
+    signs = ", ".join(f"{sign} {name}" for name, sign in SIGNS.items())
+    note = f"plan / strongest rival (dB); {signs}, by a paired 95% interval; n = {table.image.nunique()}"
+    widths = [14, 17, 14, *[13] * (len(wide.columns) - 3)]
+    title = _lead(verdicts)
+    figure = save_table(run, "slide12_pareto", title[0].upper() + title[1:], wide, widths, table, note)
     shown = pd.DataFrame(
         {
-            "sampler": verdicts.sampler.map(SAMPLER_NAMES),
+            "sampler": verdicts.sampler,
             "PSNR to": verdicts.target,
             "MAC reduction": verdicts.budget.map("{:g}×".format),
-            "DQAR (dB)": verdicts.ours.map("{:.1f}".format),
-            "best peer (dB)": verdicts.peer.map("{:.1f}".format),
-            "which": verdicts.which,
-            "MACs for the peer's quality": verdicts.macs_needed.map(lambda x: "–" if np.isnan(x) else f"{x:.2f} of it"),
+            "measure": verdicts.measure,
+            "DQAR's plan (dB)": verdicts.ours.map("{:.1f}".format),
+            "rival": verdicts.method,
+            "rival (dB)": verdicts.theirs.map("{:.1f}".format),
+            "lead (dB), 95%": [f"{r.lead:.1f} ({r.lead_low:.1f} to {r.lead_high:.1f})" for r in verdicts.itertuples()],
+            "verdict": verdicts.verdict,
         }
     )
     write_table(run, "slide12_pareto", shown)
@@ -138,8 +143,8 @@ def slide13_plan_distances(run: Run, table: pd.DataFrame) -> Figure:
     """Fréchet distance at equal MACs (``results.beside_plans``): growth over full compute on the same seeds."""
     figure, axes = plt.subplots()
     budgets = sorted(table.budget.unique())
-    kinds = {"DQAR plan": (ACCENT, "D"), "output extrapolation": SHOWN["output extrapolation"]}
-    kinds |= {"best other cache": SHOWN["SeaCache"], "fewer steps": SHOWN["fewer steps"]}
+    kinds = {"DQAR plan": (ACCENT, "D"), "output extrapolation": KINDS["output extrapolation"]}
+    kinds |= {"best other cache": KINDS["best cache"], "fewer steps": KINDS["fewer steps"]}
     box = {"fc": "white", "ec": "none", "pad": 1}
     for number, (kind, (color, marker)) in enumerate(kinds.items()):
         own = table[table.kind == kind].set_index("budget").reindex(budgets)

@@ -7,7 +7,7 @@ import math
 import pandas as pd
 
 from dqar.measure.results import Run
-from dqar.studies import claims, pareto, policy, quantized_cache, results, trace
+from dqar.studies import arena, claims, pareto, policy, quantized_cache, results, trace
 from dqar.studies.compare import FULL, only
 
 
@@ -105,12 +105,14 @@ def future_work(run: Run) -> pd.DataFrame:
     if labels is not None and oracle is not None:
         runs = policy.accepted_runs(oracle).set_index("share").psnr
         searched = f"sites chosen by measured error: {runs[0.4]:.1f} dB with 40 % of all sites reused (notebook 06)"
-    compared = pareto.recorded(run, run.profile.scheduler)
+    compared = arena.recorded(run, run.profile.scheduler)
     if compared is not None:
-        found_at = pareto.verdicts(pareto.summary(compared), (3,)).dropna(subset=["ours"])
-        for row in found_at[found_at.target == "reference"].itertuples():
-            ahead = row.ours > row.peer
-            searched += f"; planned steps: {row.ours:.1f} dB at 3× fewer MACs, best peer {row.peer:.1f} (notebook 11)"
+        at_three = arena.strongest(arena.verdicts(compared)).query("budget == 3 and target == 'reference'")
+        for row in at_three[at_three.measure == "median"].itertuples():
+            ahead = row.verdict == "ahead"
+            searched += (
+                f"; planned steps: median {row.ours:.1f} dB at 3× fewer MACs, best rival {row.theirs:.1f} (notebook 11)"
+            )
     rows = [
         (
             "Lower bit-widths",

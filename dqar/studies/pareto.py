@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -21,13 +21,14 @@ from dqar.forecast.fit import FINER, Target
 from dqar.forecast.plan import ForecastPlan, extrapolation
 from dqar.forecast.profiles import calibrate_profile, with_provenance
 from dqar.measure import metrics
+from dqar.measure.quality import reference_of
 from dqar.measure.results import Run, load_table, slug
 from dqar.measure.sampling import OPEN
 from dqar.models.pipelines import to_images
 from dqar.models.profiles import Profile
 from dqar.peers.registry import RIVALS, Peer
 from dqar.studies import policy
-from dqar.studies.compare import FULL, OURS, Drawn, Method, check_again, compare, draw, summarize
+from dqar.studies.compare import FULL, Method, check_again, compare, draw, summarize
 from dqar.studies.recording import PARETO_SEED, Recording
 
 SAMPLERS = {"dpm-solver++": "dpm-solver++-lu", "ddim": "ddim"}
@@ -217,48 +218,13 @@ def frontier(points: pd.DataFrame, target: Target) -> pd.DataFrame:
 
 def best_at(points: pd.DataFrame, target: Target, budget: float) -> pd.Series | None:
     """The point of the best quality at ``budget`` times fewer MACs, or more; ``None`` if nothing is as fast."""
-    within = points[points.macs_speedup >= budget * 0.999]
+    within = points[points.macs_speedup.round(2) >= budget]
     return within.iloc[int(within[f"psnr_{target}"].argmax())] if len(within) else None
 
 
 def own_plans(points: pd.DataFrame, target: Target) -> pd.DataFrame:
     """DQAR's plans that were made for a target: none is compared under another one."""
     return points[(points.family == PLAN) & (points.made_for == target)]
-
-
-def verdicts(points: pd.DataFrame, budgets: Sequence[float] = BUDGETS) -> pd.DataFrame:
-    """At each budget: DQAR's best plan and the best peer, in dB, and the MACs that each needs for the other's quality.
-
-    Returns:
-        ``target``, ``budget``, ``ours``, ``peer`` (dB), ``which`` (the peer), and ``macs_needed``: our MACs over the
-        peer's at the peer's quality or better, by the plans that were made.
-    """
-    rows = []
-    for target in get_args(Target):
-        quality = f"psnr_{target}"
-        mine, peers = own_plans(points, target), points[~points.family.isin((*OURS, FULL.name))]
-        for budget in budgets:
-            best, ours = best_at(peers, target, budget), best_at(mine, target, budget)
-            if best is None or not len(mine):
-                continue
-            as_good = mine[mine[quality] >= best[quality]]
-            needed = best.macs_speedup / as_good.macs_speedup.max() if len(as_good) else math.nan
-            decibels = math.nan if ours is None else ours[quality]
-            rows.append((target, budget, decibels, best[quality], best.method, needed))
-    return pd.DataFrame(rows, columns=["target", "budget", "ours", "peer", "which", "macs_needed"])
-
-
-def best_of_families(table: pd.DataFrame, target: Target, budgets: Sequence[float] = BUDGETS) -> pd.DataFrame:
-    """The best quality (dB) of each family at each budget, best first; of plans, those made for this target."""
-    points = summary(table)
-    points = points[(points.family != PLAN) | (points.made_for == target)]
-    rows = {}
-    for family, members in points.groupby("family", sort=False):
-        found = (best_at(members, target, budget) for budget in budgets)
-        rows[family] = [math.nan if best is None else best[f"psnr_{target}"] for best in found]
-    columns = [f"{budget:g}×, {target}" for budget in budgets]
-    table = pd.DataFrame.from_dict(rows, orient="index", columns=columns).dropna(how="all")
-    return table.sort_values(columns[1], ascending=False).round(1)
 
 
 def recorded(run: Run, sampler: str) -> pd.DataFrame | None:
@@ -352,40 +318,42 @@ def record_plans(recording: Recording) -> None:
 
 
 def record_pareto(recording: Recording) -> None:
-    """Quality and MACs of every method at every setting, one table a sampler: the columns of ``compare``.
-
-    ``mse_converged`` is to the images of ``FINER`` times the steps.
-    """
+    """Quality and MACs of every method at every setting, one table a sampler: ``screened``."""
     record_plans(recording)
-    profile, sizes = recording.profile, recording.sizes
     for sampler in SAMPLERS:
-        methods = contenders(profile, sampler, recording.folder)
-        chosen = some_of_each(methods, sizes.pareto_settings)
-        parts = comparisons(chosen, profile, sampler, sizes.pareto_images)
-        recording.table(f"pareto-{slug(sampler)}", parts, PARETO_SEED)
+        screened(recording, sampler)
+
+
+def screened(recording: Recording, sampler: str) -> pd.DataFrame:
+    """Every method at every setting under one sampler, on a few images: ``comparisons``."""
+    methods = contenders(recording.profile, sampler, recording.folder)
+    chosen = some_of_each(methods, recording.sizes.pareto_settings)
+    parts = comparisons(recording, chosen, sampler, PARETO_SEED, recording.sizes.pareto_images)
+    return recording.growing(f"pareto-{slug(sampler)}", parts, PARETO_SEED)
 
 
 def comparisons(
-    methods: Sequence[Method], profile: Profile, sampler: str, num_images: int
+    recording: Recording, methods: Sequence[Method], sampler: str, seed: int, number: int
 ) -> dict[str, Callable[[], pd.DataFrame]]:
-    """A measurement for every method, by name; they share the images that they are compared with, drawn when needed."""
-    profile = dataclasses.replace(profile, batch_size=num_images)
+    """A measurement for every method, by name: ``compare`` with full compute and with the converged solution.
 
-    @functools.cache
-    def images() -> tuple[Drawn, torch.Tensor]:
-        full = Method(FULL.name, scheduler=sampler)
-        finer = dataclasses.replace(full, num_inference_steps=FINER * profile.num_inference_steps)
-        converged = finer.draw(profile, PARETO_SEED, num_samples=num_images, description="converged").images
-        return draw(full, profile, PARETO_SEED, num_samples=num_images), converged
+    ``fd``, where a classifier is at hand, is the set's Fréchet distance to the test data, the same in all rows.
+    """
+    full = Method(FULL.name, scheduler=sampler)
+    finer = FINER * recording.profile.num_inference_steps
+    converged = Method("converged", scheduler=sampler, num_inference_steps=finer)
 
     def one(method: Method) -> pd.DataFrame:
-        reference, converged = images()
-        table = compare(method, reference, profile, PARETO_SEED, beside={"converged": converged})
-        return table.drop(
-            columns="features", errors="ignore"
-        )  # a hundred methods' would weigh megabytes, and nobody reads them
+        reference = recording.drawn(full, seed, 0, number)
+        beside = {"converged": recording.drawn(converged, seed, 0, number).images}
+        table = compare(method, reference, recording.many_at_once, seed, beside=beside)
+        real = reference_of(recording.profile.model, recording.folder)
+        if "features" in table and real is not None and number > 1:
+            features = torch.tensor(np.stack(list(table.features))).double()
+            table["fd"] = metrics.frechet_distance(features, real.features)
+        return table.drop(columns="features", errors="ignore")  # of hundreds of methods, they would weigh megabytes
 
-    return {slug(method.name): functools.partial(one, method) for method in methods}
+    return {method.name: functools.partial(one, method) for method in methods}
 
 
 def some_of_each(methods: Sequence[Method], number: int | None) -> list[Method]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from dqar.studies import challenges, pareto, policy, reference, results
+from dqar.studies import arena, challenges, pareto, policy, reference, results
 from dqar.studies.recording import Recording
 
 TABLES: dict[str, Callable[[Recording], object]] = {
@@ -22,6 +22,7 @@ TABLES: dict[str, Callable[[Recording], object]] = {
     "sharing": challenges.record_sharing,
     "plans": pareto.record_plans,
     "pareto": pareto.record_pareto,
+    "arena": arena.record_arena,
     "speed": results.record_speed,
     "memory": results.record_memory,
     "samples": results.record_samples,

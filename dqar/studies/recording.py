@@ -14,12 +14,12 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from dqar.measure.results import atomic_path, load_table, provenance, save_table, settings
+from dqar.measure.results import atomic_path, load_table, provenance, save_table, settings, slug
 from dqar.models.profiles import Profile
 from dqar.studies.compare import FULL, Drawn, Method, compare, draw
 
 # Other images than the notebooks' and the results' (seed 0): a policy mustn't be judged on what it was trained on.
-LABEL_SEED, SWEEP_SEED, RESULT_SEED, PARETO_SEED, REFERENCE_SEED = 100, 200, 0, 700, 600
+LABEL_SEED, SWEEP_SEED, RESULT_SEED, PARETO_SEED, REFERENCE_SEED, ARENA_SEED = 100, 200, 0, 700, 600, 800
 RESULT_FIELDS = ("weights", "transformer", "num_inference_steps", "guidance_scale", "dtype", "scheduler", "reference")
 """Of a profile: parts that differ in one of them don't belong together."""
 
@@ -116,6 +116,35 @@ class Recording:
         save_table(pd.concat(tables, ignore_index=True), path, source)
         return load_table(path)
 
+    def growing(self, name: str, parts: Mapping[str, Callable[[], pd.DataFrame]], seed: int) -> pd.DataFrame:
+        """The table ``name``, a part for each method: rows that it has are kept, missing ones measured.
+
+        It is saved after each part, so that what is recorded can be used, and other methods can be added later.
+        Methods that aren't asked for any more are left out.
+
+        Args:
+            name: of the table.
+            parts: a measurement for each method, by its name; the rows have a column ``method``.
+            seed: of the images.
+        """
+        path = self.folder / f"{name}.parquet"
+        before = self._of_this_profile(load_table(path)) if path.exists() else None
+        tables, sources = dict[str, pd.DataFrame](), list[dict[str, Any]]()
+        if before is not None:
+            tables = {method: rows for method, rows in before.groupby("method", sort=False) if method in parts}
+            sources = before.attrs["provenance"].get("sittings") or [_sitting(before.attrs["provenance"])]
+        missing = [method for method in parts if method not in tables]
+        now, started = provenance(self.profile, seed), time.monotonic()
+        for table in tables.values():
+            table.attrs = {}
+        for method in tqdm(missing, desc=name):
+            tables[method] = parts[method]()
+            tables[method].attrs = {}
+            now["seconds"] = time.monotonic() - started
+            rows = pd.concat([tables[method] for method in parts if method in tables], ignore_index=True)
+            save_table(rows, path, {**now, "sittings": [*sources, _sitting(now)]})
+        return load_table(path)
+
     def _of_this_profile(self, table: pd.DataFrame) -> pd.DataFrame:
         """The table, if nothing that changes results was otherwise when it was recorded."""
         before, now = table.attrs["provenance"]["profile"], settings(self.profile)
@@ -129,13 +158,22 @@ class Recording:
 
     def compare(self, method: Method, seed: int, first_image: int, number: int) -> pd.DataFrame:
         """``compare`` with full compute, whose images are kept beside the parts."""
-        reference = self._full_compute(seed, first_image, number)
+        reference = self.drawn(FULL, seed, first_image, number)
         return compare(method, reference, self.many_at_once, seed, first_image, networks=True)
 
-    def _full_compute(self, seed: int, first_image: int, number: int) -> Drawn:
-        path = self.parts / f"full-compute-{seed}-{first_image}-{number}.pt"
+    def drawn(self, method: Method, seed: int, first_image: int, number: int) -> Drawn:
+        """Images that others are compared with: drawn once, and kept beside the parts."""
+        path = (
+            self.parts
+            / f"{slug(method.name)}-{slug(method.scheduler or self.profile.scheduler)}-{seed}-{first_image}-{number}.pt"
+        )
         if not path.exists():
-            drawn = draw(FULL, self.many_at_once, seed, first_image, number)
+            drawn = draw(method, self.many_at_once, seed, first_image, number)
             with atomic_path(path) as temporary:
                 torch.save({"images": drawn.images, "labels": drawn.labels, "macs": drawn.macs}, temporary)
-        return Drawn(FULL, **torch.load(path, weights_only=True), sites_reused=0.0, events=0.0, cache_bytes=0.0)
+        return Drawn(method, **torch.load(path, weights_only=True), sites_reused=0.0, events=0.0, cache_bytes=0.0)
+
+
+def _sitting(source: Mapping[str, Any]) -> dict[str, Any]:
+    """Where, when and by which code some of a table's rows were measured."""
+    return {name: source.get(name) for name in ("commit", "date", "device", "seconds")}

@@ -1,0 +1,154 @@
+"""Notebook 11, on many images: each method at its best settings, and whether a plan's lead over it is certain."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import get_args
+
+import numpy as np
+import pandas as pd
+
+from dqar.forecast.fit import Target
+from dqar.measure import metrics
+from dqar.measure.results import Run, slug
+from dqar.studies import pareto
+from dqar.studies.compare import FULL, OURS, Method
+from dqar.studies.recording import ARENA_SEED, Recording
+
+MEASURES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "mean": lambda mse: metrics.decibels(mse.mean(-1)),
+    "median": lambda mse: np.median(metrics.decibels(mse), -1),
+    "5th percentile": lambda mse: np.percentile(metrics.decibels(mse), 5, axis=-1),
+    "worst": lambda mse: metrics.decibels(mse.max(-1)),
+}
+"""PSNR (dB) of images' squared errors ``[..., N]``: of their mean, and of the median, the 5th percentile and the worst
+image."""
+JUDGED = ("mean", "median", "5th percentile")
+"""On which verdicts are passed: one worst image has no interval."""
+SHOWN = ("median", "5th percentile")
+"""The verdicts that figures show: one image that turns into another picture decides a mean."""
+KINDS = {pareto.PLAN: "DQAR plan", pareto.SITES: "DQAR inside the blocks", "fewer steps": "fewer steps"}
+KINDS |= {"output extrapolation": "output extrapolation", "bespoke solver": "learned solver"}
+KINDS |= {"learned timesteps": "learned solver"}
+"""Of families; all others are caches."""
+ERRORS: dict[Target, str] = {"reference": "mse", "converged": "mse_converged"}
+"""Columns of ``compare`` by what a plan is made for."""
+IDENTICAL = 1e-12
+"""A squared error that counts as none: 120 dB."""
+
+
+def finalists(methods: list[Method], screened: pd.DataFrame) -> list[Method]:
+    """Of each family, the settings that were best at some budget for some target, full compute and all plans.
+
+    Args:
+        methods: that were screened.
+        screened: rows of ``compare`` on a few images.
+    """
+    points, by_name = pareto.summary(screened), {method.name: method for method in methods}
+    chosen = {method.name for method in methods if method.family in (FULL.name, pareto.PLAN)}
+    for (_, own), target, budget in itertools.product(points.groupby("family"), get_args(Target), pareto.BUDGETS):
+        best = pareto.best_at(own, target, budget)
+        if best is not None and best.method in by_name:
+            chosen.add(best.method)
+    return [method for method in methods if method.name in chosen]
+
+
+def record_arena(recording: Recording) -> None:
+    """The finalists of every sampler's screening, on as many images as the results have: ``pareto.comparisons``."""
+    for sampler in pareto.SAMPLERS:
+        name, methods = slug(sampler), pareto.contenders(recording.profile, sampler, recording.folder)
+        chosen = finalists(methods, pareto.screened(recording, sampler))
+        parts = pareto.comparisons(recording, chosen, sampler, ARENA_SEED, recording.sizes.samples)
+        recording.growing(f"arena-{name}", parts, ARENA_SEED)
+
+
+def recorded(run: Run, sampler: str) -> pd.DataFrame | None:
+    """The recorded arena under one sampler."""
+    return run.recorded(f"arena-{slug(sampler)}")
+
+
+def standings(table: pd.DataFrame, target: Target) -> pd.DataFrame:
+    """One row a method: ``family``, ``made_for``, ``macs_speedup``, ``fd``, and PSNR (dB) by each of ``MEASURES``."""
+    errors = _errors(table, target)
+    facts = table.groupby("method", sort=False)[["family", "made_for", "macs_speedup", "fd"]].first()
+    for name, measure in MEASURES.items():
+        facts[name] = measure(errors.to_numpy())
+    return facts.rename_axis("method").reset_index()
+
+
+def verdicts(table: pd.DataFrame, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
+    """At each budget: a plan beside every other family at its best setting, with a paired bootstrap interval.
+
+    The plan is the one that computes the most steps within the budget. A rival's setting is chosen by the very images
+    and measure that it is judged by, which favours it. Images are drawn with replacement, the same ones for both.
+
+    Args:
+        table: of ``record_arena``.
+        resamples, seed: of the bootstrap.
+
+    Returns:
+        ``target``, ``budget``, ``measure`` (of ``JUDGED``), ``family``, ``method``, ``plan``; ``ours``, ``theirs`` and
+        ``lead`` in dB; ``lead_low``, ``lead_high``: its 95 % interval; ``verdict``: ``"ahead"`` or ``"behind"`` where
+        that is without 0, else ``"level"``.
+    """
+    generator, rows = np.random.default_rng(seed), []
+    for target in get_args(Target):
+        errors, points = _errors(table, target), standings(table, target)
+        chosen = generator.integers(errors.shape[1], size=(resamples, errors.shape[1]))
+        for budget, measure in itertools.product(pareto.BUDGETS, JUDGED):
+            within = points[points.macs_speedup.round(2) >= budget]
+            plans = pareto.own_plans(within, target)
+            if plans.empty:
+                continue
+            plan = plans.loc[plans.macs_speedup.idxmin()]
+            trials = MEASURES[measure](errors.loc[plan.method].to_numpy()[chosen])
+            for family, own in within[~within.family.isin((pareto.PLAN, FULL.name))].groupby("family", sort=False):
+                best = own.loc[own[measure].idxmax()]
+                leads = trials - MEASURES[measure](errors.loc[best.method].to_numpy()[chosen])
+                low, high = np.quantile(leads, [0.025, 0.975])
+                verdict = "ahead" if low > 0 else "behind" if high < 0 else "level"
+                values = (plan[measure], best[measure], plan[measure] - best[measure], low, high, verdict)
+                rows.append((target, budget, measure, family, best.method, plan.method, *values))
+    columns = ["target", "budget", "measure", "family", "method", "plan", "ours", "theirs", "lead", "lead_low"]
+    return pd.DataFrame(rows, columns=[*columns, "lead_high", "verdict"])
+
+
+def strongest(verdicts: pd.DataFrame) -> pd.DataFrame:
+    """Of ``verdicts``, at each target, budget and measure, the rival that leaves a plan the smallest lead."""
+    rivals = verdicts[~verdicts.family.isin(OURS)]
+    least = rivals.groupby(["target", "budget", "measure"], sort=False).lead.idxmin()
+    return rivals.loc[least].reset_index(drop=True)
+
+
+def best_of_kinds(table: pd.DataFrame, target: Target) -> pd.DataFrame:
+    """At each budget, the setting of each kind whose median image is best; of plans, as in ``verdicts``.
+
+    Returns:
+        ``budget``, ``kind`` and the columns of ``standings``.
+    """
+    points, rows = standings(table, target), []
+    points = points[(points.family != FULL.name) & (points.made_for.isna() | (points.made_for == target))]
+    points["kind"] = points.family.map(KINDS).fillna("best cache")
+    for budget in pareto.BUDGETS:
+        for kind, own in points[points.macs_speedup.round(2) >= budget].groupby("kind", sort=False):
+            best = own.macs_speedup.idxmin() if kind == KINDS[pareto.PLAN] else own["median"].idxmax()
+            rows.append({"budget": budget, "kind": kind, **own.loc[best].drop("kind")})
+    return pd.DataFrame(rows)
+
+
+def lossless(table: pd.DataFrame) -> float:
+    """How many times fewer MACs the cheapest plan takes whose median image is as near to the converged solution as
+    full compute's is; NaN if none is."""
+    points = standings(table, "converged")
+    full = points.loc[points.family == FULL.name, "median"].max()
+    plans = pareto.own_plans(points, "converged")
+    as_near = plans[plans["median"] >= full]
+    return float(as_near.macs_speedup.max()) if len(as_near) else math.nan
+
+
+def _errors(table: pd.DataFrame, target: Target) -> pd.DataFrame:
+    """Squared errors, methods by images, in the table's order."""
+    wide = table.pivot(index="method", columns="image", values=ERRORS[target])
+    return wide.clip(lower=IDENTICAL).loc[table.method.unique()]

@@ -1,0 +1,126 @@
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from dqar.measure.results import load_table, provenance, save_table
+from dqar.models.profiles import get_profile
+from dqar.studies import arena, pareto
+from dqar.studies.compare import FULL, Method
+from dqar.studies.recording import Recording
+
+SPEEDUPS = {"full": 1, "plan 2": 2, "plan 3": 3.1, "other plan": 2, "20 steps": 2.5, "25 steps": 2, "cache": 3}
+
+
+def table(decibels, made_for="reference"):
+    """An arena: PSNR (dB) of each image by method, the same to both targets."""
+    rows = []
+    for method, values in decibels.items():
+        family = {"full": FULL.name, "plan": pareto.PLAN, "other": pareto.PLAN}.get(method.split()[0], method)
+        family = "fewer steps" if "steps" in method else family
+        for image, value in enumerate(values):
+            error = 10 ** (-value / 10)
+            target = {"plan": made_for, "other": "converged"}.get(method.split()[0])
+            rows.append((method, family, target, SPEEDUPS[method], 1.0, image, error, error))
+    columns = ["method", "family", "made_for", "macs_speedup", "fd", "image", "mse", "mse_converged"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def test_standings_are_of_errors_in_the_mean_and_of_images_otherwise():
+    found = arena.standings(table({"full": [50, 50, 50], "25 steps": [40, 50, 20]}), "reference").set_index("method")
+    assert found["mean"]["25 steps"] == pytest.approx(-10 * math.log10((1e-4 + 1e-5 + 1e-2) / 3))
+    assert found["median"]["25 steps"] == pytest.approx(40)
+    assert found["5th percentile"]["25 steps"] == pytest.approx(22)  # a tenth of the way from 20 to 40
+    assert found["worst"]["25 steps"] == pytest.approx(20)
+
+
+def test_verdicts_follow_from_paired_intervals():
+    images = np.linspace(30, 60, 50)
+    noise = np.random.default_rng(1).normal(size=50)
+    own = table({"full": images + 60, "plan 2": images, "25 steps": images - 1, "cache": images + noise / 100})
+    found = arena.verdicts(own, 500).set_index(["target", "budget", "measure", "family"])
+    row = found.loc["reference", 2, "median", "fewer steps"]
+    # Images differ by far more than the methods do: only in pairs can a lead of 1 dB be seen.
+    assert row.verdict == "ahead" and row.lead == pytest.approx(1) and row.lead_low == pytest.approx(1)
+    assert found.loc["reference", 2, "median", "cache"].verdict == "level"
+    assert "converged" not in found.index  # no plan is made for it
+
+
+def test_a_plan_is_behind_where_a_rival_is_better():
+    found = arena.verdicts(table({"full": [90] * 9, "plan 2": [40] * 9, "25 steps": [41] * 9}), 50)
+    assert set(found.verdict) == {"behind"} and set(found.budget) == {1.5, 2}
+
+
+def test_a_rival_has_its_best_setting_by_each_measure_and_a_plan_the_one_of_its_budget():
+    steady, steep = [40, 40, 40, 40, 40], [50, 50, 50, 20, 20]
+    own = table({"full": [90] * 5, "plan 2": [45] * 5, "plan 3": [49] * 5, "20 steps": steady, "25 steps": steep})
+    found = arena.verdicts(own, 50).set_index(["budget", "measure"])
+    assert found.method[2, "median"] == "25 steps" and found.method[2, "5th percentile"] == "20 steps"
+    assert set(found.plan[2]) == {"plan 2"}  # although the one of three times fewer is better
+    assert (1.5, "median") in found.index and (3, "median") not in found.index  # no rival is so fast
+
+
+def test_the_strongest_rival_leaves_the_smallest_lead():
+    own = table({"full": [90] * 5, "plan 2": [45] * 5, "25 steps": [40] * 5, "cache": [43] * 5})
+    found = arena.strongest(arena.verdicts(own, 50)).set_index(["budget", "measure"])
+    assert found.family[2, "median"] == "cache" and found.lead[2, "median"] == pytest.approx(2)
+
+
+def test_kinds_show_their_best_and_no_plan_for_another_target():
+    own = table({"full": [90] * 5, "plan 2": [45] * 5, "other plan": [60] * 5, "25 steps": [40] * 5, "cache": [43] * 5})
+    found = arena.best_of_kinds(own, "reference").set_index(["budget", "kind"])
+    assert found["median"][2, "DQAR plan"] == pytest.approx(45)
+    assert found["median"][2, "best cache"] == pytest.approx(43) and (2, "fewer steps") in found.index
+
+
+def test_lossless_is_as_near_to_the_converged_solution_as_full_compute():
+    own = {"full": [44] * 5, "plan 2": [45] * 5, "plan 3": [43] * 5}
+    assert arena.lossless(table(own, "converged")) == 2
+    assert math.isnan(arena.lossless(table({**own, "plan 2": [43] * 5}, "converged")))
+
+
+def test_finalists_are_the_best_at_some_budget_and_all_plans():
+    own = {"full": [90] * 2, "plan 2": [45] * 2, "20 steps": [41] * 2, "25 steps": [40] * 2, "cache": [43] * 2}
+    methods = [Method(name, family) for name, family in table(own)[["method", "family"]].drop_duplicates().values]
+    chosen = [method.name for method in arena.finalists(methods, table(own))]
+    assert chosen == ["full", "plan 2", "20 steps", "cache"]  # at 2x, 20 steps are better than 25
+
+
+def recording(tmp_path):
+    return Recording(get_profile("smoke"), tmp_path / "work", tmp_path / "out")
+
+
+def test_a_growing_table_measures_only_what_it_lacks_and_drops_what_nobody_asks_for(tmp_path):
+    measured, own = [], recording(tmp_path)
+
+    def part(name):
+        measured.append(name)
+        return pd.DataFrame({"method": [name] * 2, "mse": [1.0, 2.0]})
+
+    def parts(*names):
+        return {name: lambda name=name: part(name) for name in names}
+
+    own.growing("arena-x", parts("a", "b"), 1)
+    found = own.growing("arena-x", parts("c", "b"), 1)
+    assert measured == ["a", "b", "c"] and found.method.tolist() == ["c", "c", "b", "b"]
+    assert len(found.attrs["provenance"]["sittings"]) == 2
+
+
+def test_a_growing_table_keeps_what_was_measured_before_a_failure(tmp_path):
+    own = recording(tmp_path)
+
+    def fails():
+        raise RuntimeError("out of power")
+
+    with pytest.raises(RuntimeError, match="power"):
+        own.growing("arena-x", {"a": lambda: pd.DataFrame({"method": ["a"]}), "b": fails}, 1)
+    assert load_table(own.folder / "arena-x.parquet").method.tolist() == ["a"]
+
+
+def test_a_growing_table_of_another_model_is_refused(tmp_path):
+    own = recording(tmp_path)
+    other = get_profile("smoke", guidance_scale=3.0)
+    save_table(pd.DataFrame({"method": ["a"]}), own.folder / "arena-x.parquet", provenance(other, 1))
+    with pytest.raises(ValueError, match="guidance_scale 3.0"):
+        own.growing("arena-x", {}, 1)
