@@ -56,11 +56,11 @@ def finalists(methods: list[Method], screened: pd.DataFrame) -> list[Method]:
 
 
 def record_arena(recording: Recording) -> None:
-    """The finalists of every sampler's screening, on as many images as the results have: ``pareto.comparisons``."""
+    """The finalists of every sampler's screening, on many images: ``pareto.comparisons``."""
     for sampler in pareto.SAMPLERS:
         name, methods = slug(sampler), pareto.contenders(recording.profile, sampler, recording.folder)
         chosen = finalists(methods, pareto.screened(recording, sampler))
-        parts = pareto.comparisons(recording, chosen, sampler, ARENA_SEED, recording.sizes.samples)
+        parts = pareto.comparisons(recording, chosen, sampler, ARENA_SEED, recording.sizes.arena_images)
         recording.growing(f"arena-{name}", parts, ARENA_SEED)
 
 

@@ -41,6 +41,8 @@ class Sizes:
     pareto_images: int = 20
     pareto_settings: int | None = None
     """Settings of each family at most; ``None``: all."""
+    arena_images: int = 200
+    """Of each family's best settings."""
 
     @classmethod
     def of(cls, profile: Profile) -> Sizes:
@@ -57,6 +59,7 @@ class Sizes:
             refinements=1 if few else 24,
             pareto_images=2 if few else min(20, most),
             pareto_settings=1 if few else None,
+            arena_images=2 if few else min(200, most),
         )
 
 
