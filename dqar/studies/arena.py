@@ -17,6 +17,8 @@ from dqar.studies import pareto
 from dqar.studies.compare import FULL, OURS, Method
 from dqar.studies.recording import ARENA_SEED, Recording
 
+BUDGETS = (2, 3, 4)
+"""Full compute's MACs over a method's, at least."""
 MEASURES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "mean": lambda mse: metrics.decibels(mse.mean(-1)),
     "median": lambda mse: np.median(metrics.decibels(mse), -1),
@@ -40,19 +42,24 @@ IDENTICAL = 1e-12
 
 
 def finalists(methods: list[Method], screened: pd.DataFrame) -> list[Method]:
-    """Of each family, the settings that were best at some budget for some target, full compute and all plans.
+    """Full compute, the plans that are judged, and of each family the settings that were best at some budget.
 
     Args:
         methods: that were screened.
         screened: rows of ``compare`` on a few images.
     """
-    points, by_name = pareto.summary(screened), {method.name: method for method in methods}
-    chosen = {method.name for method in methods if method.family in (FULL.name, pareto.PLAN)}
-    for (_, own), target, budget in itertools.product(points.groupby("family"), get_args(Target), pareto.BUDGETS):
+    points, chosen = pareto.summary(screened), {FULL.name: None}
+    for target, budget in itertools.product(get_args(Target), BUDGETS):
+        plans = _within(pareto.own_plans(points, target), budget)
+        chosen |= dict.fromkeys(plans.method[plans.macs_speedup == plans.macs_speedup.min()])
+    rivals = points[~points.family.isin((pareto.PLAN, FULL.name))]
+    for target, budget, (_, own) in itertools.product(get_args(Target), BUDGETS, rivals.groupby("family", sort=False)):
         best = pareto.best_at(own, target, budget)
-        if best is not None and best.method in by_name:
-            chosen.add(best.method)
-    return [method for method in methods if method.name in chosen]
+        if best is not None:
+            chosen[best.method] = None
+    by_name = {method.name: method for method in methods}
+    full = next(method for method in methods if method.family == FULL.name)
+    return [full, *(by_name[name] for name in chosen if name in by_name and name != full.name)]
 
 
 def record_arena(recording: Recording) -> None:
@@ -97,8 +104,8 @@ def verdicts(table: pd.DataFrame, resamples: int = 2000, seed: int = 0) -> pd.Da
     for target in get_args(Target):
         errors, points = _errors(table, target), standings(table, target)
         chosen = generator.integers(errors.shape[1], size=(resamples, errors.shape[1]))
-        for budget, measure in itertools.product(pareto.BUDGETS, JUDGED):
-            within = points[points.macs_speedup.round(2) >= budget]
+        for budget, measure in itertools.product(BUDGETS, JUDGED):
+            within = _within(points, budget)
             plans = pareto.own_plans(within, target)
             if plans.empty:
                 continue
@@ -131,8 +138,8 @@ def best_of_kinds(table: pd.DataFrame, target: Target) -> pd.DataFrame:
     points, rows = standings(table, target), []
     points = points[(points.family != FULL.name) & (points.made_for.isna() | (points.made_for == target))]
     points["kind"] = points.family.map(KINDS).fillna("best cache")
-    for budget in pareto.BUDGETS:
-        for kind, own in points[points.macs_speedup.round(2) >= budget].groupby("kind", sort=False):
+    for budget in BUDGETS:
+        for kind, own in _within(points, budget).groupby("kind", sort=False):
             best = own.macs_speedup.idxmin() if kind == KINDS[pareto.PLAN] else own["median"].idxmax()
             rows.append({"budget": budget, "kind": kind, **own.loc[best].drop("kind")})
     return pd.DataFrame(rows)
@@ -146,6 +153,11 @@ def lossless(table: pd.DataFrame) -> float:
     plans = pareto.own_plans(points, "converged")
     as_near = plans[plans["median"] >= full]
     return float(as_near.macs_speedup.max()) if len(as_near) else math.nan
+
+
+def _within(points: pd.DataFrame, budget: float) -> pd.DataFrame:
+    """The points that take so many times fewer MACs, to two decimals."""
+    return points[points.macs_speedup.round(2) >= budget]
 
 
 def _errors(table: pd.DataFrame, target: Target) -> pd.DataFrame:
