@@ -25,8 +25,8 @@ test: $(READY)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal
 
 smoke: $(READY)
-	$(PYTHON) -m dqar record --profile smoke --work out/smoke
-	$(PYTHON) -m dqar workbook --profile smoke
+	OMP_NUM_THREADS=1 $(PYTHON) -m dqar record --profile smoke --work out/smoke
+	OMP_NUM_THREADS=1 $(PYTHON) -m dqar workbook --profile smoke --jobs 2
 
 lab: $(READY)
 	$(PYTHON) -m pip install -q -c constraints.txt -e .[lab]

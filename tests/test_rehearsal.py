@@ -17,7 +17,7 @@ from dqar.models.profiles import profile_of
 from dqar.studies.record import TABLES
 
 CHANGES = {"device": "cpu", "dtype": "float32", "num_inference_steps": "6", "batch_size": "2", "repeats": "1"}
-COMMITTED = Path(__file__).parent.parent / "figures"
+COMMITTED, NOTEBOOKS = (Path(__file__).parent.parent / name for name in ("figures", "notebooks"))
 
 
 def save_tiny(name, folder):
@@ -29,8 +29,25 @@ def save_tiny(name, folder):
         DiTPipeline(**parts).save_pretrained(folder)
 
 
-def dqar(folder, *arguments):
-    """The command in a process of its own, which knows neither the repository's recordings nor a network."""
+IN_ONE_SHELL = """
+import json, sys
+import nbformat
+from IPython.core.interactiveshell import InteractiveShell
+
+shell = InteractiveShell.instance()
+for path in sys.argv[2:]:
+    shell.reset()
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "code":
+            shell.run_cell(cell.source).raise_error()
+        if "parameters" in cell.metadata.get("tags", []):
+            shell.push(json.loads(sys.argv[1]))
+"""
+"""Notebooks one after the other without kernels of their own, each of which takes ten seconds to begin."""
+
+
+def python(folder, *arguments):
+    """Python in a process of its own, which knows neither the repository's recordings nor a network."""
     variables = {
         "DQAR_RECORDED": folder / "recorded",
         "DQAR_CACHE": folder,
@@ -38,7 +55,7 @@ def dqar(folder, *arguments):
         "OMP_NUM_THREADS": "1",
     }
     environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
-    command = [sys.executable, "-m", "dqar", *map(str, arguments)]
+    command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
@@ -51,9 +68,13 @@ def test_every_slide_of_the_deck_is_made(name, tmp_path):
     (tmp_path / "coco-val2017-captions.json").write_text(json.dumps(captions))
     changes = [part for field, value in CHANGES.items() for part in ("--set", f"{field}={value}")]
     asked = ["--profile", name, "--weights", "tiny", "--images", 2, "--set", "rehearsal=true", *changes]
-    said = dqar(tmp_path, "record", *asked, "--work", "work")
+    said = python(tmp_path, "-m", "dqar", "record", *asked, "--work", "work")
     assert [line.split(":")[0] for line in said.splitlines()] == list(TABLES)
-    dqar(tmp_path, "workbook", *asked, "--out", "out")
+    python(tmp_path, "-m", "dqar", "workbook", *asked, "--out", "out", "--only", "00")
+    weights = {"weights": str(tmp_path / "tiny"), "transformer": "none"}
+    fields = {"name": name, **weights, "images": "2", "rehearsal": "true", **CHANGES}
+    parameters = json.dumps({"profile": fields, "out": str(tmp_path / "out")})
+    python(tmp_path, "-c", IN_ONE_SHELL, parameters, *sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))[1:])
     drawn = {path.stem: path for path in (tmp_path / "out/figures").rglob("*.json")}
     assert {f"slide{slide:02}" for slide in CLAIMS} <= drawn.keys()
     assert {path.stem for path in COMMITTED.rglob("*.png")} <= drawn.keys()
@@ -65,12 +86,5 @@ def test_every_slide_of_the_deck_is_made(name, tmp_path):
         assert "digit" not in (words["title"] + words["alt"]).lower(), figure
     for path in (tmp_path / "out/figures").rglob("*.md"):
         assert "digit" not in path.read_text().lower(), path.name
-    fields = {
-        "name": name,
-        "weights": str(tmp_path / "tiny"),
-        "transformer": "none",
-        "images": "2",
-        "rehearsal": "true",
-    }
-    label = profile_of({**fields, **CHANGES}).label
+    label = profile_of(fields).label
     assert (tmp_path / "recorded" / label / "reference.npz").exists()

@@ -44,6 +44,8 @@ IDENTICAL = 1e-12
 def finalists(methods: list[Method], screened: pd.DataFrame) -> list[Method]:
     """Full compute, the plans that are judged, and of each family the settings that were best at some budget.
 
+    The strongest come first, so that what is recorded first is worth the most.
+
     Args:
         methods: that were screened.
         screened: rows of ``compare`` on a few images.
@@ -53,10 +55,13 @@ def finalists(methods: list[Method], screened: pd.DataFrame) -> list[Method]:
         plans = _within(pareto.own_plans(points, target), budget)
         chosen |= dict.fromkeys(plans.method[plans.macs_speedup == plans.macs_speedup.min()])
     rivals = points[~points.family.isin((pareto.PLAN, FULL.name))]
-    for target, budget, (_, own) in itertools.product(get_args(Target), BUDGETS, rivals.groupby("family", sort=False)):
-        best = pareto.best_at(own, target, budget)
-        if best is not None:
-            chosen[best.method] = None
+    best = dict[str, float]()
+    for target, budget, (_, own) in itertools.product(get_args(Target), BUDGETS, rivals.groupby("family")):
+        point = pareto.best_at(own, target, budget)
+        if point is not None:
+            behind = point[f"psnr_{target}"] - _within(rivals, budget)[f"psnr_{target}"].max()
+            best[point.method] = max(best.get(point.method, -math.inf), behind)
+    chosen |= dict.fromkeys(sorted(best, key=lambda name: -best[name]))
     by_name = {method.name: method for method in methods}
     full = next(method for method in methods if method.family == FULL.name)
     return [full, *(by_name[name] for name in chosen if name in by_name and name != full.name)]
