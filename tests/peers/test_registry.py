@@ -26,6 +26,7 @@ from diffusers.hooks import (
     apply_text_kv_cache,
 )
 from helpers import draw, embedded_pipeline, make_dit
+from plain import reference
 
 from dqar import apply_dqar
 from dqar.measure.metrics import count_macs
@@ -43,6 +44,8 @@ SETTINGS = {
     "DBCache": {**DBCACHE, "max_continuous_cached_steps": 2},
     "DBCache + TaylorSeer": {**DBCACHE, "max_continuous_cached_steps": 2},
     "SmoothCache": {"threshold": 0.9, "calibration_images": 2},
+    "L2P": {"calibration_images": 2},
+    "Spectrum": {"first": 3},
 }
 
 
@@ -151,30 +154,6 @@ def test_faster_cache_leaves_out_the_unconditional_half(pipe):
 # --- against references ----------------------------------------------------------------------------------------------
 
 
-def reference(pipe, forecast, steps=STEPS, labels=(1, 2), guidance=3.0, seed=0):
-    """A run of DDIM with a DiT written out in plain Python; ``forecast(site, step, compute)`` gives a site's output."""
-    model, scheduler = pipe.transformer, pipe.scheduler
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(labels))]
-    x = torch.stack([torch.randn((1, 8, 8), generator=generator, dtype=model.dtype) for generator in generators])
-    classes = torch.tensor([*labels, *[10] * len(labels)])
-    scheduler.set_timesteps(steps)
-    for step, t in enumerate(scheduler.timesteps):
-        timestep = t.expand(len(classes))
-        h = model.pos_embed(torch.cat([x, x]))
-        for i, block in enumerate(model.transformer_blocks):
-            norm, gate, shift, scale, gate_ff = block.norm1(h, timestep, classes, hidden_dtype=h.dtype)
-            h = h + gate[:, None] * forecast((i, "attn"), step, lambda block=block, norm=norm: block.attn1(norm))
-            norm = block.norm3(h) * (1 + scale[:, None]) + shift[:, None]
-            h = h + gate_ff[:, None] * forecast((i, "ff"), step, lambda block=block, norm=norm: block.ff(norm))
-        emb = model.transformer_blocks[0].norm1.emb(timestep, classes, hidden_dtype=h.dtype)
-        shift, scale = model.proj_out_1(torch.nn.functional.silu(emb)).chunk(2, dim=1)
-        out = model.proj_out_2(model.norm_out(h) * (1 + scale[:, None]) + shift[:, None])
-        out = out.unflatten(1, (4, 4)).unflatten(-1, (2, 2)).permute(0, 1, 3, 2, 4).reshape(-1, 1, 8, 8)
-        cond, uncond = out.chunk(2)
-        x = scheduler.step(uncond + guidance * (cond - uncond), t, x).prev_sample
-    return x
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("from_end", [False, True])
 def test_static_interval_against_plain_python(from_end):
@@ -226,7 +205,7 @@ def test_taylorseer_of_order_0_is_the_static_interval(pipe, interval):
 
 def test_interval_1_computes_everything(pipe):
     untouched = draw(pipe, steps=STEPS)
-    for name in ("static interval", "TaylorSeer", "TaylorSeer, diffusers"):
+    for name in ("static interval", "TaylorSeer", "TaylorSeer, diffusers", "HiCache"):
         assert torch.equal(run(pipe, Peer(name, (("interval", 1),))), untouched)
 
 
@@ -305,6 +284,9 @@ def test_unknown_names_and_settings():
         ("DBCache", "Fn_compute_blocks", 5),
         ("DBCache + TaylorSeer", "taylorseer_order", 0),
         ("SmoothCache", "components", ("attn",)),
+        ("L2P", "speedup", 0.5),
+        ("Spectrum", "ridge", 0.0),
+        ("HiCache", "contraction", 0.0),
     ],
 )
 def test_settings_out_of_range(pipe, name, setting, value):
