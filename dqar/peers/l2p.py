@@ -53,7 +53,7 @@ def l2p(
         calibration_images=(calibration_images, 1, 10_000),
     )
 
-    def measure(draw: Callable[[], None]) -> torch.Tensor:
+    def measure(draw: Callable[[], object]) -> torch.Tensor:
         return mean_products(_guided_outputs(pipe, num_inference_steps, guidance_scale, draw))
 
     products = calibrate(pipe, num_inference_steps, guidance_scale, calibration_images, "L2P", measure)
@@ -64,7 +64,7 @@ def l2p(
 
 
 def _guided_outputs(
-    pipe: DiffusionPipeline, num_inference_steps: int, guidance_scale: float, draw: Callable[[], None]
+    pipe: DiffusionPipeline, num_inference_steps: int, guidance_scale: float, draw: Callable[[], object]
 ) -> torch.Tensor:
     """The guided noise ``[steps, values]`` of a run of full computation, float64."""
     transformer, outputs = pipe.transformer, list[torch.Tensor]()

@@ -46,6 +46,8 @@ SETTINGS = {
     "SmoothCache": {"threshold": 0.9, "calibration_images": 2},
     "L2P": {"calibration_images": 2},
     "Spectrum": {"first": 3},
+    "LeMiCa": {"longest": 4, "calibration_images": 1},
+    "BudCache": {"annealing": 10, "climbing": 5, "calibration_images": 1},
 }
 
 
@@ -287,6 +289,8 @@ def test_unknown_names_and_settings():
         ("L2P", "speedup", 0.5),
         ("Spectrum", "ridge", 0.0),
         ("HiCache", "contraction", 0.0),
+        ("LeMiCa", "longest", 0),
+        ("BudCache", "annealing", 0),
     ],
 )
 def test_settings_out_of_range(pipe, name, setting, value):
