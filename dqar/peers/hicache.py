@@ -60,6 +60,13 @@ RIVALS = (
         keeps="attention and feed-forward of every block",
         source="Feng et al. 2025, arXiv 2508.16984",
         adapter=hicache,
-        sweep=({"interval": 3, "order": 2},),
+        sweep=(
+            *({"interval": 2, "order": 2, "first_enhance": first} for first in (31, 17)),
+            *(
+                {"interval": interval, "order": order}
+                for interval, order in ((2, 1), (2, 2), (3, 1), (3, 2), (4, 2), (5, 2), (6, 2))
+            ),
+            {"interval": 3, "order": 2, "contraction": 0.7},
+        ),
     ),
 )

@@ -23,8 +23,8 @@ def l2p(
     pipe: DiffusionPipeline,
     num_inference_steps: int,
     speedup: float = 3.0,
-    first: int = 3,
-    last: int = 1,
+    first: int = 1,
+    last: int = 4,
     calibration_images: int = 32,
     guidance_scale: float = 4.0,
 ) -> Iterator[None]:
@@ -113,7 +113,21 @@ RIVALS = (
         keeps="the model's output, as a learned sum of all computed ones",
         source="Shen et al., CVPR 2026, arXiv 2604.26365",
         adapter=l2p,
-        sweep=tuple({"speedup": x, "first": 3, "last": 1} for x in (1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.5)),
+        sweep=tuple(
+            {"speedup": speedup, "first": first, "last": last}
+            for speedup, first, last in (
+                (1.25, 1, 8),
+                (1.5, 1, 8),
+                (2.0, 1, 8),
+                (2.0, 3, 4),
+                (2.5, 1, 6),
+                (3.0, 1, 4),
+                (3.0, 3, 1),
+                (4.0, 1, 3),
+                (4.0, 3, 1),
+                (5.5, 1, 2),
+            )
+        ),
         needs_calibration=True,
         strong=True,
     ),

@@ -100,6 +100,22 @@ RIVALS = (
         keeps="the last hidden states, as Chebyshev polynomials over the steps",
         source="Han et al., CVPR 2026, arXiv 2603.01623",
         adapter=spectrum,
-        sweep=({"window": 2.0, "growth": 0.75},),
+        sweep=(
+            *(
+                {"window": window, "growth": growth, "first": first, "mix": 0.5}
+                for window, growth, first in (
+                    (1.0, 0.04, 5),
+                    (1.0, 0.1, 5),
+                    (2.0, 0.1, 5),
+                    (2.0, 0.2, 5),
+                    (3.0, 0.1, 5),
+                    (4.0, 0.0, 5),
+                    (6.0, 0.0, 5),
+                    (7.0, 0.0, 3),
+                )
+            ),
+            {"window": 2.0, "growth": 0.1, "first": 5, "mix": 1.0},
+            {"window": 2.0, "growth": 0.75, "first": 5, "mix": 1.0},  # their own
+        ),
     ),
 )
