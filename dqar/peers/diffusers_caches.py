@@ -202,7 +202,7 @@ def mag_cache(
         calibration_images=(calibration_images, 1, math.inf),
     )
 
-    def measure(draw: Callable[[], None]) -> list[float]:
+    def measure(draw: Callable[[], object]) -> list[float]:
         # At the configured last step it would print the ratios and drop them.
         config = MagCacheConfig(calibrate=True, num_inference_steps=num_inference_steps + 1)
         with _diffusers_cache(pipe, num_inference_steps, apply_mag_cache, lambda _: config):

@@ -13,10 +13,21 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from dqar.peers import cache_dit, diffusers_caches, smoothcache, static, taylorseer
+from dqar.peers import (
+    budcache,
+    cache_dit,
+    diffusers_caches,
+    hicache,
+    l2p,
+    lemica,
+    smoothcache,
+    spectrum,
+    static,
+    taylorseer,
+)
 from dqar.peers.rival import Rival
 
-_FILES = (static, taylorseer, diffusers_caches, cache_dit, smoothcache)
+_FILES = (static, taylorseer, diffusers_caches, cache_dit, smoothcache, hicache, spectrum, l2p, lemica, budcache)
 ALL_RIVALS: dict[str, Rival] = {rival.name: rival for file in _FILES for rival in file.RIVALS}
 """By name, with those that can't run on DiT."""
 RIVALS = {name: rival for name, rival in ALL_RIVALS.items() if not rival.unusable}

@@ -24,7 +24,7 @@ from dqar.takeover import handler_of
 COMPONENTS = ("attn1", "ff")
 """The two modules of a DiT block that hold its work; what they return is not yet multiplied by the adaLN gate."""
 CALIBRATION_SEED = 400
-"""Of the noise that SmoothCache and MagCache are calibrated on: of no image that is compared."""
+"""Of the noise that rivals are calibrated on: of no image that is compared."""
 
 
 class Progress:
@@ -134,22 +134,26 @@ def calibrate(
     guidance_scale: float,
     images: int,
     what: str,
-    measure: Callable[[Callable[[], None]], Any],
+    measure: Callable[[Callable[[], torch.Tensor]], Any],
 ) -> Any:
-    """``measure(draw)``, once per model, sampler and settings; ``draw()`` runs the pipeline on noise of its own."""
+    """``measure(draw)``, once per model, sampler and settings.
+
+    ``draw()`` runs the pipeline, always on the same noise, of no image that is compared, and returns its images.
+    """
     config = pipe.scheduler.config
     sampler = (type(pipe.scheduler).__name__, tuple(sorted((name, repr(value)) for name, value in config.items())))
     key = (what, pipe.transformer.dtype, sampler, num_inference_steps, guidance_scale, images)
 
-    def draw():
+    def draw() -> torch.Tensor:
         numbers = torch.arange(images)
-        pipe(
+        drawn = pipe(
             **conditions(pipe, numbers),
             guidance_scale=guidance_scale,
             num_inference_steps=num_inference_steps,
             generator=noise_generators(CALIBRATION_SEED, numbers),
             output_type="np",
         )
+        return torch.as_tensor(drawn.images)
 
     known = _calibrated.setdefault(pipe.transformer, {})
     if key not in known:

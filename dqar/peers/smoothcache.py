@@ -52,7 +52,7 @@ def smoothcache(
     with contextlib.redirect_stdout(None):  # it prints what else it would like to have
         package = load_package("SmoothCache", "dit-smoothcache")
 
-    def measure(draw: Callable[[], None]) -> dict[str, list[list[float]]]:
+    def measure(draw: Callable[[], object]) -> dict[str, list[list[float]]]:
         with watched(pipe, num_inference_steps):
             seen = [ChangeMeter(module, lookahead) for module in block_modules(pipe.transformer)]
             draw()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,22 +35,37 @@ def taylorseer(
     """
     check_range(interval=(interval, 1, math.inf), order=(order, 0, 16), first_enhance=(first_enhance, 1, math.inf))
     with watched(pipe, num_inference_steps) as run:
-        for module in block_modules(pipe.transformer):
-            forecast = _TaylorForecast(module.forward, run, interval, order, first_enhance)
-            run.on_start.append(forecast.reset)
-            module.forward = forecast
+        forecast_modules(pipe.transformer, run, interval, order, first_enhance, _power)
         yield
 
 
-class _TaylorForecast:
+Basis = Callable[[int, int], float]
+"""``(i, x)``: what a forecast ``x`` steps ahead multiplies the ``i``-th difference by: a polynomial of degree ``i``."""
+
+
+def forecast_modules(
+    transformer: torch.nn.Module, run: Progress, interval: int, order: int, first_enhance: int, basis: Basis
+) -> None:
+    """Attention and feed-forward of every block, computed at TaylorSeer's steps and forecast at the others."""
+    for module in block_modules(transformer):
+        forecast = _Forecast(module.forward, run, interval, order, first_enhance, basis)
+        run.on_start.append(forecast.reset)
+        module.forward = forecast
+
+
+def _power(i: int, x: int) -> float:
+    return x**i
+
+
+class _Forecast:
     """The forward of one module: its output, or the polynomial through its last computed outputs.
 
-    ``F(s) = Σ_i Δ^i (s − c)^i / i!`` at step ``s`` after the last computed step ``c``, with ``Δ^0`` the output there
-    and ``Δ^{i+1} = (Δ^i − Δ^i at the computed step before) / (steps between the two)``.
+    ``F(s) = Σ_i Δ^i basis(i, s − c) / i!`` at step ``s`` after the last computed step ``c``, with ``Δ^0`` the output
+    there and ``Δ^{i+1} = (Δ^i − Δ^i at the computed step before) / (steps between the two)``.
     """
 
-    def __init__(self, forward: Callable, run: Progress, interval: int, order: int, first_enhance: int):
-        self._forward, self._run = forward, run
+    def __init__(self, forward: Callable, run: Progress, interval: int, order: int, first_enhance: int, basis: Basis):
+        self._forward, self._run, self._basis = forward, run, basis
         self._interval, self._order, self._first = interval, order, first_enhance - 1
         self.reset()
 
@@ -61,7 +77,8 @@ class _TaylorForecast:
         step = self._run.step
         since = step - self._computed_at
         if step > self._first and (step - self._first) % self._interval:
-            return sum(factor * (since**i / math.factorial(i)) for i, factor in enumerate(self._factors))
+            terms = (f * (self._basis(i, since) / math.factorial(i)) for i, f in enumerate(self._factors))
+            return functools.reduce(torch.add, terms)
         factors = [self._forward(*args, **kwargs)]
         if step >= self._first:
             for before in self._factors[: self._order]:

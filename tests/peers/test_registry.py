@@ -2,6 +2,7 @@ import ast
 import functools
 import importlib.util
 import inspect
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ from diffusers.hooks import (
     apply_text_kv_cache,
 )
 from helpers import draw, embedded_pipeline, make_dit
+from plain import reference
 
 from dqar import apply_dqar
 from dqar.measure.metrics import count_macs
@@ -34,15 +36,20 @@ from dqar.peers.registry import ALL_RIVALS, RIVALS, Peer
 from dqar.peers.smoothcache import ChangeMeter, smoothcache_schedule
 
 STEPS = 12
-PACKAGES = {"DBCache": "cache_dit", "DBCache + TaylorSeer": "cache_dit", "SmoothCache": "SmoothCache"}
+CALIBRATED = ("DBCache + TaylorSeer", "DBCache + DMD", "DBCache + FoCa")
+PACKAGES = {"DBCache": "cache_dit", **dict.fromkeys(CALIBRATED, "cache_dit"), "SmoothCache": "SmoothCache"}
 DBCACHE = {"Fn_compute_blocks": 1, "residual_diff_threshold": 1.0, "max_warmup_steps": 4}
 # What a random model of 4 blocks needs for anything to be reused; the others' defaults do.
 SETTINGS = {
     "First-Block-Cache": {"threshold": 1.0},
     "MagCache": {"threshold": 1.0, "calibration_images": 2},
     "DBCache": {**DBCACHE, "max_continuous_cached_steps": 2},
-    "DBCache + TaylorSeer": {**DBCACHE, "max_continuous_cached_steps": 2},
+    **dict.fromkeys(CALIBRATED, {**DBCACHE, "max_continuous_cached_steps": 2}),
     "SmoothCache": {"threshold": 0.9, "calibration_images": 2},
+    "L2P": {"calibration_images": 2},
+    "Spectrum": {"first": 3},
+    "LeMiCa": {"longest": 4, "calibration_images": 1},
+    "BudCache": {"annealing": 10, "climbing": 5, "calibration_images": 1},
 }
 
 
@@ -151,30 +158,6 @@ def test_faster_cache_leaves_out_the_unconditional_half(pipe):
 # --- against references ----------------------------------------------------------------------------------------------
 
 
-def reference(pipe, forecast, steps=STEPS, labels=(1, 2), guidance=3.0, seed=0):
-    """A run of DDIM with a DiT written out in plain Python; ``forecast(site, step, compute)`` gives a site's output."""
-    model, scheduler = pipe.transformer, pipe.scheduler
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(labels))]
-    x = torch.stack([torch.randn((1, 8, 8), generator=generator, dtype=model.dtype) for generator in generators])
-    classes = torch.tensor([*labels, *[10] * len(labels)])
-    scheduler.set_timesteps(steps)
-    for step, t in enumerate(scheduler.timesteps):
-        timestep = t.expand(len(classes))
-        h = model.pos_embed(torch.cat([x, x]))
-        for i, block in enumerate(model.transformer_blocks):
-            norm, gate, shift, scale, gate_ff = block.norm1(h, timestep, classes, hidden_dtype=h.dtype)
-            h = h + gate[:, None] * forecast((i, "attn"), step, lambda block=block, norm=norm: block.attn1(norm))
-            norm = block.norm3(h) * (1 + scale[:, None]) + shift[:, None]
-            h = h + gate_ff[:, None] * forecast((i, "ff"), step, lambda block=block, norm=norm: block.ff(norm))
-        emb = model.transformer_blocks[0].norm1.emb(timestep, classes, hidden_dtype=h.dtype)
-        shift, scale = model.proj_out_1(torch.nn.functional.silu(emb)).chunk(2, dim=1)
-        out = model.proj_out_2(model.norm_out(h) * (1 + scale[:, None]) + shift[:, None])
-        out = out.unflatten(1, (4, 4)).unflatten(-1, (2, 2)).permute(0, 1, 3, 2, 4).reshape(-1, 1, 8, 8)
-        cond, uncond = out.chunk(2)
-        x = scheduler.step(uncond + guidance * (cond - uncond), t, x).prev_sample
-    return x
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("from_end", [False, True])
 def test_static_interval_against_plain_python(from_end):
@@ -226,7 +209,7 @@ def test_taylorseer_of_order_0_is_the_static_interval(pipe, interval):
 
 def test_interval_1_computes_everything(pipe):
     untouched = draw(pipe, steps=STEPS)
-    for name in ("static interval", "TaylorSeer", "TaylorSeer, diffusers"):
+    for name in ("static interval", "TaylorSeer", "TaylorSeer, diffusers", "HiCache"):
         assert torch.equal(run(pipe, Peer(name, (("interval", 1),))), untouched)
 
 
@@ -304,7 +287,14 @@ def test_unknown_names_and_settings():
         ("FasterCache", "uncond_skip_range", 0),
         ("DBCache", "Fn_compute_blocks", 5),
         ("DBCache + TaylorSeer", "taylorseer_order", 0),
+        ("DBCache + DMD", "dmd_history", 3),
+        ("DBCache + FoCa", "max_warmup_steps", -1),
         ("SmoothCache", "components", ("attn",)),
+        ("L2P", "speedup", 0.5),
+        ("Spectrum", "ridge", 0.0),
+        ("HiCache", "contraction", 0.0),
+        ("LeMiCa", "longest", 0),
+        ("BudCache", "annealing", 0),
     ],
 )
 def test_settings_out_of_range(pipe, name, setting, value):
@@ -463,8 +453,47 @@ def test_smoothcache_comes_without_its_calibration():
     assert importlib.util.find_spec("SmoothCache.calibration") is None
 
 
-def test_dbcache_forecasts_with_its_calibrator(pipe):
-    method = peer("DBCache")
-    drawn = [run(pipe, method), *(run(pipe, peer("DBCache + TaylorSeer", taylorseer_order=order)) for order in (1, 2))]
-    assert not torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[1], drawn[2])
+def test_dbcache_forecasts_with_each_calibrator(pipe):
+    # Exponentials take four residuals at even distances: steps 3, 5, 7, 9, and the last is forecast.
+    even = {"max_continuous_cached_steps": 1, "residual_diff_threshold": 10.0}
+    methods = [peer("DBCache", **even), *(peer(name, **even) for name in CALIBRATED)]
+    methods.append(peer("DBCache + TaylorSeer", **even, taylorseer_order=2))
+    drawn = [run(pipe, method) for method in methods]
     assert all(math.isfinite(images.norm()) for images in drawn)
+    for one, other in itertools.combinations(drawn, 2):
+        assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", CALIBRATED)
+def test_dbcache_that_reuses_nothing_draws_bit_identical_images(pipe, name):
+    untouched = draw(pipe, steps=STEPS)
+    assert torch.equal(run(pipe, peer(name, residual_diff_threshold=0.0)), untouched)
+
+
+def residual_forecasts(config, values, computed):
+    """What a calibrator of cache-dit makes of a scalar residual that is computed at some steps only."""
+    from cache_dit.caching.cache_contexts.calibrators import Calibrator
+
+    calibrator, forecasts = Calibrator(config), {}
+    for step, value in enumerate(values):
+        calibrator.mark_step_begin()
+        if step in computed:
+            calibrator.update(torch.full((1, 3), value, dtype=torch.float64))
+        else:
+            forecasts[step] = calibrator.approximate()[0, 0].item()
+    return forecasts
+
+
+def test_the_dmd_calibrator_continues_exponentials():
+    cache_dit = pytest.importorskip("cache_dit")
+    values = [3.0 * 0.8**step for step in range(12)]
+    forecasts = residual_forecasts(cache_dit.DMDCalibratorConfig(), values, {0, 2, 4, 6, 8})
+    assert [forecasts[step] for step in (7, 9, 10, 11)] == pytest.approx([values[s] for s in (7, 9, 10, 11)], rel=1e-4)
+
+
+def test_the_foca_calibrator_goes_too_far_where_computed_steps_are_apart():
+    cache_dit = pytest.importorskip("cache_dit")
+    line = [float(step) for step in range(8)]
+    near = residual_forecasts(cache_dit.FoCaCalibratorConfig(), line, {0, 1, 2, 3})
+    apart = residual_forecasts(cache_dit.FoCaCalibratorConfig(), line, {0, 2, 4, 6})
+    assert near[4] == 4.0 and apart[3] == 4.0 and apart[7] == 7.5

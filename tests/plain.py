@@ -1,0 +1,43 @@
+"""A run of DDIM with a DiT, written out in plain Python: what the rivals' numbers are compared with."""
+
+import torch
+
+
+def compute_it(*arguments):
+    return arguments[-1]()
+
+
+def reference(pipe, forecast=compute_it, blocks=None, output=compute_it, steps=12, labels=(1, 2), guidance=3.0, seed=0):
+    """The last latents.
+
+    ``forecast(site, step, compute)`` gives a site's output, ``output(step, compute)`` the model's, and
+    ``blocks(step, h, compute)`` the last hidden states, of which ``compute()`` is the full computation.
+    """
+    model, scheduler = pipe.transformer, pipe.scheduler
+    blocks = blocks or (lambda _step, _h, compute: compute())
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(labels))]
+    x = torch.stack([torch.randn((1, 8, 8), generator=generator, dtype=model.dtype) for generator in generators])
+    classes = torch.tensor([*labels, *[10] * len(labels)])
+    scheduler.set_timesteps(steps)
+    for step, t in enumerate(scheduler.timesteps):
+        timestep = t.expand(len(classes))
+
+        def through_blocks(h, step=step, timestep=timestep):
+            for i, block in enumerate(model.transformer_blocks):
+                norm, gate, shift, scale, gate_ff = block.norm1(h, timestep, classes, hidden_dtype=h.dtype)
+                h = h + gate[:, None] * forecast((i, "attn"), step, lambda block=block, norm=norm: block.attn1(norm))
+                norm = block.norm3(h) * (1 + scale[:, None]) + shift[:, None]
+                h = h + gate_ff[:, None] * forecast((i, "ff"), step, lambda block=block, norm=norm: block.ff(norm))
+            return h
+
+        def whole(step=step, timestep=timestep, x=x, through_blocks=through_blocks):
+            h = model.pos_embed(torch.cat([x, x]))
+            h = blocks(step, h, lambda: through_blocks(h))
+            emb = model.transformer_blocks[0].norm1.emb(timestep, classes, hidden_dtype=h.dtype)
+            shift, scale = model.proj_out_1(torch.nn.functional.silu(emb)).chunk(2, dim=1)
+            out = model.proj_out_2(model.norm_out(h) * (1 + scale[:, None]) + shift[:, None])
+            return out.unflatten(1, (4, 4)).unflatten(-1, (2, 2)).permute(0, 1, 3, 2, 4).reshape(-1, 1, 8, 8)
+
+        cond, uncond = output(step, whole).chunk(2)
+        x = scheduler.step(uncond + guidance * (cond - uncond), t, x).prev_sample
+    return x
