@@ -38,6 +38,8 @@ from dqar.studies.compare import FULL
 SAMPLER_NAMES = {"dpm-solver++": "DPM-Solver++", "ddim": "DDIM"}
 SHOWN = {
     "fewer steps": (GREY, "X"),
+    "bespoke solver": ("#7A5195", "P"),
+    "learned timesteps": ("#56B4E9", "*"),
     "output extrapolation": (BLUE, "o"),
     "TaylorSeer": (GREEN, "s"),
     "SeaCache": ("#CC79A7", "^"),
@@ -80,6 +82,7 @@ def _slide13_pareto(run: Run, table: pd.DataFrame) -> Figure:
 
 
 def _draw_families(axes: Axes, points: pd.DataFrame, target: Target) -> None:
+    points = pareto.made_for(points, target)
     peers = [f for f in points.family.unique() if f not in (pareto.PLAN, FULL.name)]
     others = [family for family in peers if family not in SHOWN]
     for number, family in enumerate(others):
@@ -87,6 +90,8 @@ def _draw_families(axes: Axes, points: pd.DataFrame, target: Target) -> None:
         label = f"{len(others)} other caches" if number == 0 else None
         axes.plot(line.macs_speedup, line[f"psnr_{target}"], color=OTHERS, lw=1.5, marker=".", ms=7, label=label)
     for family, (color, marker) in SHOWN.items():
+        if family not in peers:
+            continue
         line = pareto.frontier(points[points.family == family], target)
         axes.plot(line.macs_speedup, line[f"psnr_{target}"], color=color, lw=2, marker=marker, ms=8, label=family)
     line = pareto.frontier(pareto.own_plans(points, target), target)

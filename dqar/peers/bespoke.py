@@ -193,7 +193,7 @@ def fit_bespoke(
     noise: torch.Tensor,
     target: torch.Tensor,
     *,
-    iterations: int = 300,
+    iterations: int,
     batch_size: int = 8,
     learning_rate: float = 5e-3,
     seed: int = 0,
@@ -209,6 +209,25 @@ def fit_bespoke(
     """
     solver = _Bespoke(start, num_inference_steps)
     return learn(solver, predict, noise, target, iterations, batch_size, learning_rate, seed)
+
+
+@torch.no_grad()
+def best_start(
+    predict: Prediction,
+    starts: Sequence[SchedulerMixin],
+    num_inference_steps: int,
+    noise: torch.Tensor,
+    target: torch.Tensor,
+    batch_size: int = 16,
+) -> SchedulerMixin:
+    """The one of ``starts`` with the least ``log_error`` on all pairs; arguments as for ``fit_bespoke``."""
+    errors = []
+    for start in starts:
+        solver = _Bespoke(start, num_inference_steps)
+        parts = torch.arange(len(noise)).split(batch_size)
+        drawn = torch.cat([solver(predict, noise[images], images) for images in parts])
+        errors.append(log_error(drawn, target).item())
+    return starts[errors.index(min(errors))]
 
 
 def learn(

@@ -33,7 +33,7 @@ def fit_timesteps(
     noise: torch.Tensor,
     target: torch.Tensor,
     *,
-    iterations: int = 300,
+    iterations: int,
     batch_size: int = 8,
     learning_rate: float = 2e-2,
     seed: int = 0,

@@ -45,6 +45,10 @@ BUDGETS = (1.5, 2, 3, 4)
 """At which methods are compared."""
 PLAN, SITES = "DQAR plan", "DQAR sites"
 """Families."""
+SOLVERS = {"bespoke": "bespoke solver", "timesteps": "learned timesteps"}
+"""Kinds of learned solvers, and their families."""
+SOLVER_BUDGETS = (2, 3, 4)
+"""Full compute's steps over a learned solver's."""
 
 
 # --- what is compared ------------------------------------------------------------------------------------------------
@@ -96,6 +100,7 @@ def contenders(profile: Profile, sampler: str, folder: Path) -> list[Method]:
         *rivals(profile, sampler),
         *(_method(SITES, name, sampler, config=config) for name, config in site_configs().items()),
         *_deciding(sampler, folder),
+        *(learned_solvers(profile, folder) if sampler == profile.scheduler else ()),
         *plans(profile, sampler, folder),
     ]
 
@@ -149,6 +154,31 @@ def plans(profile: Profile, sampler: str, folder: Path) -> Iterator[Method]:
             settings = f"for the {target}, {number} of {steps} steps, {grid}"
             plan = ForecastPlan.load(path)
             yield _method(PLAN, settings, grid, config=plan, budget=budget, made_for=target)
+
+
+def solver_path(folder: Path, kind: str, target: Target, num_inference_steps: int) -> Path:
+    """Where a learned solver is kept, alone in its folder as ``save_pretrained`` would have it."""
+    return folder / "solvers" / f"{kind}-{target}-{num_inference_steps}" / "scheduler_config.json"
+
+
+def solver_steps(profile: Profile) -> list[int]:
+    """The numbers of steps that solvers are learned for."""
+    return list(dict.fromkeys(computed_steps(profile, budget) for budget in SOLVER_BUDGETS))
+
+
+def learned_solvers(profile: Profile, folder: Path) -> Iterator[Method]:
+    """The learned solvers that have been made; all are for the profile's own sampler."""
+    for (kind, family), target, steps in itertools.product(SOLVERS.items(), get_args(Target), solver_steps(profile)):
+        path = solver_path(folder, kind, target, steps)
+        if path.exists():
+            yield Method(
+                f"{family}: {steps} steps for the {target}",
+                family,
+                num_inference_steps=steps,
+                scheduler=profile.scheduler,
+                solver=path.parent,
+                made_for=target,
+            )
 
 
 def _method(family: str, settings: str, scheduler: str, **options: Any) -> Method:
@@ -221,6 +251,11 @@ def best_at(points: pd.DataFrame, target: Target, budget: float) -> pd.Series | 
     return within.iloc[int(within[f"psnr_{target}"].argmax())] if len(within) else None
 
 
+def made_for(points: pd.DataFrame, target: Target) -> pd.DataFrame:
+    """The points that may be compared under a target: none that was fitted to another one."""
+    return points[points.made_for.isna() | (points.made_for == target)]
+
+
 def own_plans(points: pd.DataFrame, target: Target) -> pd.DataFrame:
     """DQAR's plans that were made for a target: none is compared under another one."""
     return points[(points.family == PLAN) & (points.made_for == target)]
@@ -236,7 +271,8 @@ def verdicts(points: pd.DataFrame, budgets: Sequence[float] = BUDGETS) -> pd.Dat
     rows = []
     for target in get_args(Target):
         quality = f"psnr_{target}"
-        mine, peers = own_plans(points, target), points[~points.family.isin((*OURS, FULL.name))]
+        mine, peers = own_plans(points, target), made_for(points, target)
+        peers = peers[~peers.family.isin((*OURS, FULL.name))]
         for budget in budgets:
             best, ours = best_at(peers, target, budget), best_at(mine, target, budget)
             if best is None or not len(mine):
@@ -249,9 +285,8 @@ def verdicts(points: pd.DataFrame, budgets: Sequence[float] = BUDGETS) -> pd.Dat
 
 
 def best_of_families(table: pd.DataFrame, target: Target, budgets: Sequence[float] = BUDGETS) -> pd.DataFrame:
-    """The best quality (dB) of each family at each budget, best first; of plans, those made for this target."""
-    points = summary(table)
-    points = points[(points.family != PLAN) | (points.made_for == target)]
+    """The best quality (dB) of each family at each budget, best first; of what was fitted, only to this target."""
+    points = made_for(summary(table), target)
     rows = {}
     for family, members in points.groupby("family", sort=False):
         found = (best_at(members, target, budget) for budget in budgets)
