@@ -12,21 +12,35 @@ from typing import Any, Literal, get_args, get_type_hints
 import torch
 from diffusers import (
     DDIMScheduler,
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    UniPCMultistepScheduler,
 )
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 # Trailing steps begin at the last timestep, as the noise does, and are among those of five times as many steps; leading
 # ones, as in DiT-XL/2's own configuration, are neither.
 DPM_SOLVER = {"algorithm_type": "dpmsolver++", "solver_order": 2, "timestep_spacing": "trailing"}
+KARRAS, EXPONENTIAL, LU = ({name: True} for name in ("use_karras_sigmas", "use_exponential_sigmas", "use_lu_lambdas"))
+UNIPC = {"solver_order": 2, "timestep_spacing": "trailing", "final_sigmas_type": "zero"}  # its corrector is "bh2"
+DEIS = {"algorithm_type": "deis", "solver_type": "logrho", "timestep_spacing": "trailing"}
 SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ddim": (DDIMScheduler, {"clip_sample": False, "timestep_spacing": "trailing"}),
     "dpm-solver++": (DPMSolverMultistepScheduler, DPM_SOLVER),
-    # Other spacings of the same steps: even in log-SNR (Lu et al. 2022), or Karras et al.'s (2022).
-    "dpm-solver++-lu": (DPMSolverMultistepScheduler, {**DPM_SOLVER, "use_lu_lambdas": True}),
-    "dpm-solver++3-lu": (DPMSolverMultistepScheduler, {**DPM_SOLVER, "use_lu_lambdas": True, "solver_order": 3}),
-    "dpm-solver++-karras": (DPMSolverMultistepScheduler, {**DPM_SOLVER, "use_karras_sigmas": True}),
+    # Other spacings of the same steps: even in log-SNR (Lu et al. 2022), or Karras et al.'s (2022). The exponential
+    # sigmas of the other solvers are even in log-SNR, too: diffusers' sigma is noise over signal.
+    "dpm-solver++-lu": (DPMSolverMultistepScheduler, {**DPM_SOLVER, **LU}),
+    "dpm-solver++3-lu": (DPMSolverMultistepScheduler, {**DPM_SOLVER, **LU, "solver_order": 3}),
+    "dpm-solver++-karras": (DPMSolverMultistepScheduler, {**DPM_SOLVER, **KARRAS}),
+    # UniPC (Zhao et al. 2023) and DEIS (Zhang and Chen 2022).
+    "unipc2-exponential": (UniPCMultistepScheduler, {**UNIPC, **EXPONENTIAL}),
+    "unipc2-karras": (UniPCMultistepScheduler, {**UNIPC, **KARRAS}),
+    "unipc3-exponential": (UniPCMultistepScheduler, {**UNIPC, **EXPONENTIAL, "solver_order": 3}),
+    "unipc3-karras": (UniPCMultistepScheduler, {**UNIPC, **KARRAS, "solver_order": 3}),
+    "deis2-karras": (DEISMultistepScheduler, {**DEIS, **KARRAS, "solver_order": 2}),
+    "deis2-exponential": (DEISMultistepScheduler, {**DEIS, **EXPONENTIAL, "solver_order": 2}),
+    "deis3-exponential": (DEISMultistepScheduler, {**DEIS, **EXPONENTIAL, "solver_order": 3}),
     "ddim-leading": (DDIMScheduler, {"clip_sample": False, "timestep_spacing": "leading", "steps_offset": 1}),
     "euler": (EulerDiscreteScheduler, {}),
 }

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
@@ -103,6 +104,7 @@ def as_weights(
     """Timesteps, noise weights and clean weights of a deterministic solver of diffusers, which steps linearly in both.
 
     Found by letting it step through unit vectors: the noise is the first, the prediction of step j the (j + 2)th.
+    Where diffusers rounds the timestep that belongs to a noise level, this has the level's own.
 
     Raises:
         ValueError: a solver whose steps aren't that, such as an ancestral one, or one that repeats timesteps.
@@ -120,37 +122,68 @@ def as_weights(
         weights = latents.flatten().tolist()
         noise_weights.append(weights[0])
         clean_weights.append(weights[1 : i + 2])
-    return solver.timesteps.tolist(), noise_weights, clean_weights
+    timesteps = solver.timesteps.tolist()
+    if hasattr(solver, "sigmas"):  # of the variance-exploding form, as all of diffusers' are
+        timesteps = _timesteps_of(solver.sigmas[:num_inference_steps], solver.alphas_cumprod)
+    return timesteps, noise_weights, clean_weights
 
 
-class _Solver(nn.Module):
-    """The weights while they are learned; ``gaps`` are logarithms of the distances between timesteps, the last to 0."""
+def _timesteps_of(sigmas: torch.Tensor, alphas_cumprod: torch.Tensor) -> list[float]:
+    """The timesteps whose ``signal_and_noise`` have these ratios of noise to signal."""
+    alphas = alphas_cumprod.double().numpy()
+    known = np.log((1 - alphas) / alphas) / 2
+    return np.interp(np.log(sigmas.double().numpy()), known, np.arange(len(known))).tolist()
 
-    def __init__(self, timesteps: list[float], noise_weights: list[float], clean_weights: list[list[float]], dtype):
+
+class LearnedSolver(nn.Module):
+    """A solver while it is learned; ``gaps`` are logarithms of the distances between timesteps, the last to 0."""
+
+    def __init__(self, timesteps: list[float], alphas_cumprod: torch.Tensor):
         super().__init__()
-        steps = len(timesteps)
-        times = torch.tensor([*timesteps, 0.0], dtype=dtype)
-        self.first = times[0]
+        times = torch.tensor([*timesteps, 0.0], dtype=torch.float64)
+        self.first, self.alphas_cumprod = times[0], alphas_cumprod.double()
         self.gaps = nn.Parameter((times[:-1] - times[1:]).clamp(min=0.5).log())
-        self.noise_weights = nn.Parameter(torch.tensor(noise_weights, dtype=dtype))
-        rows = torch.zeros(steps, steps, dtype=dtype)
-        for i, row in enumerate(clean_weights):
-            rows[i, : i + 1] = torch.tensor(row, dtype=dtype)
-        self.clean_weights = nn.Parameter(rows)
 
     def timesteps(self) -> torch.Tensor:
+        """``[steps]``, falling, the first as it was."""
         passed = self.gaps.softmax(0).cumsum(0)
         return self.first * torch.cat([torch.ones_like(passed[:1]), 1 - passed[:-1]])
 
-    def forward(self, predict: Prediction, alphas_cumprod: torch.Tensor, noise: torch.Tensor, images: torch.Tensor):
-        latents, clean = noise, []
+    def weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the noise ``[steps]``, and of the predictions of x0 ``[steps, steps]``, zeros above the diagonal."""
+        raise NotImplementedError
+
+    def forward(self, predict: Prediction, noise: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        """What becomes of ``noise`` ``[B, ...]``, of the images numbered ``[B]``."""
+        latents, clean = noise, list[torch.Tensor]()
+        noise_weights, clean_weights = (x.to(noise.dtype) for x in self.weights())
         for i, timestep in enumerate(self.timesteps()):
-            signal, sigma = (x.to(noise.dtype) for x in signal_and_noise(alphas_cumprod, timestep))
+            signal, sigma = (x.to(noise.dtype) for x in signal_and_noise(self.alphas_cumprod, timestep))
             clean.append((latents - sigma * predict(latents, timestep, images)) / signal)
-            weights = self.clean_weights[i, : i + 1].to(noise.dtype)
-            latents = self.noise_weights[i].to(noise.dtype) * noise
-            latents = latents + sum(weight * x for weight, x in zip(weights, clean, strict=True))
+            latents = noise_weights[i] * noise
+            latents = latents + sum(weight * x for weight, x in zip(clean_weights[i], clean, strict=False))
         return latents
+
+    @torch.no_grad()
+    def scheduler(self) -> BespokeScheduler:
+        """As it is now."""
+        noise_weights, clean_weights = self.weights()
+        rows = [row[: i + 1] for i, row in enumerate(clean_weights.tolist())]
+        return BespokeScheduler(self.alphas_cumprod.tolist(), self.timesteps().tolist(), noise_weights.tolist(), rows)
+
+
+class _Bespoke(LearnedSolver):
+    def __init__(self, start: SchedulerMixin, num_inference_steps: int):
+        timesteps, noise_weights, clean_weights = as_weights(start, num_inference_steps)
+        super().__init__(timesteps, start.alphas_cumprod)
+        self.noise_weights = nn.Parameter(torch.tensor(noise_weights, dtype=torch.float64))
+        rows = torch.zeros(num_inference_steps, num_inference_steps, dtype=torch.float64)
+        for i, row in enumerate(clean_weights):
+            rows[i, : i + 1] = torch.tensor(row, dtype=torch.float64)
+        self.clean_weights = nn.Parameter(rows)
+
+    def weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.noise_weights, self.clean_weights
 
 
 def fit_bespoke(
@@ -160,50 +193,82 @@ def fit_bespoke(
     noise: torch.Tensor,
     target: torch.Tensor,
     *,
-    iterations: int = 300,
+    iterations: int,
     batch_size: int = 8,
     learning_rate: float = 5e-3,
     seed: int = 0,
 ) -> BespokeScheduler:
-    """Learns a solver end to end, through all model calls, from pairs of noise and what it should become.
-
-    The loss is the mean logarithm of each image's squared error, as the paper's: no image outweighs the others.
+    """Learns timesteps and weights; see ``learn``.
 
     Args:
         predict: differentiable in latents and timestep.
         start: the solver that it begins as; its ``alphas_cumprod`` are the model's.
         num_inference_steps: model calls.
         noise, target: ``[N, ...]``: x_T, and the converged solution or the reference for it.
-        iterations, batch_size, learning_rate: of Adam, with a cosine to zero.
-        seed: of the choice of images.
-
-    Returns:
-        The weights with the least loss on all pairs seen over the last tenth of the iterations, as a scheduler.
+        iterations, batch_size, learning_rate, seed: as for ``learn``.
     """
-    solver = _Solver(*as_weights(start, num_inference_steps), dtype=torch.float64)
-    alphas_cumprod = start.alphas_cumprod.double()
+    solver = _Bespoke(start, num_inference_steps)
+    return learn(solver, predict, noise, target, iterations, batch_size, learning_rate, seed)
+
+
+@torch.no_grad()
+def best_start(
+    predict: Prediction,
+    starts: Sequence[SchedulerMixin],
+    num_inference_steps: int,
+    noise: torch.Tensor,
+    target: torch.Tensor,
+    batch_size: int = 16,
+) -> SchedulerMixin:
+    """The one of ``starts`` with the least ``log_error`` on all pairs; arguments as for ``fit_bespoke``."""
+    errors = []
+    for start in starts:
+        solver = _Bespoke(start, num_inference_steps)
+        parts = torch.arange(len(noise)).split(batch_size)
+        drawn = torch.cat([solver(predict, noise[images], images) for images in parts])
+        errors.append(log_error(drawn, target).item())
+    return starts[errors.index(min(errors))]
+
+
+def learn(
+    solver: LearnedSolver,
+    predict: Prediction,
+    noise: torch.Tensor,
+    target: torch.Tensor,
+    iterations: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+) -> BespokeScheduler:
+    """Learns a solver end to end, through all model calls, from pairs of noise and what it should become.
+
+    The loss is the mean logarithm of each image's squared error, as Shaul et al.'s: no image outweighs the others.
+
+    Args:
+        solver: as it begins.
+        predict, noise, target: as for ``fit_bespoke``.
+        iterations, batch_size, learning_rate: of Adam, with a cosine to zero.
+        seed: of the order of the images.
+    """
     optimizer = torch.optim.Adam(solver.parameters(), lr=learning_rate, betas=(0.9, 0.99))
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
-    with tqdm(range(iterations), desc=f"bespoke solver, {num_inference_steps} steps", leave=False) as progress:
+    with tqdm(range(iterations), desc=f"solver of {len(solver.gaps)} steps", leave=False) as progress:
         for _ in progress:
             if len(order) < batch_size:
                 order = torch.randperm(len(noise), generator=generator).tolist()
             images, order = torch.tensor(order[:batch_size]), order[batch_size:]
-            drawn = solver(predict, alphas_cumprod, noise[images], images)
-            error = (drawn - target[images]).square().flatten(1).mean(1)
-            loss = error.clamp(min=1e-12).log().mean()
+            loss = log_error(solver(predict, noise[images], images), target[images])
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(solver.parameters(), 1.0)
             optimizer.step()
             rate.step()
             progress.set_postfix(dB=f"{-10 / math.log(10) * loss.item():.1f}", refresh=False)
-    rows = solver.clean_weights.detach().tolist()
-    return BespokeScheduler(
-        alphas_cumprod.tolist(),
-        solver.timesteps().detach().tolist(),
-        solver.noise_weights.detach().tolist(),
-        [row[: i + 1] for i, row in enumerate(rows)],
-    )
+    return solver.scheduler()
+
+
+def log_error(drawn: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The mean logarithm of each image's mean squared error, of ``[N, ...]``."""
+    return (drawn - target).square().flatten(1).mean(1).clamp(min=1e-12).log().mean()

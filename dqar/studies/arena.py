@@ -54,12 +54,13 @@ def finalists(methods: list[Method], screened: pd.DataFrame) -> list[Method]:
     for target, budget in itertools.product(get_args(Target), BUDGETS):
         plans = _within(pareto.own_plans(points, target), budget)
         chosen |= dict.fromkeys(plans.method[plans.macs_speedup == plans.macs_speedup.min()])
-    rivals = points[~points.family.isin((pareto.PLAN, FULL.name))]
     best = dict[str, float]()
-    for target, budget, (_, own) in itertools.product(get_args(Target), BUDGETS, rivals.groupby("family")):
-        point = pareto.best_at(own, target, budget)
-        if point is not None:
-            behind = point[f"psnr_{target}"] - _within(rivals, budget)[f"psnr_{target}"].max()
+    for target, budget in itertools.product(get_args(Target), BUDGETS):
+        rivals = _within(pareto.made_for(points[~points.family.isin((pareto.PLAN, FULL.name))], target), budget)
+        for _, own in rivals.groupby("family"):
+            point = pareto.best_at(own, target, budget)
+            assert point is not None
+            behind = point[f"psnr_{target}"] - rivals[f"psnr_{target}"].max()
             best[point.method] = max(best.get(point.method, -math.inf), behind)
     chosen |= dict.fromkeys(sorted(best, key=lambda name: -best[name]))
     by_name = {method.name: method for method in methods}
@@ -84,7 +85,8 @@ def recorded(run: Run, sampler: str) -> pd.DataFrame | None:
 def standings(table: pd.DataFrame, target: Target) -> pd.DataFrame:
     """One row a method: ``family``, ``made_for``, ``macs_speedup``, ``fd``, and PSNR (dB) by each of ``MEASURES``."""
     errors = _errors(table, target)
-    facts = table.groupby("method", sort=False)[["family", "made_for", "macs_speedup", "fd"]].first()
+    columns = ["family", "made_for", "macs_speedup", "fd"]
+    facts = table.reindex(columns=["method", *columns]).groupby("method", sort=False)[columns].first()
     for name, measure in MEASURES.items():
         facts[name] = measure(errors.to_numpy())
     return facts.rename_axis("method").reset_index()
@@ -110,7 +112,7 @@ def verdicts(table: pd.DataFrame, resamples: int = 2000, seed: int = 0) -> pd.Da
         errors, points = _errors(table, target), standings(table, target)
         chosen = generator.integers(errors.shape[1], size=(resamples, errors.shape[1]))
         for budget, measure in itertools.product(BUDGETS, JUDGED):
-            within = _within(points, budget)
+            within = _within(pareto.made_for(points, target), budget)
             plans = pareto.own_plans(within, target)
             if plans.empty:
                 continue
@@ -141,7 +143,7 @@ def best_of_kinds(table: pd.DataFrame, target: Target) -> pd.DataFrame:
         ``budget``, ``kind`` and the columns of ``standings``.
     """
     points, rows = standings(table, target), []
-    points = points[(points.family != FULL.name) & (points.made_for.isna() | (points.made_for == target))]
+    points = pareto.made_for(points[points.family != FULL.name], target)
     points["kind"] = points.family.map(KINDS).fillna("best cache")
     for budget in BUDGETS:
         for kind, own in _within(points, budget).groupby("kind", sort=False):

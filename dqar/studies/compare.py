@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
@@ -23,6 +24,7 @@ from dqar.measure.sampling import Samples, sample
 from dqar.models.pipelines import cached_pipeline, with_parts
 from dqar.models.profiles import Profile
 from dqar.peers import w8a8
+from dqar.peers.bespoke import BespokeScheduler
 from dqar.peers.registry import Peer
 from dqar.plan import ReusePlan
 from dqar.trace import MODEL, SELF_ATTENTION
@@ -51,8 +53,9 @@ class Method:
         peer: a rival's cache, in place of DQAR.
         w8a8: linear layers in integers, with or without salience balancing.
         num_inference_steps, scheduler, dtype: in place of the profile's.
+        solver: folder of a saved ``BespokeScheduler``, in place of any scheduler.
         budget: full compute's MACs over its own, at least: what it was chosen for.
-        made_for: of a forecast plan, ``"reference"`` or ``"converged"``: what it was fitted to.
+        made_for: of a forecast plan or a learned solver, ``"reference"`` or ``"converged"``: what it was fitted to.
     """
 
     name: str
@@ -62,6 +65,7 @@ class Method:
     w8a8: Literal["plain", "balanced"] | None = None
     num_inference_steps: int | None = None
     scheduler: str | None = None
+    solver: Path | None = None
     dtype: torch.dtype | None = None
     budget: float | None = None
     made_for: str | None = None
@@ -88,6 +92,8 @@ class Method:
         profile = dataclasses.replace(
             profile, scheduler=self.scheduler or profile.scheduler, dtype=self.dtype or profile.dtype
         )
+        if self.solver is not None:
+            return with_parts(cached_pipeline(profile), scheduler=BespokeScheduler.from_pretrained(self.solver))
         if self.w8a8 is None:
             return cached_pipeline(profile)
         return _quantized_pipeline(dataclasses.replace(profile, batch_size=1), self.w8a8 == "balanced")

@@ -46,6 +46,10 @@ BUDGETS = (1.5, 2, 3, 4)
 """At which methods are compared."""
 PLAN, SITES = "DQAR plan", "DQAR sites"
 """Families."""
+SOLVERS = {"bespoke": "bespoke solver", "timesteps": "learned timesteps"}
+"""Kinds of learned solvers, and their families."""
+SOLVER_BUDGETS = (2, 3, 4)
+"""Full compute's steps over a learned solver's."""
 
 
 # --- what is compared ------------------------------------------------------------------------------------------------
@@ -97,6 +101,7 @@ def contenders(profile: Profile, sampler: str, folder: Path) -> list[Method]:
         *rivals(profile, sampler),
         *(_method(SITES, name, sampler, config=config) for name, config in site_configs().items()),
         *_deciding(sampler, folder),
+        *(learned_solvers(profile, folder) if sampler == profile.scheduler else ()),
         *plans(profile, sampler, folder),
     ]
 
@@ -150,6 +155,31 @@ def plans(profile: Profile, sampler: str, folder: Path) -> Iterator[Method]:
             settings = f"for the {target}, {number} of {steps} steps, {grid}"
             plan = ForecastPlan.load(path)
             yield _method(PLAN, settings, grid, config=plan, budget=budget, made_for=target)
+
+
+def solver_path(folder: Path, kind: str, target: Target, num_inference_steps: int) -> Path:
+    """Where a learned solver is kept, alone in its folder as ``save_pretrained`` would have it."""
+    return folder / "solvers" / f"{kind}-{target}-{num_inference_steps}" / "scheduler_config.json"
+
+
+def solver_steps(profile: Profile) -> list[int]:
+    """The numbers of steps that solvers are learned for."""
+    return list(dict.fromkeys(computed_steps(profile, budget) for budget in SOLVER_BUDGETS))
+
+
+def learned_solvers(profile: Profile, folder: Path) -> Iterator[Method]:
+    """The learned solvers that have been made; all are for the profile's own sampler."""
+    for (kind, family), target, steps in itertools.product(SOLVERS.items(), get_args(Target), solver_steps(profile)):
+        path = solver_path(folder, kind, target, steps)
+        if path.exists():
+            yield Method(
+                f"{family}: {steps} steps for the {target}",
+                family,
+                num_inference_steps=steps,
+                scheduler=profile.scheduler,
+                solver=path.parent,
+                made_for=target,
+            )
 
 
 def _method(family: str, settings: str, scheduler: str, **options: Any) -> Method:
@@ -220,6 +250,11 @@ def best_at(points: pd.DataFrame, target: Target, budget: float) -> pd.Series | 
     """The point of the best quality at ``budget`` times fewer MACs, or more; ``None`` if nothing is as fast."""
     within = points[points.macs_speedup.round(2) >= budget]
     return within.iloc[int(within[f"psnr_{target}"].argmax())] if len(within) else None
+
+
+def made_for(points: pd.DataFrame, target: Target) -> pd.DataFrame:
+    """The points that may be compared under a target: none that was fitted to another one."""
+    return points[points.made_for.isna() | (points.made_for == target)]
 
 
 def own_plans(points: pd.DataFrame, target: Target) -> pd.DataFrame:

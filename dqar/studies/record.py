@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from dqar.studies import arena, challenges, pareto, policy, reference, results
+from dqar.studies import arena, challenges, pareto, policy, reference, results, solvers
 from dqar.studies.recording import Recording
 
 TABLES: dict[str, Callable[[Recording], object]] = {
@@ -21,6 +21,7 @@ TABLES: dict[str, Callable[[Recording], object]] = {
     "accumulation": challenges.record_accumulation,
     "sharing": challenges.record_sharing,
     "plans": pareto.record_plans,
+    "solvers": solvers.record_solvers,
     "pareto": pareto.record_pareto,
     "arena": arena.record_arena,
     "speed": results.record_speed,

@@ -38,6 +38,9 @@ class Sizes:
     plan_images: int = 120
     refinements: int = 24
     """Neighbouring sets of steps that are tried for a plan."""
+    solver_pairs: int = 64
+    """Of noise and image, that a solver is learned from."""
+    solver_iterations: int = 300
     pareto_images: int = 20
     pareto_settings: int | None = None
     """Settings of each family at most; ``None``: all."""
@@ -57,6 +60,8 @@ class Sizes:
             part=min(3 if few else 100, most),
             plan_images=10 if few else min(120, max(2, most)),
             refinements=1 if few else 24,
+            solver_pairs=4 if few else 64,
+            solver_iterations=2 if few else 300,
             pareto_images=2 if few else min(20, most),
             pareto_settings=1 if few else None,
             arena_images=2 if few else min(200, most),

@@ -34,6 +34,7 @@ TABLE = points(
         ("plan of 3", "DQAR plan", "reference", 30, 46, 40),
         ("converged plan of 2", "DQAR plan", "converged", 50, 43, 41.5),
         ("every 2", "DQAR sites", None, 50, 60, 60),
+        ("learned", "bespoke solver", "converged", 45, 55, 41.8),
     ]
 )
 
@@ -68,8 +69,9 @@ def test_every_contender_has_a_name_of_its_own_and_all_families_are_there(sample
     found = pareto.contenders(get_profile("digits"), sampler, RECORDED / "digits")
     assert len({method.name for method in found}) == len(found)
     families = {method.family for method in found}
+    families -= {*pareto.SOLVERS.values()}  # as far as they are recorded
     assert families == {"full compute", "fewer steps", "output extrapolation", "DQAR sites", "DQAR plan", *RIVALS}
-    assert len({(m.peer, m.config, m.scheduler, m.num_inference_steps) for m in found}) == len(found)
+    assert len({(m.peer, m.config, m.scheduler, m.num_inference_steps, m.solver) for m in found}) == len(found)
     table = load_table(RECORDED / "digits" / f"pareto-{slug(sampler)}.parquet")
     assert {*table.method} == {method.name for method in found}
     facts = table.drop_duplicates("method").set_index("method")

@@ -1,0 +1,38 @@
+import pytest
+import torch
+
+from dqar.models.profiles import get_profile
+from dqar.studies import pareto, solvers
+from dqar.studies.compare import FULL, draw
+from dqar.studies.recording import Recording
+
+PROFILE = get_profile("smoke", num_inference_steps=6)
+
+
+@pytest.mark.parametrize("target", ["reference", "converged"])
+def test_pairs_are_what_the_pipeline_draws(target):
+    pairs = solvers.make_pairs(PROFILE, target, 2)
+    steps = {"reference": 6, "converged": 30}[target]
+    images = FULL.draw(PROFILE, solvers.SOLVER_SEED, num_samples=2, num_inference_steps=steps).images
+    torch.testing.assert_close((pairs.target / 2 + 0.5).clamp(0, 1), images, rtol=0, atol=1e-4)
+
+
+def test_solvers_are_recorded_once_and_draw_with_as_many_steps_as_they_have(tmp_path, monkeypatch):
+    monkeypatch.setattr(pareto, "SOLVER_BUDGETS", (2,))
+    recording = Recording(PROFILE, tmp_path / "work", tmp_path / "out")
+    solvers.record_solvers(recording)
+    made = list(pareto.learned_solvers(PROFILE, recording.folder))
+    assert [method.name for method in made] == [
+        f"{family}: 3 steps for the {target}"
+        for family in ("bespoke solver", "learned timesteps")
+        for target in ("reference", "converged")
+    ]
+    monkeypatch.setattr(solvers, "make_pairs", None)  # nothing is made anew
+    solvers.record_solvers(recording)
+    full, images = draw(FULL, PROFILE, 0, num_samples=2), []
+    for method in made:
+        drawn = draw(method, PROFILE, 0, num_samples=2)
+        assert full.macs == 2 * drawn.macs
+        images.append(drawn.images)
+        assert (drawn.images - full.images).square().mean() < 0.05
+    assert all((images[0] != other).any() for other in images[1:])
