@@ -7,7 +7,8 @@ from pptx import Presentation
 from pptx.util import Inches
 
 from dqar.figures import deck
-from dqar.figures.gallery import CLAIMS, NOTEBOOKS
+from dqar.figures.gallery import NOTEBOOKS
+from dqar.figures.style import CLAIMS
 
 FIGURES = NOTEBOOKS.parent / "figures"
 DARK = deck.Look(dark=True)
