@@ -16,7 +16,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from IPython.display import Markdown
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -312,7 +311,8 @@ def write_table(run: Run, name: str, table: pd.DataFrame) -> None:
     """Writes a table as Markdown and LaTeX."""
     table = table.map(lambda cell: with_minus(str(cell).replace("\n", " / ")))
     table = table.rename(columns=lambda column: column.replace("\n", " "))
-    for suffix, text in ((".md", table.to_markdown(index=False)), (".tex", _latex(table))):
+    markdown = table.to_markdown(index=False, disable_numparse=True)  # else 3.30 becomes 3.3
+    for suffix, text in ((".md", markdown), (".tex", _latex(table))):
         with atomic_path(path_of(run, name).with_suffix(suffix)) as path:
             path.write_text(text + "\n")
 
@@ -383,12 +383,6 @@ def headline(figure: Figure, text: str) -> None:
     number = len(textwrap.wrap(text, 68))
     width = next(width for width in range(len(text) // number, 69) if len(textwrap.wrap(text, width)) <= number)
     figure.suptitle("\n".join(textwrap.wrap(text, width)), weight="bold", size=TITLE_SIZE)
-
-
-def answer(*figures: Figure) -> Markdown:
-    """What a notebook found, for its last lines: the findings that stand above ``figures``."""
-    found = [" ".join(figure.get_suptitle().split()) for figure in figures if figure.get_suptitle()]
-    return Markdown("## What this shows\n\n" + "\n".join(f"- **{text}.**" for text in found))
 
 
 def recorded(what: str) -> Callable:
