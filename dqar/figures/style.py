@@ -166,7 +166,7 @@ def save_animation(
         title: the finding; also the alternative text.
         source: provenance.
     """
-    key = frames[-1].quantize(64, dither=Image.Dither.NONE)
+    key = _in_colors(frames[-1], 64)
     drawn = [frame.quantize(palette=key, dither=Image.Dither.NONE) for frame in frames]
     file = io.BytesIO()
     drawn[0].save(file, "GIF", save_all=True, append_images=drawn[1:], duration=milliseconds, loop=0, optimize=True)
@@ -236,24 +236,28 @@ def path_of(run: Run, name: str) -> Path:
 def with_palette(picture: Image.Image) -> bytes:
     """A PNG of ``picture`` in as many of 256 colours as fit ``LARGEST_FILE``; in 16 where not even those fit."""
     picture = picture.convert("RGB")
-    # A palette of the picture's own. The strip and the exact entries keep white and the project's colours as they are.
+    for colors in (256, 128, 64, 32, 16):
+        file = io.BytesIO()
+        _in_colors(picture, colors).save(file, "PNG", optimize=True)
+        if file.tell() <= LARGEST_FILE:
+            break
+    return file.getvalue()
+
+
+def _in_colors(picture: Image.Image, colors: int) -> Image.Image:
+    """An RGB picture in so many colours of its own, among which white and the project's colours are as they are."""
     exact = np.array([mcolors.to_rgb(color) for color in ("white", ACCENT, COMPUTE, BLUE, GREEN, GREY, DARK)]) * 255
-    sample = Image.new("RGB", (picture.width, picture.height + 20 * len(exact)))
+    sample = Image.new("RGB", (picture.width, picture.height + 20 * len(exact)))  # a strip of each below
     sample.paste(picture)
     for row, color in enumerate(exact):
         top = picture.height + 20 * row
         sample.paste(tuple(color.round().astype(int)), (0, top, picture.width, top + 20))
-    for colors in (256, 128, 64, 32, 16):
-        drawn = sample.quantize(colors, dither=Image.Dither.NONE).crop((0, 0, picture.width, picture.height))
-        entries = np.array(drawn.getpalette()).reshape(-1, 3)
-        for color in exact:
-            entries[np.abs(entries - color).sum(1).argmin()] = color.round()
-        drawn.putpalette(entries.ravel().tolist())
-        file = io.BytesIO()
-        drawn.save(file, "PNG", optimize=True)
-        if file.tell() <= LARGEST_FILE:
-            break
-    return file.getvalue()
+    drawn = sample.quantize(colors, dither=Image.Dither.NONE).crop((0, 0, picture.width, picture.height))
+    entries = np.array(drawn.getpalette()).reshape(-1, 3)
+    for color in exact:
+        entries[np.abs(entries - color).sum(1).argmin()] = color.round()
+    drawn.putpalette(entries.ravel().tolist())
+    return drawn
 
 
 def shows_the_same(target: Path, picture: bytes, words: dict) -> bool:
