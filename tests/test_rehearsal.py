@@ -11,7 +11,7 @@ import pytest
 from diffusers import DDIMScheduler, DiTPipeline
 from helpers import WORDS, make_dit, make_pixart
 
-from dqar.figures.gallery import CLAIMS
+from dqar.figures.style import CLAIMS
 from dqar.models.captions import NUM_CAPTIONS
 from dqar.models.profiles import profile_of
 from dqar.studies.record import TABLES

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from dqar.figures.style import save_table
+from dqar.figures.style import save_plain_table, save_table
 from dqar.measure.results import Run, provenance
 from dqar.studies import controller
 from dqar.studies.compare import FULL
@@ -36,6 +36,17 @@ def slide11(run: Run) -> Figure:
         else f"Quality is measured on a model of {parameters} parameters; the deck's has 675M"
     )
     return save_table(run, "slide11", title, table, [14, 36, 40])
+
+
+def slide04_claims(run: Run, errata: pd.DataFrame) -> pd.DataFrame:
+    """Every doubtful statement of the slides, beside its bound and what was measured, as files; no picture.
+
+    Args:
+        errata: of ``studies.claims.errata``.
+    """
+    slides = {slide for slides in errata.slide for slide in slides.split(", ")}
+    title = f"{len(errata)} statements on {len(slides)} slides, each beside its bound and what was measured"
+    return save_plain_table(run, "slide04_claims", title, errata)
 
 
 def slide12_gates(run: Run, gates: pd.DataFrame) -> Figure:

@@ -106,7 +106,10 @@ def slide10(run: Run) -> Figure:
         axes.annotate("", (x, 0.585), (x, 0.65), arrowprops=arrow)
     axes.annotate("", (0.875, 0.235), (0.875, 0.35), arrowprops=arrow)
     rest = [count for name, count in lines.items() if name != "Controller"]
-    headline(figure, f"One controller asks five modules, each a file of {min(rest)} to {max(rest)} lines")
+    headline(
+        figure,
+        f"One controller asks four modules, and its cache a fifth; each is a file of {min(rest)} to {max(rest)} lines",
+    )
     return save(run, "slide10", figure, pd.DataFrame())
 
 

@@ -23,8 +23,7 @@ from pptx.enum.text import MSO_ANCHOR, PP_ALIGN
 from pptx.oxml.ns import qn
 from pptx.util import Emu, Inches, Pt
 
-from dqar.figures.gallery import CLAIMS
-from dqar.figures.style import ACCENT, DARK, GREEN, GREY, SMALLEST, TITLE_SIZE
+from dqar.figures.style import ACCENT, CLAIMS, DARK, GREEN, GREY, SMALLEST, TITLE_SIZE
 
 WIDTH, HEIGHT = 12.8, 7.2
 """Inches, as of the figures: text has the same size in a picture and beside it."""

@@ -20,12 +20,9 @@ from dqar.studies import pareto as pareto_study
 from dqar.studies.compare import OURS, only
 from dqar.studies.trace import relations
 
-DECIDERS = {
-    "policy": "decided by the network",
-    "oracle": "by measured errors",
-    "rule": "by the rule",
-    "chance": "by chance",
-}
+DECIDERS = {"policy": "The network", "oracle": "Measured errors", "rule": "The deck's rule", "chance": "Chance"}
+CLEAR = 0.1
+"""The rank correlation above which a signal is said to tell something."""
 
 
 def recorded(answer: Callable[..., str]) -> Callable[..., str]:
@@ -57,15 +54,16 @@ def claims(run: Run, gates: pd.DataFrame) -> str:
 def trace(run: Run, sites: pd.DataFrame, gated: pd.DataFrame) -> str:
     """Notebook 01: slide 14's patterns."""
     by_step = sites.groupby("step")[["entropy", "snr"]].mean()
-    late = by_step.snr[by_step.snr > 10]
-    when = f"passes 10 only at step {late.index[0]} of {len(by_step)}" if len(late) else "never passes 10"
-    reused = int((gated[gated.family == "deck's gate"].decision == "reuse").sum())
+    (first, snr_first), (last, snr_last) = by_step.iloc[0], by_step.iloc[-1]
+    above = by_step.snr[by_step.snr > 10]
+    when = f"first passes 10 at step {above.index[0]} of {len(by_step)}" if len(above) else "never passes 10"
+    reused, lowest = int((gated[gated.family == "deck's gate"].decision == "reuse").sum()), sites.entropy.min()
     return (
-        f"Entropy hardly falls: from {by_step.entropy.iloc[0]:.1f} to {by_step.entropy.iloc[-1]:.1f} nats, where the "
-        f"deck says {SLIDE14.entropy.iloc[0]} to {SLIDE14.entropy.iloc[-1]}; {sites.tokens.iloc[0]} tokens allow at "
-        f"most {math.log(sites.tokens.iloc[0]):.2f}. The SNR does grow, from {by_step.snr.iloc[0]:.1f} to "
-        f"{by_step.snr.iloc[-1]:.0f}, but {when}. Since entropy never falls below {sites.entropy.min():.1f} nats, the "
-        f"deck's gate at 2.0 nats reuses {reused} times."
+        f"Entropy {'falls' if last < first else 'does not fall'}: it starts at {first:.1f} nats and ends at "
+        f"{last:.1f}, where the deck says {SLIDE14.entropy.iloc[0]} and {SLIDE14.entropy.iloc[-1]}; "
+        f"{sites.tokens.iloc[0]} tokens allow at most {math.log(sites.tokens.iloc[0]):.2f}. The SNR "
+        f"{'grows' if snr_last > snr_first else 'does not grow'}, from {snr_first:.1f} to {snr_last:.0f}, and {when}. "
+        f"The lowest entropy of a site is {lowest:.1f} nats, and the deck's gate at 2.0 nats reuses {reused} times."
     )
 
 
@@ -73,7 +71,7 @@ def trace(run: Run, sites: pd.DataFrame, gated: pd.DataFrame) -> str:
 def gate(run: Run, sites: pd.DataFrame, labels: pd.DataFrame) -> str:
     """Notebook 02: entropy against the two errors of a reuse."""
     change, error = relations(sites)["entropy"], labels.entropy.corr(labels.error, "spearman")
-    if min(change, error) > 0:
+    if min(change, error) > CLEAR:
         return (
             f"Yes, somewhat, on this model: where entropy is low, a site moves less from one step to the next (rank "
             f"correlation {change:+.2f}), and a reuse leaves a smaller error in the finished image ({error:+.2f})."
@@ -97,8 +95,8 @@ def schedules(run: Run, sites: pd.DataFrame, table: pd.DataFrame) -> str:
     return (
         f"Shallow layers are {'calmer' if shallow < deep else 'no calmer'} than deep ones late in a run ({shallow:.0%} "
         f"against {deep:.0%} change a step). A fixed schedule {pays}: the attention output reused at every 2nd "
-        f"step saves {1 - 1 / half.macs_speedup:.0%} of the MACs, with images at {half.psnr:.1f} dB to full compute's; "
-        f"taking fewer steps that save as much gives {rival:.1f} dB."
+        f"step changes the MACs by {1 / half.macs_speedup - 1:+.0%}, with images at {half.psnr:.1f} dB to full "
+        f"compute's; fewer steps at equal MACs give {rival:.1f} dB."
     )
 
 
@@ -110,7 +108,7 @@ def quantized_cache(run: Run, quality: pd.DataFrame) -> str:
     sizes = quality[quality.target == "output"].set_index(["bits", "mode"]).cache_bytes
     half = sizes[8, "per_channel"] / (sizes[16].iloc[0] * 2 / run.profile.dtype.itemsize)
     return (
-        f"For images within 40 dB of an unquantized cache's, {fewest}: with the best scales, 8, 4 and 2 bits come to "
+        f"For images at 40 dB or more to an unquantized cache's, {fewest}: at their best, 8, 4 and 2 bits come to "
         f"{best[8]:.0f}, {best[4]:.0f} and {best[2]:.0f} dB. INT8 does not quite halve FP16's memory, because scales "
         f"are kept too: an attention output takes {half:.2f} of it."
     )
@@ -141,12 +139,12 @@ def policy(run: Run, deciders: pd.DataFrame) -> str:
         name: float(np.interp(0.2, part.sites_reused, metrics.decibels(part.mse)))
         for name, part in own.sort_values("sites_reused").groupby("method")
     }
-    found = ", ".join(f"{DECIDERS[name]} {at[name]:.0f} dB" for name in DECIDERS if name in at)
-    best = "The network" if at["policy"] > at["rule"] else "The entropy rule"
-    rule = "better than" if at["rule"] > at["chance"] + 1 else "no better than"
+    found = ", ".join(f"{DECIDERS[name].lower()} {at[name]:.1f} dB" for name in DECIDERS if name in at)
+    lead = at["rule"] - at["chance"]
+    rule = "as good as" if abs(lead) < 1 else f"{abs(lead):.1f} dB {'better' if lead > 0 else 'worse'} than"
     return (
-        f"{best}. With 20% of the attention outputs reused, images come to: {found}. The deck's rule, low entropy "
-        f"inside an SNR window, is {rule} chance here."
+        f"{DECIDERS[max(at, key=lambda name: at[name])]}. With 20% of the attention outputs reused, images come to: "
+        f"{found}. The deck's rule, low entropy inside an SNR window, is {rule} chance here."
     )
 
 
@@ -157,11 +155,13 @@ def results(run: Run, summary: pd.DataFrame) -> str:
     plan = only(summary, family=pareto_study.PLAN, budget=2)
     if math.isnan(kv.speedup) or math.isnan(plan.speedup):
         return f"Speed is not measured yet for the profile {run.profile.name}."
+    faster = [row.speedup > 1 for row in (kv, output)]
+    time = "saves time here" if all(faster) else "costs time here" if not any(faster) else "saves time in one form"
     return (
-        f"The deck's own method costs time here: a gate runs at {kv.speedup:.2f} (K and V) and {output.speedup:.2f} "
+        f"The deck's own method {time}: a gate runs at {kv.speedup:.2f} (K and V) and {output.speedup:.2f} "
         f"(attention output) times full compute's speed, with images at {kv.psnr:.1f} and {output.psnr:.1f} dB. A "
-        f"forecast plan that computes half of the steps runs at {plan.speedup:.2f} times full speed, with images at "
-        f"{plan.psnr:.1f} dB (n = {plan.images:.0f} images each)."
+        f"forecast plan of half the MACs runs at {plan.speedup:.2f} times full speed, with images at "
+        f"{plan.psnr:.1f} dB (n = {plan.images:,.0f} images each)."
     )
 
 
@@ -171,10 +171,12 @@ def conclusions(verdicts: pd.DataFrame, hopes: pd.DataFrame) -> str:
     def names(table: pd.DataFrame, verdict: str) -> str:
         return "; ".join(table[table.verdict == verdict].iloc[:, 0].map(lambda name: f"“{name}”")) or "none"
 
+    untested = "not testable here"
     return (
         f"Of slide 17's claims, these hold: {names(verdicts, 'holds')}. These do not hold on this model: "
-        f"{names(verdicts, 'does not hold')}. The rest can't be tested here. Of slide 16's hopes, what holds: "
-        f"{names(hopes, 'holds')}; what does not: {names(hopes, 'does not hold')}."
+        f"{names(verdicts, 'does not hold')}. Not testable here: {names(verdicts, untested)}. Of slide 16's hopes, "
+        f"what holds: {names(hopes, 'holds')}; what does not: {names(hopes, 'does not hold')}; not testable here: "
+        f"{names(hopes, untested)}."
     )
 
 
@@ -188,8 +190,10 @@ def benchmarks(tables: Mapping[str, pd.DataFrame]) -> str:
         looking = steps[steps.method.str.contains("look|entropy", regex=True)]
         shares = steps[steps.macs_speedup > 1.01].groupby("family").realised.median()
         saved = ", ".join(f"{family} {share:.0%}" for family, share in shares.items())
-        looks = f" Looking at the entropy makes a step {looking.cost.max():.2f} times as long." * bool(len(looking))
-        lines.append(f"On {device}, this much of the saved computation becomes saved time: {saved}.{looks}")
+        looks = f" Looking at the entropy makes a step up to {looking.cost.max():.2f} times as long." * bool(
+            len(looking)
+        )
+        lines.append(f"On {device}, the clock shows this much of the speedup that the MACs promise: {saved}.{looks}")
     return " ".join(lines)
 
 
@@ -198,13 +202,15 @@ def pareto(run: Run, tables: Mapping[str, pd.DataFrame]) -> str:
     """Notebook 11: plans against every rival, by the verdicts' intervals."""
     found = pd.concat(arena.verdicts(table).assign(n=table.image.nunique()) for table in tables.values())
     found = found[found.measure.isin(arena.SHOWN) & ~found.family.isin(OURS)]
+    if found.empty:
+        return f"No plan has been compared yet for the profile {run.profile.name}."
     lines = []
     for measure, own in found.groupby("measure", sort=False):
         count, least = own.verdict.value_counts(), own.loc[own.lead.idxmin()]
         lines.append(
             f"In the {measure} of {own.n.min()} images, DQAR's forecast plans are ahead of their rivals in "
             f"{count.get('ahead', 0)} of {len(own)} comparisons, level in {count.get('level', 0)}, behind in "
-            f"{count.get('behind', 0)} (95% intervals); the smallest lead is {least.lead:.1f} dB, over {least.family} "
+            f"{count.get('behind', 0)} (95% intervals); the smallest lead is {least.lead:+.1f} dB, over {least.family} "
             f"at {least.budget:g}×."
         )
     lossless = max(arena.lossless(table) for table in tables.values())
@@ -224,4 +230,4 @@ def challenges(run: Run, panel: Figure) -> str:
     title = " ".join(panel.get_suptitle().split())
     if not title:
         return f"Not measured yet for the profile {run.profile.name}: `dqar record --profile {run.profile.name}`."
-    return f"{title}. The deck's τ(p) can't be tested on a model without prompts."
+    return f"{title}. The deck's τ(p) was not tested: that takes prompts of many lengths."

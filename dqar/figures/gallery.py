@@ -8,28 +8,10 @@ from pathlib import Path
 
 import nbformat
 
-from dqar.figures.style import shows_the_same, words_of
+from dqar.figures.style import CLAIMS, says_the_same, shows_the_same, words_of
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 PICTURES = (".png", ".gif")
-
-CLAIMS = {
-    # slide: its subject, and what the deck says there
-    4: ("Entropy and SNR", "the formulas of attention entropy and SNR"),
-    5: ("Reuse gate", "reuse where H < τ(p) and the SNR is in [0.5, 50]; τ(8) ≈ 2.0"),
-    6: ("Quantized cache", "INT8 halves the cache of FP16; K in FP16 with V in INT8 as an option"),
-    7: ("Learned policy", "a network of fewer than 0.5 M parameters, labelled by FID"),
-    8: ("Layer schedule", "shallow layers stabilise first, deep ones last"),
-    9: ("Controller", "the controller's loop"),
-    10: ("Architecture", "a controller above policy, scheduler, stats, cache and quantizer"),
-    11: ("Set-up", "DiT-XL/2 on an A100, COCO prompts, DPM-Solver++ in 50 steps"),
-    12: ("Results", "−23.2 % time, −18.1 % memory, +0.6 FID, 47 reuses a run"),
-    13: ("Quality", "FID 10.8 against 10.2; zero reuse in steps 0 to 15"),
-    14: ("Over time", "entropy falls from 4.8 to 0.8, SNR grows from 0.1 to 201.5, reuse peaks at step 30"),
-    15: ("Challenges", "five problems and their solutions"),
-    16: ("Future work", "six directions"),
-    17: ("Conclusions", "unified, principled, 23 % faster, drop-in, open"),
-}
 
 
 def publish(drawn: Path, committed: Path) -> list[str]:
@@ -44,7 +26,9 @@ def publish(drawn: Path, committed: Path) -> list[str]:
     for path in sorted(path for path in drawn.rglob("*") if path.is_file()):
         target = committed / path.relative_to(drawn)
         picture = next((path.with_suffix(kind) for kind in PICTURES if path.with_suffix(kind).exists()), None)
-        if path.suffix in (*PICTURES, ".svg", ".json") and picture is not None:
+        if path.suffix == ".json" and picture is None:  # of a table that isn't drawn
+            same = says_the_same(target, words_of(path))
+        elif path.suffix in (*PICTURES, ".svg", ".json") and picture is not None:
             same = shows_the_same(target.with_suffix(picture.suffix), picture.read_bytes(), words_of(picture))
         else:
             same = target.exists() and target.read_bytes() == path.read_bytes()
@@ -77,10 +61,16 @@ def gallery(folder: Path) -> str:
             picture = f"[<img src='deck/{path.name}' width='320' alt='{_quoted(said['alt'])}'>](deck/{path.name})"
             lines.append(f"| {slide}: {subject} | {picture} | {claim} | {said['title']} | {_command(path.stem)} |")
     lines += ["", "## Appendix", "", "| picture | finding | command |", "| --- | --- | --- |"]
-    for path in sorted(path for path in (folder / "appendix").iterdir() if path.suffix in PICTURES):
+    for path in _listed(folder / "appendix"):
         link = f"[{path.stem}](appendix/{path.name})"
         lines.append(f"| {link} | {words_of(path)['title']} | {_command(path.stem)} |")
     return "\n".join(lines) + "\n"
+
+
+def _listed(folder: Path) -> list[Path]:
+    """Pictures, and the Markdown of tables that aren't drawn, by name."""
+    paths = {path.stem: path for suffix in (".md", *PICTURES) for path in folder.glob(f"*{suffix}")}
+    return [paths[name] for name in sorted(paths) if (folder / f"{name}.json").exists()]
 
 
 def _command(name: str) -> str:

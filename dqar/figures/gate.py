@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 
 from dqar import stats
 from dqar.figures.style import ACCENT, BLUE, COMPUTE, DARK, GREY, headline, pictures, plain_ticks, recorded, save
-from dqar.measure.calibrate import propose_gate
 from dqar.measure.results import Run
 from dqar.studies import policy, trace
+from dqar.studies.gate import calibrated_gate
 
 
 def slide05(run: Run, sites: pd.DataFrame) -> Figure:
@@ -22,7 +22,7 @@ def slide05(run: Run, sites: pd.DataFrame) -> Figure:
     points = axes.scatter(shown.snr, shown.entropy, c=shown.change.clip(upper=1), s=18, cmap="cividis_r", lw=0,
                           rasterized=True)  # fmt: skip
     figure.colorbar(points, ax=axes, label="relative error of a reuse", pad=0.01)
-    gate = propose_gate(sites)
+    gate = calibrated_gate(run)
     assert gate.snr_range is not None  # as proposed
     low, high = gate.snr_range
     bottom = min(1.7, shown.entropy.min() - 0.1)

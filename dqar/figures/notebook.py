@@ -14,6 +14,7 @@ from IPython.core.getipython import get_ipython
 from IPython.display import Markdown
 from matplotlib.figure import Figure
 
+from dqar.figures.style import with_minus
 from dqar.measure.results import IN_A_CHECKOUT, PACKAGE, Run
 from dqar.models.profiles import profile_of
 
@@ -77,4 +78,4 @@ def is_watched() -> bool:
 def shows(answer: str, *figures: Figure) -> Markdown:
     """A notebook's last lines: the answer to its question, and the findings that stand above its ``figures``."""
     found = [" ".join(figure.get_suptitle().split()) for figure in figures if figure.get_suptitle()]
-    return Markdown(f"## What this shows\n\n**{answer}**\n\n" + "\n".join(f"- {text}." for text in found))
+    return Markdown(f"## What this shows\n\n**{with_minus(answer)}**\n\n" + "\n".join(f"- {text}." for text in found))

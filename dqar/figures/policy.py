@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_curve
 
-from dqar.figures.style import ACCENT, BLUE, COMPUTE, DARK, GREY, headline, pictures, plain_ticks, recorded, save
+from dqar.figures.style import ACCENT, BLUE, DARK, GREY, headline, pictures, plain_ticks, recorded, save
 from dqar.measure.results import Run
 from dqar.studies import policy
 
@@ -34,7 +34,7 @@ def slide07(run: Run, labels: pd.DataFrame, oracle: pd.DataFrame) -> Figure:
     for before, after in zip(places[:-1], places[1:], strict=True):
         for start in before:
             for end in after:
-                left.plot(*zip(start, end, strict=True), color=COMPUTE, lw=1, zorder=0)
+                left.plot(*zip(start, end, strict=True), color="#A9B4BF", lw=1, zorder=0)
     for (x, names, label), spots in zip(columns, places, strict=True):
         left.scatter(*zip(*spots, strict=True), s=520, color=GREY if x < 3 else ACCENT, zorder=1)
         left.text(x, 0.2, label, ha="center", weight="bold")
@@ -57,12 +57,13 @@ def slide07(run: Run, labels: pd.DataFrame, oracle: pd.DataFrame) -> Figure:
     right.set(ylim=(0, 1.05), ylabel="area under the ROC curve")
     right.set_title(f"Held-out {pictures(run)}")
     right.grid(axis="x", visible=False)
-    worse = "does not" if rule < 0.55 else "less well"
-    useful = "adds nothing" if areas["mean"]["entropy"] >= areas["mean"]["nothing"] else "adds little"
+    whole, without = areas["mean"][["nothing", "entropy"]]
+    worse = "does not" if rule < 0.55 else "less well" if rule < whole else "as well or better"
+    useful = "nothing" if without >= whole else "little" if whole - without < 0.02 else f"{whole - without:.2f}"
     headline(
         figure,
         f"A network of {count:,} parameters tells harmless reuses from harmful ones, the rule {worse}; "
-        f"to the network, entropy {useful}",
+        f"to the network, entropy adds {useful}",
     )
     note = f"n = {len(study.held_out)} reuses; bars: range of 3 trainings"
     return save(run, "slide07", figure, labels, note)

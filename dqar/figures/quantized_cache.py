@@ -5,10 +5,9 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.figure import Figure
 
-from dqar.figures.style import ACCENT, BLUE, GREY, headline, plain_ticks, save
+from dqar.figures.style import ACCENT, BLUE, DARK, GREY, headline, plain_ticks, save
 from dqar.measure.results import Run
 
 CACHES = {
@@ -19,6 +18,7 @@ CACHES = {
     (8, "mixed"): "K in FP16, V in INT8",
     (4, "per_channel"): "INT4, one scale a channel",
     (2, "per_channel"): "INT2, one scale a channel",
+    (2, "per_channel fitted"): "INT2, levels fitted",
 }
 
 
@@ -61,38 +61,50 @@ def slide06(run: Run, quality: pd.DataFrame) -> Figure:
 
 
 def slide06_errors(run: Run, error: pd.DataFrame, quality: pd.DataFrame) -> Figure:
-    """Error against bytes for each tensor, bit width and mode; and what the bits cost in the image."""
+    """Error against bytes for each bit width and mode; and what the bits cost in the image.
+
+    Args:
+        error: of ``quantized_cache.quantization_error``.
+        quality: of ``quantized_cache.quantization_quality``.
+    """
     figure, (left, right) = plt.subplots(1, 2)
-    plain = {"per_tensor": "tensor", "per_channel": "channel", "per_token": "token"}
-    means = error.assign(scale=error["mode"].map(plain)).groupby(["tensor", "bits", "scale"], as_index=False)
+    means = _by_levels(error).groupby(["tensor", "bits", "scale", "fitted"], as_index=False)
     means = means[["relative_error", "bytes_per_value"]].mean()
     for scale, color in (("tensor", GREY), ("channel", ACCENT), ("token", BLUE)):
-        middle = means[means.scale == scale].groupby("bits").agg(
-            bytes=("bytes_per_value", "mean"), low=("relative_error", "min"), high=("relative_error", "max"),
-            middle=("relative_error", "median"),
-        )  # fmt: skip
-        spread = [middle.middle - middle.low, middle.high - middle.middle]
-        left.errorbar(middle.bytes, middle.middle, spread, color=color, lw=3, marker="o", ms=10, capsize=6, label=scale)
+        for fitted, line in ((False, "-"), (True, "--")):
+            own = means[(means.scale == scale) & (means.fitted == fitted)].groupby("bits")
+            left.plot(own.bytes_per_value.mean(), own.relative_error.median(), color=color, lw=3, ls=line, marker="o",
+                      ms=10, mfc="white" if fitted else color, mew=2.5, label=None if fitted else scale)  # fmt: skip
     left.set(xscale="log", yscale="log", xlabel="bytes a value, scales included", ylabel="relative error")
     left.set_xticks([0.25, 0.5, 1.0], ["0.25", "0.5", "1"])
     left.minorticks_off()
     left.set_title("Error of the cached tensors")
     plain_ticks(left.yaxis, percent=True)
+    left.plot([], [], color=DARK, lw=3, ls="--", marker="o", ms=10, mfc="white", mew=2.5, label="levels fitted")
     left.legend(title="one scale a", loc="lower left")
-    shown = quality[(quality.bits < 16) & (quality["mode"] != "mixed")].assign(
-        what=lambda t: t.target.map({"kv": "K and V", "output": "output"})
-    )
-    sns.stripplot(shown, x="psnr_cache", y=shown.bits.map("INT{}".format), hue="what", ax=right, size=13, jitter=False,
-                  dodge=True,
-                  palette={"K and V": BLUE, "output": ACCENT}, order=["INT8", "INT4", "INT2"])  # fmt: skip
-    right.set(xlabel="PSNR to the unquantized cache (dB)", ylabel="")
-    right.legend(title="what is cached")
+    shown = _by_levels(quality[(quality.bits < 16) & (quality["mode"] != "mixed")])
+    rows = {8: 0, 4: 1, 2: 2}
+    for (target, fitted), own in shown.groupby(["target", "fitted"]):
+        color, shift = {"kv": (BLUE, -0.15), "output": (ACCENT, 0.15)}[target]
+        name = {"kv": "K and V", "output": "output"}[target] + ", fitted" * fitted
+        right.scatter(own.psnr_cache, own.bits.map(rows) + shift, s=150, marker="D" if fitted else "o", lw=2.5,
+                      color="white" if fitted else color, ec=color, label=name)  # fmt: skip
+    right.set(xlabel="PSNR to the unquantized cache (dB)", ylim=(2.5, -0.9))
+    right.set_yticks(list(rows.values()), [f"INT{bits}" for bits in rows])
+    right.legend(loc="upper left", ncols=2, columnspacing=1, handletextpad=0.3)
     right.set_title("Of the finished image")
     best = shown.groupby("bits").psnr_cache.max()
+    two = shown[shown.bits == 2].groupby("fitted").psnr_cache.max()
     headline(
         figure,
-        f"Beside an unquantized cache, the best of 8, 4 and 2 bits give images of {best[8]:.0f}, {best[4]:.0f} and "
-        f"{best[2]:.0f} dB",
+        f"The best caches in 8, 4 and 2 bits give images of {best[8]:.0f}, {best[4]:.0f} and {best[2]:.0f} dB; "
+        f"in 2 bits, fitted levels change the best by {two[True] - two[False]:+.0f} dB",
     )
-    note = f"n = {max(4, run.profile.num_samples // 2)} images, every 2nd step reused; bars: range of K, V, output"
+    note = f"n = {max(4, run.profile.num_samples // 2)} images, every 2nd step reused; errors: median of K, V, output"
     return save(run, "slide06_errors", figure, quality, note)
+
+
+def _by_levels(table: pd.DataFrame) -> pd.DataFrame:
+    """``table`` with its ``mode`` in two columns: ``scale`` (tensor, channel, token), and ``fitted`` levels or not."""
+    scale = table["mode"].str.removesuffix(" fitted").str.removeprefix("per_")
+    return table.assign(scale=scale, fitted=table["mode"].str.endswith("fitted"))

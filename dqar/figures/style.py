@@ -16,7 +16,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from IPython.display import Markdown
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -34,8 +33,26 @@ SMALLEST = 16
 TITLE_SIZE = 21
 LARGEST_FILE = 120_000
 """Bytes of a PNG."""
-WORDS = ("figure", "title", "alt", "smallest_text", "note", "measured_on", "body_top", "table", "charts")
+WORDS = ("figure", "title", "claimed", "alt", "smallest_text", "note", "measured_on", "body_top", "table", "charts")
 """What a sidecar says of the picture; its other keys are provenance."""
+
+CLAIMS = {
+    # slide: its subject, and what the deck says there
+    4: ("Entropy and SNR", "the formulas of attention entropy and SNR"),
+    5: ("Reuse gate", "reuse where H < τ(p) and the SNR is in [0.5, 50]; τ(8) ≈ 2.0"),
+    6: ("Quantized cache", "INT8 halves the cache of FP16; K in FP16 with V in INT8 as an option"),
+    7: ("Learned policy", "a network of fewer than 0.5 M parameters, labelled by FID"),
+    8: ("Layer schedule", "shallow layers stabilise first, deep ones last"),
+    9: ("Controller", "the controller's loop"),
+    10: ("Architecture", "a controller above policy, scheduler, stats, cache and quantizer"),
+    11: ("Set-up", "DiT-XL/2 on an A100, COCO prompts, DPM-Solver++ in 50 steps"),
+    12: ("Results", "−23.2 % time, −18.1 % memory, +0.6 FID, 47 reuses a run"),
+    13: ("Quality", "FID 10.8 against 10.2; zero reuse in steps 0 to 15"),
+    14: ("Over time", "entropy falls from 4.8 to 0.8, SNR grows from 0.1 to 201.5, reuse peaks at step 30"),
+    15: ("Challenges", "five problems and their solutions"),
+    16: ("Future work", "six directions"),
+    17: ("Conclusions", "unified, principled, 23 % faster, drop-in, open"),
+}
 
 # Slide 14's table: step, entropy (nats), SNR, reuse events.
 SLIDE14 = pd.DataFrame(
@@ -120,6 +137,7 @@ def save(
     words = {
         "figure": name,
         "title": title,
+        **_claimed(name),
         "alt": ". ".join([title, *panels, note, rehearsal]).replace("\n", " ").strip(". ") + ".",
         "smallest_text": min(text.get_fontsize() for text in texts),
         "note": note,
@@ -148,7 +166,7 @@ def save_animation(
         title: the finding; also the alternative text.
         source: provenance.
     """
-    key = frames[-1].quantize(64, dither=Image.Dither.NONE)
+    key = _in_colors(frames[-1], 64)
     drawn = [frame.quantize(palette=key, dither=Image.Dither.NONE) for frame in frames]
     file = io.BytesIO()
     drawn[0].save(file, "GIF", save_all=True, append_images=drawn[1:], duration=milliseconds, loop=0, optimize=True)
@@ -176,6 +194,12 @@ def bar_chart(
     return {"title": title, "categories": categories, "series": series, "labels": labels, "horizontal": horizontal}
 
 
+def _claimed(name: str) -> dict[str, str]:
+    """What the deck says where the figure ``name`` belongs; nothing for the appendix."""
+    slide = next((slide for slide in CLAIMS if name == f"slide{slide:02}"), None)
+    return {} if slide is None else {"claimed": CLAIMS[slide][1]}
+
+
 def with_minus(text: str) -> str:
     """``text`` with a minus sign, not a hyphen, before its negative numbers."""
     return re.sub(r"(?<![\w)\]}.-])-(?=[\d.])", "−", text)
@@ -189,7 +213,11 @@ def _below_title(lines: int) -> float:
 def _write_with_sidecar(target: Path, picture: bytes, words: dict, source: dict[str, Any]) -> None:
     with atomic_path(target) as path:
         path.write_bytes(picture)
-    with atomic_path(target.with_suffix(".json")) as path:
+    _write_sidecar(target.with_suffix(".json"), words, source)
+
+
+def _write_sidecar(target: Path, words: dict, source: dict[str, Any]) -> None:
+    with atomic_path(target) as path:
         path.write_text(json.dumps({**words, **source}, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -208,37 +236,49 @@ def path_of(run: Run, name: str) -> Path:
 def with_palette(picture: Image.Image) -> bytes:
     """A PNG of ``picture`` in as many of 256 colours as fit ``LARGEST_FILE``; in 16 where not even those fit."""
     picture = picture.convert("RGB")
-    # A palette of the picture's own. The strip and the exact entries keep white and the project's colours as they are.
-    exact = np.array([mcolors.to_rgb(color) for color in ("white", ACCENT, COMPUTE, BLUE, GREEN, GREY, DARK)]) * 255
-    sample = Image.new("RGB", (picture.width, picture.height + 20 * len(exact)))
-    sample.paste(picture)
-    for row, color in enumerate(exact):
-        top = picture.height + 20 * row
-        sample.paste(tuple(color.round().astype(int)), (0, top, picture.width, top + 20))
     for colors in (256, 128, 64, 32, 16):
-        drawn = sample.quantize(colors, dither=Image.Dither.NONE).crop((0, 0, picture.width, picture.height))
-        entries = np.array(drawn.getpalette()).reshape(-1, 3)
-        for color in exact:
-            entries[np.abs(entries - color).sum(1).argmin()] = color.round()
-        drawn.putpalette(entries.ravel().tolist())
         file = io.BytesIO()
-        drawn.save(file, "PNG", optimize=True)
+        _in_colors(picture, colors).save(file, "PNG", optimize=True)
         if file.tell() <= LARGEST_FILE:
             break
     return file.getvalue()
 
 
+def _in_colors(picture: Image.Image, colors: int) -> Image.Image:
+    """An RGB picture in so many colours of its own, among which white and the project's colours are as they are."""
+    exact = np.array([mcolors.to_rgb(color) for color in ("white", ACCENT, COMPUTE, BLUE, GREEN, GREY, DARK)]) * 255
+    sample = Image.new("RGB", (picture.width, picture.height + 20 * len(exact)))  # a strip of each below
+    sample.paste(picture)
+    for row, color in enumerate(exact):
+        top = picture.height + 20 * row
+        sample.paste(tuple(color.round().astype(int)), (0, top, picture.width, top + 20))
+    drawn = sample.quantize(colors, dither=Image.Dither.NONE).crop((0, 0, picture.width, picture.height))
+    entries = np.array(drawn.getpalette()).reshape(-1, 3)
+    for color in exact:
+        entries[np.abs(entries - color).sum(1).argmin()] = color.round()
+    drawn.putpalette(entries.ravel().tolist())
+    return drawn
+
+
 def shows_the_same(target: Path, picture: bytes, words: dict) -> bool:
     """Whether the figure at ``target`` has the pixels of a PNG, or the bytes of a GIF, and its ``words`` already."""
+    if not says_the_same(target, words):
+        return False
     try:
-        if words != words_of(target):
-            return False
         if target.suffix == ".gif":
             return target.read_bytes() == picture
         pictures = [Image.open(file).convert("RGB") for file in (target, io.BytesIO(picture))]
     except (OSError, UnidentifiedImageError, ValueError):
         return False
     return pictures[0].size == pictures[1].size and ImageChops.difference(*pictures).getbbox() is None
+
+
+def says_the_same(target: Path, words: dict) -> bool:
+    """Whether the sidecar of the figure at ``target`` has these ``words`` already."""
+    try:
+        return words_of(target) == words
+    except (OSError, ValueError):
+        return False
 
 
 def words_of(picture: Path) -> dict[str, Any]:
@@ -252,11 +292,31 @@ def words_of(picture: Path) -> dict[str, Any]:
     return {key: sidecar[key] for key in WORDS if key in sidecar}
 
 
+def save_plain_table(
+    run: Run, name: str, title: str, table: pd.DataFrame, source: pd.DataFrame | None = None
+) -> pd.DataFrame:
+    """Writes a table that is too long to be drawn: Markdown, LaTeX and a sidecar; returns it.
+
+    Args:
+        source: the measured table that it was made of, with its provenance.
+    """
+    write_table(run, name, table)
+    cells = table.map(lambda cell: with_minus(str(cell)))
+    native = {"columns": list(cells.columns), "rows": cells.values.tolist()}
+    words: dict[str, Any] = {"figure": name, "title": title, "alt": f"{title}.", "table": native}
+    target = path_of(run, name).with_suffix(".json")
+    if not says_the_same(target, words):
+        measured = source.attrs.get("provenance") if source is not None else None
+        _write_sidecar(target, words, measured or provenance(run.profile, run.seed))
+    return table
+
+
 def write_table(run: Run, name: str, table: pd.DataFrame) -> None:
     """Writes a table as Markdown and LaTeX."""
     table = table.map(lambda cell: with_minus(str(cell).replace("\n", " / ")))
     table = table.rename(columns=lambda column: column.replace("\n", " "))
-    for suffix, text in ((".md", table.to_markdown(index=False)), (".tex", _latex(table))):
+    markdown = table.to_markdown(index=False, disable_numparse=True)  # else 3.30 becomes 3.3
+    for suffix, text in ((".md", markdown), (".tex", _latex(table))):
         with atomic_path(path_of(run, name).with_suffix(suffix)) as path:
             path.write_text(text + "\n")
 
@@ -329,12 +389,6 @@ def headline(figure: Figure, text: str) -> None:
     figure.suptitle("\n".join(textwrap.wrap(text, width)), weight="bold", size=TITLE_SIZE)
 
 
-def answer(*figures: Figure) -> Markdown:
-    """What a notebook found, for its last lines: the findings that stand above ``figures``."""
-    found = [" ".join(figure.get_suptitle().split()) for figure in figures if figure.get_suptitle()]
-    return Markdown("## What this shows\n\n" + "\n".join(f"- **{text}.**" for text in found))
-
-
 def recorded(what: str) -> Callable:
     """For figures of recorded tables: where one is ``None``, the figure says that ``what`` is not measured yet."""
 
@@ -362,13 +416,17 @@ def missing(run: Run, name: str, what: str) -> Figure:
 LATEX = {
     **{sign: f"\\{sign}" for sign in "&%_#${}"},
     **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
+    **{"<": "$<$", ">": "$>$", "|": "$|$", '"': "''", "[": "{[}", "]": "{]}"},
     **{"×": r"$\times$", "≤": r"$\le$", "≥": r"$\ge$", "≈": r"$\approx$", "√": r"$\surd$", "∈": r"$\in$"},
     **{"·": r"$\cdot$", "±": r"$\pm$", "∞": r"$\infty$", "‖": r"$\|$", "→": r"$\to$", "↓": r"$\downarrow$"},
     **{"τ": r"$\tau$", "ρ": r"$\rho$", "δ": r"$\delta$", "ε": r"$\epsilon$", "α": r"$\alpha$", "σ": r"$\sigma$"},
     **{"Σ": r"$\Sigma$", "ᾱ": r"$\bar\alpha$", "₀": "$_0$", "²": r"\textsuperscript{2}", "é": r"\'e"},
     **{"−": "--", "–": "--", "…": r"\dots{}", "’": "'", "✓": r"$\checkmark$", "✗": "no"},
 }
-"""Signs that a LaTeX document with ``amssymb`` and ``booktabs`` can't take as they are."""
+"""Signs that a LaTeX document with ``amssymb`` and ``booktabs`` can't take, or prints as another sign, as they are.
+
+A bracket that begins a row would be read as the argument of the line break before it.
+"""
 
 
 def _latex(table: pd.DataFrame) -> str:

@@ -92,7 +92,7 @@ def slide14(run: Run, sites: pd.DataFrame, gated: pd.DataFrame) -> Figure:
         if deck.sum() == 0
         else f"The deck's gate reuses {deck.sum():.0f} times, a calibrated one most at step {peak}"
     )
-    note = f"{_images(run)}; events: of {2 * sites.layer.nunique()} sites a step, 4 images decided together"
+    note = f"{_images(run)}; events: 4 images together, {calibrated.sum():,.0f} a run; gate of slide 12"
     return save_table(run, "slide14", title, table, [9, 12, 12, 11, 12, 12, 12, 14], sites, note)
 
 

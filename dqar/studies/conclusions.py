@@ -7,7 +7,7 @@ import math
 import pandas as pd
 
 from dqar.measure.results import Run
-from dqar.studies import arena, claims, pareto, policy, quantized_cache, results, trace
+from dqar.studies import claims, pareto, policy, quantized_cache, results, trace
 from dqar.studies.compare import FULL, only
 
 
@@ -91,59 +91,62 @@ def verdicts(run: Run) -> pd.DataFrame:
 
 def future_work(run: Run) -> pd.DataFrame:
     """Slide 16, direction by direction: ``direction``, ``deck``, ``verdict`` (as in ``verdicts``), ``measured``."""
-    quality = quantized_cache.quantization_quality(run)
-    unquantized = quality[quality.bits == 16].set_index("target").cache_bytes
-    found = []
-    for width in (8, 4, 2):
-        part = quality[(quality.bits == width) & (quality["mode"] != "mixed")]  # which keeps K in FP16
-        best = part.iloc[int(part.psnr_cache.argmax())]
-        share = best.cache_bytes / unquantized[best.target] * run.profile.dtype.itemsize / 2
-        found.append(f"INT{width} takes {share:.2f} of FP16's bytes, {best.psnr_cache:.0f} dB")
     distance = trace.sites(run)[["layer_change", "change"]].median()
-    labels, oracle = run.recorded("labels-output"), run.recorded("oracle")
-    searched, ahead = "not measured yet", None
-    if labels is not None and oracle is not None:
-        runs = policy.accepted_runs(oracle).set_index("share").psnr
-        searched = f"sites chosen by measured error: {runs[0.4]:.1f} dB with 40 % of all sites reused (notebook 06)"
-    compared = arena.recorded(run, run.profile.scheduler)
-    if compared is not None:
-        at_three = arena.strongest(arena.verdicts(compared)).query("budget == 3 and target == 'reference'")
-        for row in at_three[at_three.measure == "median"].itertuples():
-            ahead = row.verdict == "ahead"
-            searched += (
-                f"; planned steps: median {row.ours:.1f} dB at 3× fewer MACs, best rival {row.theirs:.1f} (notebook 11)"
-            )
     rows = [
-        (
-            "Lower bit-widths",
-            "INT2: 4× less memory than INT8",
-            _verdict(best.psnr_cache >= 40),
-            f"{' · '.join(found)}, to the images of an unquantized cache",
-        ),
+        ("Lower bit-widths", "INT8 → INT4 → INT2", *lower_bits(run, quantized_cache.quantization_quality(run))),
         (
             "Cross-layer sharing",
             "2–3× more speed",
             _verdict(distance.layer_change < distance.change),
-            f"an attention output is {distance.layer_change:.0%} away from the layer before, "
-            f"{distance.change:.0%} from the step before (median)",
+            f"outputs are {distance.layer_change:.0%} away from the layer before, "
+            f"{distance.change:.0%} from the step before (medians)",
         ),
-        ("Video DiTs", "reuse across frames", _verdict(None), "not measured: no video model here"),
-        (
-            "Quantization-aware training",
-            "learn to compensate INT8 errors",
-            _verdict(None),
-            "not measured: nothing is retrained here",
-        ),
-        ("Architecture search", "layers, thresholds, bits per layer", _verdict(ahead), searched),
+        ("Video DiTs", "reuse across frames", _verdict(None), "no video model here"),
+        ("Quantization-aware training", "compensate INT8's errors", _verdict(None), "nothing is retrained here"),
+        ("Architecture search", "layers, thresholds, bits", *searched(results.summary(run))),
         (
             "Production deployment",
             "batches, several GPUs",
             _verdict(None),
-            "images don't depend on each other's cache scales (tested); one gate decides for a whole batch; "
-            "several GPUs: not measured",
+            "images share no scales (tested), but one gate decides for a whole batch",
         ),
     ]
     return pd.DataFrame(rows, columns=["direction", "deck", "verdict", "measured"])
+
+
+def lower_bits(run: Run, quality: pd.DataFrame) -> tuple[str, str]:
+    """Verdict and measurement of INT8, INT4 and INT2, each in its best mode: good is an image 40 dB from FP16's cache.
+
+    Args:
+        quality: of ``quantized_cache.quantization_quality``.
+    """
+    unquantized = quality[quality.bits == 16].set_index("target").cache_bytes
+    integers = quality[(quality.bits < 16) & (quality["mode"] != "mixed")]  # which keeps K in FP16
+    best = integers.loc[integers.groupby("bits").psnr_cache.idxmax()].set_index("bits").loc[[8, 4, 2]]
+    shares = best.cache_bytes / best.target.map(unquantized) * run.profile.dtype.itemsize / 2
+    fitted = best.index[best["mode"].str.endswith("fitted")]
+    levels = f"; levels fitted in {' and '.join(map(str, fitted))} bits" if len(fitted) else ""
+    return _verdict(best.psnr_cache[2] >= 40), (
+        f"8, 4, 2 bits: {', '.join(best.psnr_cache.map('{:.0f}'.format))} dB in "
+        f"{', '.join(shares.map('{:.2f}'.format))} of FP16's bytes{levels}"
+    )
+
+
+def searched(summary: pd.DataFrame) -> tuple[str, str]:
+    """Verdict and measurement of searching what to compute: plans at 3× fewer MACs beside the best recorded rival.
+
+    Args:
+        summary: of ``results.summary``.
+    """
+    at = summary[(summary.budget == 3) & summary.psnr.notna()]
+    ours, rivals = at[at.family == pareto.PLAN], at[at.family != pareto.PLAN]
+    if ours.empty or rivals.empty:
+        return _verdict(None), "not recorded yet: make results"
+    plan, rival = ours.iloc[0], rivals.loc[rivals.psnr.idxmax()]
+    return _verdict(plan.psnr > rival.psnr), (
+        f"a searched plan at 3× fewer MACs: {plan.psnr:.1f} dB; best rival: {rival.psnr:.1f} dB "
+        f"(n = {plan.images:,.0f})"
+    )
 
 
 def _verdict(holds: bool | None) -> str:

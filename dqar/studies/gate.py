@@ -20,9 +20,15 @@ from dqar.studies.compare import FULL, Drawn, Method, compare_all, draw
 from dqar.studies.trace import sites
 
 
+def calibrated_gate(run: Run) -> DQARConfig:
+    """The gate of every figure: the one that was recorded for slide 12; where none was, one of this run's trace."""
+    labels = run.recorded("labels-output")
+    return propose_gate(sites(run) if labels is None else labels)
+
+
 def gate_methods(run: Run) -> list[Method]:
-    """The gates that slides 5 and 12 are about: closed, the deck's, and one calibrated on this model's trace."""
-    gates = {"deck's gate": DQARConfig(), "calibrated": propose_gate(sites(run))}
+    """The gates that slides 5 and 12 are about: closed, the deck's, and one calibrated on this model."""
+    gates = {"deck's gate": DQARConfig(), "calibrated": calibrated_gate(run)}
     return [
         FULL,
         Method("looking only", config=LOOK),

@@ -1,13 +1,21 @@
+import io
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
+from lxml import etree
 from PIL import Image
 from pptx import Presentation
+from pptx.enum.dml import MSO_FILL
 from pptx.util import Inches
 
-from dqar.figures import deck
-from dqar.figures.gallery import CLAIMS, NOTEBOOKS
+from dqar.__main__ import main
+from dqar.commands import deck as deck_command
+from dqar.figures import deck, style
+from dqar.figures.gallery import NOTEBOOKS
+from dqar.figures.style import CLAIMS
+from dqar.measure.results import Run
 
 FIGURES = NOTEBOOKS.parent / "figures"
 DARK = deck.Look(dark=True)
@@ -54,6 +62,19 @@ def test_a_table_of_the_deck_is_a_native_table_with_the_figures_own_cells(slides
     [table] = [shape.table for shape in slides[number].shapes if shape.has_table]
     cells = [[cell.text_frame.text for cell in row.cells] for row in table.rows]
     assert cells == [sidecar(number)["table"]["columns"], *sidecar(number)["table"]["rows"]]
+
+
+def test_native_cells_are_those_of_the_markdown_table_to_the_last_zero(tmp_path):
+    run = Run("smoke", 0, tmp_path)
+    table = pd.DataFrame([("0", "3.30", "1.0", "-0.50"), ("DQAR", "1,400", "0.100", "a\nb")], columns=list("abcd"))
+    style.save_table(run, "slide14", "A finding in five words", table, [20, 20, 20, 20])
+    deck.write_deck(run.figures, tmp_path / "deck.pptx", [14])
+    [slide] = Presentation(str(tmp_path / "deck.pptx")).slides
+    [native] = [shape.table for shape in slide.shapes if shape.has_table]
+    lines = style.path_of(run, "slide14").with_suffix(".md").read_text().splitlines()
+    markdown = [[cell.strip() for cell in line.strip("|").split("|")] for line in [lines[0], *lines[2:]]]
+    assert [[cell.text_frame.text.replace("\n", " / ") for cell in row.cells] for row in native.rows] == markdown
+    assert markdown[1] == ["0", "3.30", "1.0", "−0.50"]
 
 
 def test_slide_13_has_native_bars_with_the_measured_distances(slides):
@@ -119,6 +140,49 @@ def test_chosen_slides_come_in_order_and_a_dark_deck_has_a_background(tmp_path):
     dark = Presentation(str(tmp_path / "dark.pptx")).slides
     assert [slide.shapes.title.text_frame.text for slide in dark] == [sidecar(6)["title"], sidecar(14)["title"]]
     assert str(dark[0].background.fill.fore_color.rgb) == deck.NIGHT[1:]
+
+
+def test_a_transparent_slide_has_no_fill_of_its_own_and_a_picture_with_alpha(tmp_path):
+    deck.write_deck(FIGURES, tmp_path / "deck.pptx", [4, 14], deck.Look(dark=True, transparent=True))
+    picture, table = Presentation(str(tmp_path / "deck.pptx")).slides
+    assert picture.follow_master_background and table.follow_master_background
+    [shown] = [shape for shape in picture.shapes if shape.shape_type == 13]
+    alpha = np.array(Image.open(io.BytesIO(shown.image.blob)).convert("RGBA"))[..., 3]
+    assert alpha.min() == 0 and alpha.max() > 200
+    [native] = [shape.table for shape in table.shapes if shape.has_table]
+    assert {cell.fill.type for row in native.rows for cell in row.cells} == {MSO_FILL.BACKGROUND}
+    opaque = deck.Look(dark=True)
+    deck.write_deck(FIGURES, tmp_path / "dark.pptx", [14], opaque)
+    [dark] = [shape.table for shape in Presentation(str(tmp_path / "dark.pptx")).slides[0].shapes if shape.has_table]
+    assert dark.cell(2, 0).fill.fore_color.rgb == opaque.color("#F3F5F7")
+    assert dark.cell(1, 0).text_frame.paragraphs[0].runs[0].font.color.rgb == opaque.color(style.DARK)
+
+
+@pytest.mark.parametrize(
+    "options, chosen, look",
+    [
+        ([], list(CLAIMS), deck.Look()),
+        (["--slide", "14"], [14], deck.Look()),
+        (["--slide", "14", "--slide", "6", "--dark"], [6, 14], DARK),
+        (["--slide", "4", "--dark", "--transparent"], [4], deck.Look(dark=True, transparent=True)),
+    ],
+)
+def test_the_command_writes_the_slides_and_the_look_that_it_is_asked_for(options, chosen, look, tmp_path, monkeypatch):
+    monkeypatch.setattr(deck_command, "write_pdf", lambda path: path.with_suffix(".pdf"))
+    assert main(["deck", *options, "--out", str(tmp_path / "new"), "--figures", str(FIGURES)]) == 0
+    deck.write_deck(FIGURES, tmp_path / "wanted.pptx", chosen, look)
+    made, wanted = (Presentation(str(path)).slides for path in (tmp_path / "new/deck.pptx", tmp_path / "wanted.pptx"))
+    assert [slide.shapes.title.text_frame.text for slide in made] == [sidecar(number)["title"] for number in chosen]
+    assert [etree.tostring(slide._element) for slide in made] == [etree.tostring(slide._element) for slide in wanted]
+
+
+def test_without_libreoffice_the_command_keeps_the_pptx_and_says_what_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(deck, "CONVERTER", "no-such-office")
+    assert main(["deck", "--slide", "14", "--out", str(tmp_path)]) == 1
+    assert "is written, but a PDF of it needs LibreOffice's no-such-office" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["deck.pptx"]
+    assert main(["deck", "--slide", "3", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == "dqar deck: slide 3 is not accepted: the deck has slides 4 to 17\n"
 
 
 def test_a_slide_that_is_not_in_the_deck_is_refused_before_anything_is_written(tmp_path):

@@ -4,7 +4,8 @@ import pytest
 from PIL import Image
 
 from dqar.figures import style
-from dqar.figures.gallery import CLAIMS, NOTEBOOKS
+from dqar.figures.gallery import NOTEBOOKS
+from dqar.figures.style import CLAIMS
 
 FOLDER = NOTEBOOKS.parent / "figures"
 PICTURES = sorted(FOLDER.rglob("*.png"))

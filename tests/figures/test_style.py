@@ -1,5 +1,6 @@
 import json
 import os
+import re
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -8,8 +9,10 @@ import pytest
 from PIL import Image
 
 from dqar.figures import style
-from dqar.figures.gallery import publish
+from dqar.figures.gallery import NOTEBOOKS, publish
 from dqar.measure.results import Run
+
+FIGURES = NOTEBOOKS.parent / "figures"
 
 
 def dense(run, seed=0, name="slide99_dense"):
@@ -71,6 +74,100 @@ def test_a_table_says_everything_in_markdown_and_latex(tmp_path):
     latex = path.with_suffix(".tex").read_text()
     assert r"50 \%" in latex and r"a\_b" in latex and latex.isascii()
     assert json.loads(path.with_suffix(".json").read_text())["title"] == "A finding"
+
+
+@pytest.mark.parametrize(
+    "cell, latex",
+    [
+        ("[0.5, 50]", "{[}0.5, 50{]}"),  # a bracket after a line break is read as its argument
+        ("H < 2 > 1 | x", "H $<$ 2 $>$ 1 $|$ x"),  # the standard font has other signs in their places
+        (
+            r"a\b {c} 5 % #1 $2 x_t & ~^",
+            r"a\textbackslash{}b \{c\} 5 \% \#1 \$2 x\_t \& \textasciitilde{}\textasciicircum{}",
+        ),
+        ("“τ(8) ≈ 2”", None),  # curly quotes have no form yet: refused, and not written wrongly
+        ("−0.5 to 3× ≤ ∞ ✓", r"--0.5 to 3$\times$ $\le$ $\infty$ $\checkmark$"),
+    ],
+)
+def test_signs_that_latex_cannot_take_are_escaped_or_refused(tmp_path, cell, latex):
+    run = Run("smoke", 0, tmp_path)
+    table = pd.DataFrame({"a": [cell], "b": ["x"]})
+    if latex is None:
+        with pytest.raises(ValueError, match="'“' in .* has no LaTeX form"):
+            style.write_table(run, "slide98", table)
+        return
+    style.write_table(run, "slide98", table)
+    lines = style.path_of(run, "slide98").with_suffix(".tex").read_text().splitlines()
+    assert lines[:4] == [r"\begin{tabular}{ll}", r"\toprule", r"a & b \\", r"\midrule"]
+    assert lines[4] == rf"{latex} & x \\"
+
+
+@pytest.mark.parametrize("path", sorted(FIGURES.rglob("*.tex")), ids=lambda path: path.stem)
+def test_a_committed_latex_table_has_the_columns_and_rows_of_its_markdown(path):
+    text = path.read_text()
+    rows = [line for line in text.splitlines() if line.endswith(r"\\")]
+    columns = len(re.search(r"tabular}{(l+)}", text)[1])
+    assert text.isascii() and {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {columns - 1}
+    markdown = path.with_suffix(".md").read_text().splitlines()
+    assert len(rows) == len(markdown) - 1  # whose second line separates the head
+    for row in rows:
+        plain = re.sub(r"\\[&%_#${}\\]", "", row)
+        assert plain.count("$") % 2 == 0 and plain.count("{") == plain.count("}")
+        assert not re.search(r"[%#~]", plain) and not re.search(r"[_^]", re.sub(r"\$[^$]*\$", "", plain))
+
+
+def test_a_table_too_long_to_draw_has_a_sidecar_that_changes_only_with_its_cells(tmp_path):
+    run, committed = Run("smoke", 0, tmp_path / "a"), tmp_path / "figures"
+
+    def write(cell):
+        style.save_plain_table(run, "slide98_claims", "Two cells", pd.DataFrame({"a": [cell], "b": [1]}))
+        return style.path_of(run, "slide98_claims").with_suffix(".json")
+
+    sidecar = write("x")
+    words = json.loads(sidecar.read_text())
+    assert words["title"] == "Two cells" and words["table"] == {"columns": ["a", "b"], "rows": [["x", "1"]]}
+    assert words["commit"] and words["seed"] == 0
+    assert publish(run.figures, committed) == [f"appendix/slide98_claims.{suffix}" for suffix in ("json", "md", "tex")]
+    sidecar.write_text(json.dumps({**words, "commit": "another"}))
+    assert publish(run.figures, committed) == [] and json.loads(write("x").read_text())["commit"] == "another"
+    write("y")
+    assert publish(run.figures, committed) == [f"appendix/slide98_claims.{suffix}" for suffix in ("json", "md", "tex")]
+    dense(run, name="slide04")
+    publish(run.figures, committed)
+    assert "(appendix/slide98_claims.md) | Two cells |" in (committed / "README.md").read_text()
+
+
+def test_a_figure_of_the_deck_keeps_what_the_deck_claims_beside_what_was_measured(tmp_path):
+    run = Run("smoke", 0, tmp_path)
+    sidecar = json.loads(dense(run, name="slide13").with_suffix(".json").read_text())
+    assert sidecar["claimed"] == "FID 10.8 against 10.2; zero reuse in steps 0 to 15"
+    assert sidecar["title"].startswith("A dense map") and {"alt", "commit", "device", "seed"} <= sidecar.keys()
+    assert "claimed" not in json.loads(dense(run).with_suffix(".json").read_text())
+
+
+def test_an_animation_keeps_every_frame_its_time_and_its_words(tmp_path):
+    run = Run("smoke", 0, tmp_path)
+    colors = [(255, 255, 255), (213, 94, 0), (0, 0, 0)]
+    frames = [Image.new("RGB", (40, 30), "white") for _ in colors]
+    for number, (frame, color) in enumerate(zip(frames, colors, strict=True)):
+        frame.paste(color, (10 * number, 0, 10 * number + 10, 30))
+    frames[-1].paste(colors[1], (0, 0, 10, 30))  # whose palette all frames share
+    source = {"commit": "abc", "seed": 0}
+    path = style.save_animation(run, "moves", frames, [100, 100, 4000], "Three frames", source)
+    with Image.open(path) as gif:
+        assert gif.format == "GIF" and gif.size == (40, 30) and gif.n_frames == 3 and gif.info["loop"] == 0
+        for number, milliseconds in enumerate([100, 100, 4000]):
+            gif.seek(number)
+            assert gif.info["duration"] == milliseconds
+            assert np.array_equal(np.array(gif.convert("RGB")), np.array(frames[number]))
+    sidecar = json.loads(path.with_suffix(".json").read_text())
+    assert sidecar == {"figure": "moves", "title": "Three frames", "alt": "Three frames.", **source}
+    for file in (path, path.with_suffix(".json")):
+        os.utime(file, (1, 1))
+    style.save_animation(run, "moves", frames, [100, 100, 4000], "Three frames", {"commit": "def", "seed": 0})
+    assert path.stat().st_mtime == 1 and path.with_suffix(".json").stat().st_mtime == 1
+    style.save_animation(run, "moves", frames[::-1], [100, 100, 4000], "Three frames", source)
+    assert path.stat().st_mtime > 1
 
 
 @pytest.mark.parametrize("text, lines", [("Short.", 1), ("word " * 20, 2), ("word " * 36, 3)])

@@ -1,0 +1,69 @@
+"""Slide 16's verdicts, and the one gate that all figures show, from tables worked out by hand."""
+
+import math
+
+import pandas as pd
+import pytest
+
+from dqar.measure.results import Run
+from dqar.studies import conclusions, gate, results
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run("smoke", 0, tmp_path)
+
+
+@pytest.mark.parametrize("two_bits, verdict", [(41.0, "holds"), (30.0, "does not hold")])
+def test_lower_bits_hold_where_two_bits_are_40_db_away_at_their_best(run, two_bits, verdict):
+    rows = [
+        ("kv", 16, "per_channel", math.inf, 4000),
+        ("output", 16, "per_channel", math.inf, 2000),
+        ("kv", 8, "per_channel", 72.0, 1040),  # of FP16's 2000 bytes
+        ("output", 8, "per_token", 60.0, 500),
+        ("kv", 4, "per_channel", 40.0, 500),
+        ("output", 4, "per_token fitted", 46.0, 280),  # of FP16's 1000
+        ("kv", 2, "per_channel", two_bits - 10, 300),
+        ("kv", 2, "per_channel fitted", two_bits, 320),
+        ("kv", 8, "mixed", 90.0, 1500),  # not 8 bits: K stays in FP16
+    ]
+    quality = pd.DataFrame(rows, columns=["target", "bits", "mode", "psnr_cache", "cache_bytes"])
+    assert conclusions.lower_bits(run, quality) == (
+        verdict,
+        f"8, 4, 2 bits: 72, 46, {two_bits:.0f} dB in 0.52, 0.28, 0.16 of FP16's bytes; levels fitted in 4 and 2 bits",
+    )
+
+
+@pytest.mark.parametrize("plan, verdict", [(44.2, "holds"), (41.0, "does not hold")])
+def test_a_search_holds_where_its_plan_beats_the_best_rival_at_3_times_fewer_macs(plan, verdict):
+    rows = [("DQAR plan", 3, plan), ("SeaCache", 3, 39.0), ("output extrapolation", 3, 42.1), ("DQAR plan", 2, 60.0)]
+    summary = pd.DataFrame(rows, columns=["family", "budget", "psnr"]).assign(images=1000)
+    said = f"a searched plan at 3× fewer MACs: {plan:.1f} dB; best rival: 42.1 dB (n = 1,000)"
+    assert conclusions.searched(summary) == (verdict, said)
+    assert conclusions.searched(summary[summary.budget == 2]) == ("not testable here", "not recorded yet: make results")
+
+
+def test_every_figure_shows_the_recorded_gate_where_there_is_one(run, monkeypatch):
+    traced = pd.DataFrame({"snr": [1.0, 1.0, 1.0, 99.0], "entropy": [1.0, 2.0, 3.0, 9.0]})
+    monkeypatch.setattr(gate, "sites", lambda run: traced)
+    monkeypatch.setattr(Run, "recorded", lambda self, name: None)
+    assert gate.calibrated_gate(run).entropy_threshold == pytest.approx(2.0)  # the median at SNR 0.5 to 50
+    monkeypatch.setattr(Run, "recorded", lambda self, name: traced.assign(entropy=traced.entropy + 0.5))
+    assert gate.calibrated_gate(run).entropy_threshold == pytest.approx(2.5)
+    shown = {method.config.entropy_threshold for method in gate.gate_methods(run) if method.family == "calibrated"}
+    assert shown == {gate.calibrated_gate(run).entropy_threshold}
+
+
+def test_slide_12s_gate_is_the_gate_of_the_other_figures(tmp_path):
+    run = Run("digits", 0, tmp_path)
+    recorded = [
+        method.config for method in results.methods(run.profile, run.recordings) if method.family == "DQAR rule"
+    ]
+    own = gate.calibrated_gate(run)
+    assert len(recorded) == 2
+    for config in recorded:
+        assert (config.entropy_threshold, config.snr_range, config.schedule) == (
+            own.entropy_threshold,
+            own.snr_range,
+            own.schedule,
+        )
