@@ -103,11 +103,15 @@ def quantization_quality(run: Run, configs: Sequence[DQARConfig] | None = None) 
 
     if configs is None:
         return run.table("quantization_quality", lambda: measure([cache_methods("kv"), cache_methods("output")]))
-    plain: dict[str, Any] = {"quantize_bits": 16, "mixed_precision": False, "balance": False}
+
+    def unquantized(config: DQARConfig) -> DQARConfig:
+        cache = dataclasses.replace(config.cache, fitted=False)
+        return dataclasses.replace(config, quantize_bits=16, mixed_precision=False, balance=False, cache=cache)
+
     return measure(
         [
             [
-                Method(f"{number}: 16 bit", config=dataclasses.replace(config, **plain)),
+                Method(f"{number}: 16 bit", config=unquantized(config)),
                 Method(f"{number}: INT{config.quantize_bits} {config.quantize_mode}", config=config),
             ]
             for number, config in enumerate(configs)
