@@ -7,7 +7,7 @@ import math
 import pandas as pd
 
 from dqar.measure.results import Run
-from dqar.studies import claims, pareto, policy, quantized_cache, results, trace
+from dqar.studies import arena, claims, pareto, policy, quantized_cache, results, trace
 from dqar.studies.compare import FULL, only
 
 
@@ -103,7 +103,7 @@ def future_work(run: Run) -> pd.DataFrame:
         ),
         ("Video DiTs", "reuse across frames", _verdict(None), "no video model here"),
         ("Quantization-aware training", "compensate INT8's errors", _verdict(None), "nothing is retrained here"),
-        ("Architecture search", "layers, thresholds, bits", *searched(results.summary(run))),
+        ("Architecture search", "layers, thresholds, bits", *searched(arena.recorded(run, run.profile.scheduler))),
         (
             "Production deployment",
             "batches, several GPUs",
@@ -132,21 +132,18 @@ def lower_bits(run: Run, quality: pd.DataFrame) -> tuple[str, str]:
     )
 
 
-def searched(summary: pd.DataFrame) -> tuple[str, str]:
-    """Verdict and measurement of searching what to compute: plans at 3× fewer MACs beside the best recorded rival.
+def searched(table: pd.DataFrame | None) -> tuple[str, str]:
+    """Verdict and measurement of searching what to compute: plans at 3× fewer MACs beside the strongest rivals.
 
     Args:
-        summary: of ``results.summary``.
+        table: of ``arena.recorded``.
     """
-    at = summary[(summary.budget == 3) & summary.psnr.notna()]
-    ours, rivals = at[at.family == pareto.PLAN], at[at.family != pareto.PLAN]
-    if ours.empty or rivals.empty:
+    found = None if table is None else arena.strongest(arena.verdicts(table))
+    if table is None or found is None or not ((found.budget == 3) & (found.target == "reference")).any():
         return _verdict(None), "not recorded yet: make results"
-    plan, rival = ours.iloc[0], rivals.loc[rivals.psnr.idxmax()]
-    return _verdict(plan.psnr > rival.psnr), (
-        f"a searched plan at 3× fewer MACs: {plan.psnr:.1f} dB; best rival: {rival.psnr:.1f} dB "
-        f"(n = {plan.images:,.0f})"
-    )
+    at = found[(found.budget == 3) & (found.target == "reference")].set_index("measure").loc[list(arena.SHOWN)]
+    words = ", ".join(f"{measure} {row.ours:.1f} dB (best rival {row.theirs:.1f})" for measure, row in at.iterrows())
+    return _verdict(at.verdict.eq("ahead").all()), f"a fitted plan at 3×: {words}; n = {table.image.nunique():,}"
 
 
 def _verdict(holds: bool | None) -> str:
