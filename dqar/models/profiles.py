@@ -15,6 +15,7 @@ from diffusers import (
     DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    SASolverScheduler,
     UniPCMultistepScheduler,
 )
 
@@ -25,6 +26,10 @@ DPM_SOLVER = {"algorithm_type": "dpmsolver++", "solver_order": 2, "timestep_spac
 KARRAS, EXPONENTIAL, LU = ({name: True} for name in ("use_karras_sigmas", "use_exponential_sigmas", "use_lu_lambdas"))
 UNIPC = {"solver_order": 2, "timestep_spacing": "trailing", "final_sigmas_type": "zero"}  # its corrector is "bh2"
 DEIS = {"algorithm_type": "deis", "solver_type": "logrho", "timestep_spacing": "trailing"}
+SA_SOLVER = {
+    **{"algorithm_type": "data_prediction", "predictor_order": 3, "corrector_order": 3},
+    **{"tau_func": lambda _timestep: 0, "timestep_spacing": "trailing"},
+}
 SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ddim": (DDIMScheduler, {"clip_sample": False, "timestep_spacing": "trailing"}),
     "dpm-solver++": (DPMSolverMultistepScheduler, DPM_SOLVER),
@@ -33,14 +38,13 @@ SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "dpm-solver++-lu": (DPMSolverMultistepScheduler, {**DPM_SOLVER, **LU}),
     "dpm-solver++3-lu": (DPMSolverMultistepScheduler, {**DPM_SOLVER, **LU, "solver_order": 3}),
     "dpm-solver++-karras": (DPMSolverMultistepScheduler, {**DPM_SOLVER, **KARRAS}),
-    # UniPC (Zhao et al. 2023) and DEIS (Zhang and Chen 2022).
+    # UniPC (Zhao et al. 2023), DEIS (Zhang and Chen 2022), and SA-Solver (Xue et al. 2023) without its noise.
     "unipc2-exponential": (UniPCMultistepScheduler, {**UNIPC, **EXPONENTIAL}),
     "unipc2-karras": (UniPCMultistepScheduler, {**UNIPC, **KARRAS}),
     "unipc3-exponential": (UniPCMultistepScheduler, {**UNIPC, **EXPONENTIAL, "solver_order": 3}),
-    "unipc3-karras": (UniPCMultistepScheduler, {**UNIPC, **KARRAS, "solver_order": 3}),
     "deis2-karras": (DEISMultistepScheduler, {**DEIS, **KARRAS, "solver_order": 2}),
-    "deis2-exponential": (DEISMultistepScheduler, {**DEIS, **EXPONENTIAL, "solver_order": 2}),
     "deis3-exponential": (DEISMultistepScheduler, {**DEIS, **EXPONENTIAL, "solver_order": 3}),
+    "sa-solver3-exponential": (SASolverScheduler, {**SA_SOLVER, **EXPONENTIAL}),
     "ddim-leading": (DDIMScheduler, {"clip_sample": False, "timestep_spacing": "leading", "steps_offset": 1}),
     "euler": (EulerDiscreteScheduler, {}),
 }

@@ -34,10 +34,15 @@ from dqar.studies.recording import PARETO_SEED, Recording
 SAMPLERS = {"dpm-solver++": "dpm-solver++-lu", "ddim": "ddim"}
 """Each sampler, and the spacing of its steps that a plan for the converged solution uses."""
 SPACINGS = {
-    "dpm-solver++": ("dpm-solver++", "dpm-solver++-lu", "dpm-solver++3-lu", "dpm-solver++-karras"),
-    "ddim": ("ddim", "ddim-leading"),
+    "dpm-solver++": (
+        *("dpm-solver++", "dpm-solver++-lu", "dpm-solver++3-lu", "dpm-solver++-karras"),
+        *("unipc2-exponential", "unipc2-karras", "unipc3-exponential"),
+        *("deis2-karras", "deis3-exponential", "sa-solver3-exponential"),
+    ),
+    # Both samplers converge to one solution: of the others, those that are nearest to it.
+    "ddim": ("ddim", "ddim-leading", "unipc2-karras", "unipc2-exponential", "deis3-exponential"),
 }
-"""Of fewer steps."""
+"""Of fewer steps: of diffusers' solvers and spacings, those that came near the best in a trial on ``digits``."""
 SITE_KINDS = {2: ((0, 8), (1, 16), (1, 8), (1, 4), (2, 16), (2, 8), (2, 4)), 3: ((1, 16), (1, 8), (2, 8))}
 """Forecast orders and bits inside the blocks, by interval of the computed steps."""
 PLAN_BUDGETS = (1.5, 2, 2.15, 2.5, 3, 3.8, 4, 5, 5.5)

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
+from peers.test_bespoke import predict, solution
 
 from dqar.__main__ import main
 from dqar.commands.parser import Parser, asked_profile
-from dqar.models.profiles import PROFILES, Weights, get_profile, profile_of
+from dqar.models.pipelines import make_scheduler
+from dqar.models.profiles import PROFILES, SCHEDULERS, Weights, get_profile, profile_of
 
 
 def asked(*arguments):
@@ -80,3 +83,18 @@ def test_wrong_changes_are_named_before_anything_is_written(arguments, message, 
     monkeypatch.chdir(tmp_path)
     assert main(["record", *arguments]) == 2
     assert capsys.readouterr().err.startswith(f"dqar record: {message}") and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_scheduler_converges_to_the_exact_solution_of_gaussian_data(name):
+    """And twice alike: none adds noise."""
+    noise = torch.randn(3, 4, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    scheduler, drawn = make_scheduler(name, DDIMScheduler()), []
+    for _ in range(2):
+        scheduler.set_timesteps(100)
+        latents = noise * scheduler.init_noise_sigma
+        for t in scheduler.timesteps:
+            latents = scheduler.step(predict(scheduler.scale_model_input(latents, t), t), t, latents).prev_sample
+        drawn.append(latents)
+    assert torch.equal(*drawn)
+    assert (drawn[0] - solution(noise)).abs().max() < 0.15
