@@ -156,6 +156,8 @@ _NOT_MEASURING = {
         "api.py",
         "measure/results.py",
         "studies/architecture.py",
+        "studies/arena.py",
+        "studies/solvers.py",
         "studies/cache_memory.py",
     ),
     *("studies/challenges.py", "studies/claims.py", "studies/conclusions.py", "studies/controller.py"),
