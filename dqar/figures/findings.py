@@ -216,8 +216,8 @@ def pareto(run: Run, tables: Mapping[str, pd.DataFrame]) -> str:
     lossless = max(arena.lossless(table) for table in tables.values())
     if not math.isnan(lossless):
         lines.append(
-            f"A plan that takes {lossless:.1f} times fewer MACs is as near to the converged solution as full compute, by "
-            "the same two measures."
+            f"By both measures, a plan that takes {lossless:.1f} times fewer MACs is as near to the converged solution as "
+            "full compute."
         )
     lines.append(
         "A plan is a solver with fitted numbers: it has to be fitted for each model and number of steps, as learned "
