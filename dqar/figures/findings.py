@@ -216,7 +216,7 @@ def pareto(run: Run, tables: Mapping[str, pd.DataFrame]) -> str:
     lossless = max(arena.lossless(table) for table in tables.values())
     if not math.isnan(lossless):
         lines.append(
-            f"By both measures, a plan that takes {lossless:.1f} times fewer MACs is as near to the converged solution as "
+            f"By both, a plan that takes {lossless:.1f} times fewer MACs is as near to the converged solution as "
             "full compute."
         )
     lines.append(
