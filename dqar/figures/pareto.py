@@ -32,6 +32,7 @@ from dqar.figures.style import (
 from dqar.forecast.fit import Target
 from dqar.forecast.plan import ForecastPlan
 from dqar.measure.results import Run, provenance, slug
+from dqar.peers.registry import RIVALS
 from dqar.studies import arena, cache_memory, pareto
 from dqar.studies.compare import FULL, OURS
 
@@ -47,7 +48,7 @@ KINDS = {
 """``arena.KINDS`` in the order in which they are drawn."""
 SIGNS = {"ahead": "✓", "level": "=", "behind": "✗"}
 TARGETS: dict[Target, str] = {"reference": "to the 50-step reference", "converged": "to the converged solution"}
-COMPARED = {"reference": "full compute", "converged": "converged solution"}
+COMPARED = {"reference": "full compute", "converged": "converged"}
 
 
 def slide13_pareto(run: Run, sampler: str, table: pd.DataFrame | None) -> Figure:
@@ -61,27 +62,34 @@ def slide13_pareto(run: Run, sampler: str, table: pd.DataFrame | None) -> Figure
         axes.set_title(label.replace("50", str(run.profile.num_inference_steps)))
     points = arena.standings(table, "converged")
     full = points[points.family == FULL.name]["median"].iloc[0]
-    error = panels[1].axhline(full, color=DARK, ls="--", lw=2)
-    panels[1].legend([error], ["full compute's own error"], loc="upper right")
-    panels[0].set_ylabel("PSNR (dB): median, 5th percentile (–)")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    panels[1].axhline(full, color=DARK, ls="--", lw=2, label="full compute itself")
+    low, high = panels[1].get_ylim()
+    panels[1].set_ylim(low, high + 0.25 * (high - low))  # room for the legend
+    panels[1].legend(loc="upper right", handlelength=1.3, labelspacing=0.3)
+    panels[0].set_ylabel("PSNR (dB)")
     headline(figure, f"With {SAMPLER_NAMES[sampler]}, {_lead(arena.verdicts(table))}")
-    note = f"n = {table.image.nunique()} images; ○: PSNR of the mean squared error; rivals at their best settings"
+    note = f"line: median to 5th percentile, ○: of the mean error; n = {table.image.nunique()}; {_drawn(table)}"
     return save(run, name, figure, table, note)
 
 
 def _draw_kinds(axes: Axes, points: pd.DataFrame) -> None:
-    budgets = sorted(points.budget.unique())
-    for number, (kind, (color, marker)) in enumerate(KINDS.items()):
+    budgets = sorted(points.budget.unique()) if len(points) else []
+    kinds = {kind: look for kind, look in KINDS.items() if len(points) and kind in set(points.kind)}
+    for number, (kind, (color, marker)) in enumerate(kinds.items()):
         own = points[points.kind == kind].set_index("budget").reindex(budgets)
-        where = np.arange(len(budgets)) + 0.13 * (number - (len(KINDS) - 1) / 2)
+        where = np.arange(len(budgets)) + 0.14 * (number - (len(kinds) - 1) / 2)
         axes.vlines(where, own["5th percentile"], own["median"], color=color, lw=3)
         axes.plot(where, own["5th percentile"], "_", color=color, ms=12, mew=3)
         axes.plot(where, own["mean"], "o", mfc="white", mec=color, ms=7, mew=2)
         axes.plot(where, own["median"], marker, color=color, ms=12, ls="none", label=kind)
     axes.set_xticks(range(len(budgets)), [f"{budget:g}×" for budget in budgets])
     axes.set(xlabel="fewer MACs than full compute", xlim=(-0.5, len(budgets) - 0.5))
+
+
+def _drawn(table: pd.DataFrame) -> str:
+    """How many of all rivals have been drawn on many images."""
+    known = {"fewer steps", "output extrapolation", *pareto.SOLVERS.values(), *RIVALS}
+    return f"{len(known & set(table.family))} of {len(known)} rivals"
 
 
 def _lead(verdicts: pd.DataFrame) -> str:
@@ -117,7 +125,7 @@ def slide12_pareto(run: Run, tables: dict[str, pd.DataFrame]) -> Figure:
     wide.columns = ["Sampler", "PSNR to", "Image", *(f"{budget:g}×" for budget in wide.columns[3:])]
     table = next(iter(tables.values()))
     signs = ", ".join(f"{sign} {name}" for name, sign in SIGNS.items())
-    note = f"plan / strongest rival (dB); {signs}, by a paired 95% interval; n = {table.image.nunique()}"
+    note = f"plan / rival (dB); {signs} (95% interval); n = {table.image.nunique()}; {_drawn(table)}"
     widths = [14, 17, 14, *[13] * (len(wide.columns) - 3)]
     title = _lead(verdicts)
     figure = save_table(run, "slide12_pareto", title[0].upper() + title[1:], wide, widths, table, note)

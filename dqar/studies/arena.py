@@ -32,8 +32,7 @@ JUDGED = ("mean", "median", "5th percentile")
 SHOWN = ("median", "5th percentile")
 """The verdicts that figures show: one image that turns into another picture decides a mean."""
 KINDS = {pareto.PLAN: "DQAR plan", pareto.SITES: "DQAR inside the blocks", "fewer steps": "fewer steps"}
-KINDS |= {"output extrapolation": "output extrapolation", "bespoke solver": "learned solver"}
-KINDS |= {"learned timesteps": "learned solver"}
+KINDS |= {"output extrapolation": "output extrapolation", **dict.fromkeys(pareto.SOLVERS.values(), "learned solver")}
 """Of families; all others are caches."""
 ERRORS: dict[Target, str] = {"reference": "mse", "converged": "mse_converged"}
 """Columns of ``compare`` by what a plan is made for."""
