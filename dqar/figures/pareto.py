@@ -153,12 +153,17 @@ def slide13_plan_distances(run: Run, table: pd.DataFrame) -> Figure:
     budgets = sorted(table.budget.unique())
     kinds = {"DQAR plan": (ACCENT, "D"), "output extrapolation": KINDS["output extrapolation"]}
     kinds |= {"best other cache": KINDS["best cache"], "fewer steps": KINDS["fewer steps"]}
+    screened = pareto.recorded(run, run.profile.scheduler)
+    caches = set(RIVALS) if screened is None else set(RIVALS) & set(screened.family)
+    names = {"best other cache": f"best of {len(caches)} caches"}  # of those that were screened before these were drawn
     box = {"fc": "white", "ec": "none", "pad": 1}
     for number, (kind, (color, marker)) in enumerate(kinds.items()):
         own = table[table.kind == kind].set_index("budget").reindex(budgets)
         spread = [own.fd_growth - own.fd_growth_low, own.fd_growth_high - own.fd_growth]
         where = np.arange(len(own)) + 0.23 * (number - 1.5)
-        axes.errorbar(where, own.fd_growth, spread, fmt=marker, ms=12, color=color, capsize=6, lw=3, label=kind)
+        axes.errorbar(
+            where, own.fd_growth, spread, fmt=marker, ms=12, color=color, capsize=6, lw=3, label=names.get(kind, kind)
+        )
         for x, row in zip(where, own.itertuples(), strict=True):
             top = (x, row.fd_growth_high)
             axes.annotate(f"{row.psnr:.0f} dB", top, (0, 6), textcoords="offset points", ha="center", bbox=box)
