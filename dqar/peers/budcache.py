@@ -29,7 +29,7 @@ def budcache(
     speedup: float = 3.0,
     annealing: int = 200,
     climbing: int = 100,
-    calibration_images: int = 2,
+    calibration_images: int = 4,
     guidance_scale: float = 4.0,
 ) -> Iterator[None]:
     """BudCache (Lei et al., ICML 2026, arXiv 2606.13496): the computed steps themselves are searched for.
@@ -40,12 +40,13 @@ def budcache(
     numbers would make a walk at random of this model's small errors; the search begins with evenly spread steps instead
     of random ones; and hill climbing ends after so many runs, not after 20 rounds, which would be thousands of them.
     The error is the mean squared one of the images, theirs of the latents. The second stage, which learns timesteps, is
-    optional there and left out.
+    optional there and left out. They report up to 3.73 times less time on FLUX.1-dev, at 6 model calls.
 
     Args:
         speedup: the number of steps over that of computed steps, at least.
         annealing, climbing: trial runs of each; that are made once per model, sampler and speedup.
-        calibration_images, guidance_scale: of these runs.
+        calibration_images, guidance_scale: of these runs. With one image, in a trial of 25 steps on the digits model,
+            the chosen steps were worse for other images than evenly spread ones.
 
     Raises:
         ValueError: a setting out of range.

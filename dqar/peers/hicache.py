@@ -26,9 +26,9 @@ def hicache(
 ) -> Iterator[None]:
     """HiCache (Feng et al. 2025, arXiv 2508.16984): module outputs forecast in a basis that grows slowly.
 
-    Own code from the paper: TaylorSeer's sites, schedule and differences, with the i-th power of the distance replaced
-    by ``σ^i H_i(σ x)``, of the physicists' Hermite polynomials; the first difference is thus damped to ``2σ²`` of its
-    own. They report 6.24 times less time on FLUX.1-dev (interval 7), and better images there than TaylorSeer's.
+    Own code for the paper's formula: TaylorSeer's sites, schedule and differences, with the i-th power of the distance
+    replaced by ``σ^i H_i(σ x)``, of the physicists' Hermite polynomials; the first difference is thus damped to ``2σ²``
+    of its own. They report 6.24 times less time on FLUX.1-dev (interval 7).
 
     Args:
         interval, order, first_enhance: of ``taylorseer``.

@@ -30,7 +30,7 @@ def l2p(
 ) -> Iterator[None]:
     """L2P (Shen et al., CVPR 2026, arXiv 2604.26365): each step has learned weights of all earlier outputs.
 
-    Own code after the paper and its repository (Aredstone/L2P-Cache), which has a FLUX of its own: the same site, the
+    Own code after its repository (Aredstone/L2P-Cache), which has a FLUX of its own: the same site, which is the
     model's output, and the same loss, the squared error on the outputs of full computation. They learn by Adam to
     forecast each step from all steps before it, and forecast from forecasts; here the weights of the computed steps
     alone are solved for in closed form, for the very steps that are computed, and for the guided output (a sum of both
