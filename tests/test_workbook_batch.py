@@ -192,6 +192,7 @@ def test_committed_notebooks_show_their_results():
             assert shown == cell.outputs and cell.execution_count is None, f"{path}: run `dqar workbook --show`"
         answer = notebook.cells[-1]
         assert answer.source.startswith("shows("), path
+        assert answer.outputs, f"{path} shows no answer: run `dqar workbook --show`"
         for said in (output.data["text/markdown"] for output in answer.outputs):
             assert said.startswith("## What this shows") and any(sign.isdigit() for sign in said), path
 
