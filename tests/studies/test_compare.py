@@ -107,7 +107,7 @@ def test_whole_maps_give_the_same_images_and_the_exact_entropy():
     attention = pipe.transformer.transformer_blocks[2].attn1
     before = attention.processor
     with challenges.whole_maps(pipe):
-        torch.testing.assert_close(draw_latents(pipe), plain, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(draw_latents(pipe), plain, rtol=1e-3, atol=1e-3)
         entropy = attention.processor.entropy
         assert entropy.shape == (4, 2) and (entropy > 0).all() and (entropy < math.log(16)).all()
     assert attention.processor is before and torch.equal(draw_latents(pipe), plain)
