@@ -345,7 +345,7 @@ def test_traced_entropy_equals_that_of_the_maps(pipe):
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_traced_snr_is_that_of_the_predicted_clean_latents(pipe, scheduler):
-    """Against DDIM's and Euler's own ``pred_original_sample``, and DPM-Solver++'s ``convert_model_output``."""
+    """Against DDIM's and Euler's own ``pred_original_sample``, DPM-Solver++'s ``convert_model_output``, and by hand."""
     pipe.scheduler = make_scheduler(scheduler, pipe.scheduler)
     expected, own_step = [], pipe.scheduler.step
 
@@ -355,6 +355,10 @@ def test_traced_snr_is_that_of_the_predicted_clean_latents(pipe, scheduler):
             if pipe.scheduler.step_index is None:
                 pipe.scheduler._init_step_index(t)
             clean = pipe.scheduler.convert_model_output(model_output, sample=sample)
+            result = own_step(model_output, t, sample, **kwargs)
+        elif scheduler.startswith(("unipc", "deis", "sa-solver")):  # sigma is noise over signal
+            sigma = pipe.scheduler.sigmas[len(expected)]
+            clean = sample * (1 + sigma**2).sqrt() - sigma * model_output
             result = own_step(model_output, t, sample, **kwargs)
         else:
             result = own_step(model_output, t, sample, **kwargs)

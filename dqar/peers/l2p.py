@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
@@ -48,8 +49,8 @@ def l2p(
     """
     check_range(
         speedup=(speedup, 1, num_inference_steps),
-        first=(first, 1, num_inference_steps),
-        last=(last, 0, num_inference_steps),
+        first=(first, 1, math.inf),
+        last=(last, 0, math.inf),
         calibration_images=(calibration_images, 1, 10_000),
     )
 
