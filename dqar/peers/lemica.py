@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -44,7 +45,7 @@ def lemica(
     """
     check_range(
         speedup=(speedup, 1, num_inference_steps),
-        longest=(longest, 1, num_inference_steps),
+        longest=(longest, 1, math.inf),
         calibration_images=(calibration_images, 1, 10_000),
     )
     number = number_computed(num_inference_steps, speedup)
