@@ -111,9 +111,10 @@ def _lead(verdicts: pd.DataFrame) -> str:
 
 def slide12_pareto(run: Run, tables: dict[str, pd.DataFrame]) -> Figure:
     """At each budget: DQAR's plan, the strongest rival, and who is ahead; every rival stands in the Markdown."""
-    if not tables:
+    found = [arena.verdicts(table).assign(sampler=name) for name, table in tables.items()]
+    if not any(map(len, found)):
         return missing(run, "slide12_pareto", "many images of every method at its best")
-    verdicts = pd.concat([arena.verdicts(table).assign(sampler=name) for name, table in tables.items()])
+    verdicts = pd.concat(found)
     verdicts["sampler"], verdicts["target"] = verdicts.sampler.map(SAMPLER_NAMES), verdicts.target.map(COMPARED)
     facing = pd.concat(
         [arena.strongest(own).assign(sampler=name) for name, own in verdicts.groupby("sampler", sort=False)]
