@@ -83,7 +83,7 @@ def _draw_kinds(axes: Axes, points: pd.DataFrame) -> None:
         axes.plot(where, own["mean"], "o", mfc="white", mec=color, ms=7, mew=2)
         axes.plot(where, own["median"], marker, color=color, ms=12, ls="none", label=kind)
     axes.set_xticks(range(len(budgets)), [f"{budget:g}×" for budget in budgets])
-    axes.set(xlabel="fewer MACs than full compute", xlim=(-0.5, len(budgets) - 0.5))
+    axes.set(xlabel="fewer MACs than full compute", xlim=(-0.5, max(len(budgets), 1) - 0.5))
 
 
 def _drawn(table: pd.DataFrame) -> str:
