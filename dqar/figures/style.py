@@ -303,7 +303,8 @@ def save_plain_table(
     write_table(run, name, table)
     cells = table.map(lambda cell: with_minus(str(cell)))
     native = {"columns": list(cells.columns), "rows": cells.values.tolist()}
-    words: dict[str, Any] = {"figure": name, "title": title, "alt": f"{title}.", "table": native}
+    alt = f"{title}. {REHEARSAL}." if run.profile.rehearsal else f"{title}."
+    words: dict[str, Any] = {"figure": name, "title": title, "alt": alt, "table": native}
     target = path_of(run, name).with_suffix(".json")
     if not says_the_same(target, words):
         measured = source.attrs.get("provenance") if source is not None else None
