@@ -21,14 +21,14 @@ from dqar.forecast.fit import FINER, Target
 from dqar.forecast.plan import ForecastPlan, extrapolation
 from dqar.forecast.profiles import calibrate_profile, with_provenance
 from dqar.measure import metrics
-from dqar.measure.quality import reference_of
+from dqar.measure.quality import Reference, reference_of
 from dqar.measure.results import Run, load_table, slug
 from dqar.measure.sampling import OPEN
 from dqar.models.pipelines import to_images
 from dqar.models.profiles import Profile
 from dqar.peers.registry import RIVALS, Peer
 from dqar.studies import policy
-from dqar.studies.compare import FULL, Method, check_again, compare, draw, summarize
+from dqar.studies.compare import FULL, Drawn, Method, check_again, compare, draw, summarize
 from dqar.studies.recording import PARETO_SEED, Recording
 
 SAMPLERS = {"dpm-solver++": "dpm-solver++-lu", "ddim": "ddim"}
@@ -244,17 +244,15 @@ def site_points(table: pd.DataFrame | None) -> pd.DataFrame | None:
     return points if len(points) == sum(map(len, SITE_KINDS.values())) else None
 
 
-def frontier(points: pd.DataFrame, target: Target) -> pd.DataFrame:
-    """The points that no other beats in both speed and quality, by rising speed."""
-    points = points.sort_values(["macs_speedup", f"psnr_{target}"], ascending=False)
-    best = points[f"psnr_{target}"].cummax()
-    return points[points[f"psnr_{target}"] >= best].drop_duplicates("macs_speedup").sort_values("macs_speedup")
+def within(points: pd.DataFrame, budget: float) -> pd.DataFrame:
+    """The points that take ``budget`` times fewer MACs or more, to two decimals."""
+    return points[points.macs_speedup.round(2) >= budget]
 
 
 def best_at(points: pd.DataFrame, target: Target, budget: float) -> pd.Series | None:
-    """The point of the best quality at ``budget`` times fewer MACs, or more; ``None`` if nothing is as fast."""
-    within = points[points.macs_speedup.round(2) >= budget]
-    return within.iloc[int(within[f"psnr_{target}"].argmax())] if len(within) else None
+    """The point of the best quality ``within`` a budget; ``None`` if nothing is as fast."""
+    fast = within(points, budget)
+    return fast.iloc[int(fast[f"psnr_{target}"].argmax())] if len(fast) else None
 
 
 def made_for(points: pd.DataFrame, target: Target) -> pd.DataFrame:
@@ -338,11 +336,12 @@ def _states(scheduler: Any) -> Iterator[list[torch.Tensor]]:
 
 
 def check_recorded(run: Run, sampler: str, table: pd.DataFrame, number: int = 2) -> pd.DataFrame:
-    """``check_again`` with the first of DQAR's plans, and of its plainest rivals."""
+    """``check_again`` with the first recorded one of DQAR's plans, and of its plainest rivals."""
     full, profile = Method(FULL.name, scheduler=sampler), run.profile
     taylorseer = (method for method in rivals(profile, sampler) if method.family == "TaylorSeer")
     kinds = (plans(profile, sampler, run.recordings), extrapolations(profile, sampler), fewer_steps(profile, sampler))
-    first = [next(methods, None) for methods in (*kinds, taylorseer)]
+    there = set(table.method)
+    first = [next((method for method in methods if method.name in there), None) for methods in (*kinds, taylorseer)]
     chosen = [method for method in first if method is not None]
     return check_again(chosen, table, profile, PARETO_SEED, number, full)
 
@@ -383,11 +382,14 @@ def comparisons(
     finer = FINER * recording.profile.num_inference_steps
     converged = Method("converged", scheduler=sampler, num_inference_steps=finer)
 
+    @functools.cache
+    def compared_with() -> tuple[Drawn, Drawn, Reference | None]:
+        reference, finest = (recording.drawn(method, seed, 0, number) for method in (full, converged))
+        return reference, finest, reference_of(recording.profile.model, recording.folder)
+
     def one(method: Method) -> pd.DataFrame:
-        reference = recording.drawn(full, seed, 0, number)
-        beside = {"converged": recording.drawn(converged, seed, 0, number).images}
-        table = compare(method, reference, recording.many_at_once, seed, beside=beside)
-        real = reference_of(recording.profile.model, recording.folder)
+        reference, finest, real = compared_with()
+        table = compare(method, reference, recording.many_at_once, seed, beside={"converged": finest.images})
         if "features" in table and real is not None and number > 1:
             features = torch.tensor(np.stack(list(table.features))).double()
             table["fd"] = metrics.frechet_distance(features, real.features)
@@ -397,9 +399,10 @@ def comparisons(
 
 
 def some_of_each(methods: Sequence[Method], number: int | None) -> list[Method]:
-    """The first ``number`` of each family, plans for another target being another one; ``None``: all.
+    """The last ``number`` of each family, which save the most; ``None``: all.
 
-    DQAR's settings inside the blocks stay whole: one figure compares them with each other.
+    Plans for another target are another family. DQAR's settings inside the blocks stay whole: one figure compares them
+    with each other.
     """
     families: dict[tuple[str, str | None], list[Method]] = {}
     for method in methods:
@@ -407,5 +410,5 @@ def some_of_each(methods: Sequence[Method], number: int | None) -> list[Method]:
     return [
         method
         for (family, _), members in families.items()
-        for method in (members if family == SITES else members[:number])
+        for method in (members if family == SITES or number is None else members[-number:])
     ]

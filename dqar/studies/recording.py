@@ -171,10 +171,8 @@ class Recording:
 
     def drawn(self, method: Method, seed: int, first_image: int, number: int) -> Drawn:
         """Images that others are compared with: drawn once, and kept beside the parts."""
-        path = (
-            self.parts
-            / f"{slug(method.name)}-{slug(method.scheduler or self.profile.scheduler)}-{seed}-{first_image}-{number}.pt"
-        )
+        name = slug(f"{method.name} {method.scheduler or self.profile.scheduler}")
+        path = self.parts / f"{name}-{seed}-{first_image}-{number}.pt"
         if not path.exists():
             drawn = draw(method, self.many_at_once, seed, first_image, number)
             with atomic_path(path) as temporary:
