@@ -158,6 +158,6 @@ RIVALS = (
         source="Lei et al., ICML 2026, arXiv 2606.13496",
         adapter=budcache,
         sweep=SWEEP,
-        needs_calibration=True,
+        calibration_images=len(SWEEP) * (1 + 200 + 100) * 4,
     ),
 )

@@ -96,6 +96,6 @@ RIVALS = (
         source="Gao et al., NeurIPS 2025, arXiv 2511.00090",
         adapter=lemica,
         sweep=SWEEP,
-        needs_calibration=True,
+        calibration_images=50 * 7 * 2,
     ),
 )

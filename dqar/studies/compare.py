@@ -150,7 +150,7 @@ class Drawn:
 def draw(method: Method, profile: Profile, seed: int, first_image: int = 0, num_samples: int | None = None) -> Drawn:
     """Draws images of a seed's set and counts the multiply-accumulates that run meanwhile; see ``sample``."""
     pipe, number = method.pipeline(profile), num_samples or profile.num_samples
-    if method.peer is not None and method.peer.rival.needs_calibration:  # no part of what drawing costs
+    if method.peer is not None and method.peer.rival.calibration_images:  # no part of what drawing costs
         with method.peer.attach(pipe, method.num_inference_steps or profile.num_inference_steps):
             pass
     results: list[Samples] = []

@@ -143,7 +143,7 @@ def rivals(profile: Profile, sampler: str) -> Iterator[Method]:
         for grid in dict.fromkeys((sampler, SAMPLERS[sampler]) if rival.strong else (sampler,)):
             for settings in rival.sweep:
                 text = ", ".join(f"{key} {value}" for key, value in settings.items())
-                if rival.needs_calibration:
+                if rival.calibration_images:
                     settings = {**settings, "guidance_scale": profile.guidance_scale}
                 yield _method(name, f"{text}, {grid}", grid, peer=Peer(name, tuple(settings.items())))
 

@@ -294,7 +294,7 @@ def test_settings_out_of_range(pipe, name, setting, value):
 def test_a_sweep_is_of_settings_that_the_rival_takes(rival):
     assert 0 < len(rival.sweep) <= 10 and len({tuple(settings.items()) for settings in rival.sweep}) == len(rival.sweep)
     hash(Peer(rival.name, tuple(rival.sweep[0].items())))
-    calibrated = {"guidance_scale": 2.0} if rival.needs_calibration else {}
+    calibrated = {"guidance_scale": 2.0} if rival.calibration_images else {}
     for settings in rival.sweep:
         inspect.signature(rival.adapter).bind(None, STEPS, **settings, **calibrated)
 
