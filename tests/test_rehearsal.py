@@ -61,6 +61,7 @@ def python(folder, *arguments):
     return done.stdout
 
 
+@pytest.mark.rehearsal
 @pytest.mark.parametrize("name", ["dit-xl-2", "pixart"])
 def test_every_slide_of_the_deck_is_made(name, tmp_path):
     save_tiny(name, tmp_path / "tiny")
