@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -42,7 +42,7 @@ class StoredTensor:
 
 
 Stored = QuantizedTensor | StoredTensor
-Name = Literal["k", "v", "output", "feed_forward"]
+Name = Literal["k", "v", "output", "feed_forward", "text_output"]
 Tensors = dict[Name, torch.Tensor]
 NAMES: dict[ReuseTarget, tuple[Name, ...]] = {
     "kv": ("k", "v"),
@@ -51,7 +51,7 @@ NAMES: dict[ReuseTarget, tuple[Name, ...]] = {
     "residual": ("output",),
 }
 """What an entry holds, by ``reuse_target``: keys and values; the attention's output; that and the feed-forward's; or,
-as ``output``, what the whole block adds to its input."""
+as ``output``, what the whole block adds to its input. A joint attention's has ``text_output`` too."""
 
 
 @dataclass
@@ -109,12 +109,17 @@ class CacheEntry:
         """The feed-forward's output."""
         return self._part("feed_forward")
 
+    @functools.cached_property
+    def text_output(self) -> Stored | None:
+        """The output for the caption's tokens, of a joint attention."""
+        return self._part("text_output")
+
     def separate(self) -> None:
         """Gives the entry memory of its own, where it shares some."""
         if self.rows is not None:
             self.stored = {name: stored.rows(self.rows).clone() for name, stored in self.stored.items()}
             self.rows = None
-            for name in ("k", "v", "output", "feed_forward"):
+            for name in get_args(Name):
                 vars(self).pop(name, None)
 
     def _part(self, name: Name) -> Stored | None:
@@ -195,7 +200,8 @@ class QuantizedCache:
         Args:
             layer_id, step: where and when it was computed.
             rows: of the tensors, by branch; of one branch alone they are all its own.
-            tensors: ``[B, N, C]``; those of ``NAMES`` are kept if they are all there, others never.
+            tensors: ``[B, N, C]``; those of ``NAMES`` are kept if they are all there, others never, except for the
+                ``text_output`` that a joint attention has beside.
             partners: of each for ``balance``, as ``quantize`` takes them.
             entropies: of the attention, if they were measured.
             check_finite: look for NaN and inf, where no GPU has to wait for it.
@@ -209,6 +215,7 @@ class QuantizedCache:
         names, partners = NAMES[self.config.reuse_target], partners or {}
         stored: dict[Name, Stored] = {}
         if all(name in tensors for name in names):
+            names = (*names, "text_output") if "text_output" in tensors else names
             stored = {name: self._store(name, tensors[name], partners.get(name), check_finite) for name in names}
         nbytes = sum(whole.nbytes for whole in stored.values())
         batch = len(next(iter(stored.values())).data) if stored else 1
