@@ -14,6 +14,7 @@ from dqar import stats
 from dqar.config import DQARConfig
 from dqar.controller import DQARController
 from dqar.families import bare, check_processors, conditions, taken_layers
+from dqar.forecast.run import shared_part
 from dqar.modulations import Modulations
 from dqar.run import Call, Run, Stream
 from dqar.sites import CrossAttention, OpenCall, site_of
@@ -61,7 +62,7 @@ class ReuseEngine:
         """Of the latents that were last given to the model."""
         self._handlers: list[tuple[torch.nn.Module, Handler]] = []
         for layer_id, layer in enumerate(self._layers):
-            site = site_of(layer, config.reuse_target)
+            site = site_of(layer, config)
             self._handlers += site(self._open_call, layer_id, layer, config).handlers()
             if (cross := layer.cross_attention) is not None:
                 self._handlers.append((cross, CrossAttention(self._open_call, layer_id, cross, config).attend))
@@ -159,8 +160,9 @@ class ReuseEngine:
         if config.asks_latents:
             noisy = stream.latents if levels is None else levels.latents(run.index, stream.latents)
             norm = stats.latent_norm(stream.latents).mean()
-            if state.clean is not None and state.clean.shape == noisy.shape:
-                snr = stats.snr(state.clean, noisy).mean()
+            own = noisy if state.clean is None else noisy[shared_part(state.clean, noisy)]
+            if state.clean is not None and state.clean.shape == own.shape:
+                snr = stats.snr(state.clean, own).mean()
             if config.gates_on_snr or config.gates_on_entropy or stream.latents.device.type == "cpu":
                 signals = (norm,) if snr is None else (norm, snr)
                 norm, *rest = self.trace.resolve(*signals)
@@ -196,7 +198,10 @@ class ReuseEngine:
         if not self.looks or run.levels is None:
             return
         latents = run.levels.latents(run.index, stream.latents)
+        if prediction.ndim != latents.ndim:
+            return
         guided = prediction[: len(latents)]  # DiTPipeline denoises both halves
+        latents = latents[shared_part(guided, latents)]  # a control image's channels follow
         if guided.shape == latents.shape:
             stream.state.clean = run.levels.clean(run.index, latents, guided)
             stream.state.controller.complete_step(stats.snr(stream.state.clean, latents).mean())

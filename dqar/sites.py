@@ -39,6 +39,8 @@ class _Waiting:
     choice: Choice
     computed: list[tuple[Rows, torch.Tensor | None, torch.Tensor]] = field(default_factory=list)
     """Branches, their entropy ``[B, H]`` if it was measured, and the attention's output ``[B, N, C]``."""
+    projected: Tensors = field(default_factory=dict)
+    """A joint attention's keys and values ``[B, N, C]``."""
 
     def check_whole(self, hidden_states: torch.Tensor, layer_id: int) -> None:
         """Raises ``ValueError`` for a feed-forward of chunks."""
@@ -292,74 +294,6 @@ class Site(_TakenAttention):
         return self._project_out(output), entropy
 
 
-OUTPUTS: tuple[Name, Name] = ("output", "text_output")
-
-
-class JointSite(Site):
-    """An attention of image and caption together, whose outputs for both are kept.
-
-    Its processor does all the work, and its queries and keys are seen where they are attended with: after all norms and
-    rotary embeddings, whatever these are.
-    """
-
-    takes_captions = True
-
-    def __init__(self, opened: Callable[[], OpenCall | None], layer_id: int, layer: Layer, config: DQARConfig):
-        super().__init__(opened, layer_id, layer, config)
-        self._names = OUTPUTS if layer.attention.added_kv_proj_dim is not None else OUTPUTS[:1]
-        """What it returns: of captions that came in one with the image, it can't be told apart."""
-
-    def _computed(self, opened: OpenCall, rows: Rows, entropy: torch.Tensor | None, output: Any) -> None:
-        outputs = output if isinstance(output, tuple) else (output,)
-        tokens = sum(stream.shape[1] for stream in outputs)
-        opened.keep(self.layer_id, rows, entropy, tokens, dict(zip(self._names, outputs, strict=True)))
-
-    def _cached(self, opened: OpenCall, branches: tuple[str, ...]) -> Any:
-        outputs = tuple(opened.cached(self.layer_id, branches, name) for name in self._names)
-        return outputs if len(outputs) > 1 else outputs[0]
-
-    def _joined(self, parts: list[Any]) -> Any:
-        return torch.cat(parts) if len(self._names) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
-
-    def _compute(self, opened: OpenCall, given: _Given) -> tuple[Any, torch.Tensor | None]:
-        attention_class: Any = original_class(self.attention)
-        forward = attention_class.forward  # past others' hooks, which are through
-        given = dataclasses.replace(given, original=functools.partial(forward, self.attention))
-        if not opened.controller.wants_entropy(self.layer_id):
-            return given.computed(), None
-        with _SeenAttentions() as seen:
-            output = given.computed()
-        if len(seen.attentions) != 1:
-            raise ValueError(
-                f"layer {self.layer_id} calls F.scaled_dot_product_attention {len(seen.attentions)} times: DQAR "
-                "measures the entropy of one call, as after set_attention_backend('native')"
-            )
-        [(query, key)] = seen.attentions
-        text, queries = self.layer.place.text, self.config.probe.queries
-        if text is None:
-            return output, stats.mean_query_entropy(query, key, num_queries=queries)
-        words = opened.words if given.caption is None else given.caption.shape[1]
-        tokens = query.shape[2] - words
-        images, texts = (slice(words, None), slice(words)) if text == "first" else (slice(tokens), slice(tokens, None))
-        return output, stats.entropy_by_modality(query, key, images, texts, queries)
-
-
-class _SeenAttentions(TorchFunctionMode):
-    """The queries and keys ``[B, H, N, D]`` of all attentions meanwhile."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attentions: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is F.scaled_dot_product_attention:
-            named = dict(zip(("query", "key"), args, strict=False)) | (kwargs or {})
-            self.attentions.append((named["query"], named["key"]))
-        return func(*args, **(kwargs or {}))
-
-
 class KeysAndValues(Site):
     """The attention's keys and values are kept, its queries are fresh: ``reuse_target="kv"`` (slide 9)."""
 
@@ -391,16 +325,29 @@ class KeysAndValues(Site):
         if self.config.balance and choice.fresh:
             weights = _largest_weights(attn.to_out[0], value).expand(len(value), 1, -1)
             partners = {"k": query.abs().amax(dim=1, keepdim=True), "v": weights}
+        self._keep(opened, choice, rows, entropy, tokens, kept, partners)
+        return output
+
+    def _keep(
+        self,
+        opened: OpenCall,
+        choice: Choice,
+        rows: Rows,
+        entropy: torch.Tensor | None,
+        tokens: int,
+        kept: Tensors,
+        partners: Tensors | None = None,
+    ) -> None:
+        """Keeps what fresh branches computed, of tensors of all branches."""
         if choice.all_fresh:
-            opened.keep(layer_id, rows, entropy, tokens, kept, partners)
-            return output
+            opened.keep(self.layer_id, rows, entropy, tokens, kept, partners)
+            return
         for branch in (*choice.fresh, *choice.shared):
             part = rows[branch]
             measured = None if entropy is None or branch in choice.shared else entropy[part]
-            ours, theirs = ({name: x[part] for name, x in tensors.items()} for tensors in (kept, partners))
-            opened.keep(layer_id, {branch: slice(None)}, measured, tokens, ours, theirs)
-        opened.reused(layer_id, choice.cached)
-        return output
+            ours, theirs = ({name: x[part] for name, x in tensors.items()} for tensors in (kept, partners or {}))
+            opened.keep(self.layer_id, {branch: slice(None)}, measured, tokens, ours, theirs)
+        opened.reused(self.layer_id, choice.cached)
 
 
 class AttentionAndFeedForward(Site):
@@ -528,6 +475,136 @@ class Residual(AttentionAndFeedForward):
         return output
 
 
+OUTPUTS: tuple[Name, Name] = ("output", "text_output")
+
+
+class JointSite(Site):
+    """An attention of image and caption together, whose outputs for both are kept.
+
+    Its processor does all the work, and its queries and keys are seen where they are attended with: after all norms and
+    rotary embeddings, whatever these are.
+    """
+
+    takes_captions = True
+
+    def __init__(self, opened: Callable[[], OpenCall | None], layer_id: int, layer: Layer, config: DQARConfig):
+        super().__init__(opened, layer_id, layer, config)
+        self._names = OUTPUTS if layer.attention.added_kv_proj_dim is not None else OUTPUTS[:1]
+        """What it returns: of captions that came in one with the image, it can't be told apart."""
+
+    def _computed(self, opened: OpenCall, rows: Rows, entropy: torch.Tensor | None, output: Any) -> None:
+        outputs = _streams(output)
+        opened.keep(self.layer_id, rows, entropy, _tokens(output), dict(zip(self._names, outputs, strict=True)))
+
+    def _cached(self, opened: OpenCall, branches: tuple[str, ...]) -> Any:
+        outputs = tuple(opened.cached(self.layer_id, branches, name) for name in self._names)
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    def _joined(self, parts: list[Any]) -> Any:
+        return torch.cat(parts) if len(self._names) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
+
+    def _compute(self, opened: OpenCall, given: _Given) -> tuple[Any, torch.Tensor | None]:
+        return self._measured(opened, given, opened.controller.wants_entropy(self.layer_id))
+
+    def _measured(self, opened: OpenCall, given: _Given, measure: bool) -> tuple[Any, torch.Tensor | None]:
+        """The processor's output, and ``stats.entropy_by_modality``."""
+        attention_class: Any = original_class(self.attention)
+        forward = attention_class.forward  # past others' hooks, which are through
+        given = dataclasses.replace(given, original=functools.partial(forward, self.attention))
+        if not measure:
+            return given.computed(), None
+        with _SeenAttentions() as seen:
+            output = given.computed()
+        if len(seen.attentions) != 1:
+            raise ValueError(
+                f"layer {self.layer_id} calls F.scaled_dot_product_attention {len(seen.attentions)} times: DQAR "
+                "measures the entropy of one call, as after set_attention_backend('native')"
+            )
+        [(query, key)] = seen.attentions
+        text, queries = self.layer.place.text, self.config.probe.queries
+        if text is None:
+            return output, stats.mean_query_entropy(query, key, num_queries=queries)
+        words = opened.words if given.caption is None else given.caption.shape[1]
+        tokens = query.shape[2] - words
+        images, texts = (slice(words, None), slice(words)) if text == "first" else (slice(tokens), slice(tokens, None))
+        return output, stats.entropy_by_modality(query, key, images, texts, queries)
+
+
+class JointKeysAndValues(KeysAndValues, JointSite):
+    """The keys and values of image and caption are kept as they are projected, before norms and rotary embeddings."""
+
+    def __init__(self, opened: Callable[[], OpenCall | None], layer_id: int, layer: Layer, config: DQARConfig):
+        super().__init__(opened, layer_id, layer, config)
+        attn = layer.attention
+        self._projections: dict[Name, torch.nn.Module] = {"k": attn.to_k, "v": attn.to_v}
+        if len(self._names) > 1:
+            self._projections |= {"text_k": attn.add_k_proj, "text_v": attn.add_v_proj}
+
+    def handlers(self) -> list[tuple[torch.nn.Module, Handler]]:
+        """See ``Site``."""
+        projections = self._projections.items()
+        return [*super().handlers(), *((module, functools.partial(self.project, name)) for name, module in projections)]
+
+    def _attend(self, opened: OpenCall, choice: Choice, given: _Given) -> Any:
+        waiting = opened.waiting[self.layer_id] = _Waiting(given.hidden_states.shape[:-1], choice)
+        measure = bool(choice.fresh) and opened.controller.wants_entropy(self.layer_id)
+        try:
+            output, entropy = self._measured(opened, given, measure)
+        finally:
+            del opened.waiting[self.layer_id]
+        if waiting.projected.keys() != self._projections.keys():
+            raise ValueError(
+                f"layer {self.layer_id} has other projections than when DQAR was applied, or fused ones: call "
+                "remove_dqar first, and unfuse_qkv_projections"
+            )
+        rows = opened.rows(given.hidden_states, self.layer_id)
+        self._keep(opened, choice, rows, entropy, _tokens(output), waiting.projected)
+        return output
+
+    def project(self, name: Name, original: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        """Answers a projection's calls: computed, restored or shared as its attention's branches are."""
+        opened, layer_id = self.opened(), self.layer_id
+        if opened is None or layer_id not in opened.waiting:
+            return original(x)
+        waiting = opened.waiting[layer_id]
+        choice = waiting.choice
+        if choice.all_fresh:
+            projected = original(x)
+        elif not choice.fresh:
+            projected = opened.cached(layer_id, choice.cached, name)
+        else:
+            rows = opened.rows(x, layer_id)
+            parts = choice.parts(lambda b: original(x[rows[b]]), lambda b: opened.cached(layer_id, (b,), name))
+            projected = torch.cat([parts[branch] for branch in rows])
+        waiting.projected[name] = projected
+        return projected
+
+
+def _streams(output: Any) -> tuple[torch.Tensor, ...]:
+    return output if isinstance(output, tuple) else (output,)
+
+
+def _tokens(output: Any) -> int:
+    """Of all streams."""
+    return sum(stream.shape[1] for stream in _streams(output))
+
+
+class _SeenAttentions(TorchFunctionMode):
+    """The queries and keys ``[B, H, N, D]`` of all attentions meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attentions: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.scaled_dot_product_attention:
+            named = dict(zip(("query", "key"), args, strict=False)) | (kwargs or {})
+            self.attentions.append((named["query"], named["key"]))
+        return func(*args, **(kwargs or {}))
+
+
 SITES: dict[str, type[Site]] = {
     "kv": KeysAndValues,
     "output": Site,
@@ -535,23 +612,24 @@ SITES: dict[str, type[Site]] = {
     "residual": Residual,
 }
 """By ``reuse_target``, of attentions with ``AttnProcessor2_0``."""
-JOINT_SITES: dict[str, type[Site]] = {"output": JointSite}
+JOINT_SITES: dict[str, type[Site]] = {"kv": JointKeysAndValues, "output": JointSite}
 """The same of joint attentions."""
 
 
-def site_of(layer: Layer, target: str) -> type[Site]:
+def site_of(layer: Layer, config: DQARConfig) -> type[Site]:
     """The class for a layer and a ``reuse_target``.
 
     Raises:
-        ValueError: a target that isn't for joint attentions.
+        ValueError: a setting that isn't for joint attentions.
     """
-    sites = SITES if layer.place.processor is AttnProcessor2_0 else JOINT_SITES
-    if target not in sites:
-        raise ValueError(
-            f"reuse_target={target!r} is not accepted for {layer.path}, a joint attention of image and caption: "
-            f"choose {' or '.join(map(repr, sites))}"
-        )
-    return sites[target]
+    joint = layer.place.processor is not AttnProcessor2_0
+    sites, whose = JOINT_SITES if joint else SITES, f"for {layer.path}, a joint attention of image and caption"
+    if config.reuse_target not in sites:
+        choices = " or ".join(map(repr, sites))
+        raise ValueError(f"reuse_target={config.reuse_target!r} is not accepted {whose}: choose {choices}")
+    if joint and config.balance:
+        raise ValueError(f"balance=True is not accepted {whose}: False")
+    return sites[config.reuse_target]
 
 
 class CrossAttention(_TakenAttention):

@@ -7,9 +7,9 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from planned import state, unchanged
-from tiny import drawn, flux, latte, sd3
+from tiny import drawn, flux, flux_control, latte, sd3
 
-from dqar import DQARConfig, Probe, ReusePlan, apply_dqar, remove_dqar
+from dqar import DQARConfig, Probe, ReusePlan, apply_dqar, stats
 
 STEPS = 6
 MAKERS = {
@@ -26,8 +26,14 @@ LAYERS = {
 BRANCHES = {"sd3": ["uncond", "cond"], "flux": ["cond"], "latte": ["uncond", "cond"]}
 TEXT = 5
 """Words of each caption."""
-OPEN = {"entropy_threshold": None, "snr_range": None, "reuse_target": "output", "quantize_bits": 16}
-STATIC = DQARConfig(**OPEN, schedule="static", max_reuse_streak=1)
+KEPT = {"quantize_bits": 16, "reuse_target": "output"}
+
+
+def static(target="output", bits=16):
+    open_gate = {"entropy_threshold": None, "snr_range": None, "schedule": "static"}
+    return DQARConfig(**open_gate, reuse_target=target, quantize_bits=bits)
+
+
 CLOSED = {
     "nothing asked": DQARConfig(schedule="none", reuse_target="output"),
     "recorded": DQARConfig(schedule="none", reuse_target="output", probe=Probe(record=True)),
@@ -173,47 +179,81 @@ def test_some_queries_estimate_each_modality(loaded, name):
     assert (difference.mean() < 0.1).all() and (difference.max() > 0).all()
 
 
+def test_the_snr_is_that_of_the_latents_without_a_control_image():
+    """The latents' SNR by the x0 predicted at the step before, recomputed from outside."""
+    pipe, call = flux_control()
+    seen, step = [], pipe.scheduler.step
+
+    @functools.wraps(step)
+    def watched(model_output, timestep, sample, **kwargs):
+        seen.append((model_output, sample, pipe.scheduler.sigmas[pipe.scheduler.step_index or 0]))
+        return step(model_output, timestep, sample, **kwargs)
+
+    pipe.scheduler.step = watched
+    with apply_dqar(pipe, CLOSED["recorded"]) as session:
+        draw(pipe, call(0))
+    output, latents, sigma = seen[2]
+    expected = stats.snr(latents - sigma * output, latents).mean().item()
+    table = session.trace.to_pandas()
+    assert table.snr.notna().all() and table.snr[table.step == 2].iloc[0] == pytest.approx(expected, rel=1e-4)
+
+
 # --- reuse ------------------------------------------------------------------------------------------------------------
 
 
-def naive(pipe, call, kept_at):
-    """The run where ``kept_at(path, step)`` rows of an attention's outputs are those it last computed."""
+def modules_of(pipe, path, target):
+    """What a target keeps of one attention."""
+    attn = pipe.transformer.get_submodule(path)
+    if target == "kv":
+        names = ("to_k", "to_v", "add_k_proj", "add_v_proj")
+        return [module for name in names if (module := getattr(attn, name, None)) is not None]
+    block = pipe.transformer.get_submodule(path.rpartition(".")[0])
+    return {"output": [attn], "block": [attn, getattr(block, "ff", None)], "residual": [block]}[target]
+
+
+def naive(pipe, call, name, kept_at, target="output"):
+    """The run where ``kept_at(path, step, rows)`` of a module's outputs are those that it last computed."""
     last, calls, handles = {}, {}, []
 
-    def hook(path, _module, _args, output):
-        step = calls[path] = calls.get(path, -1) + 1
+    def hook(path, module, args, output):
+        step = calls[module] = calls.get(module, -1) + 1
         streams = output if isinstance(output, tuple) else (output,)
-        reused = [kept_at(path, step, len(stream)) for stream in streams]
+        if target == "residual":
+            streams = (output - args[0],)
         if step:
-            streams = tuple(
-                torch.where(rows[:, None, None], before, stream)
-                for rows, before, stream in zip(reused, last[path], streams, strict=True)
-            )
-        last[path] = streams
+            kept = [kept_at(path, step, len(stream))[:, None, None] for stream in streams]
+            streams = tuple(map(torch.where, kept, last[module], streams))
+        last[module] = streams
+        if target == "residual":
+            reused = kept_at(path, step, len(output))[:, None, None]
+            return torch.where(reused, args[0] + streams[0], output)
         return streams if isinstance(output, tuple) else streams[0]
 
-    for path in LAYERS[type_of(pipe)]:
-        module = pipe.transformer.get_submodule(path)
-        handles.append(module.register_forward_hook(functools.partial(hook, path)))
+    for path in LAYERS[name]:
+        for module in modules_of(pipe, path, target):
+            handles.append(module.register_forward_hook(functools.partial(hook, path)))
     result = draw(pipe, call)
     for handle in handles:
         handle.remove()
     return result
 
 
-def type_of(pipe):
-    return {"Sta": "sd3", "Flu": "flux", "Lat": "latte"}[type(pipe).__name__[:3]]
-
-
 def odd_steps(_path, step, rows):
     return torch.full((rows,), step % 2 == 1)
 
 
-@families
-def test_a_static_schedule_returns_the_kept_outputs(loaded, name):
+TARGETS = [
+    *((name, target) for name in MAKERS for target in ("output", "kv")),
+    ("latte", "block"),
+    ("latte", "residual"),
+]
+
+
+@pytest.mark.parametrize("name, target", TARGETS)
+def test_a_static_schedule_returns_what_was_kept(loaded, name, target):
     pipe, call = loaded(name)
-    untouched, expected = draw(pipe, call), naive(pipe, call, odd_steps)
-    with apply_dqar(pipe, STATIC) as session:
+    untouched, expected = draw(pipe, call), naive(pipe, call, name, odd_steps, target)
+    with apply_dqar(pipe, static(target)) as session:
         first, again = draw(pipe, call), draw(pipe, call)
     assert torch.equal(first, expected) and torch.equal(again, first) and not torch.equal(first, untouched)
     table = session.trace.to_pandas()
@@ -223,8 +263,8 @@ def test_a_static_schedule_returns_the_kept_outputs(loaded, name):
 
 
 @pytest.mark.parametrize("name", ("sd3", "latte"))
-@pytest.mark.parametrize("branch", ("uncond", "cond"))
-def test_one_branch_is_reused_and_the_other_computed(loaded, name, branch):
+@pytest.mark.parametrize("branch, target", [("uncond", "output"), ("cond", "output"), ("cond", "kv")])
+def test_one_branch_is_reused_and_the_other_computed(loaded, name, branch, target):
     pipe, call = loaded(name)
     sites = {(step, layer, branch) for step in (1, 3, 5) for layer in range(len(LAYERS[name]))}
 
@@ -233,9 +273,10 @@ def test_one_branch_is_reused_and_the_other_computed(loaded, name, branch):
         return own & (step % 2 == 1)
 
     plan = ReusePlan(sites, len(LAYERS[name]), STEPS)
-    with apply_dqar(pipe, DQARConfig(plan=plan, reuse_target="output", quantize_bits=16)) as session:
+    config = DQARConfig(plan=plan, reuse_target=target, quantize_bits=16, probe=Probe(record=True))
+    with apply_dqar(pipe, config) as session:
         got = draw(pipe, call)
-    torch.testing.assert_close(got, naive(pipe, call, half), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got, naive(pipe, call, name, half, target), rtol=1e-4, atol=1e-5)
     assert not torch.equal(got, draw(pipe, call))
     reused = session.trace.to_pandas().query("decision == 'reuse'")
     assert set(reused.branch) == {branch} and len(reused) == len(sites)
@@ -246,13 +287,12 @@ def test_each_kind_of_attention_is_reused_by_itself(loaded, name, kind):
     pipe, call = loaded(name)
     own = [path.startswith(f"{kind}transformer_blocks") for path in LAYERS[name]]
     sites = {(s, layer, b) for s in (1, 3, 5) for layer in range(4) if own[layer] for b in BRANCHES[name]}
-    with apply_dqar(
-        pipe, DQARConfig(plan=ReusePlan(sites, 4, STEPS), reuse_target="output", quantize_bits=16)
-    ) as session:
+    with apply_dqar(pipe, DQARConfig(**KEPT, plan=ReusePlan(sites, 4, STEPS))) as session:
         got = draw(pipe, call)
     chosen = dict(zip(LAYERS[name], own, strict=True))
-    assert torch.equal(got, naive(pipe, call, lambda path, step, rows: torch.full((rows,), chosen[path] and step % 2 > 0)))
-    assert not torch.equal(got, draw(pipe, call)) and not torch.equal(got, naive(pipe, call, odd_steps))
+    expected = naive(pipe, call, name, lambda path, step, rows: torch.full((rows,), chosen[path] and step % 2 > 0))
+    assert torch.equal(got, expected) and not torch.equal(got, draw(pipe, call))
+    assert not torch.equal(got, naive(pipe, call, name, odd_steps))
     reused = session.trace.to_pandas().query("decision == 'reuse'")
     assert set(reused.attention) == {path for path in LAYERS[name] if chosen[path]}
 
@@ -262,7 +302,7 @@ def test_kept_outputs_are_quantized_and_counted(loaded, name):
     pipe, call = loaded(name)
     results = {}
     for bits in (16, 8, 2):
-        with apply_dqar(pipe, DQARConfig(**{**OPEN, "quantize_bits": bits}, schedule="static")) as session:
+        with apply_dqar(pipe, static(bits=bits)) as session:
             results[bits] = draw(pipe, call), session.trace.to_pandas()
     error = {bits: (image - results[16][0]).square().mean().item() for bits, (image, _) in results.items()}
     assert 0 < error[8] < error[2]
@@ -274,15 +314,78 @@ def test_kept_outputs_are_quantized_and_counted(loaded, name):
 @families
 def test_an_offloaded_pipeline_does_the_same(loaded, name):
     pipe, call = loaded(name)
-    with apply_dqar(pipe, STATIC) as session:
+    with apply_dqar(pipe, static()) as session:
         in_memory = draw(pipe, call)
     rows = session.trace.to_pandas()[["step", "layer", "branch", "decision", "bytes"]]
     pipe.enable_model_cpu_offload(device="cpu")
-    untouched, expected = draw(pipe, call), naive(pipe, call, odd_steps)
-    with apply_dqar(pipe, STATIC) as session:
+    untouched, expected = draw(pipe, call), naive(pipe, call, name, odd_steps)
+    with apply_dqar(pipe, static()) as session:
         assert torch.equal(draw(pipe, call), expected)
     torch.testing.assert_close(expected, in_memory)  # weights elsewhere in memory: other last bits
     assert session.trace.to_pandas()[rows.columns].equals(rows)
     with apply_dqar(pipe, CLOSED["recorded"]):
         assert torch.equal(draw(pipe, call), untouched)
     assert torch.equal(draw(pipe, call), untouched) and not torch.equal(untouched, expected)
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@joint
+def test_what_joint_attention_has_no_sites_for_is_refused(loaded, name):
+    pipe, _ = loaded(name)
+    before = state(pipe.transformer)
+    for target in ("block", "residual"):
+        with pytest.raises(
+            ValueError, match=f"reuse_target='{target}'.* transformer_blocks.0.attn,.* 'kv' or 'output'"
+        ):
+            apply_dqar(pipe, DQARConfig(reuse_target=target))
+    with pytest.raises(ValueError, match="balance=True is not accepted for transformer_blocks.0.attn"):
+        apply_dqar(pipe, DQARConfig(reuse_target="kv", balance=True))
+    assert unchanged(pipe.transformer, before)
+
+
+def test_another_processor_is_refused_by_name(loaded):
+    pipe, call = loaded("sd3")
+    with apply_dqar(pipe, static()):
+        draw(pipe, call)
+        pipe.transformer.fuse_qkv_projections()
+        with pytest.raises(ValueError, match="layer 0 has the .* FusedJointAttnProcessor2_0.*of JointAttnProcessor2_0"):
+            draw(pipe, call)
+    pipe, call = loaded("flux")
+    last = pipe.transformer.single_transformer_blocks[1].attn
+    last.set_processor(FluxIPAdapterAttnProcessor(16, 16))
+    with pytest.raises(ValueError, match="layer 3 has the .* FluxIPAdapterAttnProcessor.*place of FluxAttnProcessor"):
+        apply_dqar(pipe, static())
+
+
+def test_fused_projections_have_no_keys_and_values_to_keep(loaded):
+    """Flux's processor serves both, so that its class doesn't tell; outputs can be kept all the same."""
+    pipe, call = loaded("flux")
+    pipe.transformer.fuse_qkv_projections()
+    with apply_dqar(pipe, static("kv")), pytest.raises(ValueError, match="layer 0 has .* fused ones"):
+        draw(pipe, call)
+    expected = naive(pipe, call, "flux", odd_steps)
+    with apply_dqar(pipe, static()):
+        assert torch.equal(draw(pipe, call), expected)
+
+
+def test_attention_out_of_sight_has_no_entropy(loaded):
+    """Another backend: refused where its entropy is asked for, reused where it isn't."""
+    pipe, call = loaded("flux")
+    pipe.transformer.set_attention_backend("flex")
+    with apply_dqar(pipe, CLOSED["recorded"]), pytest.raises(ValueError, match="layer 0 calls .* 0 times.*'native'"):
+        draw(pipe, call)
+    expected = naive(pipe, call, "flux", odd_steps)
+    with apply_dqar(pipe, static()):
+        assert torch.equal(draw(pipe, call), expected)
+    pipe.transformer.set_attention_backend("native")  # diffusers makes the last chosen one every model's
+
+
+@joint
+def test_a_broken_layer_is_named(loaded, name):
+    pipe, call = loaded(name)
+    pipe.transformer.transformer_blocks[1].ff.net[2].weight.data[0, 0] = math.nan
+    layer = LAYERS[name].index("transformer_blocks.1.attn")
+    with apply_dqar(pipe, static()), pytest.raises(FloatingPointError, match=f"step 0, first in layer {layer}"):
+        draw(pipe, call)
