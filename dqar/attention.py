@@ -18,7 +18,7 @@ import torch
 
 from dqar.config import DQARConfig
 from dqar.controller import DQARController
-from dqar.families import as_batch, bare, conditions, family, null_class, transformers
+from dqar.families import as_batch, bare, conditions, family, find_layers, null_class, transformers
 from dqar.forecast.ladder import LadderEngine, PlanLadder
 from dqar.forecast.plan import ForecastPlan
 from dqar.forecast.run import ForecastEngine
@@ -39,7 +39,8 @@ def apply_dqar(
     """Attaches DQAR to a diffusers pipeline or transformer; use as context manager, or end with ``remove_dqar``.
 
     Args:
-        pipe: a pipeline with a DiT-like ``transformer``, or the transformer; compiled, offloaded and wrapped ones too.
+        pipe: a pipeline with a ``transformer`` that docs/families.md lists, or the transformer; compiled, offloaded and
+            wrapped ones too.
             A transformer alone has no scheduler to predict x0 with, so that its SNR is unknown and only
             ``snr_range=None`` opens the gate; it tells the number of steps from the first two timesteps, and reuses
             from the third step on.
@@ -53,7 +54,7 @@ def apply_dqar(
         The session: its ``trace`` and ``controller`` stay readable after removal.
 
     Raises:
-        ValueError: no self-attention that DQAR can take over, DQAR is there already, or a plan for another model.
+        ValueError: no attention that DQAR can take over, DQAR is there already, or a plan for another model.
     """
     if isinstance(config, ReusePlan):
         config = DQARConfig(plan=config)
@@ -325,14 +326,15 @@ class DQARSession:
         bad: list[int] = []
 
         def look(layer_id: int) -> Callable:
-            def hook(_module: torch.nn.Module, _args: tuple, output: torch.Tensor) -> None:
-                if not output.isfinite().all():
+            def hook(_module: torch.nn.Module, _args: tuple, output: Any) -> None:
+                streams = output if isinstance(output, tuple) else (output,)
+                if not all(stream.isfinite().all() for stream in streams if stream is not None):
                     bad.append(layer_id)
 
             return hook
 
-        blocks = getattr(self._model, "transformer_blocks", ())
-        handles = [block.register_forward_hook(look(i)) for i, block in enumerate(blocks)]
+        layers = enumerate(find_layers(self._model))
+        handles = [layer.block.register_forward_hook(look(layer_id)) for layer_id, layer in layers]
         try:
             with torch.no_grad():
                 again()

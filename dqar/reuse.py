@@ -9,17 +9,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
 from dqar import stats
 from dqar.config import DQARConfig
 from dqar.controller import DQARController
-from dqar.families import bare, check_processor, conditions, self_attentions
+from dqar.families import bare, check_processors, conditions, taken_layers
+from dqar.forecast.run import shared_part
 from dqar.modulations import Modulations
 from dqar.run import Call, Run, Stream
-from dqar.sites import SITES, CrossAttention, OpenCall
+from dqar.sites import CrossAttention, OpenCall, site_of
 from dqar.takeover import Handler
-from dqar.trace import Trace
+from dqar.trace import CROSS_ATTENTION, SELF_ATTENTION, Trace
 
 
 class ReuseState:
@@ -47,27 +47,31 @@ class ReuseEngine:
         trace: to write to.
 
     Raises:
-        ValueError: no self-attention that it can take over, or a plan for another number of layers.
+        ValueError: no attention that it can take over, a ``reuse_target`` that isn't for it, or a plan for another
+            number of layers.
     """
 
     def __init__(self, transformer: torch.nn.Module, config: DQARConfig, prompt_length: float | None, trace: Trace):
         self.config, self.trace = config, trace
         self.looks, self.saves = config.measures_latents, config.schedule != "none"
         self._prompt_length = prompt_length
-        self._layers = self_attentions(transformer)
+        self._layers = taken_layers(transformer)
         self._opened: dict[int, OpenCall] = {}
         """The forward pass that is under way in each thread."""
         self.controller = self.new_state().controller
         """Of the latents that were last given to the model."""
-        model, target = bare(transformer), SITES[config.reuse_target]
-        blocks = list(model.transformer_blocks)
         self._handlers: list[tuple[torch.nn.Module, Handler]] = []
-        for layer_id, block in enumerate(blocks):
-            self._handlers += target(self._open_call, layer_id, block, config).handlers()
-            cross = getattr(block, "attn2", None)
-            if isinstance(cross, Attention) and type(cross.processor) is AttnProcessor2_0:
+        for layer_id, layer in enumerate(self._layers):
+            site = site_of(layer, config)
+            self._handlers += site(self._open_call, layer_id, layer, config).handlers()
+            if (cross := layer.cross_attention) is not None:
                 self._handlers.append((cross, CrossAttention(self._open_call, layer_id, cross, config).attend))
-        keeps = config.cache.modulations and not _compiled(transformer, model, blocks)
+        trace.paths = {
+            SELF_ATTENTION: {i: layer.path for i, layer in enumerate(self._layers)},
+            CROSS_ATTENTION: {i: layer.cross_path for i, layer in enumerate(self._layers) if layer.cross_attention},
+        }
+        blocks = list(dict.fromkeys(layer.block for layer in self._layers))
+        keeps = config.cache.modulations and not _compiled(transformer, bare(transformer), blocks)
         self._modulations = Modulations(blocks if keeps else (), lambda: getattr(self._open_call(), "constants", None))
         self._handlers += self._modulations.handlers()
 
@@ -80,8 +84,7 @@ class ReuseEngine:
         Raises:
             ValueError: an attention processor was exchanged meanwhile.
         """
-        for layer_id, layer in enumerate(self._layers):
-            check_processor(layer, layer_id)
+        check_processors(self._layers)
         return self._handlers
 
     def new_state(self) -> ReuseState:
@@ -101,8 +104,7 @@ class ReuseEngine:
             ValueError: an exchanged attention processor, a run that the plan wasn't made for, or a gate on an SNR that
                 the scheduler doesn't tell.
         """
-        for layer_id, layer in enumerate(self._layers):
-            check_processor(layer, layer_id)
+        check_processors(self._layers)
         config, scheduler = self.config, type(run.scheduler).__name__
         if config.plan is not None:
             config.plan.check_latents(_size(latents))
@@ -131,7 +133,9 @@ class ReuseEngine:
         choices = [] if controller.record_idle(branches) else controller.choices(branches)
         constants = self._modulations.open(run, call, latents)
         before = self._opened.get(thread)
-        self._opened[thread] = OpenCall(controller, call, len(latents), run.index, choices, constants)
+        caption = named.get("encoder_hidden_states")
+        words = 0 if caption is None else caption.shape[1]
+        self._opened[thread] = OpenCall(controller, call, len(latents), run.index, choices, constants, words)
         try:
             output = compute()
         finally:
@@ -156,8 +160,9 @@ class ReuseEngine:
         if config.asks_latents:
             noisy = stream.latents if levels is None else levels.latents(run.index, stream.latents)
             norm = stats.latent_norm(stream.latents).mean()
-            if state.clean is not None and state.clean.shape == noisy.shape:
-                snr = stats.snr(state.clean, noisy).mean()
+            own = noisy if state.clean is None else noisy[shared_part(state.clean, noisy)]
+            if state.clean is not None and state.clean.shape == own.shape:
+                snr = stats.snr(state.clean, own).mean()
             if config.gates_on_snr or config.gates_on_entropy or stream.latents.device.type == "cpu":
                 signals = (norm,) if snr is None else (norm, snr)
                 norm, *rest = self.trace.resolve(*signals)
@@ -193,7 +198,10 @@ class ReuseEngine:
         if not self.looks or run.levels is None:
             return
         latents = run.levels.latents(run.index, stream.latents)
+        if prediction.ndim != latents.ndim:
+            return
         guided = prediction[: len(latents)]  # DiTPipeline denoises both halves
+        latents = latents[shared_part(guided, latents)]  # a control image's channels follow
         if guided.shape == latents.shape:
             stream.state.clean = run.levels.clean(run.index, latents, guided)
             stream.state.controller.complete_step(stats.snr(stream.state.clean, latents).mean())
