@@ -208,8 +208,8 @@ class ReuseEngine:
 
 
 def _size(latents: torch.Tensor) -> str:
-    """Height and width, as in ``"32 x 32"``."""
-    return " x ".join(map(str, latents.shape[-2:]))
+    """Height and width, as in ``"32 x 32"``; of packed tokens ``[B, N, C]`` their number, as in ``"4096 packed"``."""
+    return f"{latents.shape[1]} packed" if latents.ndim == 3 else " x ".join(map(str, latents.shape[-2:]))
 
 
 def _compiled(transformer: torch.nn.Module, model: torch.nn.Module, blocks: list[torch.nn.Module]) -> bool:

@@ -5,13 +5,14 @@ import math
 
 import pytest
 import torch
+from diffusers.hooks import apply_group_offloading
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from planned import state, unchanged
 from tiny import drawn, flux, flux_control, latte, sd3
 
 from dqar import DQARConfig, Probe, ReusePlan, apply_dqar, stats
 
-STEPS = 6
+STEPS, CPU = 6, torch.device("cpu")
 MAKERS = {
     # As SD3.5 medium: normalised queries and keys, and a second attention to the image alone in the first blocks.
     "sd3": functools.partial(sd3, qk_norm="rms_norm", dual_attention_layers=(0,)),
@@ -311,21 +312,59 @@ def test_kept_outputs_are_quantized_and_counted(loaded, name):
     assert (table.bytes == tokens * 16 * 4).all()  # channels, float32
 
 
-@families
-def test_an_offloaded_pipeline_does_the_same(loaded, name):
+OFFLOAD = {
+    "model": lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
+    "leaves": lambda pipe: apply_group_offloading(pipe.transformer, CPU, CPU, offload_type="leaf_level"),
+}
+
+
+@pytest.mark.parametrize(
+    "name, how, target",
+    [*((name, "model", "output") for name in MAKERS), ("sd3", "leaves", "output"), ("flux", "leaves", "kv")],
+)
+def test_an_offloaded_pipeline_does_the_same(loaded, name, how, target):
     pipe, call = loaded(name)
-    with apply_dqar(pipe, static()) as session:
+    with apply_dqar(pipe, static(target)) as session:
         in_memory = draw(pipe, call)
     rows = session.trace.to_pandas()[["step", "layer", "branch", "decision", "bytes"]]
-    pipe.enable_model_cpu_offload(device="cpu")
-    untouched, expected = draw(pipe, call), naive(pipe, call, name, odd_steps)
-    with apply_dqar(pipe, static()) as session:
+    OFFLOAD[how](pipe)
+    untouched, expected = draw(pipe, call), naive(pipe, call, name, odd_steps, target)
+    with apply_dqar(pipe, static(target)) as session:
         assert torch.equal(draw(pipe, call), expected)
     torch.testing.assert_close(expected, in_memory)  # weights elsewhere in memory: other last bits
     assert session.trace.to_pandas()[rows.columns].equals(rows)
     with apply_dqar(pipe, CLOSED["recorded"]):
         assert torch.equal(draw(pipe, call), untouched)
     assert torch.equal(draw(pipe, call), untouched) and not torch.equal(untouched, expected)
+
+
+@joint
+@pytest.mark.parametrize("target", ("output", "kv"))
+def test_others_hooks_see_every_call(loaded, name, target):
+    pipe, call = loaded(name)
+    seen = []
+    for path in LAYERS[name]:
+        pipe.transformer.get_submodule(path).register_forward_hook(lambda _module, _args, output: seen.append(output))
+    expected = naive(pipe, call, name, odd_steps, target)
+    outside = [*seen]
+    seen.clear()
+    with apply_dqar(pipe, static(target)):
+        assert torch.equal(draw(pipe, call), expected)
+    assert len(seen) == len(outside) == STEPS * len(LAYERS[name])
+    if target == "kv":
+        torch.testing.assert_close(seen, outside, rtol=0, atol=0)
+
+
+def test_a_traced_run_becomes_a_plan_for_its_size(loaded, tmp_path):
+    pipe, call = loaded("flux")
+    with apply_dqar(pipe, static()) as session:
+        expected = draw(pipe, call)
+    ReusePlan.from_trace(session.trace.to_pandas()).save(tmp_path / "plan.json")
+    plan = ReusePlan.load(tmp_path / "plan.json")
+    with apply_dqar(pipe, DQARConfig(**KEPT, plan=plan)):
+        assert torch.equal(draw(pipe, call), expected)
+        with pytest.raises(ValueError, match="made for 32 packed latents, these are 64 packed"):
+            draw(pipe, {**call, "height": 32})
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
