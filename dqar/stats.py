@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+import warnings
 from collections.abc import Callable
 from typing import Literal
 
@@ -82,6 +83,13 @@ def _kernel(device: torch.device) -> Callable[[torch.Tensor, torch.Tensor, float
         return None
     from dqar import kernels  # Triton is no dependency: it comes with torch's CUDA builds
 
+    try:
+        tokens = torch.ones(1, 1, 16, 16, device=device)
+        kernels.query_entropy(tokens, tokens, 1.0)
+    except Exception as error:  # whatever a missing compiler raises
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        warnings.warn(f"Triton can't compile here ({reason}): entropy is computed in tiles, slower", stacklevel=2)
+        return None
     return kernels.query_entropy
 
 

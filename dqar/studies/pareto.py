@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,12 +73,19 @@ def plan_path(folder: Path, sampler: str, target: Target, num_computed: int) -> 
 
 
 def make_plans(
-    profile: Profile, folder: Path, sampler: str, target: Target, num_images: int = 120, refinements: int = 24
+    profile: Profile,
+    folder: Path,
+    sampler: str,
+    target: Target,
+    num_images: int = 120,
+    refinements: int = 24,
+    work: Path | None = None,
 ) -> list[ForecastPlan]:
     """The plans of all budgets for one sampler and target, read where they have been made already.
 
     Args:
         folder: of the profile's recorded tables.
+        work: a folder from which an interrupted fit goes on.
         refinements: neighbours tried for the slowest of them; the others get more, as they take less time.
     """
     numbers = (computed_steps(profile, budget) for budget in PLAN_BUDGETS)
@@ -85,7 +94,7 @@ def make_plans(
     if missing:
         scheduler = SAMPLERS[sampler] if target == "converged" else sampler
         profile = dataclasses.replace(profile, scheduler=scheduler)
-        calibration = calibrate_profile(FULL.pipeline(profile), profile, target, num_images)
+        calibration = calibrate_profile(FULL.pipeline(profile), profile, target, num_images, work)
         for path, number in missing.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             tries = refinements * max(paths.values()) // number  # what takes the same time at every budget
@@ -353,7 +362,8 @@ def record_plans(recording: Recording) -> None:
     """The forecast plans of all samplers, targets and budgets; saved one by one."""
     sizes = recording.sizes
     for sampler, target in itertools.product(SAMPLERS, get_args(Target)):
-        make_plans(recording.profile, recording.folder, sampler, target, sizes.plan_images, sizes.refinements)
+        work = recording.parts / f"plans-{slug(sampler)}-{target}"
+        make_plans(recording.profile, recording.folder, sampler, target, sizes.plan_images, sizes.refinements, work)
 
 
 def record_pareto(recording: Recording) -> None:
@@ -377,6 +387,7 @@ def comparisons(
     """A measurement for every method, by name: ``compare`` with full compute and with the converged solution.
 
     ``fd``, where a classifier is at hand, is the set's Fréchet distance to the test data, the same in all rows.
+    A method that ends in NaN or inf has NaN for its errors and its speedup.
     """
     full = Method(FULL.name, scheduler=sampler)
     finer = FINER * recording.profile.num_inference_steps
@@ -389,7 +400,12 @@ def comparisons(
 
     def one(method: Method) -> pd.DataFrame:
         reference, finest, real = compared_with()
-        table = compare(method, reference, recording.many_at_once, seed, beside={"converged": finest.images})
+        try:
+            table = compare(method, reference, recording.many_at_once, seed, beside={"converged": finest.images})
+        except FloatingPointError as error:  # of half precision: no reason to lose all others
+            warnings.warn(f"{method.name} has no result: {error}", stacklevel=2)
+            columns = dict.fromkeys(("mse", "mse_converged", "macs_speedup"), math.nan)
+            return pd.DataFrame({"image": range(number)}).assign(**method.columns(), **columns)
         if "features" in table and real is not None and number > 1:
             features = torch.tensor(np.stack(list(table.features))).double()
             table["fd"] = metrics.frechet_distance(features, real.features)

@@ -72,6 +72,11 @@ def check_recordable(profile: Profile) -> None:
     """Raises ``ValueError`` for a profile with random weights, or settings that an embedded model has no use for."""
     if not profile.trained:
         raise ValueError(f"profile {profile.name!r} can't be recorded: its weights are random; see `dqar benchmark`")
+    if profile.offload:
+        raise ValueError(
+            "offload=True can't be recorded: rivals' caches and W8A8 don't take an offloaded model; a GPU with more "
+            "memory does without"
+        )
     for field in ("weights", "reference", "rehearsal"):
         if profile.embedded and getattr(profile, field):
             raise ValueError(f"profile {profile.name!r} takes no {field}: it is an embedded model, with its own")
