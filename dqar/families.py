@@ -214,6 +214,11 @@ def conditions(named: dict[str, Any]) -> tuple[torch.Tensor | None, ...]:
     return tuple(value if isinstance(value, torch.Tensor) else None for value in given)
 
 
+def leaves_layers_out(named: dict[str, Any]) -> bool:
+    """Whether a call is told to go past some layers: SD3's skip-layer guidance, Latte without temporal attention."""
+    return bool(named.get("skip_layers")) or named.get("enable_temporal_attentions") is False
+
+
 def as_batch(images: Any) -> Any:
     """Latents or an output as one tensor ``[B, ...]``, where the family has a list of ``[C, 1, H, W]``.
 

@@ -13,7 +13,7 @@ import torch
 from dqar import stats
 from dqar.config import DQARConfig
 from dqar.controller import DQARController
-from dqar.families import bare, check_processors, conditions, taken_layers
+from dqar.families import bare, check_processors, conditions, leaves_layers_out, taken_layers
 from dqar.forecast.run import shared_part
 from dqar.modulations import Modulations
 from dqar.run import Call, Run, Stream
@@ -130,7 +130,8 @@ class ReuseEngine:
         if first:
             self._begin_step(run, call, named)
         branches, thread = tuple(call.slices), threading.get_ident()
-        choices = [] if controller.record_idle(branches) else controller.choices(branches)
+        idle = not leaves_layers_out(named) and controller.record_idle(branches)
+        choices = [] if idle else controller.choices(branches)
         constants = self._modulations.open(run, call, latents)
         before = self._opened.get(thread)
         caption = named.get("encoder_hidden_states")

@@ -89,6 +89,26 @@ def test_a_closed_gate_changes_nothing(loaded, name, config):
     assert processors == [module.processor for module in pipe.transformer.modules() if hasattr(module, "processor")]
 
 
+LEFT_OUT = {
+    "sd3": {"skip_guidance_layers": [1], "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0},
+    "latte": {"enable_temporal_attentions": False},
+}
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+@pytest.mark.parametrize("config", CLOSED)
+def test_layers_that_a_call_leaves_out_have_no_rows(loaded, name, config):
+    pipe, call = loaded(name)
+    call = {**call, **LEFT_OUT[name]}
+    untouched = draw(pipe, call)
+    with apply_dqar(pipe, CLOSED[config]) as session:
+        assert torch.equal(draw(pipe, call), untouched)
+    # Skip-layer guidance adds a call of one branch from the second step on.
+    rows = {"sd3": [12 + 5, 12 + 5, 12], "latte": [12, 0, 12, 0]}[name]
+    counted = session.trace.to_pandas().attention.value_counts()
+    assert [counted.get(path, 0) for path in LAYERS[name]] == rows
+
+
 def normalised(x, norm):
     """RMS over the channels of each head."""
     if norm is None:
