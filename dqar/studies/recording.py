@@ -46,6 +46,12 @@ class Sizes:
     """Settings of each family at most; ``None``: all."""
     arena_images: int = 200
     """Of each family's best settings."""
+    search_trials: int = 60
+    search_images: int = 24
+    """Of each trial; they are drawn at once, since a gate decides for a batch."""
+    front_points: int = 6
+    front_images: int = 48
+    """Of each point of the front, which aren't searched on."""
 
     @classmethod
     def of(cls, profile: Profile) -> Sizes:
@@ -65,6 +71,10 @@ class Sizes:
             pareto_images=2 if few else min(20, most),
             pareto_settings=1 if few else None,
             arena_images=2 if few else min(200, most),
+            search_trials=3 if few else 60,
+            search_images=2 if few else min(24, most),
+            front_points=1 if few else 6,
+            front_images=2 if few else min(48, most),
         )
 
 
