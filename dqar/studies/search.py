@@ -1,4 +1,4 @@
-"""Notebook 09's search: which settings buy the most quality for their MACs, of reuse in the blocks and of extrapolation.
+"""Notebook 09's search: which settings of reuse, or of extrapolation, buy the most quality for their MACs.
 
 Optuna proposes them; a study in SQLite keeps every trial, so that a stopped search goes on. The front is measured
 again on images that it wasn't searched on.
@@ -97,7 +97,8 @@ class Trials:
                     load_if_exists=True,
                 )
             except (DatabaseError, RuntimeError) as error:
-                raise ValueError(f"{self.path} is no study of this Optuna: remove it, or choose another --work") from error
+                message = f"{self.path} is no study of this Optuna: remove it, or choose another --work"
+                raise ValueError(message) from error
             # Seeded by what is there, so that a search that goes on doesn't propose the same again.
             seed = len(study.get_trials(deepcopy=False))
             study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=16, multivariate=True)
@@ -146,8 +147,10 @@ class Trials:
         return 1 / float(rows.macs_speedup[0]), tail(rows.mse)
 
     def table(self) -> pd.DataFrame:
-        """One row a trial and image: ``trial``, the settings by ``SPACE``'s names, ``macs_speedup``, ``image``, ``mse``;
-        ``front``: whether no other trial has both fewer MACs and more dB at the 5th percentile."""
+        """One row a trial and image: ``trial``, the settings by ``SPACE``'s names, ``macs_speedup``, ``image``, ``mse``.
+
+        ``front``: whether no other trial has both fewer MACs and more dB at the 5th percentile.
+        """
         best = {trial.number for trial in self.study.best_trials}
         rows = []
         for trial in self.finished():
@@ -162,12 +165,10 @@ class Trials:
         import optuna
 
         rows = []
-        for index, objective in enumerate(("MACs", "dB")):
-            found = optuna.importance.get_param_importances(
-                self.study,
-                evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0),
-                target=lambda trial, index=index: trial.values[index],
-            )
+        targets = {"MACs": lambda trial: trial.values[0], "dB": lambda trial: trial.values[1]}
+        for objective, target in targets.items():
+            evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+            found = optuna.importance.get_param_importances(self.study, evaluator=evaluator, target=target)
             rows += [{"objective": objective, "setting": name, "importance": value} for name, value in found.items()]
         return pd.DataFrame(rows)
 
@@ -229,8 +230,8 @@ def points(rows: pd.DataFrame) -> pd.DataFrame:
 def front_of(table: pd.DataFrame, most: int) -> pd.DataFrame:
     """At most ``most`` points of the front that save at least 5 % of the MACs, evenly spread over its ranks."""
     front = points(table).query("front and macs_speedup >= 1.05").sort_values("macs_speedup")
-    chosen = np.unique(np.linspace(0, len(front) - 1, min(most, len(front))).round().astype(int)) if len(front) else []
-    return front.iloc[chosen]
+    ranks = np.linspace(0, len(front) - 1, min(most, len(front)))  # never empty: what saves most is on the front
+    return front.iloc[np.unique(ranks.round().astype(int))]
 
 
 def record_search(recording: Recording, trials: int | None = None) -> pd.DataFrame:
