@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,22 +117,33 @@ class Recording:
         path = self.folder / f"{name}.parquet"
         if path.exists():
             return self._of_this_profile(load_table(path))
-        tables = []
-        for part, measure in tqdm(parts.items(), desc=name):
-            piece = self.parts / f"{name}-{part}.parquet"
-            if not piece.exists():
-                started = time.monotonic()
-                table = measure()
-                seconds = time.monotonic() - started
-                save_table(table, piece, {**provenance(self.profile, seed), "seconds": seconds})
-                logging.info("%s, part %s: %d rows in %.0f s", name, part, len(table), seconds)
-            tables.append(self._of_this_profile(load_table(piece)))
+        self.join(name, [self.part(name, part, measure, seed) for part, measure in tqdm(parts.items(), desc=name)])
+        return load_table(path)
+
+    def join(self, name: str, tables: Sequence[pd.DataFrame]) -> Path:
+        """Saves finished parts as the table ``name``; returns where."""
+        path = self.folder / f"{name}.parquet"
         sources = [table.attrs["provenance"] for table in tables]
         for table in tables:
             table.attrs = {}
         source = {**sources[-1], "seconds": sum(source["seconds"] for source in sources)}
         save_table(pd.concat(tables, ignore_index=True), path, source)
-        return load_table(path)
+        return path
+
+    def part(self, name: str, part: Any, measure: Callable[[], pd.DataFrame], seed: int) -> pd.DataFrame:
+        """One part of the table ``name``: read if it is finished, else measured and saved."""
+        path = self.part_path(name, part)
+        if not path.exists():
+            started = time.monotonic()
+            table = measure()
+            seconds = time.monotonic() - started
+            save_table(table, path, {**provenance(self.profile, seed), "seconds": seconds})
+            logging.info("%s, part %s: %d rows in %.0f s", name, part, len(table), seconds)
+        return self._of_this_profile(load_table(path))
+
+    def part_path(self, name: str, part: Any) -> Path:
+        """Where a part is kept."""
+        return self.parts / f"{name}-{part}.parquet"
 
     def growing(self, name: str, parts: Mapping[str, Callable[[], pd.DataFrame]], seed: int) -> pd.DataFrame:
         """The table ``name``, a part for each method: rows that it has are kept, missing ones measured.

@@ -147,7 +147,7 @@ class Trials:
         return 1 / float(rows.macs_speedup[0]), tail(rows.mse)
 
     def table(self) -> pd.DataFrame:
-        """One row a trial and image: ``trial``, the settings by ``SPACE``'s names, ``macs_speedup``, ``image``, ``mse``.
+        """One row a trial and image: ``trial``, settings by ``SPACE``'s names, ``macs_speedup``, ``image``, ``mse``.
 
         ``front``: whether no other trial has both fewer MACs and more dB at the 5th percentile.
         """
