@@ -52,6 +52,9 @@ class Sizes:
     front_points: int = 6
     front_images: int = 48
     """Of each point of the front, which aren't searched on."""
+    batch_images: int = 16
+    batch_repeats: int = 3
+    """Timings of each method in each batch size."""
 
     @classmethod
     def of(cls, profile: Profile) -> Sizes:
@@ -75,6 +78,8 @@ class Sizes:
             search_images=2 if few else min(24, most),
             front_points=1 if few else 6,
             front_images=2 if few else min(48, most),
+            batch_images=2 if few else min(16, most),
+            batch_repeats=1 if few else 3,
         )
 
 
