@@ -30,6 +30,6 @@ def run(arguments: list[str]) -> int:
     check_recordable(profile)
     recording = Recording(profile, options.work, options.out)
     front = points(record_search(recording, options.trials))
-    print(front.sort_values("macs_speedup")[["trial", "macs_speedup", "tail"]].round(2).to_string(index=False))
+    print(front.sort_values("macs_speedup")[["trial", "macs_speedup", "psnr_5th"]].round(2).to_string(index=False))
     print(f"{recording.sizes.front_images} images that weren't searched on; saved: {recording.folder}/search*.parquet")
     return 0

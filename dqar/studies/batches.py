@@ -87,6 +87,6 @@ def points(table: pd.DataFrame) -> pd.DataFrame:
     drawn = table[table.image.notna()]
     psnr = drawn.assign(psnr=metrics.decibels(drawn.mse.clip(lower=1e-12))).groupby(["together", "method"])
     quality = psnr.psnr.agg(median="median", worst="min").join(psnr[["sites_reused", "macs_speedup"]].first())
-    points = speed.join(quality).reset_index()
+    points = speed.join(quality, how="outer").reset_index()
     points.attrs = table.attrs
     return points

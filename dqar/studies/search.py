@@ -219,10 +219,10 @@ def tail(mse: pd.Series) -> float:
 
 
 def points(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row a trial of recorded rows: everything that its images have in common, and ``tail`` (dB)."""
+    """One row a trial of recorded rows: everything that its images have in common, and ``psnr_5th``: ``tail`` (dB)."""
     by = rows.groupby("trial", sort=False)
     table = by[[name for name in ("macs_speedup", "front", *SPACE) if name in rows]].first()
-    table["tail"] = by.mse.agg(tail)
+    table["psnr_5th"] = by.mse.agg(tail)
     table.attrs = rows.attrs
     return table.reset_index()
 
