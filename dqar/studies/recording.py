@@ -122,7 +122,10 @@ class Recording:
         path = self.folder / f"{name}.parquet"
         if path.exists():
             return self._of_this_profile(load_table(path))
-        self.join(name, [self.part(name, part, measure, seed) for part, measure in tqdm(parts.items(), desc=name)])
+        tables = []
+        for part, measure in tqdm(parts.items(), desc=name):
+            tables.append(self.part(name, part, measure, seed))
+        self.join(name, tables)
         return load_table(path)
 
     def join(self, name: str, tables: Sequence[pd.DataFrame]) -> Path:
