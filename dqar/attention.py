@@ -12,7 +12,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -28,6 +28,9 @@ from dqar.run import Call, Run, RunFinder, Stream
 from dqar.takeover import WATCH, Handler, give_back, handler_of, take_over
 from dqar.trace import MODEL, Trace
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 _SESSIONS: weakref.WeakSet[DQARSession] = weakref.WeakSet()
 
 
@@ -35,6 +38,7 @@ def apply_dqar(
     pipe: Any,
     config: DQARConfig | ReusePlan | ForecastPlan | PlanLadder | None = None,
     prompt_length: int | None = None,
+    group: ProcessGroup | None = None,
 ) -> DQARSession:
     """Attaches DQAR to a diffusers pipeline or transformer; use as context manager, or end with ``remove_dqar``.
 
@@ -49,6 +53,9 @@ def apply_dqar(
             defaults if left out.
         prompt_length: words of the prompt or label, for slide 5's τ(p). ``None`` takes the caption's tokens (mean over
             the batch) where the model is given a caption with a mask, and else leaves the threshold as it is.
+        group: of ``torch.distributed``: ranks that share an image, as in tensor or context parallelism. A gate's
+            signals are averaged over it, so that all ranks decide alike; they have to draw the same runs to their ends,
+            or wait for the group's timeout. Ranks with images of their own need none, and plans can't diverge.
 
     Returns:
         The session: its ``trace`` and ``controller`` stay readable after removal.
@@ -58,7 +65,7 @@ def apply_dqar(
     """
     if isinstance(config, ReusePlan):
         config = DQARConfig(plan=config)
-    session = DQARSession(pipe, DQARConfig() if config is None else config, prompt_length)
+    session = DQARSession(pipe, DQARConfig() if config is None else config, prompt_length, group)
     session.attach()
     return session
 
@@ -126,7 +133,13 @@ class DQARSession:
         trace: what was decided in every run since it was made.
     """
 
-    def __init__(self, pipe: Any, config: DQARConfig | ForecastPlan | PlanLadder, prompt_length: int | None):
+    def __init__(
+        self,
+        pipe: Any,
+        config: DQARConfig | ForecastPlan | PlanLadder,
+        prompt_length: int | None,
+        group: ProcessGroup | None = None,
+    ):
         self.pipe, self.config, self.trace = pipe, config, Trace()
         self._transformers = transformers(pipe)
         self.transformer: torch.nn.Module = self._transformers[0]
@@ -138,7 +151,7 @@ class DQARSession:
         elif isinstance(config, ForecastPlan):
             self._engine = ForecastEngine(models, config, self.trace)
         else:
-            self._engine = ReuseEngine(self.transformer, config, prompt_length, self.trace)
+            self._engine = ReuseEngine(self.transformer, config, prompt_length, self.trace, group)
         self._argument_names = list(inspect.signature(type(self._model).forward).parameters)[1:]
         self._family = family(self.transformer)
         self._finder = RunFinder(

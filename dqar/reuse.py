@@ -6,9 +6,14 @@ import math
 import threading
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+<<<<<<< HEAD
+=======
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch import distributed
+>>>>>>> 3227f0dc227778b804f6a7ab928a7b5d6d087e66
 
 from dqar import stats
 from dqar.config import DQARConfig
@@ -20,6 +25,9 @@ from dqar.run import Call, Run, Stream
 from dqar.sites import CrossAttention, OpenCall, site_of
 from dqar.takeover import Handler
 from dqar.trace import CROSS_ATTENTION, SELF_ATTENTION, Trace
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class ReuseState:
@@ -45,14 +53,30 @@ class ReuseEngine:
         config: what decides.
         prompt_length: of all prompts, in words; ``None``: from the caption's mask, where there is one.
         trace: to write to.
+        group: ranks that decide together, where signals decide; see ``apply_dqar``.
 
     Raises:
+<<<<<<< HEAD
         ValueError: no attention that it can take over, a ``reuse_target`` that isn't for it, or a plan for another
             number of layers.
+=======
+        ValueError: no self-attention that it can take over, a plan for another number of layers, or a group that this
+            rank doesn't belong to.
+>>>>>>> 3227f0dc227778b804f6a7ab928a7b5d6d087e66
     """
 
-    def __init__(self, transformer: torch.nn.Module, config: DQARConfig, prompt_length: float | None, trace: Trace):
+    def __init__(
+        self,
+        transformer: torch.nn.Module,
+        config: DQARConfig,
+        prompt_length: float | None,
+        trace: Trace,
+        group: ProcessGroup | None = None,
+    ):
         self.config, self.trace = config, trace
+        self._group = group if config.gates_on_snr or config.gates_on_entropy else None
+        if group is not None and distributed.get_rank(group) < 0:
+            raise ValueError("this rank is no member of the group: give ranks that share an image their own group")
         self.looks, self.saves = config.measures_latents, config.schedule != "none"
         self._prompt_length = prompt_length
         self._layers = taken_layers(transformer)
@@ -101,10 +125,17 @@ class ReuseEngine:
         """Refuses what can't be followed, before the first image.
 
         Raises:
-            ValueError: an exchanged attention processor, a run that the plan wasn't made for, or a gate on an SNR that
-                the scheduler doesn't tell.
+            ValueError: an exchanged attention processor, a run that the plan wasn't made for, a gate on an SNR that
+                the scheduler doesn't tell, or other runs on other ranks of the group.
         """
+<<<<<<< HEAD
         check_processors(self._layers)
+=======
+        if self._group is not None:
+            _check_same_run(run, latents, self._group)
+        for layer_id, layer in enumerate(self._layers):
+            check_processor(layer, layer_id)
+>>>>>>> 3227f0dc227778b804f6a7ab928a7b5d6d087e66
         config, scheduler = self.config, type(run.scheduler).__name__
         if config.plan is not None:
             config.plan.check_latents(_size(latents))
@@ -166,7 +197,7 @@ class ReuseEngine:
                 snr = stats.snr(state.clean, own).mean()
             if config.gates_on_snr or config.gates_on_entropy or stream.latents.device.type == "cpu":
                 signals = (norm,) if snr is None else (norm, snr)
-                norm, *rest = self.trace.resolve(*signals)
+                norm, *rest = self.trace.resolve(*signals, group=self._group)
                 snr = rest[0] if rest else None
                 if not math.isfinite(norm):
                     raise FloatingPointError(f"the latents hold NaN or inf at step {run.index}, before layer 0")
@@ -206,6 +237,19 @@ class ReuseEngine:
         if guided.shape == latents.shape:
             stream.state.clean = run.levels.clean(run.index, latents, guided)
             stream.state.controller.complete_step(stats.snr(stream.state.clean, latents).mean())
+
+
+def _check_same_run(run: Run, latents: torch.Tensor, group: ProcessGroup) -> None:
+    """Raises ``ValueError`` on every rank if they don't draw alike: later, one would wait for another's step."""
+    own = (run.index, None if run.timesteps is None else run.timesteps.values, tuple(latents.shape))
+    runs: list[Any] = [None] * distributed.get_world_size(group)
+    distributed.all_gather_object(runs, own, group=group)
+    if any(other != runs[0] for other in runs):
+        drawn = "; ".join(
+            f"rank {rank}: {'unknown' if values is None else len(values)} steps from {index} on, latents {list(shape)}"
+            for rank, (index, values, shape) in enumerate(runs)
+        )
+        raise ValueError(f"ranks that decide together have to draw the same run: {drawn}")
 
 
 def _size(latents: torch.Tensor) -> str:

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import distributed
 
 if TYPE_CHECKING:
     import pandas as pd  # which takes as long to import as half of torch: only who reads the trace waits for it
+    from torch.distributed import ProcessGroup  # which not every build of torch has
 
 SELF_ATTENTION, CROSS_ATTENTION, MODEL = "self_attention", "cross_attention", "model"
 KEPT_RUNS = 1000
@@ -157,13 +159,22 @@ class Trace:
         """Forgets all rows; entropies that decisions wait for stay."""
         self._runs.clear()
 
-    def resolve(self, *scalars: torch.Tensor) -> list[float]:
-        """Brings all entropies measured since the last call to the host, and ``scalars`` with them: one transfer."""
+    def resolve(self, *scalars: torch.Tensor, group: ProcessGroup | None = None) -> list[float]:
+        """Brings all entropies measured since the last call to the host, and ``scalars`` with them: one transfer.
+
+        Args:
+            scalars: on the same device.
+            group: ranks that call this together: each gets the mean of all, bit for bit the same.
+        """
         pending, self._unresolved = self._unresolved, []
         if not pending and not scalars:
             return []
         tensors = (*(values for _, values in pending), *scalars)
-        numbers = torch.cat([tensor.reshape(-1).float() for tensor in tensors]).tolist()
+        joined = torch.cat([tensor.reshape(-1).float() for tensor in tensors])
+        if group is not None:
+            distributed.all_reduce(joined, group=group)
+            joined /= distributed.get_world_size(group)
+        numbers = joined.tolist()
         first = 0
         for entropies, values in pending:
             images, size = len(values), values[0].numel()

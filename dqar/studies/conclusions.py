@@ -7,7 +7,7 @@ import math
 import pandas as pd
 
 from dqar.measure.results import Run
-from dqar.studies import arena, claims, pareto, policy, quantized_cache, results, trace
+from dqar.studies import arena, batches, claims, pareto, policy, quantized_cache, results, search, trace
 from dqar.studies.compare import FULL, only
 
 
@@ -92,6 +92,7 @@ def verdicts(run: Run) -> pd.DataFrame:
 def future_work(run: Run) -> pd.DataFrame:
     """Slide 16, direction by direction: ``direction``, ``deck``, ``verdict`` (as in ``verdicts``), ``measured``."""
     distance = trace.sites(run)[["layer_change", "change"]].median()
+    verdict, found = searched(arena.recorded(run, run.profile.scheduler))
     rows = [
         ("Lower bit-widths", "INT8 → INT4 → INT2", *lower_bits(run, quantized_cache.quantization_quality(run))),
         (
@@ -103,13 +104,13 @@ def future_work(run: Run) -> pd.DataFrame:
         ),
         ("Video DiTs", "reuse across frames", _verdict(None), "no video model here"),
         ("Quantization-aware training", "compensate INT8's errors", _verdict(None), "nothing is retrained here"),
-        ("Architecture search", "layers, thresholds, bits", *searched(arena.recorded(run, run.profile.scheduler))),
         (
-            "Production deployment",
-            "batches, several GPUs",
-            _verdict(None),
-            "images share no scales (tested), but one gate decides for a whole batch",
+            "Architecture search",
+            "layers, thresholds, bits",
+            verdict,
+            f"{found}{by_search(run.recorded('search-front'))}",
         ),
+        ("Production deployment", "batches, several GPUs", _verdict(None), production(run.recorded("batches"))),
     ]
     return pd.DataFrame(rows, columns=["direction", "deck", "verdict", "measured"])
 
@@ -144,6 +145,38 @@ def searched(table: pd.DataFrame | None) -> tuple[str, str]:
     at = found[(found.budget == 3) & (found.target == "reference")].set_index("measure").loc[list(arena.SHOWN)]
     words = ", ".join(f"{measure} {row.ours:.1f} dB (best rival {row.theirs:.1f})" for measure, row in at.iterrows())
     return _verdict(at.verdict.eq("ahead").all()), f"a fitted plan at 3×: {words}; n = {table.image.nunique():,}"
+
+
+def by_search(front: pd.DataFrame | None) -> str:
+    """What a search without any fitting found: its best at 2× fewer MACs or more.
+
+    Args:
+        front: of ``search.record_search``.
+    """
+    best = None if front is None else search.points(front).query("macs_speedup.round(2) >= 2").nlargest(1, "psnr_5th")
+    if front is None or best is None or best.empty:
+        return ""
+    [row] = best.itertuples()
+    images = front.image.nunique()
+    return f"; searched settings at {row.macs_speedup:.1f}×: 5th percentile {row.psnr_5th:.1f} dB; n = {images}"
+
+
+def production(table: pd.DataFrame | None) -> str:
+    """What batches do to speed and to a gate; several GPUs aren't there.
+
+    Args:
+        table: of ``batches.record_batches``.
+    """
+    processes = "a sweep is shared by processes (two on a CPU, tested)"
+    if table is None:
+        return f"one gate decides for a whole batch; {processes}"
+    points = batches.points(table).set_index(["method", "together"])
+    most = table.together.max()
+    gate = points["median"][batches.GATE]
+    return (
+        f"{most} at once: {points.speed[FULL.name, most]:.2f}× as fast; one gate for all of them changes the median by "
+        f"{gate[most] - gate[1]:+.1f} dB; {processes}"
+    )
 
 
 def _verdict(holds: bool | None) -> str:

@@ -15,8 +15,12 @@ from dqar.measure import metrics
 from dqar.measure.quality import extractor_of, scores
 from dqar.measure.sampling import LOOK
 from dqar.models.profiles import Profile
+<<<<<<< HEAD
 from dqar.peers.registry import RIVALS
 from dqar.studies import arena, pareto, policy, results
+=======
+from dqar.studies import batches, pareto, policy, results
+>>>>>>> 3227f0dc227778b804f6a7ab928a7b5d6d087e66
 from dqar.studies.compare import FULL, Method
 from dqar.studies.recording import Sizes
 
@@ -69,6 +73,8 @@ def works(profile: Profile, folder: Path) -> dict[str, Work]:
     overhead = 5 * (2 * profile.repeats + 1) * 4
     one_site = labelled * (1 + 2 * steps) + trials * steps * (steps - 1) // 2
     own_reference = not profile.embedded and profile.reference is None
+    searched = (sizes.search_trials + 1) * sizes.search_images
+    again = (sizes.front_points + 1) * sizes.front_images
     return {
         "reference": Work(*(own_reference * x for x in (sizes.samples * steps, 0, 0, *3 * (sizes.samples,)))),
         "labels": Work(
@@ -91,6 +97,12 @@ def works(profile: Profile, folder: Path) -> dict[str, Work]:
         "speed": Work(0, small=methods * (profile.repeats + 1) * 4 * steps, images=methods * 4 * (profile.repeats + 1)),
         "memory": Work(0, small=methods * 4 * steps, images=methods * 4),
         "samples": Work((drawn + sizes.samples) * steps, images=drawn, scored=drawn, kept=sizes.samples),
+        "batches": Work(
+            (2 * len(batches.SIZES) + 1) * sizes.batch_images * steps,
+            small=3 * (sizes.batch_repeats + 1) * sum(batches.SIZES) * steps,
+            images=2 * len(batches.SIZES) * sizes.batch_images + 3 * (sizes.batch_repeats + 1) * sum(batches.SIZES),
+        ),
+        "search": Work((searched + again) * steps, images=searched + again, scored=again),
     }
 
 

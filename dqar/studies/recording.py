@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,15 @@ class Sizes:
     """Settings of each family at most; ``None``: all."""
     arena_images: int = 200
     """Of each family's best settings."""
+    search_trials: int = 60
+    search_images: int = 24
+    """Of each trial; they are drawn at once, since a gate decides for a batch."""
+    front_points: int = 6
+    front_images: int = 48
+    """Of each point of the front, which aren't searched on."""
+    batch_images: int = 16
+    batch_repeats: int = 3
+    """Timings of each method in each batch size."""
 
     @classmethod
     def of(cls, profile: Profile) -> Sizes:
@@ -65,6 +74,12 @@ class Sizes:
             pareto_images=2 if few else min(20, most),
             pareto_settings=1 if few else None,
             arena_images=2 if few else min(200, most),
+            search_trials=3 if few else 60,
+            search_images=2 if few else min(24, most),
+            front_points=1 if few else 6,
+            front_images=2 if few else min(48, most),
+            batch_images=2 if few else min(16, most),
+            batch_repeats=1 if few else 3,
         )
 
 
@@ -114,20 +129,34 @@ class Recording:
             return self._of_this_profile(load_table(path))
         tables = []
         for part, measure in tqdm(parts.items(), desc=name):
-            piece = self.parts / f"{name}-{part}.parquet"
-            if not piece.exists():
-                started = time.monotonic()
-                table = measure()
-                seconds = time.monotonic() - started
-                save_table(table, piece, {**provenance(self.profile, seed), "seconds": seconds})
-                logging.info("%s, part %s: %d rows in %.0f s", name, part, len(table), seconds)
-            tables.append(self._of_this_profile(load_table(piece)))
+            tables.append(self.part(name, part, measure, seed))
+        self.join(name, tables)
+        return load_table(path)
+
+    def join(self, name: str, tables: Sequence[pd.DataFrame]) -> Path:
+        """Saves finished parts as the table ``name``; returns where."""
+        path = self.folder / f"{name}.parquet"
         sources = [table.attrs["provenance"] for table in tables]
         for table in tables:
             table.attrs = {}
         source = {**sources[-1], "seconds": sum(source["seconds"] for source in sources)}
         save_table(pd.concat(tables, ignore_index=True), path, source)
-        return load_table(path)
+        return path
+
+    def part(self, name: str, part: Any, measure: Callable[[], pd.DataFrame], seed: int) -> pd.DataFrame:
+        """One part of the table ``name``: read if it is finished, else measured and saved."""
+        path = self.part_path(name, part)
+        if not path.exists():
+            started = time.monotonic()
+            table = measure()
+            seconds = time.monotonic() - started
+            save_table(table, path, {**provenance(self.profile, seed), "seconds": seconds})
+            logging.info("%s, part %s: %d rows in %.0f s", name, part, len(table), seconds)
+        return self._of_this_profile(load_table(path))
+
+    def part_path(self, name: str, part: Any) -> Path:
+        """Where a part is kept."""
+        return self.parts / f"{name}-{part}.parquet"
 
     def growing(self, name: str, parts: Mapping[str, Callable[[], pd.DataFrame]], seed: int) -> pd.DataFrame:
         """The table ``name``, a part for each method: rows that it has are kept, missing ones measured.
