@@ -26,18 +26,25 @@ from diffusers.models.attention_processor import Attention
 from dqar.forecast.fit import Calibration
 from dqar.forecast.plan import ForecastPlan
 from dqar.forecast.profiles import PLAN_SEED, profile_calls, with_provenance
+from dqar.measure import metrics
+from dqar.measure.recorders import StepCounter
+from dqar.measure.results import Run, provenance
 from dqar.models.profiles import Profile, get_profile
-from dqar.studies.compare import FULL, Drawn, Method, compare, draw
+from dqar.studies import arena
+from dqar.studies.compare import FULL, Drawn, Method, compare, draw, only
 from dqar.studies.pareto import computed_steps, extrapolated, plan_path
 from dqar.studies.recording import ARENA_SEED, Recording, Sizes
-from dqar.takeover import give_back, take_over
+from dqar.takeover import taken_over
 
 Over = Literal["steps", "frames"]
-BUDGETS = (2, 3, 4)
+OVER: tuple[Over, ...] = get_args(Over)
+FRAMES = 8
+"""Of the model's videos."""
+BUDGETS = (2, 3)
 """Full compute's steps over those of a plan, and of fewer steps."""
 INTERVALS = (2, 4)
 """Of steps or frames, every so manieth is computed."""
-KERNELS: dict[str, tuple[int, ...]] = {"space": (1, 3, 3), "time": (3, 1, 1), "neither": (1, 1, 1)}
+KERNELS: dict[str, tuple[int, ...]] = {"space": (1, 3, 3), "neither": (1, 1, 1)}
 """Of plans, beside those over space and time: where a forecast looks beyond its own pixel and frame."""
 PLAN = "plan"
 
@@ -64,10 +71,10 @@ def record_video(recording: Recording) -> pd.DataFrame | None:
 
     @functools.cache
     def reference() -> Drawn:
-        return draw(FULL, profile, ARENA_SEED, num_samples=profile.images)
+        return Way(FULL).draw(profile, ARENA_SEED, profile.images)
 
     def part(way: Way) -> pd.DataFrame:
-        with way.attach(way.method.pipeline(profile)) if way.attach else nullcontext():
+        with way.attached(profile):
             table = compare(way.method, reference(), profile, ARENA_SEED)
         return table.assign(over=way.over, interval=way.interval, order=way.order)
 
@@ -75,14 +82,85 @@ def record_video(recording: Recording) -> pd.DataFrame | None:
     return recording.growing("video", parts, ARENA_SEED)
 
 
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """One row a family and number of MACs: of several orders, the one whose median video is best.
+
+    Args:
+        table: of ``record_video``.
+
+    Returns:
+        ``method``, ``family``, ``interval``, ``macs_speedup``, and PSNR (dB) by each of ``arena.MEASURES``.
+    """
+    table = table[table.family != FULL.name]
+    wide = table.pivot(index="method", columns="image", values="mse").clip(lower=arena.IDENTICAL)
+    points = table.groupby("method", sort=False)[["family", "interval", "budget", "macs_speedup"]].first()
+    for name, measure in arena.MEASURES.items():
+        points[name] = measure(wide.loc[points.index].to_numpy())
+    every = points.interval.fillna(points.budget)
+    best = points.groupby([points.family, every])["median"].idxmax()
+    return points.loc[best].reset_index()
+
+
+def halves(table: pd.DataFrame) -> tuple[pd.Series, pd.Series, pd.Series]:
+    """The rows of ``summary`` where every other result is computed: inside the blocks over steps and over frames, and
+    by a plan."""
+    points = summary(table)
+    steps, frames = (only(points, family=f"sites over {over}", interval=INTERVALS[0]) for over in OVER)
+    return steps, frames, only(points, family=PLAN, budget=BUDGETS[0])
+
+
+def in_words(table: pd.DataFrame) -> str:
+    """The finding of ``record_video``."""
+    steps, frames, plan = halves(table)
+    return (
+        f"Reusing every other result inside the blocks keeps {steps['median']:.1f} dB over steps and "
+        f"{frames['median']:.1f} dB over frames; a plan keeps {plan['median']:.1f} dB at {plan.macs_speedup:.1f}× "
+        "fewer MACs"
+    )
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Videos of one seed, drawn in several ways.
+
+    Attributes:
+        profile: that they were drawn with.
+        videos: ``[N, F, C, H, W]`` in [0, 1], by the way's name; full compute first, then a plan.
+        costs: by name, ``macs_speedup``, counted, and ``psnr`` (dB of the mean squared error).
+    """
+
+    profile: Profile
+    videos: dict[str, torch.Tensor]
+    costs: pd.DataFrame
+
+
+def shown(run: Run, number: int = 10) -> Shown | None:
+    """Draws videos by full compute, the recorded plan of the least budget, and reuse of every other result inside the
+    blocks, over steps and over frames; ``None`` without that plan."""
+    profile = dataclasses.replace(profile_for(run.profile), batch_size=number)
+    path = _plan_path(run.recordings, profile, BUDGETS[0])
+    if not path.exists():
+        return None
+    found = {FULL.name: Way(FULL), PLAN: Way(Method(PLAN, config=ForecastPlan.load(path)))}
+    for over in OVER:
+        sites = functools.partial(reused_sites, over=over, interval=INTERVALS[0], order=0)
+        found[f"reuse over {over}"] = Way(Method(f"reuse over {over}"), over, INTERVALS[0], 0, sites)
+    drawn = {name: way.draw(profile, run.seed, number) for name, way in found.items()}
+    full = drawn[FULL.name]
+    rows = {name: (full.macs / one.macs, metrics.mean_psnr(one.images, full.images)) for name, one in drawn.items()}
+    costs = pd.DataFrame.from_dict(rows, orient="index", columns=["macs_speedup", "psnr"])
+    costs.attrs["provenance"] = provenance(profile, run.seed)
+    return Shown(profile, {name: one.images for name, one in drawn.items()}, costs)
+
+
 # --- plans -----------------------------------------------------------------------------------------------------------
 
 
 def make_plans(recording: Recording) -> None:
-    """Plans for every budget; for the middle one also with narrower kernels, at the same computed steps."""
+    """Plans for every budget; for the largest also with narrower kernels, at the same computed steps."""
     profile, sizes = recording.profile, recording.sizes
-    paths = {budget: _plan_path(recording, budget) for budget in BUDGETS}
-    narrow = {name: _plan_path(recording, BUDGETS[1], name) for name in KERNELS}
+    paths = {budget: _plan_path(recording.folder, profile, budget) for budget in BUDGETS}
+    narrow = {name: _plan_path(recording.folder, profile, BUDGETS[-1], name) for name in KERNELS}
     if all(path.exists() for path in (*paths.values(), *narrow.values())):
         return
     pipe = FULL.pipeline(profile)
@@ -91,9 +169,9 @@ def make_plans(recording: Recording) -> None:
     for budget, path in paths.items():
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            plan = calibration.plan(computed_steps(profile, budget), sizes.refinements // 2)
+            plan = calibration.plan(computed_steps(profile, budget), sizes.refinements // 4)
             with_provenance(plan, profile).save(path)
-    computed = tuple(sorted(ForecastPlan.load(paths[BUDGETS[1]]).computed))
+    computed = tuple(sorted(ForecastPlan.load(paths[BUDGETS[-1]]).computed))
     for name, path in narrow.items():
         if not path.exists():
             calibration.own_kernel = KERNELS[name]
@@ -111,10 +189,9 @@ class _Calibration(Calibration):
         return self.own_kernel or super().kernel
 
 
-def _plan_path(recording: Recording, budget: float, kernel: str = "") -> Path:
-    profile = recording.profile
+def _plan_path(folder: Path, profile: Profile, budget: float, kernel: str = "") -> Path:
     sampler = f"video {kernel} {profile.scheduler}" if kernel else f"video {profile.scheduler}"
-    return plan_path(recording.folder, sampler, "reference", computed_steps(profile, budget))
+    return plan_path(folder, sampler, "reference", computed_steps(profile, budget))
 
 
 # --- reuse -----------------------------------------------------------------------------------------------------------
@@ -137,6 +214,15 @@ class Way:
     order: int | None = None
     attach: Callable[[DiffusionPipeline], AbstractContextManager] | None = None
 
+    def attached(self, profile: Profile) -> AbstractContextManager:
+        """Reuses so on the profile's pipeline."""
+        return nullcontext() if self.attach is None else self.attach(self.method.pipeline(profile))
+
+    def draw(self, profile: Profile, seed: int, number: int) -> Drawn:
+        """The first videos of a seed."""
+        with self.attached(profile):
+            return draw(self.method, profile, seed, num_samples=number)
+
 
 def ways(recording: Recording) -> list[Way]:
     """Everything that is compared."""
@@ -144,20 +230,22 @@ def ways(recording: Recording) -> list[Way]:
     for budget in BUDGETS:
         steps = computed_steps(profile, budget)
         fewer = Method(f"{steps} steps", "fewer steps", num_inference_steps=steps, budget=budget)
-        plan = ForecastPlan.load(_plan_path(recording, budget))
+        plan = ForecastPlan.load(_plan_path(recording.folder, profile, budget))
         found += [Way(fewer), Way(Method(f"plan, {budget}×", PLAN, config=plan, budget=budget))]
     for kernel in KERNELS:
-        plan = ForecastPlan.load(_plan_path(recording, BUDGETS[1], kernel))
-        found.append(Way(Method(f"plan, {BUDGETS[1]}×, {kernel}", f"{PLAN}, {kernel}", config=plan, budget=BUDGETS[1])))
+        plan = ForecastPlan.load(_plan_path(recording.folder, profile, BUDGETS[-1], kernel))
+        found.append(
+            Way(Method(f"plan, {BUDGETS[-1]}×, {kernel}", f"{PLAN}, {kernel}", config=plan, budget=BUDGETS[-1]))
+        )
     for interval, order in itertools.product(INTERVALS, (0, 1)):
-        text = f"every {interval}, order {order}"
-        config = extrapolated(profile, interval, 1, order)
-        found.append(Way(Method(f"prediction over steps, {text}", config=config), "steps", interval, order))
-        fewer = functools.partial(fewer_frames, interval=interval, order=order)
-        found.append(Way(Method(f"prediction over frames, {text}"), "frames", interval, order, fewer))
-        for over in get_args(Over):
-            sites = functools.partial(reused_sites, over=over, interval=interval, order=order)
-            found.append(Way(Method(f"sites over {over}, {text}"), over, interval, order, sites))
+        config, options = extrapolated(profile, interval, 1, order), {"interval": interval, "order": order}
+        attached: dict[str, Any] = {"prediction over steps": None}
+        attached["prediction over frames"] = functools.partial(fewer_frames, **options)
+        attached |= {f"sites over {over}": functools.partial(reused_sites, over=over, **options) for over in OVER}
+        for family, attach in attached.items():
+            name, whole = f"{family}, every {interval}, order {order}", None if attach else config
+            over = next(one for one in OVER if family.endswith(one))
+            found.append(Way(Method(name, family, config=whole), over, interval, order, attach))
     return found
 
 
@@ -202,11 +290,8 @@ def fewer_frames(pipe: DiffusionPipeline, interval: int, order: int) -> Iterator
         output.sample = (hidden_states - signal * clean) / noise
         return output
 
-    take_over(model, predict)
-    try:
+    with taken_over({model: predict}):
         yield
-    finally:
-        give_back(model)
 
 
 @contextmanager
@@ -229,13 +314,8 @@ def reused_sites(pipe: DiffusionPipeline, over: Over, interval: int, order: int)
         if over == "frames"
         else _of_steps(model, list(sites), interval, order)
     )
-    try:
-        for module, handler in handlers.items():
-            take_over(module, handler)
+    with taken_over(handlers):
         yield
-    finally:
-        for module in handlers:
-            give_back(module)
 
 
 def _of_frames(site: Any, frames: int, interval: int, order: int, along_time: bool) -> Callable:
@@ -264,21 +344,14 @@ def _of_frames(site: Any, frames: int, interval: int, order: int, along_time: bo
 
 def _of_steps(model: Any, sites: list[Any], interval: int, order: int) -> dict[Any, Callable]:
     kept: dict[Any, list[torch.Tensor]] = {}
-    now = {"step": -1, "timestep": -1.0}
-
-    def begin(original: Callable, hidden_states: torch.Tensor, timestep: torch.Tensor, *args: Any) -> Any:
-        value = float(timestep.flatten()[0])
-        if value >= now["timestep"]:  # time only falls within a run
-            now["step"] = -1
-            kept.clear()
-        now.update(step=now["step"] + 1, timestep=value)
-        return original(hidden_states, timestep, *args)
+    counter = StepCounter()
 
     def handle(site: Any, original: Callable, *args: Any, **named: Any) -> torch.Tensor:
-        past = now["step"] % interval
+        past = counter.step % interval
         if past == 0:
-            kept[site] = [original(*args, **named), *kept.get(site, [])[:order]]
+            earlier = kept[site] if counter.step else []
+            kept[site] = [original(*args, **named), *earlier[:order]]
         newest, *older = kept[site]
         return torch.lerp(older[0], newest, 1 + past / interval) if older and past else newest
 
-    return {model: begin, **{site: functools.partial(handle, site) for site in sites}}
+    return {model: counter, **{site: functools.partial(handle, site) for site in sites}}

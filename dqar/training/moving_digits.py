@@ -202,7 +202,7 @@ def evaluate_video(weights: Path, profile: Profile, num_samples: int = 60) -> di
     held_out, labels = load_split("digits", "test")
     generator = torch.Generator().manual_seed(1)
     real = moving_digits(held_out, recipe.video_length, recipe.sample_size, generator).transpose(1, 2) / 2 + 0.5
-    results = {}
+    results = dict[str, float]()
     for name, videos, asked in (("", drawn.images, drawn.labels), ("held-out: ", real, labels)):
         digits = cut_out(videos.flatten(0, 1), held_out.shape[-1])
         found = quality(digits, asked.repeat_interleave(recipe.video_length), "digits", load_classifier("digits"))

@@ -1,17 +1,22 @@
+import math
 from collections import defaultdict
+from functools import partial
 
+import pandas as pd
 import pytest
 import torch
 from helpers import silent
 from tiny import randomized
 
-from dqar import apply_dqar, fit_plan
+from dqar import apply_dqar, describe_model, extrapolation, fit_plan
+from dqar.figures import video as figures
 from dqar.measure import metrics
+from dqar.measure.results import Run
 from dqar.measure.sampling import noise_generators
 from dqar.models import pipelines
 from dqar.models.pipelines import EmbeddedLattePipeline, make_scheduler
 from dqar.models.profiles import get_profile
-from dqar.studies import video
+from dqar.studies import conclusions, video
 from dqar.studies.recording import Recording
 from dqar.training.card import pipeline_parts
 from dqar.training.moving_digits import VideoRecipe, build_transformer
@@ -106,14 +111,14 @@ def answers(monkeypatch):
     """What every attention and feed-forward answered with, by module, call by call."""
     seen = defaultdict(list)
 
-    def spied(module, handler, take_over=video.take_over):
-        def answer(*args, **kwargs):
-            seen[module].append(handler(*args, **kwargs))
+    def spied(handlers, taken_over=video.taken_over):
+        def answer(module, *args, **kwargs):
+            seen[module].append(handlers[module](*args, **kwargs))
             return seen[module][-1]
 
-        take_over(module, answer)
+        return taken_over({module: partial(answer, module) for module in handlers})
 
-    monkeypatch.setattr(video, "take_over", spied)
+    monkeypatch.setattr(video, "taken_over", spied)
     return seen
 
 
@@ -173,11 +178,47 @@ def test_every_way_is_recorded_on_the_same_videos(tmp_path, monkeypatch, pipe):
     table = video.record_video(recording)
     assert recording.profile is profile and table.attrs["provenance"]["profile"]["name"] == "moving-digits"
     assert table.groupby("method").image.count().eq(2).all() and table.method.nunique() == 1 + 2 * 2 + 1 + 8
+    assert {*figures.LOOKS, "plan, space", "full compute"} == set(table.family)
+    by = table.groupby(["family", "order"], dropna=False).macs_speedup.first()
+    assert by["prediction over steps"].nunique() == by["sites over frames"].nunique() == 1
     assert table[table.method == "full compute"].mse.eq(0).all()
     assert table[table.method != "full compute"].groupby("method").mse.mean().gt(0).all()
     monkeypatch.setattr(video, "draw", None)
     assert len(video.record_video(recording)) == len(table)  # nothing is drawn anew
     assert video.record_video(Recording(get_profile("cifar10"), tmp_path / "work", tmp_path / "out")) is None
+
+
+def test_the_panel_is_drawn_from_what_is_recorded(tmp_path, monkeypatch, pipe):
+    monkeypatch.setattr(video.FULL.__class__, "pipeline", lambda self, profile: pipe)
+    run = Run("smoke", 0, tmp_path)
+    run.recordings = tmp_path
+    assert video.shown(run) is None
+    profile = video.profile_for(run.profile)
+    pipe.scheduler.set_timesteps(profile.num_inference_steps)
+    timesteps, model = pipe.scheduler.timesteps.tolist(), describe_model(pipe.transformer)
+    plan = extrapolation(range(0, len(timesteps), 2), timesteps, profile.guidance_scale, model)
+    (path := video._plan_path(tmp_path, profile, video.BUDGETS[0])).parent.mkdir()
+    plan.save(path)
+    drawn = video.shown(run, 5)
+    assert list(drawn.videos) == ["full compute", "plan", "reuse over steps", "reuse over frames"]
+    assert (drawn.costs.macs_speedup[1:] > 1.2).all() and drawn.costs.psnr["full compute"] == math.inf
+    sheet, gif = figures.slide16_contact_sheet(run, drawn), figures.slide16_moving_digits(run, drawn)
+    assert "dB over frames" in sheet.get_suptitle().replace("\n", " ") and gif.data[:3] == b"GIF"
+    errors = {"plan": 50, "sites over steps": 30, "sites over frames": 20, "full compute": 99}
+    rows = [
+        (f"{family}, order {order}", family, interval, order, 2.0, image, 10 ** (-(decibels - 3 * order) / 10))
+        for family, decibels in errors.items()
+        for interval, order in ([(2, 0), (2, 1)] if "over" in family else [(math.nan, 0)])
+        for image in range(4)
+    ]
+    table = pd.DataFrame(rows, columns=["method", "family", "interval", "order", "macs_speedup", "image", "mse"])
+    table["budget"] = 2.0
+    assert set(video.summary(table).method) == {f"{family}, order 0" for family in errors if family != "full compute"}
+    said = "keeps 30.0 dB over steps and 20.0 dB over frames; a plan keeps 50.0 dB at 2.0× fewer MACs"
+    assert said in figures.slide16_video(run, table).get_suptitle().replace("\n", " ")
+    verdict, words = conclusions.across_frames(table)
+    assert verdict == "does not hold" and "20.0 dB over frames, 30.0 over steps; a plan 50.0 dB" in words
+    assert conclusions.across_frames(None) == ("not testable here", "not recorded yet: make results")
 
 
 def test_missing_weights_are_named(tmp_path, monkeypatch):
