@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, LatteTransformer3DModel
-from diffusers.models.attention_processor import Attention, AttnProcessor
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.training_utils import compute_snr
 from torch import nn
 
@@ -91,10 +91,6 @@ def build_transformer(recipe: VideoRecipe) -> LatteTransformer3DModel:
         nn.init.zeros_(block.scale_shift_table)
         if block.attn2 is not None:
             nn.init.zeros_(block.attn2.to_out[0].weight)
-    # Plain products: the backward of the CPU's bfloat16 scaled_dot_product_attention takes a third of a step.
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.set_processor(AttnProcessor())
     return model.eval()
 
 
@@ -143,14 +139,18 @@ def train_video(recipe: VideoRecipe, out: Path, checkpoint_every: int = 100) -> 
     """Trains from the last checkpoint in ``out``, or from nothing, and returns the averaged model: ``train_steps``."""
     images, labels = load_split("digits", "train")
     model = build_transformer(recipe)
-    return train_steps(
-        asdict(recipe),
-        model,
-        optimizers(recipe, model),
-        lambda step: batch_loss(recipe, model, images, labels, step),
-        out,
-        checkpoint_every,
-    )
+    attentions = [module for module in model.modules() if isinstance(module, Attention)]
+    for attention in attentions:
+        # Plain products: the backward of the CPU's bfloat16 scaled_dot_product_attention takes a third of a step.
+        attention.set_processor(AttnProcessor())
+
+    def loss(step: int) -> torch.Tensor:
+        return batch_loss(recipe, model, images, labels, step)
+
+    train_steps(asdict(recipe), model, optimizers(recipe, model), loss, out, checkpoint_every)
+    for attention in attentions:
+        attention.set_processor(AttnProcessor2_0())
+    return model
 
 
 def export_video(model: LatteTransformer3DModel, recipe: VideoRecipe, work: Path, weights: Path) -> None:

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 from collections import defaultdict
 from functools import partial
@@ -12,7 +13,7 @@ from dqar import apply_dqar, describe_model, extrapolation, fit_plan
 from dqar.figures import video as figures
 from dqar.measure import metrics
 from dqar.measure.results import Run
-from dqar.measure.sampling import noise_generators
+from dqar.measure.sampling import LOOK, OPEN, noise_generators
 from dqar.models import pipelines
 from dqar.models.pipelines import EmbeddedLattePipeline, make_scheduler
 from dqar.models.profiles import get_profile
@@ -78,6 +79,19 @@ def test_a_plan_of_videos_sees_space_and_time_and_fits_this_length_only(pipe):
     other = EmbeddedLattePipeline(randomized(longer), **pipeline_parts("digits"))
     with apply_dqar(silent(other), plan), pytest.raises(ValueError, match="1 x 8 x 12 x 12 latents"):
         draw(other)
+
+
+def test_dqar_traces_and_reuses_the_video_models_attention(pipe):
+    plain = draw(pipe)
+    with apply_dqar(pipe, LOOK) as session:
+        assert torch.equal(draw(pipe), plain)
+    table = session.trace.to_pandas()
+    assert (
+        set(table.branch) == {"cond", "uncond"} and set(table.step) == set(range(STEPS)) and (table.entropy > 0).all()
+    )
+    with apply_dqar(pipe, dataclasses.replace(OPEN, schedule="static")) as session:
+        assert (draw(pipe) != plain).any()
+    assert session.trace.to_pandas().decision.eq("reuse").any() and torch.equal(draw(pipe), plain)
 
 
 @pytest.mark.parametrize(
