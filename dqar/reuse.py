@@ -9,11 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-<<<<<<< HEAD
-=======
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import distributed
->>>>>>> 3227f0dc227778b804f6a7ab928a7b5d6d087e66
 
 from dqar import stats
 from dqar.config import DQARConfig
@@ -56,13 +52,8 @@ class ReuseEngine:
         group: ranks that decide together, where signals decide; see ``apply_dqar``.
 
     Raises:
-<<<<<<< HEAD
-        ValueError: no attention that it can take over, a ``reuse_target`` that isn't for it, or a plan for another
-            number of layers.
-=======
-        ValueError: no self-attention that it can take over, a plan for another number of layers, or a group that this
-            rank doesn't belong to.
->>>>>>> 3227f0dc227778b804f6a7ab928a7b5d6d087e66
+        ValueError: no attention that it can take over, a ``reuse_target`` that isn't for it, a plan for another number
+            of layers, or a group that this rank doesn't belong to.
     """
 
     def __init__(
@@ -128,14 +119,9 @@ class ReuseEngine:
             ValueError: an exchanged attention processor, a run that the plan wasn't made for, a gate on an SNR that
                 the scheduler doesn't tell, or other runs on other ranks of the group.
         """
-<<<<<<< HEAD
-        check_processors(self._layers)
-=======
         if self._group is not None:
             _check_same_run(run, latents, self._group)
-        for layer_id, layer in enumerate(self._layers):
-            check_processor(layer, layer_id)
->>>>>>> 3227f0dc227778b804f6a7ab928a7b5d6d087e66
+        check_processors(self._layers)
         config, scheduler = self.config, type(run.scheduler).__name__
         if config.plan is not None:
             config.plan.check_latents(_size(latents))

@@ -12,7 +12,8 @@ import copyreg
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -71,6 +72,16 @@ def give_back(module: torch.nn.Module) -> None:
     vars(module).pop(HANDLER, None)
     if type(module).__bases__[0] is _TakenOver:  # else somebody derived another class from it meanwhile
         object.__setattr__(module, "__class__", type(module).__bases__[1])
+
+
+@contextmanager
+def taken_over(handlers: Mapping[torch.nn.Module, Handler]) -> Iterator[None]:
+    """These modules' calls answered by handlers, until the block ends."""
+    with ExitStack() as stack:
+        for module, handler in handlers.items():
+            take_over(module, handler)
+            stack.callback(give_back, module)
+        yield
 
 
 def handler_of(module: torch.nn.Module) -> Handler | None:

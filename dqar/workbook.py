@@ -302,6 +302,8 @@ def run(arguments: list[str]) -> int:
         raise ValueError(f"--jobs {options.jobs} is not accepted: 1 or more")
     asked = asked_profile(options)
     profile = profile_of(asked)
+    if profile.video:
+        raise ValueError(f"profile {profile.name!r} has no notebook of its own: 09 shows it beside the digits")
     notebooks = choose(options.only, trained=profile.trained)
     if options.slide is not None:
         notebooks = of_slide(options.slide, notebooks)

@@ -15,6 +15,7 @@ from dqar.training.card import evaluate_digits
 from dqar.training.classifier import CLASSIFIER_RECIPES, export_classifier, train_classifier
 from dqar.training.digits import Recipe, export_digits, train_transformer
 from dqar.training.latent_dit import LatentRecipe
+from dqar.training.moving_digits import VideoRecipe, evaluate_video, export_video, train_video
 
 
 def run(arguments: list[str]) -> int:
@@ -24,13 +25,14 @@ def run(arguments: list[str]) -> int:
         ValueError: an argument isn't accepted, or the checkpoint is another recipe's.
         OSError: a data set or checkpoint is missing or can't be read, or nothing can be written.
     """
-    parser = Parser("train", "Trains the embedded models digits and cifar10, and the classifiers of both.")
-    parser.add_argument("model", choices=("digits", "cifar10", "digits-classifier", "cifar10-classifier"))
+    parser = Parser("train", "Trains the embedded models, and the classifiers of digits and cifar10.")
+    models = ("digits", "moving-digits", "cifar10", "digits-classifier", "cifar10-classifier")
+    parser.add_argument("model", choices=models)
     parser.add_argument("--work", type=Path, default=Path("runs/train"), help="checkpoints (default: runs/train)")
     parser.add_argument("--out", type=Path, help="folder of weights, such as dqar/weights (default: weights in --work)")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="(default: cpu)")
-    parser.add_argument("--steps", type=int, default=Recipe.num_steps, help="digits: steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help=f"digits: {Recipe.num_steps}, moving-digits: {VideoRecipe.num_steps}")
     cifar = parser.add_argument_group("cifar10")
     cifar.add_argument("--images", type=int, default=4_000_000, help="images to train on in all (default: %(default)s)")
     cifar.add_argument("--minutes", type=float, default=math.inf, help="stop after so many; the same command goes on")
@@ -46,9 +48,13 @@ def run(arguments: list[str]) -> int:
         classifier = dataclasses.replace(CLASSIFIER_RECIPES[name], seed=options.seed)
         export_classifier(*train_classifier(classifier, work, device=options.device), name, weights)
     elif name == "digits":
-        recipe = Recipe(num_steps=options.steps, seed=options.seed)
+        recipe = Recipe(num_steps=options.steps or Recipe.num_steps, seed=options.seed)
         export_digits(train_transformer(recipe, work), recipe, work, weights)
         print(json.dumps(evaluate_digits(weights, get_profile("digits", batch_size=50)), indent=1))
+    elif name == "moving-digits":
+        video = VideoRecipe(num_steps=options.steps or VideoRecipe.num_steps, seed=options.seed)
+        export_video(train_video(video, work), video, work, weights)
+        print(json.dumps(evaluate_video(weights, get_profile(name, batch_size=25)), indent=1))
     else:
         latent = LatentRecipe(num_attention_heads=options.heads, seed=options.seed)
         if options.start:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import torch
 from IPython.display import Image as DisplayedImage
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
@@ -23,6 +22,7 @@ from dqar.figures.style import (
     SMALLEST,
     headline,
     missing,
+    mosaic,
     recorded,
     save,
     save_animation,
@@ -238,7 +238,7 @@ def denoising(run: Run, drawn: pareto.Denoising | None) -> Figure | DisplayedIma
     shown = []
     for (above, below), (name, (states, computed, color)) in zip(axes.T, sides.items(), strict=True):
         above.axis("off")
-        picture = above.imshow(_mosaic(states[0]), cmap="gray_r", vmin=0, vmax=1)
+        picture = above.imshow(mosaic(states[0]), cmap="gray_r", vmin=0, vmax=1)
         cells = below.bar(range(steps), 1, width=0.8, color="white", ec=GREY, lw=1)
         below.set(xlim=(-0.6, steps - 0.4), ylim=(0, 1), yticks=[], xlabel="denoising step (filled: computed)")
         below.grid(visible=False)
@@ -246,7 +246,7 @@ def denoising(run: Run, drawn: pareto.Denoising | None) -> Figure | DisplayedIma
     frames = []
     for step in range(steps + 1):
         for name, states, computed, color, above, picture, cells in shown:
-            picture.set_data(_mosaic(states[step]))
+            picture.set_data(mosaic(states[step]))
             if step:
                 cells[step - 1].set_facecolor(color if step - 1 in computed else COMPUTE)
             above.set_title(f"{name}: {sum(own < step for own in computed)} steps computed")
@@ -256,13 +256,6 @@ def denoising(run: Run, drawn: pareto.Denoising | None) -> Figure | DisplayedIma
     milliseconds = [100] * steps + [4000]
     path = save_animation(run, "denoising", frames, milliseconds, title, provenance(run.profile, run.seed))
     return DisplayedImage(path, alt=title)
-
-
-def _mosaic(images: torch.Tensor) -> np.ndarray:
-    """Images ``[N, C, H, W]`` in rows of five, with white between them: ``[height, width, C]``."""
-    padded = torch.nn.functional.pad(images, (1, 1, 1, 1), value=0 if images.shape[1] == 1 else 1)
-    rows = [torch.cat(list(row), dim=2) for row in padded.split(5)]
-    return torch.cat(rows, dim=1).permute(1, 2, 0).clamp(0, 1).numpy()
 
 
 @recorded("quality and MACs of every method")

@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+import torch
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -180,6 +181,13 @@ def save_animation(
     if not shows_the_same(target, file.getvalue(), words):
         _write_with_sidecar(target, file.getvalue(), words, source)
     return target
+
+
+def mosaic(images: torch.Tensor, a_row: int = 5) -> np.ndarray:
+    """Images ``[N, C, H, W]``, so many ``a_row``, with white between them: ``[height, width, C]``."""
+    padded = torch.nn.functional.pad(images, (1, 1, 1, 1), value=0 if images.shape[1] == 1 else 1)
+    rows = [torch.cat(list(row), dim=2) for row in padded.split(a_row)]
+    return torch.cat(rows, dim=1).permute(1, 2, 0).clamp(0, 1).numpy()
 
 
 def bar_chart(

@@ -51,8 +51,13 @@ def decibels(squared_error: float | pd.Series) -> Any:
 
 
 def ssim(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Structural similarity per image, ``[N]``; a 3-pixel window (σ 0.5) below 32 pixels, else 11 (σ 1.5)."""
+    """Structural similarity per image, ``[N]``; a 3-pixel window (σ 0.5) below 32 pixels, else 11 (σ 1.5).
+
+    Of videos ``[N, F, C, H, W]`` the mean of their frames.
+    """
     _same_shape(images, reference)
+    if images.ndim == 5:
+        return ssim(images.flatten(0, 1), reference.flatten(0, 1)).view(len(images), -1).mean(1)
     small = images.shape[-1] < 32
     similarity = structural_similarity_index_measure(
         images, reference, sigma=0.5 if small else 1.5, kernel_size=3 if small else 11, data_range=1.0, reduction="none"

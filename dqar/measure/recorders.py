@@ -74,3 +74,20 @@ class StateRecorder:
     def _see(self, _module: Any, args: tuple, kwargs: dict) -> None:
         latents = args[0] if args else kwargs["hidden_states"]
         self._seen.setdefault(float(kwargs["timestep"].flatten()[0]), []).append(latents.chunk(2)[0].float().cpu())
+
+
+class StepCounter:
+    """Counts the steps of runs: a handler of the model's calls for ``dqar.takeover.take_over``.
+
+    Attributes:
+        step: of the call under way, from 0; a timestep that isn't below the last one's begins a new run.
+    """
+
+    def __init__(self) -> None:
+        self.step, self._timestep = -1, -1.0
+
+    def __call__(self, original: Callable, *args: Any, **named: Any) -> Any:
+        timestep = float((named["timestep"] if "timestep" in named else args[1]).flatten()[0])
+        self.step = 0 if timestep >= self._timestep else self.step + 1
+        self._timestep = timestep
+        return original(*args, **named)

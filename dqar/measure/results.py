@@ -155,7 +155,7 @@ _NOT_MEASURING = {
     "studies/challenges.py",
     *("studies/claims.py", "studies/conclusions.py", "studies/controller.py", "studies/overhead.py"),
     *("studies/pareto.py", "studies/policy.py", "studies/record.py", "studies/recording.py", "studies/results.py"),
-    *("studies/search.py", "studies/solvers.py", "studies/sweep.py"),
+    *("studies/search.py", "studies/solvers.py", "studies/sweep.py", "studies/video.py"),
 }
 """Modules that no table of ``Run.table`` depends on: they arrange, draw or record what is kept until it is removed."""
 

@@ -36,7 +36,7 @@ LOOK = DQARConfig(schedule="none", probe=Probe(record=True))
 class Samples:
     """Images ``[N, C, H, W]`` float32 in [0, 1], their labels ``[N]``, and the trace if DQAR was on.
 
-    A label is a class, or the number of a caption.
+    Videos are ``[N, F, C, H, W]``. A label is a class, or the number of a caption.
     """
 
     images: torch.Tensor
@@ -96,7 +96,7 @@ def sample(
                     num_inference_steps=num_inference_steps or profile.num_inference_steps,
                     generator=noise_generators(seed, part),
                     output_type="pt",
-                ).images
+                )[0]
                 batches.append(drawn.float().cpu())
         finally:
             if session is not None:

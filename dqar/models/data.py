@@ -34,6 +34,30 @@ def load_digits_split(split: Split) -> tuple[torch.Tensor, torch.Tensor]:
     return images, torch.tensor(digits.target[chosen], dtype=torch.int64)
 
 
+def moving_digits(images: torch.Tensor, frames: int, size: int, generator: torch.Generator) -> torch.Tensor:
+    """Each digit bouncing in a square frame: videos ``[N, C, frames, size, size]`` in [-1, 1] on its background of -1.
+
+    It starts anywhere, moves one pixel a frame along one axis or both, and turns round at the edges.
+
+    Args:
+        images: digits ``[N, C, S, S]`` in [-1, 1], smaller than the frame.
+        frames, size: of the videos.
+        generator: of start and direction.
+    """
+    number, channels, side, _ = images.shape
+    room = size - side
+    start = torch.randint(2 * room, (number, 2), generator=generator)  # a place on the way there and back
+    directions = torch.tensor([(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if y or x])
+    direction = directions[torch.randint(len(directions), (number,), generator=generator)]
+    way = (start[:, None] + direction[:, None] * torch.arange(frames)[:, None]) % (2 * room)
+    corner = torch.minimum(way, 2 * room - way)
+    videos = images.new_full((number, channels, frames, size, size), -1.0)
+    for i, corners in enumerate(corner.tolist()):
+        for frame, (top, left) in enumerate(corners):
+            videos[i, :, frame, top : top + side, left : left + side] = images[i]
+    return videos
+
+
 def load_cifar10_split(split: Split) -> tuple[torch.Tensor, torch.Tensor]:
     """CIFAR-10's 50,000 training or 10,000 test images ``[N, 3, 32, 32]`` and labels, from parquet of JPEG bytes.
 

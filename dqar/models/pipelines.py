@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -15,15 +16,16 @@ from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
     ImagePipelineOutput,
+    LatteTransformer3DModel,
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
     SchedulerMixin,
 )
+from diffusers.pipelines.latte.pipeline_latte import LattePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from safetensors import SafetensorError
 
-from dqar.models.classifier import CLASSIFIERS
-from dqar.models.guidance import guided_prediction
+from dqar.models.guidance import guide, guided_prediction
 from dqar.models.profiles import SCHEDULERS, SD_VAE_CONFIG, WEIGHTS, Profile
 
 DIT_XL_2_CONFIG = {
@@ -94,6 +96,84 @@ class EmbeddedDiTPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
 
+def class_captions(labels: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """Classes ``[N]`` as captions ``[N, 1, num_classes]`` of one token: one-hot; the null class is all zeros."""
+    return F.one_hot(labels, num_classes + 1)[:, None, :num_classes].float()
+
+
+class EmbeddedLattePipeline(DiffusionPipeline):
+    """Samples videos of a pixel-space ``LatteTransformer3DModel``, called like ``EmbeddedDiTPipeline``.
+
+    ``LattePipeline`` itself needs T5 and a VAE; the caption here is the class, and the latents are the video.
+    """
+
+    def __init__(
+        self,
+        transformer: LatteTransformer3DModel,
+        scheduler: SchedulerMixin,
+        id2label: dict[str, str] | None = None,
+    ):
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler)
+        self.register_to_config(id2label=id2label)
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """Class ids by name."""
+        return {name: int(label) for label, name in (self.config.id2label or {}).items()}
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: list[int],
+        num_frames: int | None = None,
+        guidance_scale: float = 4.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int = 50,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> LattePipelineOutput | tuple:
+        """Draws a video a label.
+
+        Args:
+            class_labels: ``[B]``.
+            num_frames: of each video, as many as the model was made for; ``None``: these.
+            guidance_scale, generator, num_inference_steps, return_dict: as ``DiTPipeline``'s.
+            output_type: ``"pil"``: lists of frames; ``"pt"``: ``[B, F, C, H, W]`` in [0, 1]; ``"np"``: ``[B, F, H, W,
+                C]``; ``"latent"``: ``[B, C, F, H, W]`` in about [-1, 1].
+
+        Raises:
+            ValueError: another number of frames.
+        """
+        config, batch = self.transformer.config, len(class_labels)
+        if num_frames not in (None, config.video_length):
+            raise ValueError(f"num_frames={num_frames!r} is not accepted: this model draws {config.video_length}")
+        shape = (batch, config.in_channels, config.video_length, config.sample_size, config.sample_size)
+        device, dtype = self._execution_device, self.transformer.dtype
+        latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        labels, null = torch.tensor(class_labels, device=device), config.caption_channels
+        if guidance_scale > 1:
+            labels = torch.cat([torch.full_like(labels, null), labels])
+        captions = class_captions(labels, null).to(dtype)
+        self.scheduler.set_timesteps(num_inference_steps)
+        latents = latents * self.scheduler.init_noise_sigma
+        for t in self.progress_bar(self.scheduler.timesteps):
+            model_input = self.scheduler.scale_model_input(latents, t).repeat(len(labels) // batch, 1, 1, 1, 1)
+            noise = self.transformer(model_input, t.to(device).expand(len(labels)), captions).sample
+            if guidance_scale > 1:
+                uncond, cond = noise.chunk(2)
+                noise = guide(cond, uncond, guidance_scale)
+            latents = self.scheduler.step(noise, t, latents).prev_sample
+        frames = latents
+        if output_type != "latent":
+            frames = (latents / 2 + 0.5).clamp(0, 1).transpose(1, 2)
+            if output_type != "pt":
+                frames = frames.permute(0, 1, 3, 4, 2).float().cpu().numpy()
+                frames = list(map(self.numpy_to_pil, frames)) if output_type == "pil" else frames
+        self.maybe_free_model_hooks()
+        return LattePipelineOutput(frames=frames) if return_dict else (frames,)
+
+
 def check_device(profile: Profile) -> None:
     """Raises ``RuntimeError`` for a GPU that isn't there."""
     if profile.device == "cuda" and not torch.cuda.is_available():
@@ -110,7 +190,7 @@ def load_pipeline(profile: Profile) -> DiffusionPipeline:
         RuntimeError: no such device here, or too little memory on it.
     """
     check_device(profile)
-    if profile.model in CLASSIFIERS:
+    if profile.model in PIPELINES:
         pipe = load_embedded(profile.model, profile.dtype)
     elif profile.model == "dit-xl-2-random":
         pipe = random_dit_xl_2(dtype=profile.dtype)
@@ -206,8 +286,8 @@ def random_dit_xl_2(seed: int = 0, dtype: torch.dtype = torch.float32, **changes
     return DiTPipeline(transformer, vae, DDIMScheduler(clip_sample=False))
 
 
-PIPELINES = {"digits": EmbeddedDiTPipeline, "cifar10": DiTPipeline}
-"""Of the embedded models: one draws pixels, the other latents for an autoencoder, as DiT-XL/2 does."""
+PIPELINES = {"digits": EmbeddedDiTPipeline, "moving-digits": EmbeddedLattePipeline, "cifar10": DiTPipeline}
+"""Of the embedded models: two draw pixels, the third latents for an autoencoder, as DiT-XL/2 does."""
 
 
 def load_embedded(name: str, dtype: torch.dtype = torch.float32, folder: Path | None = None) -> DiffusionPipeline:

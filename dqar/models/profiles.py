@@ -85,7 +85,7 @@ class Profile:
     """One way to run the notebooks: a model, how it is sampled, and how much of it."""
 
     name: str
-    model: Literal["digits", "cifar10", "dit-xl-2", "dit-xl-2-random", "pixart"]
+    model: Literal["digits", "moving-digits", "cifar10", "dit-xl-2", "dit-xl-2-random", "pixart"]
     scheduler: str = "dpm-solver++"
     """A key of ``SCHEDULERS``."""
     num_inference_steps: int = 50
@@ -123,6 +123,11 @@ class Profile:
         return self.model in CLASS_NAMES
 
     @property
+    def video(self) -> bool:
+        """Whether the model draws videos."""
+        return self.model == "moving-digits"
+
+    @property
     def distance(self) -> str:
         """What the Fréchet distance of its images is called, after features and reference."""
         if self.rehearsal:
@@ -154,6 +159,7 @@ PROFILES = {
     for profile in (
         Profile("smoke", "digits", num_inference_steps=8, num_samples=4, images=6, batch_size=4, repeats=2),
         Profile("digits", "digits"),
+        Profile("moving-digits", "moving-digits", num_inference_steps=30, images=64, batch_size=8),
         Profile("cifar10", "cifar10", device="cuda" if HAS_GPU else "cpu"),
         # Slide 11: 50 steps of DPM-Solver++ at guidance 7.5, batch 1; the pipeline's own guidance would be 4.0.
         Profile(

@@ -15,12 +15,8 @@ from dqar.measure import metrics
 from dqar.measure.quality import extractor_of, scores
 from dqar.measure.sampling import LOOK
 from dqar.models.profiles import Profile
-<<<<<<< HEAD
 from dqar.peers.registry import RIVALS
-from dqar.studies import arena, pareto, policy, results
-=======
-from dqar.studies import batches, pareto, policy, results
->>>>>>> 3227f0dc227778b804f6a7ab928a7b5d6d087e66
+from dqar.studies import arena, batches, pareto, policy, results
 from dqar.studies.compare import FULL, Method
 from dqar.studies.recording import Sizes
 

@@ -8,7 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from dqar.studies import arena, batches, challenges, pareto, policy, reference, results, search, solvers
+from dqar.studies import (
+    arena,
+    batches,
+    challenges,
+    layers,
+    pareto,
+    policy,
+    reference,
+    results,
+    search,
+    solvers,
+    video,
+)
 from dqar.studies.recording import Recording
 
 TABLES: dict[str, Callable[[Recording], object]] = {
@@ -27,6 +39,8 @@ TABLES: dict[str, Callable[[Recording], object]] = {
     "speed": results.record_speed,
     "memory": results.record_memory,
     "samples": results.record_samples,
+    "layers": layers.record_layers,
+    "video": video.record_video,
     "batches": batches.record_batches,
     "search": search.record_search,
 }

@@ -84,7 +84,9 @@ class Sizes:
 
 
 def check_recordable(profile: Profile) -> None:
-    """Raises ``ValueError`` for a profile with random weights, or settings that an embedded model has no use for."""
+    """Raises ``ValueError`` for a profile with random weights, of videos, or with settings that it has no use for."""
+    if profile.video:
+        raise ValueError(f"profile {profile.name!r} is recorded beside the digits: dqar record --only video")
     if not profile.trained:
         raise ValueError(f"profile {profile.name!r} can't be recorded: its weights are random; see `dqar benchmark`")
     if profile.offload:

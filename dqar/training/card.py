@@ -145,10 +145,10 @@ def evaluate_digits(weights: Path, profile: Profile, num_samples: int = 500) -> 
     return results
 
 
-def write_card(folder: Path, about: str, items: str) -> None:
-    """``README.md``: a sentence, the grid of samples, and a list."""
+def write_card(folder: Path, about: str, items: str, shown: str = "100 guided samples, one class a column") -> None:
+    """``README.md``: a sentence, the grid of samples, what it shows, and a list."""
     text = f"# {folder.name}\n\n{textwrap.fill(about, 120, break_on_hyphens=False)}\n\n"
-    (folder / "README.md").write_text(f"{text}![100 guided samples, one class a column](samples.png)\n\n{items}\n")
+    (folder / "README.md").write_text(f"{text}![{shown}](samples.png)\n\n{items}\n")
 
 
 def shape_words(facts: dict, recipe: dict) -> str:
@@ -180,11 +180,12 @@ def wrapped(*items: str) -> str:
     )
 
 
-def save_grid(images: torch.Tensor, path: Path) -> None:
-    """100 images ``[100, C, S, S]``, ten a row, enlarged to about 600 pixels."""
+def save_grid(images: torch.Tensor, path: Path, a_row: int = 10) -> None:
+    """Images ``[N, C, S, S]``, so many ``a_row`` that all rows are full, enlarged to about 60 pixels each."""
     padded = F.pad(images, (1, 1, 1, 1))
     channels, size = padded.shape[1], padded.shape[2]
-    grid = padded.view(10, 10, channels, size, size).permute(0, 3, 1, 4, 2).reshape(10 * size, 10 * size, channels)
+    grid = padded.view(-1, a_row, channels, size, size).permute(0, 3, 1, 4, 2)
+    grid = grid.reshape(-1, a_row * size, channels)
     times = max(1, 60 // size)
     grid = grid.repeat_interleave(times, 0).repeat_interleave(times, 1)
     plt.imsave(path, grid.squeeze(-1).numpy(), cmap="gray_r", vmin=0, vmax=1)

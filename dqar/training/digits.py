@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, DiTTransformer2DModel
+from diffusers import DDPMScheduler, DiffusionPipeline, DiTTransformer2DModel
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel, compute_snr
 from torch import nn
@@ -96,55 +98,74 @@ def training_loss(model, noise_scheduler, images, labels, recipe: Recipe, genera
 
 
 def train_transformer(recipe: Recipe, out: Path, checkpoint_every: int = 100) -> DiTTransformer2DModel:
-    """Trains from the last checkpoint in ``out`` (or from nothing) and returns the EMA model.
+    """Trains from the last checkpoint in ``out``, or from nothing, and returns the averaged model: ``train_steps``."""
+    images, labels = load_split("digits", "train")
+    model = build_transformer(recipe)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.0, fused=True)
+    noise_scheduler = DDPMScheduler(**NOISE_SCHEDULE)
 
-    ``out/checkpoint.pt`` holds the state, ``out/loss.jsonl`` one line per step. Step ``i`` draws from a generator
-    seeded by ``(seed, i)``, so an interrupted run continues as if it hadn't been.
+    def loss(step: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
+        chosen = torch.randint(len(images), (recipe.batch_size,), generator=generator)
+        return training_loss(model, noise_scheduler, images[chosen], labels[chosen], recipe, generator)
+
+    return train_steps(asdict(recipe), model, [optimizer], loss, out, checkpoint_every)
+
+
+def train_steps(
+    recipe: dict,
+    model: Any,
+    optimizers: Sequence[torch.optim.Optimizer],
+    loss_of: Callable[[int], torch.Tensor],
+    out: Path,
+    checkpoint_every: int = 100,
+) -> Any:
+    """Trains ``model`` from the last checkpoint in ``out``, or from nothing, and returns it with the averaged weights.
+
+    ``out/checkpoint.pt`` holds the state, ``out/loss.jsonl`` one line per step. What a step draws depends on its number
+    only, so an interrupted run continues as if it hadn't been.
+
+    Args:
+        recipe: all that decides the training, with ``num_steps``, ``warmup_steps`` and ``ema_decay``.
+        model: as training begins with it.
+        optimizers: of its parameters.
+        loss_of: the loss of the step with this number.
+        out: folder of checkpoint and log.
+        checkpoint_every: so many steps.
 
     Raises:
         ValueError: the checkpoint is unreadable, or another recipe's.
     """
     out.mkdir(parents=True, exist_ok=True)
-    images, labels = load_split("digits", "train")
-    model = build_transformer(recipe)
-    ema = EMAModel(model.parameters(), decay=recipe.ema_decay, use_ema_warmup=False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.0, fused=True)
-    lr_schedule = get_cosine_schedule_with_warmup(optimizer, recipe.warmup_steps, recipe.num_steps)
-    noise_scheduler = DDPMScheduler(**NOISE_SCHEDULE)
+    steps = recipe["num_steps"]
+    ema = EMAModel(model.parameters(), decay=recipe["ema_decay"], use_ema_warmup=False)
+    schedules = [get_cosine_schedule_with_warmup(one, recipe["warmup_steps"], steps) for one in optimizers]
+    parts = {"model": model, "ema": ema}
+    for number, (optimizer, schedule) in enumerate(zip(optimizers, schedules, strict=True)):
+        suffix = "" if number == 0 else f"_{number}"
+        parts |= {f"optimizer{suffix}": optimizer, f"lr_schedule{suffix}": schedule}
     checkpoint, log, first, seconds = out / "checkpoint.pt", out / "loss.jsonl", 0, 0.0
-    if (state := load_checkpoint(checkpoint, asdict(recipe))) is not None:
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        lr_schedule.load_state_dict(state["lr_schedule"])
+    if (state := load_checkpoint(checkpoint, recipe)) is not None:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
         first, seconds = state["step"], state["seconds"]
     cut_log(log, first)
     started = time.monotonic() - seconds
     with log.open("a") as log_file:
-        for step in (bar := tqdm(range(first, recipe.num_steps), initial=first, total=recipe.num_steps, desc="train")):
-            generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
-            chosen = torch.randint(len(images), (recipe.batch_size,), generator=generator)
-            loss = training_loss(model, noise_scheduler, images[chosen], labels[chosen], recipe, generator)
-            optimizer.zero_grad()
+        for step in (bar := tqdm(range(first, steps), initial=first, total=steps, desc="train")):
+            loss = loss_of(step)
+            model.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            lr_schedule.step()
+            for one in (*optimizers, *schedules):
+                one.step()
             ema.step(model.parameters())
             log_file.write(json.dumps({"step": step, "loss": loss.item()}) + "\n")
             bar.set_postfix(loss=f"{loss.item():.4f}")
-            if (step + 1) % checkpoint_every == 0 or step + 1 == recipe.num_steps:
+            if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
                 log_file.flush()
-                state = {
-                    "recipe": asdict(recipe),
-                    "step": step + 1,
-                    "seconds": time.monotonic() - started,
-                    "model": model.state_dict(),
-                    "ema": ema.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "lr_schedule": lr_schedule.state_dict(),
-                }
-                save_checkpoint(checkpoint, state)
+                state = {"recipe": recipe, "step": step + 1, "seconds": time.monotonic() - started}
+                save_checkpoint(checkpoint, state | {name: part.state_dict() for name, part in parts.items()})
     ema.copy_to(model.parameters())
     return model
 
@@ -152,9 +173,13 @@ def train_transformer(recipe: Recipe, out: Path, checkpoint_every: int = 100) ->
 def export_digits(model: DiTTransformer2DModel, recipe: Recipe, work: Path, weights: Path) -> None:
     """Saves the pipeline the way diffusers loads DiT-XL/2, FP16 in small shards, and how it was trained."""
     pipe = EmbeddedDiTPipeline(transformer=model.half(), **pipeline_parts("digits"))
-    pipe.save_pretrained(weights / "digits", max_shard_size="4MB")
+    export_pipeline(pipe, asdict(recipe), work, weights / "digits")
+
+
+def export_pipeline(pipe: DiffusionPipeline, recipe: dict, work: Path, folder: Path) -> None:
+    """Saves a pipeline in small shards, and in ``training.json`` how ``train_steps`` trained it in ``work``."""
+    pipe.save_pretrained(folder, max_shard_size="4MB")
     losses = [json.loads(line)["loss"] for line in (work / "loss.jsonl").read_text().splitlines()]
     seconds = torch.load(work / "checkpoint.pt", weights_only=True)["seconds"]
-    seen, parameters = recipe.batch_size * recipe.num_steps, sum(p.numel() for p in model.parameters())
-    facts = training_facts(asdict(recipe), parameters, seen, seconds, losses, "cpu")
-    write_json(weights / "digits/training.json", facts)
+    seen, parameters = recipe["batch_size"] * recipe["num_steps"], sum(p.numel() for p in pipe.transformer.parameters())
+    write_json(folder / "training.json", training_facts(recipe, parameters, seen, seconds, losses, "cpu"))

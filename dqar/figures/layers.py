@@ -1,0 +1,42 @@
+"""Figure of notebook 09's panel on cross-layer sharing (slide 16)."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from dqar.figures.style import ACCENT, BLUE, headline, recorded, save
+from dqar.measure.results import Run
+from dqar.studies import layers
+
+
+@recorded("attention maps shared between neighbouring layers")
+def slide16_layers(run: Run, table: pd.DataFrame, overlaps: pd.DataFrame) -> Figure:
+    """How alike layers' maps are, early and late, and what sharing them saves and costs, alone and on step reuse.
+
+    Args:
+        table: recorded by ``studies.layers.record_layers``.
+        overlaps: of ``studies.layers.similarity``.
+    """
+    points, images = layers.summary(table), table.image.nunique()
+    figure, panels = plt.subplots(1, 3, width_ratios=(3, 3, 4))
+    steps = overlaps.step.max() + 1
+    for axes, step in zip(panels, (steps // 5, steps - 1 - steps // 5), strict=False):
+        grid = overlaps[overlaps.step == step].pivot(index="layer", columns="other", values="overlap")
+        picture = axes.imshow(grid, vmin=0, vmax=1, cmap="viridis", origin="lower")
+        axes.grid(visible=False)
+        below = np.diagonal(grid.to_numpy(), -1).mean()
+        axes.set(xlabel="whose map is taken", ylabel="layer", title=f"Step {step}: neighbours {below:.2f}")
+    figure.colorbar(picture, ax=panels[:2], location="bottom", label="overlap of two layers' maps, 1: equal")
+    looks = {layers.ALONE: (ACCENT, "o"), layers.STEPWISE: (BLUE, "s")}
+    for family, (color, marker) in looks.items():
+        own = points[points.family == family].sort_values("macs_speedup")
+        panels[2].plot(own.macs_speedup, own["median"], marker=marker, ms=10, color=color, label=family)
+        panels[2].vlines(own.macs_speedup, own["5th percentile"], own["median"], color=color, lw=1.2)
+    panels[2].set(xlabel="times fewer MACs", ylabel="PSNR to full compute (dB)")
+    panels[2].legend(loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    headline(figure, layers.in_words(table))
+    note = f"markers: median, lines: to the 5th percentile, n = {images}; maps of {layers.IMAGES} images"
+    return save(run, "slide16_layers", figure, table, note)
