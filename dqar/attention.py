@@ -82,11 +82,11 @@ def remove_dqar(pipe: Any) -> None:
 
 
 class Engine(Protocol):
-    """One way to save work on a model; the session tells it of runs, calls and steps, and looks for NaN.
+    """One way to save work on a model. The session reports runs, calls and steps to it, and checks outputs for NaN.
 
     Attributes:
-        looks: whether a CPU may wait for numbers at every step.
-        saves: whether it ever leaves anything out.
+        looks: check outputs for NaN at every step (CPU only).
+        saves: whether anything is ever left uncomputed.
     """
 
     looks: bool

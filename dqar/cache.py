@@ -86,10 +86,6 @@ class CacheEntry:
         """Whether there is nothing in it to reuse."""
         return not self.stored
 
-    def forecast(self, step: int, name: Name = "output") -> torch.Tensor:
-        """A cached tensor ``[B, N, C]`` continued to ``step``, in its own dtype."""
-        return recall([self], step, name)
-
     @property
     def k(self) -> Stored | None:
         """The keys."""

@@ -55,8 +55,8 @@ class CacheFormat:
         fitted: quantize to levels of least squared error instead of slide 6's, with scale and offset in float16. In 2
             bits that keeps 4 levels instead of 3 (slide 16). Storing takes some 30 times as long.
         cross_attention: keep the caption's K and V for the whole run, where there is cross-attention: exact.
-        modulations: keep what DiT's blocks make of timestep and labels for the next run of the same, in 64 MB at most,
-            and compute it once where blocks have equal weights: exact.
+        modulations: reuse DiT's modulations in later runs of equal timesteps and labels (64 MB at most), and compute
+            them once where blocks have equal weights. Exact.
 
     Raises:
         ValueError: names the field, the value and what is accepted.
@@ -220,7 +220,7 @@ class DQARConfig:
 
     @property
     def measures_latents(self) -> bool:
-        """Whether the SNR by each step's own prediction is traced; a plan needs none, nor that a step waits for it."""
+        """Whether the trace records each step's predicted SNR; a plan needs none."""
         return self.plan is None or self.measures_entropy
 
     @property

@@ -166,7 +166,7 @@ class DQARController:
         self._facts = StepFacts(self._run, step_index, total_steps, timestep, *signals)
 
     def complete_step(self, snr: torch.Tensor | float) -> None:
-        """Writes the SNR by the step's own prediction, known only after the model ran, to the step's trace rows."""
+        """Fills in the current step's predicted SNR, known only after its model call."""
         self._facts.snr = snr
 
     # --- slide 9's calls ---------------------------------------------------------------------------------------------
@@ -244,7 +244,7 @@ class DQARController:
     # --- the same for all branches of a layer ------------------------------------------------------------------------
 
     def choices(self, branches: Sequence[str]) -> list[Choice]:
-        """What becomes of each layer, from 0 up, in a forward pass of these branches."""
+        """Compute, reuse or share: one ``Choice`` per layer for a forward pass of these branches."""
         table = {b: self._reasons(b, share="cond" in branches) for b in BRANCHES if b in branches}  # cond decides first
         made: dict[tuple[str, ...], Choice] = {}
         choices = []
@@ -263,7 +263,7 @@ class DQARController:
     def record_idle(self, branches: Sequence[str]) -> bool:
         """Records all sites of a step at which every layer is computed, and nothing kept or measured; else ``False``.
 
-        So that no site has anything to look up.
+        Sites then skip all lookups.
         """
         if self._eligible_next or self._looks or self.config.share_below > 0:
             return False
@@ -299,7 +299,7 @@ class DQARController:
 
         ``entropy`` is ``[B, H]``, or ``stats.entropy_by_modality``'s ``[B, 3, H]``.
 
-        What one step leaves NaN or inf in is found in the model's output, so it isn't looked for here by default.
+        NaN and inf are found in the model's output, so they aren't checked here by default.
         """
         entropies = self._entropies(layer_id, rows, entropy, tokens)
         for entry in self.cache.put(
@@ -308,7 +308,7 @@ class DQARController:
             self._add_computed(layer_id, entry.branch, entry.nbytes, entropies)
 
     def record(self, layer_id: int, rows: dict[str, slice], entropy: torch.Tensor | None, tokens: int | None) -> None:
-        """Records computed branches that no later step will reuse, so that nothing is cached; see the above."""
+        """Records computed branches that no later step will reuse: nothing is cached. See ``commit_together``."""
         entropies = self._entropies(layer_id, rows, entropy, tokens)
         for branch in rows:
             self._add_computed(layer_id, branch, 0, entropies)

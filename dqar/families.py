@@ -114,7 +114,7 @@ FAMILIES = {
     ),
 }
 CONDITIONS = ("class_labels", "encoder_hidden_states", "encoder_attention_mask", "pooled_projections")
-"""Arguments of a transformer that say what is to be drawn: a run, and each of its branches, keeps to them."""
+"""Arguments of a transformer that say what is to be drawn: constant in each branch of a run."""
 CAPTION_LISTS = "cap_feats"
 """The same, where they are a list of one tensor an image."""
 
@@ -195,10 +195,11 @@ def check_processors(layers: Iterable[Layer]) -> None:
 
 def check_processor(layer: Layer, layer_id: int) -> None:
     """See ``check_processors``."""
-    own, known = type(layer.attention.processor), layer.place.processor
-    if own is not known:
+    present, replaced = type(layer.attention.processor), layer.place.processor
+    if present is not replaced:
         raise ValueError(
-            f"layer {layer_id} has the attention processor {own.__name__}: DQAR takes the place of {known.__name__} "
+            f"layer {layer_id} has the attention processor {present.__name__}: DQAR takes the place of "
+            f"{replaced.__name__} "
             "only; set that, or remove_dqar first"
         )
 

@@ -1,4 +1,4 @@
-"""What never depended on the latents: the timestep and label embedders and modulations of DiT's blocks.
+"""Keeps the modulations of DiT's blocks, which depend on timestep and labels only, not on the latents.
 
 Every block of diffusers' DiT owns an embedder and a modulation layer (``AdaLayerNormZero``): at a step they are given a
 timestep and labels, and nothing else. So their results are kept, and serve whenever the same labels come to the same
@@ -77,7 +77,7 @@ class Modulations:
         return kept
 
     def close(self, run: Run, call: Call, latents: torch.Tensor, results: dict[int, torch.Tensor]) -> None:
-        """Keeps a forward pass's results, if there is room; the longest unused make some."""
+        """Stores a forward pass's results; where there is no room, the least recently used go."""
         key = _key(run, call, latents)
         if key in self._kept:
             return

@@ -80,7 +80,7 @@ class Timesteps:
 
 @dataclass
 class Kept:
-    """A tensor that stays the same in a run, with what it takes to notice a change, also a change in place."""
+    """A tensor that is expected to stay the same in a run; detects changes, those in place included."""
 
     tensor: torch.Tensor
     version: int | None

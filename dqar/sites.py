@@ -33,7 +33,7 @@ Streams = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 @dataclass
 class _Waiting:
-    """What a layer's attention leaves to its feed-forward, or its block."""
+    """State that a layer's attention passes on to its feed-forward or block."""
 
     shape: torch.Size
     choice: Choice
@@ -86,7 +86,7 @@ class OpenCall:
         return recall(self.controller.cache.entries(layer_id, branches), self.step, name)
 
     def reused(self, layer_id: int, branches: tuple[str, ...]) -> None:
-        """Records that these branches' entries serve."""
+        """Records that these branches' entries are reused."""
         for entry in self.controller.cache.entries(layer_id, branches):
             self.controller.reuse(entry)
 
@@ -188,7 +188,7 @@ class _TakenAttention:
 
 
 class _Answer:
-    """An attention processor for one call: answers with what is decided, in the place where others' hooks see it."""
+    """An attention processor for one call that returns the decided output, so that others' hooks still see it."""
 
     def __init__(self, answer: Callable[..., Any]):
         self.answer = answer
@@ -490,7 +490,7 @@ class JointSite(Site):
     def __init__(self, opened: Callable[[], OpenCall | None], layer_id: int, layer: Layer, config: DQARConfig):
         super().__init__(opened, layer_id, layer, config)
         self._names = OUTPUTS if layer.attention.added_kv_proj_dim is not None else OUTPUTS[:1]
-        """What it returns: of captions that came in one with the image, it can't be told apart."""
+        """Names of the outputs; one only where the caption's tokens came merged with the image's."""
 
     def _computed(self, opened: OpenCall, rows: Rows, entropy: torch.Tensor | None, output: Any) -> None:
         outputs = _streams(output)
@@ -635,7 +635,7 @@ def site_of(layer: Layer, config: DQARConfig) -> type[Site]:
 class CrossAttention(_TakenAttention):
     """A cross-attention: its K and V are the caption's, the same all run.
 
-    With ``cache.cross_attention`` they are computed at a call's first step only, to the bit what they would be at any.
+    With ``cache.cross_attention`` they are computed at a call's first step only. Exact.
     """
 
     def _answer(self, opened: OpenCall, given: _Given) -> torch.Tensor | None:

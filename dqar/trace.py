@@ -50,7 +50,7 @@ class Entropies:
 
 @dataclass(slots=True)
 class StepFacts:
-    """What all sites of a step share. A number still on the device is brought over when the trace is read."""
+    """What all sites of a step share. Device tensors become numbers when the trace is read."""
 
     run: int
     step: int
@@ -150,7 +150,7 @@ class Trace:
         return rows
 
     def measured(self, values: torch.Tensor, rows: dict[str, slice], tokens: int | None) -> Entropies:
-        """Takes entropies in nats, which ``resolve`` is to bring over: ``[B, H]``, or by modality ``[B, 3, H]``."""
+        """Registers entropies (nats) that are still on the device: ``[B, H]``, or by modality ``[B, 3, H]``."""
         entropies = Entropies(rows, tokens)
         self._unresolved.append((entropies, values))
         return entropies

@@ -46,9 +46,6 @@ ABOUT_TIME = ("10_benchmarks",)
 LIVE = "live"
 """Tag of cells that measure time: what they print differs from run to run, and isn't shown in committed notebooks."""
 
-PICTURES = ".jp-RenderedImage img { max-width: min(100%, 60em); height: auto }"
-"""CSS of the HTML pages: no picture is wider than its page."""
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -161,7 +158,7 @@ def write_html(notebook: NotebookNode, path: Path) -> None:
     ]
     html, _ = HTMLExporter(mathjax_url="", require_js_url="", mermaid_js_url="").from_notebook_node(offline)
     html = re.sub(r'<script src="">\s*</script>', "", html)  # of what was switched off
-    html = html.replace(
+    html = html.replace(  # no picture is wider than its page
         "</head>", "<style>.jp-RenderedImage img { max-width: min(100%, 60em); height: auto }</style></head>", 1
     )
     with atomic_path(path) as temporary:

@@ -11,7 +11,7 @@ from helpers import draw, draw_text, embedded_pipeline, entries_of, sites_of, st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dqar import CacheFormat, DQARConfig, DQARController, Probe, ReusePlan, apply_dqar, remove_dqar
-from dqar.cache import QuantizedCache
+from dqar.cache import QuantizedCache, recall
 from dqar.measure import metrics
 from dqar.models.pipelines import make_scheduler
 from dqar.models.profiles import SCHEDULERS
@@ -448,15 +448,17 @@ def test_polynomials_in_the_step_are_forecast_exactly(steps, degree, order):
     entry = cached(order, steps, function, dtype=torch.float64)
     for ahead in (1, 2, 5):
         step = steps[-1] + ahead
-        torch.testing.assert_close(entry.forecast(step), function(step), rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(entry.forecast(step, "feed_forward"), -function(step), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(recall([entry], step, "output"), function(step), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(recall([entry], step, "feed_forward"), -function(step), rtol=1e-9, atol=1e-9)
 
 
 def test_what_a_higher_degree_leaves():
-    x = torch.ones(1, 1, 1)
-    assert cached(1, (1, 3), lambda step: x * step**2).forecast(4).item() == 13  # the line through (1, 1) and (3, 9)
-    assert cached(0, (1, 3), lambda step: x * step**2).forecast(4).item() == 9
-    assert cached(2, (1, 2, 3), lambda step: x * step**3).forecast(4).item() == 58
+    def at_4(order, steps, degree):
+        return recall([cached(order, steps, lambda step: torch.ones(1, 1, 1) * step**degree)], 4, "output").item()
+
+    assert at_4(1, (1, 3), 2) == 13  # the line through (1, 1) and (3, 9)
+    assert at_4(0, (1, 3), 2) == 9
+    assert at_4(2, (1, 2, 3), 3) == 58
 
 
 @pytest.mark.parametrize("order", [0, 1, 2])

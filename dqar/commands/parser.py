@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
         group = self.add_argument_group("changes to the profile: give `record` and `workbook` the same ones")
         group.add_argument("--weights", metavar="FROM", help="a whole pipeline: a folder, REPO or REPO@REVISION")
         group.add_argument("--device", help="cpu or cuda")
-        group.add_argument("--images", type=int, metavar="N", help="of each method, at most, in every measurement")
+        group.add_argument("--images", type=int, metavar="N", help="maximum number of images per method")
         group.add_argument(
             "--reference", metavar="FROM", help="of FID: an .npz with mu and sigma, or a folder of images"
         )

@@ -43,7 +43,7 @@ def run(arguments: list[str]) -> int:
     pipeline.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where it runs")
     pipeline.add_argument("--offload", action="store_true", help="keep only the part at work on the GPU")
     pipeline.add_argument("--work", type=Path, help="a folder from which an interrupted fit goes on")
-    parser.add_argument("--macs", type=float, default=3.0, help="full compute's over the plan's, at least (default: 3)")
+    parser.add_argument("--macs", type=float, default=3.0, help="least MAC reduction (default: 3)")
     targets = "all steps computed, or the converged solution of five times the steps (default: reference)"
     parser.add_argument("--target", choices=get_args(Target), default="reference", help=targets)
     parser.add_argument("--images", type=int, default=120, help="calibration images, at most (default: 120)")

@@ -32,7 +32,7 @@ def run(arguments: list[str]) -> int:
     parser.add_changes()
     parser.add_argument("--only", metavar="TABLES", help=f"comma-separated, of {', '.join(TABLES)} (default: all)")
     parser.add_argument("--out", type=Path, default=RECORDED, help="folder of the tables (default: %(default)s)")
-    parser.add_argument("--work", type=Path, default=Path("runs/record"), help="parts and log (default: runs/record)")
+    parser.add_argument("--work", type=Path, default=Path("runs/record"), help="parts, log (default: runs/record)")
     parser.add_argument("--estimate", action="store_true", help="time a few steps, say what it will take, and stop")
     options = parser.parse_args(arguments)
     chosen = options.only.split(",") if options.only else list(TABLES)

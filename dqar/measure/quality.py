@@ -88,7 +88,7 @@ def classifier(model: str) -> Classifier:
 
 
 def extractor_of(profile: Profile) -> Extractor | None:
-    """What takes Inception's features of a profile's images; ``None`` where its weights can't be had, said once."""
+    """The feature extractor for a profile; ``None``, with one warning, where Inception's weights can't be had."""
     return StandIn() if profile.rehearsal else _inception(profile.device)
 
 
@@ -132,7 +132,7 @@ def _at_hand(what: str, load: Callable[[], Any]) -> Any:
         return load()
     except (ImportError, OSError) as error:
         reason = " ".join(str(error).split())
-        text = f"no {what}, and all else goes on: pip install 'dqar[gpu]', and, once, a network for the weights"
+        text = f"no {what}; all else goes on: pip install 'dqar[gpu]'; the first use downloads weights"
         warnings.warn(f"{text} ({reason})", stacklevel=3)
         return None
 

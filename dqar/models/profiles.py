@@ -209,9 +209,9 @@ def get_profile(name: str, **changes: Any) -> Profile:
     """
     if name not in PROFILES:
         raise ValueError(f"profile {name!r} is unknown: choose one of {', '.join(PROFILES)}")
-    known = {field.name for field in dataclasses.fields(Profile)}
-    if unknown := set(changes) - known:
-        raise ValueError(f"profile field {sorted(unknown)[0]!r} is unknown: choose from {', '.join(sorted(known))}")
+    fields = {field.name for field in dataclasses.fields(Profile)}
+    if unknown := set(changes) - fields:
+        raise ValueError(f"profile field {sorted(unknown)[0]!r} is unknown: choose from {', '.join(sorted(fields))}")
     values = {field: _typed(field, value) if isinstance(value, str) else value for field, value in changes.items()}
     return dataclasses.replace(PROFILES[name], **values)
 

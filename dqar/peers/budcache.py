@@ -85,12 +85,12 @@ def search(
         annealing: moves that are tried in turn.
         climbing: errors that may be asked for afterwards, of moves from the best choice.
     """
-    known = dict[Steps, float]()
+    errors = dict[Steps, float]()
 
     def error_of(steps: Steps) -> float:
-        if steps not in known:
-            known[steps] = error(steps)
-        return known[steps]
+        if steps not in errors:
+            errors[steps] = error(steps)
+        return errors[steps]
 
     rng, fixed = random.Random(0), max(1, number // 4)
     current = spread_steps(num_inference_steps, number, first=fixed, last=0)
@@ -103,25 +103,25 @@ def search(
         worse = error_of(candidate) - error_of(current)
         if worse < 0 or rng.random() < math.exp(-worse / max(temperature, 1e-300)):
             current = candidate
-    return _climb(rng, known, error_of, num_inference_steps, fixed, climbing)
+    return _climb(rng, errors, error_of, num_inference_steps, fixed, climbing)
 
 
 def _climb(
     rng: random.Random,
-    known: dict[Steps, float],
+    errors: dict[Steps, float],
     error_of: Callable[[Steps], float],
     num_inference_steps: int,
     fixed: int,
     climbing: int,
 ) -> Steps:
-    """From the best choice known to the best of its neighbours, until none is better or too many were asked for."""
-    asked = len(known) + climbing
-    best = min(known, key=error_of)
+    """From the best choice so far to the best of its neighbours, until none is better or too many were asked for."""
+    asked = len(errors) + climbing
+    best = min(errors, key=error_of)
     while True:
         for neighbour in _neighbours(rng, best, num_inference_steps, fixed):
-            if len(known) < asked:
+            if len(errors) < asked:
                 error_of(neighbour)
-        if (better := min(known, key=error_of)) == best:
+        if (better := min(errors, key=error_of)) == best:
             return best
         best = better
 

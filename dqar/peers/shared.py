@@ -155,7 +155,7 @@ def calibrate(
         )
         return torch.as_tensor(drawn.images)
 
-    known = _calibrated.setdefault(pipe.transformer, {})
-    if key not in known:
-        known[key] = measure(draw)
-    return known[key]
+    calibrated = _calibrated.setdefault(pipe.transformer, {})
+    if key not in calibrated:
+        calibrated[key] = measure(draw)
+    return calibrated[key]

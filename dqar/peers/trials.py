@@ -53,12 +53,12 @@ class Trials:
         there; only the last of these steps runs, for its residual.
         """
         skipped = set(range(self._steps)) - set(computed)
-        known = min(skipped, default=1) - 1
+        recorded = min(skipped, default=1) - 1
         with residual_reuse(self._pipe, self._steps, computed) as run:
             forward = self._pipe.transformer.forward
 
             def replayed(*args, **kwargs):
-                return self._outputs[run.step] if run.step < known else forward(*args, **kwargs)
+                return self._outputs[run.step] if run.step < recorded else forward(*args, **kwargs)
 
             self._pipe.transformer.forward = replayed
             return self._draw()

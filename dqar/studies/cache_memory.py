@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from dqar.config import check, check_choice
+from dqar.config import check_choice, check_count
 from dqar.quantizer import BITS
 
 ORDERS = (0, 1, 2)
@@ -101,8 +101,8 @@ def cache_bytes(shape: Shape, order: int, bits: int, images: int = 1) -> int:
     Raises:
         ValueError: names the argument, the value and what is accepted.
     """
-    _check_count("order", order, 0)
-    _check_count("images", images, 1)
+    check_count("order", order, 0)
+    check_count("images", images, 1)
     check_choice("bits", bits, (16, *BITS))
     once = sum(count * site_bytes(tokens, width, bits, images) for count, tokens, width in shape.sites)
     return (order + 1) * shape.branches * once
@@ -110,8 +110,8 @@ def cache_bytes(shape: Shape, order: int, bits: int, images: int = 1) -> int:
 
 def output_cache_bytes(shape: Shape, order: int, images: int = 1) -> int:
     """Bytes of a cache of nothing but the model's last ``order + 1`` outputs, of every branch, in 16 bit."""
-    _check_count("order", order, 0)
-    _check_count("images", images, 1)
+    check_count("order", order, 0)
+    check_count("images", images, 1)
     return (order + 1) * shape.branches * 2 * shape.output_values * images
 
 
@@ -135,8 +135,3 @@ def table() -> pd.DataFrame:
         for order in ORDERS
         for bits in (16, 8, 4)
     )
-
-
-def _check_count(field: str, value: int, least: int) -> None:
-    ok = isinstance(value, int) and not isinstance(value, bool) and value >= least
-    check(field, value, ok, f"an int of {least} or more")

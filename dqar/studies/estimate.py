@@ -26,7 +26,7 @@ TARGETS, DECIDERS = len(policy.LABELLED), 2 * 4 * 4
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a part asks of the pipeline, at most: reuse and plans need less.
+    """An upper bound of the work in one part; reuse and plans need less.
 
     Attributes:
         steps: of single guided images, in batches as large as pay.
