@@ -131,6 +131,7 @@ class DQARConfig:
         reuse_target: ``"kv"``: fresh Q on cached K and V (slide 9); ``"output"``: the attention layer's cached output;
             ``"block"``: that and the feed-forward's, by one decision. Their adaLN gates, and PixArt's cross-attention,
             stay fresh. ``"residual"``: all that the block adds to its input, gates and cross-attention included.
+            Joint attention (SD3, Flux) takes the first two, of image and caption.
         quantize_bits: 8, 4 or 2; 16 keeps the model's own dtype.
         quantize_mode: what shares one scale (slide 6): the sample's whole tensor, a channel, or a token.
         mixed_precision: K in 16 bit, V quantized (slide 6); only with ``reuse_target="kv"``.

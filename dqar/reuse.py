@@ -9,16 +9,18 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import distributed
 
 from dqar import stats
 from dqar.config import DQARConfig
 from dqar.controller import DQARController
-from dqar.families import bare, check_processors, conditions, leaves_layers_out, taken_layers
+from dqar.families import Layer, bare, check_processors, conditions, leaves_layers_out, taken_layers
 from dqar.forecast.run import shared_part
+from dqar.joint import JOINT_SITES
 from dqar.modulations import Modulations
 from dqar.run import Call, Run, Stream
-from dqar.sites import CrossAttention, OpenCall, site_of
+from dqar.sites import SITES, CrossAttention, OpenCall, Site
 from dqar.takeover import Handler
 from dqar.trace import CROSS_ATTENTION, SELF_ATTENTION, Trace
 
@@ -77,7 +79,7 @@ class ReuseEngine:
         """Of the latents that were last given to the model."""
         self._handlers: list[tuple[torch.nn.Module, Handler]] = []
         for layer_id, layer in enumerate(self._layers):
-            site = site_of(layer, config)
+            site = _site_of(layer, config)
             self._handlers += site(self._open_call, layer_id, layer, config).handlers()
             if (cross := layer.cross_attention) is not None:
                 self._handlers.append((cross, CrossAttention(self._open_call, layer_id, cross, config).attend))
@@ -236,6 +238,22 @@ def _check_same_run(run: Run, latents: torch.Tensor, group: ProcessGroup) -> Non
             for rank, (index, values, shape) in enumerate(runs)
         )
         raise ValueError(f"ranks that decide together have to draw the same run: {drawn}")
+
+
+def _site_of(layer: Layer, config: DQARConfig) -> type[Site]:
+    """The class for a layer and a ``reuse_target``.
+
+    Raises:
+        ValueError: a setting that isn't for joint attentions.
+    """
+    joint = layer.place.processor is not AttnProcessor2_0
+    sites, whose = JOINT_SITES if joint else SITES, f"for {layer.path}, a joint attention of image and caption"
+    if config.reuse_target not in sites:
+        choices = " or ".join(map(repr, sites))
+        raise ValueError(f"reuse_target={config.reuse_target!r} is not accepted {whose}: choose {choices}")
+    if joint and config.balance:
+        raise ValueError(f"balance=True is not accepted {whose}: False")
+    return sites[config.reuse_target]
 
 
 def _size(latents: torch.Tensor) -> str:

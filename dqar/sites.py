@@ -23,7 +23,7 @@ from dqar.config import DQARConfig
 from dqar.controller import Choice, DQARController
 from dqar.families import Layer, check_processor
 from dqar.run import Call
-from dqar.takeover import Handler, original_class
+from dqar.takeover import Handler
 
 Rows = dict[str, slice]
 """The branches' rows of a tensor ``[B, N, C]``."""
@@ -32,7 +32,7 @@ Streams = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass
-class _Waiting:
+class Waiting:
     """State that a layer's attention passes on to its feed-forward or block."""
 
     shape: torch.Size
@@ -65,7 +65,7 @@ class OpenCall:
     """What doesn't depend on the latents, by module; ``None``: to be computed as ever."""
     words: int = 0
     """Tokens of the caption that the model is given."""
-    waiting: dict[int, _Waiting] = field(default_factory=dict)
+    waiting: dict[int, Waiting] = field(default_factory=dict)
     """By layer, what a site's first part leaves to its last."""
 
     def rows(self, hidden_states: torch.Tensor, layer_id: int) -> Rows:
@@ -107,7 +107,7 @@ class OpenCall:
 
 
 @dataclass(slots=True)
-class _Given:
+class Given:
     """What an attention is called with: ``[B, N, C]``, and of a cross- or joint attention ``[B, words, C]``."""
 
     original: Callable[..., Any]
@@ -121,7 +121,7 @@ class _Given:
         """The output as ever."""
         return self.original(self.hidden_states, self.caption, self.mask, **self.others)
 
-    def part(self, rows: slice) -> _Given:
+    def part(self, rows: slice) -> Given:
         """Some rows of it."""
         caption = None if self.caption is None else self.caption[rows]
         return dataclasses.replace(self, hidden_states=self.hidden_states[rows], caption=caption)
@@ -149,16 +149,16 @@ class _TakenAttention:
         **kwargs: Any,
     ) -> Any:
         """Answers the attention's calls."""
-        given = _Given(original, hidden_states, encoder_hidden_states, attention_mask, kwargs)
+        given = Given(original, hidden_states, encoder_hidden_states, attention_mask, kwargs)
         opened = self.opened()
         output = None if opened is None else self._answer(opened, given)
         return given.computed() if output is None else output
 
-    def _answer(self, opened: OpenCall, given: _Given) -> Streams | None:
+    def _answer(self, opened: OpenCall, given: Given) -> Streams | None:
         """The attention's output; ``None``: it is computed as ever."""
         raise NotImplementedError
 
-    def _seen_by_hooks(self, given: _Given, answer: Callable[[_Given], Any]) -> Any:
+    def _seen_by_hooks(self, given: Given, answer: Callable[[Given], Any]) -> Any:
         """The answer; through the module where others' hooks are on it, past it where there are none."""
         attn = self.attention
         if not (attn._forward_hooks or attn._forward_pre_hooks or "forward" in vars(attn)):
@@ -167,7 +167,7 @@ class _TakenAttention:
 
         def with_the_original(*arguments: Any) -> Any:
             attn.processor = processor
-            return answer(_Given(given.original, *arguments))
+            return answer(Given(given.original, *arguments))
 
         attn.processor = _Answer(with_the_original)
         try:
@@ -227,7 +227,7 @@ class Site(_TakenAttention):
         """The modules to take over, and who answers their calls."""
         return [(self.attention, self.attend)]
 
-    def _answer(self, opened: OpenCall, given: _Given) -> Streams | None:
+    def _answer(self, opened: OpenCall, given: Given) -> Streams | None:
         if not opened.choices:
             return None
         if given.mask is not None or (given.caption is not None and not self.takes_captions):
@@ -245,7 +245,7 @@ class Site(_TakenAttention):
         """Whether the layer is computed for all branches, as ever."""
         return choice.all_fresh and not opened.controller.wants_entropy(self.layer_id)
 
-    def _attend(self, opened: OpenCall, choice: Choice, given: _Given) -> Streams:
+    def _attend(self, opened: OpenCall, choice: Choice, given: Given) -> Streams:
         layer_id = self.layer_id
         if not choice.fresh:
             output = self._cached(opened, choice.cached)
@@ -274,7 +274,7 @@ class Site(_TakenAttention):
         """The branches' outputs as one."""
         return torch.cat(parts)
 
-    def _compute(self, opened: OpenCall, given: _Given) -> tuple[Any, torch.Tensor | None]:
+    def _compute(self, opened: OpenCall, given: Given) -> tuple[Any, torch.Tensor | None]:
         """The attention's output and, if it is due, its entropy ``[B, H]``."""
         attn, hidden_states = self.attention, given.hidden_states
         if not opened.controller.wants_entropy(self.layer_id):
@@ -300,7 +300,7 @@ class KeysAndValues(Site):
     def _is_plain(self, opened: OpenCall, choice: Choice) -> bool:
         return super()._is_plain(opened, choice) and not opened.controller.wants_commit(self.layer_id)
 
-    def _attend(self, opened: OpenCall, choice: Choice, given: _Given) -> torch.Tensor:
+    def _attend(self, opened: OpenCall, choice: Choice, given: Given) -> torch.Tensor:
         attn, layer_id, hidden_states = self.attention, self.layer_id, given.hidden_states
         rows, tokens = opened.rows(hidden_states, layer_id), hidden_states.shape[1]
 
@@ -365,10 +365,10 @@ class AttentionAndFeedForward(Site):
         """See ``Site``."""
         return [(self.attention, self.attend), (self.block.ff, self.feed_forward)]
 
-    def _answer(self, opened: OpenCall, given: _Given) -> Streams | None:
+    def _answer(self, opened: OpenCall, given: Given) -> Streams | None:
         if opened.choices:
             shape = given.hidden_states.shape[:-1]
-            opened.waiting[self.layer_id] = _Waiting(shape, opened.choices[self.layer_id])
+            opened.waiting[self.layer_id] = Waiting(shape, opened.choices[self.layer_id])
         return super()._answer(opened, given)
 
     def _computed(self, opened: OpenCall, rows: Rows, entropy: torch.Tensor | None, output: Any) -> None:
@@ -425,7 +425,7 @@ class Residual(AttentionAndFeedForward):
             change = opened.cached(layer_id, choice.cached)
             opened.reused(layer_id, choice.cached)
             return hidden_states + change
-        waiting = opened.waiting[layer_id] = _Waiting(hidden_states.shape[:-1], choice)
+        waiting = opened.waiting[layer_id] = Waiting(hidden_states.shape[:-1], choice)
         try:
             output = original(hidden_states, *args, **kwargs)
         finally:
@@ -441,12 +441,12 @@ class Residual(AttentionAndFeedForward):
         opened.reused(layer_id, choice.cached)
         return torch.cat([output[r] if b in choice.fresh else hidden_states[r] + changes[b] for b, r in rows.items()])
 
-    def _answer(self, opened: OpenCall, given: _Given) -> Streams | None:
+    def _answer(self, opened: OpenCall, given: Given) -> Streams | None:
         if self.layer_id not in opened.waiting:  # called by itself, not by its block
             return None
         return Site._answer(self, opened, given)
 
-    def _attend(self, opened: OpenCall, choice: Choice, given: _Given) -> Streams:
+    def _attend(self, opened: OpenCall, choice: Choice, given: Given) -> Streams:
         """What isn't computed is left zero, and its rows are dropped by the block."""
         if not choice.cached:
             return super()._attend(opened, choice, given)
@@ -475,136 +475,6 @@ class Residual(AttentionAndFeedForward):
         return output
 
 
-OUTPUTS: tuple[Name, Name] = ("output", "text_output")
-
-
-class JointSite(Site):
-    """An attention of image and caption together, whose outputs for both are kept.
-
-    Its processor does all the work, and its queries and keys are seen where they are attended with: after all norms and
-    rotary embeddings, whatever these are.
-    """
-
-    takes_captions = True
-
-    def __init__(self, opened: Callable[[], OpenCall | None], layer_id: int, layer: Layer, config: DQARConfig):
-        super().__init__(opened, layer_id, layer, config)
-        self._names = OUTPUTS if layer.attention.added_kv_proj_dim is not None else OUTPUTS[:1]
-        """Names of the outputs; one only where the caption's tokens came merged with the image's."""
-
-    def _computed(self, opened: OpenCall, rows: Rows, entropy: torch.Tensor | None, output: Any) -> None:
-        outputs = _streams(output)
-        opened.keep(self.layer_id, rows, entropy, _tokens(output), dict(zip(self._names, outputs, strict=True)))
-
-    def _cached(self, opened: OpenCall, branches: tuple[str, ...]) -> Any:
-        outputs = tuple(opened.cached(self.layer_id, branches, name) for name in self._names)
-        return outputs if len(outputs) > 1 else outputs[0]
-
-    def _joined(self, parts: list[Any]) -> Any:
-        return torch.cat(parts) if len(self._names) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
-
-    def _compute(self, opened: OpenCall, given: _Given) -> tuple[Any, torch.Tensor | None]:
-        return self._measured(opened, given, opened.controller.wants_entropy(self.layer_id))
-
-    def _measured(self, opened: OpenCall, given: _Given, measure: bool) -> tuple[Any, torch.Tensor | None]:
-        """The processor's output, and ``stats.entropy_by_modality``."""
-        attention_class: Any = original_class(self.attention)
-        forward = attention_class.forward  # past others' hooks, which are through
-        given = dataclasses.replace(given, original=functools.partial(forward, self.attention))
-        if not measure:
-            return given.computed(), None
-        with _SeenAttentions() as seen:
-            output = given.computed()
-        if len(seen.attentions) != 1:
-            raise ValueError(
-                f"layer {self.layer_id} calls F.scaled_dot_product_attention {len(seen.attentions)} times: DQAR "
-                "measures the entropy of one call, as after set_attention_backend('native')"
-            )
-        [(query, key)] = seen.attentions
-        text, queries = self.layer.place.text, self.config.probe.queries
-        if text is None:
-            return output, stats.mean_query_entropy(query, key, num_queries=queries)
-        words = opened.words if given.caption is None else given.caption.shape[1]
-        tokens = query.shape[2] - words
-        images, texts = (slice(words, None), slice(words)) if text == "first" else (slice(tokens), slice(tokens, None))
-        return output, stats.entropy_by_modality(query, key, images, texts, queries)
-
-
-class JointKeysAndValues(KeysAndValues, JointSite):
-    """The keys and values of image and caption are kept as they are projected, before norms and rotary embeddings."""
-
-    def __init__(self, opened: Callable[[], OpenCall | None], layer_id: int, layer: Layer, config: DQARConfig):
-        super().__init__(opened, layer_id, layer, config)
-        attn = layer.attention
-        self._projections: dict[Name, torch.nn.Module] = {"k": attn.to_k, "v": attn.to_v}
-        if len(self._names) > 1:
-            self._projections |= {"text_k": attn.add_k_proj, "text_v": attn.add_v_proj}
-
-    def handlers(self) -> list[tuple[torch.nn.Module, Handler]]:
-        """See ``Site``."""
-        projections = self._projections.items()
-        return [*super().handlers(), *((module, functools.partial(self.project, name)) for name, module in projections)]
-
-    def _attend(self, opened: OpenCall, choice: Choice, given: _Given) -> Any:
-        waiting = opened.waiting[self.layer_id] = _Waiting(given.hidden_states.shape[:-1], choice)
-        measure = bool(choice.fresh) and opened.controller.wants_entropy(self.layer_id)
-        try:
-            output, entropy = self._measured(opened, given, measure)
-        finally:
-            del opened.waiting[self.layer_id]
-        if waiting.projected.keys() != self._projections.keys():
-            raise ValueError(
-                f"layer {self.layer_id} has other projections than when DQAR was applied, or fused ones: call "
-                "remove_dqar first, and unfuse_qkv_projections"
-            )
-        rows = opened.rows(given.hidden_states, self.layer_id)
-        self._keep(opened, choice, rows, entropy, _tokens(output), waiting.projected)
-        return output
-
-    def project(self, name: Name, original: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        """Answers a projection's calls: computed, restored or shared as its attention's branches are."""
-        opened, layer_id = self.opened(), self.layer_id
-        if opened is None or layer_id not in opened.waiting:
-            return original(x)
-        waiting = opened.waiting[layer_id]
-        choice = waiting.choice
-        if choice.all_fresh:
-            projected = original(x)
-        elif not choice.fresh:
-            projected = opened.cached(layer_id, choice.cached, name)
-        else:
-            rows = opened.rows(x, layer_id)
-            parts = choice.parts(lambda b: original(x[rows[b]]), lambda b: opened.cached(layer_id, (b,), name))
-            projected = torch.cat([parts[branch] for branch in rows])
-        waiting.projected[name] = projected
-        return projected
-
-
-def _streams(output: Any) -> tuple[torch.Tensor, ...]:
-    return output if isinstance(output, tuple) else (output,)
-
-
-def _tokens(output: Any) -> int:
-    """Of all streams."""
-    return sum(stream.shape[1] for stream in _streams(output))
-
-
-class _SeenAttentions(TorchFunctionMode):
-    """The queries and keys ``[B, H, N, D]`` of all attentions meanwhile."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attentions: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is F.scaled_dot_product_attention:
-            named = dict(zip(("query", "key"), args, strict=False)) | (kwargs or {})
-            self.attentions.append((named["query"], named["key"]))
-        return func(*args, **(kwargs or {}))
-
-
 SITES: dict[str, type[Site]] = {
     "kv": KeysAndValues,
     "output": Site,
@@ -612,24 +482,6 @@ SITES: dict[str, type[Site]] = {
     "residual": Residual,
 }
 """By ``reuse_target``, of attentions with ``AttnProcessor2_0``."""
-JOINT_SITES: dict[str, type[Site]] = {"kv": JointKeysAndValues, "output": JointSite}
-"""The same of joint attentions."""
-
-
-def site_of(layer: Layer, config: DQARConfig) -> type[Site]:
-    """The class for a layer and a ``reuse_target``.
-
-    Raises:
-        ValueError: a setting that isn't for joint attentions.
-    """
-    joint = layer.place.processor is not AttnProcessor2_0
-    sites, whose = JOINT_SITES if joint else SITES, f"for {layer.path}, a joint attention of image and caption"
-    if config.reuse_target not in sites:
-        choices = " or ".join(map(repr, sites))
-        raise ValueError(f"reuse_target={config.reuse_target!r} is not accepted {whose}: choose {choices}")
-    if joint and config.balance:
-        raise ValueError(f"balance=True is not accepted {whose}: False")
-    return sites[config.reuse_target]
 
 
 class CrossAttention(_TakenAttention):
@@ -638,13 +490,13 @@ class CrossAttention(_TakenAttention):
     With ``cache.cross_attention`` they are computed at a call's first step only. Exact.
     """
 
-    def _answer(self, opened: OpenCall, given: _Given) -> torch.Tensor | None:
+    def _answer(self, opened: OpenCall, given: Given) -> torch.Tensor | None:
         # Without a caption it attends to itself after all; another's processor does what it does.
         if given.caption is None or type(self.attention.processor) is not AttnProcessor2_0:
             return None
         return self._seen_by_hooks(given, functools.partial(self._attend, opened))
 
-    def _attend(self, opened: OpenCall, given: _Given) -> torch.Tensor:
+    def _attend(self, opened: OpenCall, given: Given) -> torch.Tensor:
         attn, kept, keeps = self.attention, opened.call.caption, self.config.cache.cross_attention
         hidden_states, caption, mask = given.hidden_states, given.caption, given.mask
         fresh = self.layer_id not in kept

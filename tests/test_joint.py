@@ -303,6 +303,32 @@ def test_one_branch_is_reused_and_the_other_computed(loaded, name, branch, targe
     assert set(reused.branch) == {branch} and len(reused) == len(sites)
 
 
+@pytest.mark.parametrize("target", ("output", "kv"))
+def test_the_unconditional_branch_shares_both_streams(loaded, target):
+    pipe, call = loaded("sd3")
+    handles, calls = [], {}
+
+    def hook(module, _args, output):
+        step = calls[module] = calls.get(module, -1) + 1
+        if step not in (1, 2, 3, 5):  # nothing is known at step 0, and three shares in a row are enough
+            return output
+        streams = output if isinstance(output, tuple) else (output,)
+        shared = tuple(torch.cat([stream.chunk(2)[1]] * 2) for stream in streams)
+        return shared if isinstance(output, tuple) else shared[0]
+
+    for path in LAYERS["sd3"]:
+        handles += [module.register_forward_hook(hook) for module in modules_of(pipe, path, target)]
+    expected = draw(pipe, call)
+    for handle in handles:
+        handle.remove()
+    with apply_dqar(pipe, DQARConfig(schedule="none", share_below=99.0, reuse_target=target)) as session:
+        got = draw(pipe, call)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(got, draw(pipe, call))
+    shares = session.trace.to_pandas().query("decision == 'share'")
+    assert set(shares.step) == {1, 2, 3, 5} and set(shares.branch) == {"uncond"}
+
+
 @pytest.mark.parametrize("name, kind", [("latte", ""), ("latte", "temporal_"), ("flux", ""), ("flux", "single_")])
 def test_each_kind_of_attention_is_reused_by_itself(loaded, name, kind):
     pipe, call = loaded(name)
@@ -429,6 +455,7 @@ def test_fused_projections_have_no_keys_and_values_to_keep(loaded):
         assert torch.equal(draw(pipe, call), expected)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_attention_out_of_sight_has_no_entropy(loaded):
     """Another backend: refused where its entropy is asked for, reused where it isn't."""
     pipe, call = loaded("flux")
