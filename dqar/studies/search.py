@@ -174,9 +174,11 @@ class Trials:
             found = dict.fromkeys(SPACE, 0.0)
             if len(set(map(target, self.finished()))) > 1:
                 evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-                found |= optuna.importance.get_param_importances(
-                    self.study, evaluator=evaluator, target=target, normalize=False
-                )
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                    found |= optuna.importance.get_param_importances(
+                        self.study, evaluator=evaluator, target=target, normalize=False
+                    )
             rows += [{"objective": objective, "setting": name, "importance": value} for name, value in found.items()]
         return pd.DataFrame(rows)
 
