@@ -84,6 +84,25 @@ def test_a_request_that_fails_takes_no_other_with_it():
         queue.submit(4, 4, class_labels=1)
 
 
+def test_whatever_a_request_holds_the_worker_goes_on():
+    class Watermarked:
+        """A pipeline that takes an array, and draws an image too many where it is long."""
+
+        scheduler = image_pipeline().scheduler
+
+        def __call__(self, class_labels, mark, generator, num_inference_steps):
+            return (torch.zeros(len(class_labels) + len(mark) - 1),)
+
+    mark = torch.zeros(1)
+    with RequestQueue(Watermarked(), 2, wait=1) as queue:
+        images = [queue.submit(n, 4, class_labels=1, mark=own) for n, own in enumerate((mark, mark, torch.ones(2)))]
+        twice = queue.submit(4, 4, class_labels=1, mark=[0, 0])
+    assert [image.result().item() for image in images[:2]] == [0, 0] and queue.batches == [2]
+    for wrong in (images[2], twice):
+        with pytest.raises(ValueError, match="the pipeline drew 2 images of 1 requests: ask for one each"):
+            wrong.result()
+
+
 def test_a_cancelled_request_is_not_drawn():
     pipe = image_pipeline()
     with RequestQueue(pipe, 2, wait=30, **SHARED) as queue:

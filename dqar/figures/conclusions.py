@@ -23,14 +23,14 @@ from dqar.studies import search as search_study
 from dqar.studies.compare import FULL
 
 SETTINGS = {
-    "target": "what is reused or extrapolated",
-    "schedule": "schedule",
-    "interval": "computed every n-th step",
-    "order": "forecast order",
-    "bits": "bits of the cache",
-    "entropy": "entropy threshold",
-    "snr": "SNR threshold",
-    "last": "last steps computed",
+    "target": "what is reused",
+    "schedule": "the schedule",
+    "interval": "the interval of computed steps",
+    "order": "the order of the forecast",
+    "bits": "the cache's bits",
+    "entropy": "the entropy threshold",
+    "snr": "the SNR threshold",
+    "last": "how many last steps are computed",
 }
 """Of ``studies.search.SPACE``, in words."""
 MARKS = {"holds": "✓", "does not hold": "✗", "not testable here": "not testable here"}
@@ -96,7 +96,7 @@ def slide16_batches(run: Run, batches: pd.DataFrame) -> Figure:
             right.plot(own.together, own["median"], **look)
             right.plot(own.together, own.worst, **{**look, "ls": ":", "label": "_"})
     gate = points[points.method == batch_study.GATE].set_index("together")
-    right.axhline(gate["median"][1], color=ACCENT, lw=1.5, ls="--")
+    right.axhline(gate["median"][1], color=ACCENT, lw=1.5, ls="--", label="a gate of each image's own")
     right.plot([], [], color=GREY, lw=3, ls=":", label="the worst image")
     for axes in (left, right):
         axes.set(xscale="log", xlabel="images at once")
@@ -140,8 +140,8 @@ def slide16_search(run: Run, trials: pd.DataFrame, front: pd.DataFrame, importan
     change = (again.psnr_5th.to_numpy() - before.to_numpy()).mean()
     headline(
         figure,
-        f"On images that it was not searched on, the front's 5th percentile changes by {change:+.1f} dB (mean); "
-        f"most of the quality hangs on one setting: {SETTINGS[shares.index[-1]]}",
+        f"On other images than those searched on, the front's 5th percentile changes by {change:+.1f} dB (mean); "
+        f"what matters most to quality is {SETTINGS[shares.index[-1]]} ({shares.iloc[-1]:.0%} of its variance)",
     )
     note = (
         f"{len(tried)} trials of {trials.image.nunique()} images; front: {len(again)}, {front.image.nunique()} others"

@@ -160,15 +160,25 @@ class Trials:
         return pd.DataFrame(rows)
 
     def importance(self) -> pd.DataFrame:
-        """By fANOVA (Hutter et al. 2014), ``objective`` (``"MACs"``, ``"dB"``), ``setting``, ``importance``: the share
-        of the objective's variance over the whole space that one setting explains by itself."""
+        """By fANOVA (Hutter et al. 2014): what matters over the whole space.
+
+        Returns:
+            ``objective`` (``"MACs"``, ``"dB"``), ``setting`` and ``importance``: the share of the objective's variance
+            that the setting explains by itself; what settings do together is in none of them.
+        """
         import optuna
 
         rows = []
         targets = {"MACs": lambda trial: trial.values[0], "dB": lambda trial: trial.values[1]}
         for objective, target in targets.items():
-            evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-            found = optuna.importance.get_param_importances(self.study, evaluator=evaluator, target=target)
+            found = dict.fromkeys(SPACE, 0.0)
+            if len(set(map(target, self.finished()))) > 1:
+                evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                    found |= optuna.importance.get_param_importances(
+                        self.study, evaluator=evaluator, target=target, normalize=False
+                    )
             rows += [{"objective": objective, "setting": name, "importance": value} for name, value in found.items()]
         return pd.DataFrame(rows)
 
