@@ -224,8 +224,8 @@ def evaluate_video(weights: Path, profile: Profile, num_samples: int = 60) -> di
         "MIT, as the project.",
         f"- **Training:** `dqar train moving-digits`, {recipe.num_steps:,} steps of {recipe.batch_size} videos in "
         f"cycles of {recipe.cycle_steps:,}, noise prediction, min-SNR weighting, label dropout {recipe.label_dropout}, "
-        f"EMA {recipe.ema_decay}, Muon, seed {recipe.seed}; {facts['hours']} hours on one thread of {facts['hardware']}, torch {facts['torch']}. Loss and "
-        "recipe: `training.json`.",
+        f"EMA {recipe.ema_decay}, Muon, seed {recipe.seed}; {facts['hours']} hours on one thread of "
+        f"{facts['hardware']}, torch {facts['torch']}. Loss and recipe: `training.json`.",
         f"- **Sampling:** {profile.num_inference_steps} steps of DPM-Solver++, guidance {profile.guidance_scale:g}, no "
         "clipping.",
         f"- **Quality** of {num_samples} videos (`evaluation.json`): the digit cut out of each frame is classified as "
