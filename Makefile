@@ -22,11 +22,12 @@ test: $(READY)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal -m 'not rehearsal'
 
 smoke: $(READY)
 	OMP_NUM_THREADS=1 $(PYTHON) -m dqar record --profile smoke --work out/smoke
 	OMP_NUM_THREADS=1 $(PYTHON) -m dqar workbook --profile smoke --jobs 2
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -m rehearsal tests/test_rehearsal.py
 
 lab: $(READY)
 	$(PYTHON) -m pip install -q -c constraints.txt -e .[lab]

@@ -27,6 +27,8 @@ COMMANDS = {
     "plan": Command("dqar.commands.plan", "fit a forecast plan, which computes only some steps of a run"),
     "calibrate": Command("dqar.commands.calibrate", "propose entropy threshold and SNR range for a model"),
     "record": Command("dqar.commands.record", "make the long measurements that the figures draw from", resumes=True),
+    "sweep": Command("dqar.commands.sweep", "measure methods on many seeds, by many processes", resumes=True),
+    "search": Command("dqar.commands.search", "search settings by Optuna: MACs against dB", resumes=True),
     "benchmark": Command("dqar.commands.benchmark", "time reuse at DiT-XL/2's size, or the cost of deciding"),
     "train": Command("dqar.commands.train", "train the embedded models", resumes=True),
 }
@@ -83,7 +85,9 @@ def _missing(error: Exception) -> str:
     """What to install if ``error`` is about a package that only an extra brings."""
     if not isinstance(error, ModuleNotFoundError) or not error.name or error.name.split(".")[0] == "dqar":
         return ""
-    return f"needs {error.name.split('.')[0]}, which isn't installed: pip install 'dqar[workbook]'"
+    name = error.name.split(".")[0]
+    extra = "search" if name in ("optuna", "sqlalchemy") else "workbook"
+    return f"needs {name}, which isn't installed: pip install 'dqar[{extra}]'"
 
 
 def _fail(command: str, message: str, code: int) -> int:

@@ -8,6 +8,7 @@ from dqar.forecast.fit import fit_plan
 from dqar.forecast.ladder import PlanLadder
 from dqar.forecast.plan import ForecastPlan, extrapolation
 from dqar.plan import ReusePlan
+from dqar.serving import RequestQueue
 
 __all__ = [
     "CacheFormat",
@@ -18,6 +19,7 @@ __all__ = [
     "ForecastPlan",
     "PlanLadder",
     "Probe",
+    "RequestQueue",
     "ReusePlan",
     "apply_dqar",
     "describe_model",

@@ -12,13 +12,13 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from dqar.config import DQARConfig
 from dqar.controller import DQARController
-from dqar.families import as_batch, bare, conditions, family, null_class, transformers
+from dqar.families import as_batch, bare, conditions, family, find_layers, null_class, transformers
 from dqar.forecast.ladder import LadderEngine, PlanLadder
 from dqar.forecast.plan import ForecastPlan
 from dqar.forecast.run import ForecastEngine
@@ -28,6 +28,9 @@ from dqar.run import Call, Run, RunFinder, Stream
 from dqar.takeover import WATCH, Handler, give_back, handler_of, take_over
 from dqar.trace import MODEL, Trace
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 _SESSIONS: weakref.WeakSet[DQARSession] = weakref.WeakSet()
 
 
@@ -35,11 +38,13 @@ def apply_dqar(
     pipe: Any,
     config: DQARConfig | ReusePlan | ForecastPlan | PlanLadder | None = None,
     prompt_length: int | None = None,
+    group: ProcessGroup | None = None,
 ) -> DQARSession:
     """Attaches DQAR to a diffusers pipeline or transformer; use as context manager, or end with ``remove_dqar``.
 
     Args:
-        pipe: a pipeline with a DiT-like ``transformer``, or the transformer; compiled, offloaded and wrapped ones too.
+        pipe: a pipeline with a ``transformer`` that docs/families.md lists, or the transformer; compiled, offloaded and
+            wrapped ones too.
             A transformer alone has no scheduler to predict x0 with, so that its SNR is unknown and only
             ``snr_range=None`` opens the gate; it tells the number of steps from the first two timesteps, and reuses
             from the third step on.
@@ -48,16 +53,19 @@ def apply_dqar(
             defaults if left out.
         prompt_length: words of the prompt or label, for slide 5's τ(p). ``None`` takes the caption's tokens (mean over
             the batch) where the model is given a caption with a mask, and else leaves the threshold as it is.
+        group: of ``torch.distributed``: ranks that share an image, as in tensor or context parallelism. A gate's
+            signals are averaged over it, so that all ranks decide alike; they have to draw the same runs to their ends,
+            or wait for the group's timeout. Ranks with images of their own need none, and plans can't diverge.
 
     Returns:
         The session: its ``trace`` and ``controller`` stay readable after removal.
 
     Raises:
-        ValueError: no self-attention that DQAR can take over, DQAR is there already, or a plan for another model.
+        ValueError: no attention that DQAR can take over, DQAR is there already, or a plan for another model.
     """
     if isinstance(config, ReusePlan):
         config = DQARConfig(plan=config)
-    session = DQARSession(pipe, DQARConfig() if config is None else config, prompt_length)
+    session = DQARSession(pipe, DQARConfig() if config is None else config, prompt_length, group)
     session.attach()
     return session
 
@@ -125,7 +133,13 @@ class DQARSession:
         trace: what was decided in every run since it was made.
     """
 
-    def __init__(self, pipe: Any, config: DQARConfig | ForecastPlan | PlanLadder, prompt_length: int | None):
+    def __init__(
+        self,
+        pipe: Any,
+        config: DQARConfig | ForecastPlan | PlanLadder,
+        prompt_length: int | None,
+        group: ProcessGroup | None = None,
+    ):
         self.pipe, self.config, self.trace = pipe, config, Trace()
         self._transformers = transformers(pipe)
         self.transformer: torch.nn.Module = self._transformers[0]
@@ -137,7 +151,7 @@ class DQARSession:
         elif isinstance(config, ForecastPlan):
             self._engine = ForecastEngine(models, config, self.trace)
         else:
-            self._engine = ReuseEngine(self.transformer, config, prompt_length, self.trace)
+            self._engine = ReuseEngine(self.transformer, config, prompt_length, self.trace, group)
         self._argument_names = list(inspect.signature(type(self._model).forward).parameters)[1:]
         self._family = family(self.transformer)
         self._finder = RunFinder(
@@ -325,14 +339,15 @@ class DQARSession:
         bad: list[int] = []
 
         def look(layer_id: int) -> Callable:
-            def hook(_module: torch.nn.Module, _args: tuple, output: torch.Tensor) -> None:
-                if not output.isfinite().all():
+            def hook(_module: torch.nn.Module, _args: tuple, output: Any) -> None:
+                streams = output if isinstance(output, tuple) else (output,)
+                if not all(stream.isfinite().all() for stream in streams if stream is not None):
                     bad.append(layer_id)
 
             return hook
 
-        blocks = getattr(self._model, "transformer_blocks", ())
-        handles = [block.register_forward_hook(look(i)) for i, block in enumerate(blocks)]
+        layers = enumerate(find_layers(self._model))
+        handles = [layer.block.register_forward_hook(look(layer_id)) for layer_id, layer in layers]
         try:
             with torch.no_grad():
                 again()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -42,7 +41,7 @@ class StoredTensor:
 
 
 Stored = QuantizedTensor | StoredTensor
-Name = Literal["k", "v", "output", "feed_forward"]
+Name = Literal["k", "v", "output", "feed_forward", "text_k", "text_v", "text_output"]
 Tensors = dict[Name, torch.Tensor]
 NAMES: dict[ReuseTarget, tuple[Name, ...]] = {
     "kv": ("k", "v"),
@@ -51,7 +50,7 @@ NAMES: dict[ReuseTarget, tuple[Name, ...]] = {
     "residual": ("output",),
 }
 """What an entry holds, by ``reuse_target``: keys and values; the attention's output; that and the feed-forward's; or,
-as ``output``, what the whole block adds to its input."""
+as ``output``, what the whole block adds to its input. A joint attention's has the same of its caption, as ``text_``."""
 
 
 @dataclass
@@ -74,6 +73,8 @@ class CacheEntry:
     """Steps in a row that this entry has served."""
     history: tuple[CacheEntry, ...] = ()
     """What the same site computed before, newest first: as many as ``cache.forecast_order`` asks for."""
+    _parts: dict[Name, Stored] = field(default_factory=dict)
+    """Its own rows, where somebody asked for them."""
 
     @property
     def nbytes(self) -> int:
@@ -89,37 +90,41 @@ class CacheEntry:
         """A cached tensor ``[B, N, C]`` continued to ``step``, in its own dtype."""
         return recall([self], step, name)
 
-    @functools.cached_property
+    @property
     def k(self) -> Stored | None:
         """The keys."""
-        return self._part("k")
+        return self.part("k")
 
-    @functools.cached_property
+    @property
     def v(self) -> Stored | None:
         """The values."""
-        return self._part("v")
+        return self.part("v")
 
-    @functools.cached_property
+    @property
     def output(self) -> Stored | None:
         """The output."""
-        return self._part("output")
+        return self.part("output")
 
-    @functools.cached_property
+    @property
     def feed_forward(self) -> Stored | None:
         """The feed-forward's output."""
-        return self._part("feed_forward")
+        return self.part("feed_forward")
 
     def separate(self) -> None:
         """Gives the entry memory of its own, where it shares some."""
         if self.rows is not None:
             self.stored = {name: stored.rows(self.rows).clone() for name, stored in self.stored.items()}
             self.rows = None
-            for name in ("k", "v", "output", "feed_forward"):
-                vars(self).pop(name, None)
+            self._parts.clear()
 
-    def _part(self, name: Name) -> Stored | None:
+    def part(self, name: Name) -> Stored | None:
+        """The entry's own rows of a tensor, if it is there."""
         stored = self.stored.get(name)
-        return stored if stored is None or self.rows is None else stored.rows(self.rows)
+        if stored is None or self.rows is None:
+            return stored
+        if name not in self._parts:
+            self._parts[name] = stored.rows(self.rows)
+        return self._parts[name]
 
 
 def recall(entries: Sequence[CacheEntry], step: int, name: Name) -> torch.Tensor:
@@ -134,7 +139,8 @@ def recall(entries: Sequence[CacheEntry], step: int, name: Name) -> torch.Tensor
     parts = []
     for entry in entries:
         chain = (entry, *entry.history)
-        parts.append(_continued([getattr(past, name) for past in chain], [past.step for past in chain], step))
+        stored = [past.part(name) for past in chain]
+        parts.append(_continued([one for one in stored if one is not None], [past.step for past in chain], step))
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
@@ -195,7 +201,8 @@ class QuantizedCache:
         Args:
             layer_id, step: where and when it was computed.
             rows: of the tensors, by branch; of one branch alone they are all its own.
-            tensors: ``[B, N, C]``; those of ``NAMES`` are kept if they are all there, others never.
+            tensors: ``[B, N, C]``; those of ``NAMES`` are kept if they are all there, and a joint attention's ``text_``
+                beside them, others never.
             partners: of each for ``balance``, as ``quantize`` takes them.
             entropies: of the attention, if they were measured.
             check_finite: look for NaN and inf, where no GPU has to wait for it.
@@ -209,6 +216,7 @@ class QuantizedCache:
         names, partners = NAMES[self.config.reuse_target], partners or {}
         stored: dict[Name, Stored] = {}
         if all(name in tensors for name in names):
+            names = (*names, *(name for name in tensors if name.startswith("text_")))
             stored = {name: self._store(name, tensors[name], partners.get(name), check_finite) for name in names}
         nbytes = sum(whole.nbytes for whole in stored.values())
         batch = len(next(iter(stored.values())).data) if stored else 1
@@ -253,7 +261,7 @@ class QuantizedCache:
 
     def _store(self, name: Name, x: torch.Tensor, partner: torch.Tensor | None, check_finite: bool) -> Stored:
         config = self.config
-        if name == "k" and config.mixed_precision:
+        if name in ("k", "text_k") and config.mixed_precision:
             half = torch.float16 if x.dtype == torch.float32 else x.dtype
             return StoredTensor(x.detach().to(half, copy=True), x.dtype)
         if config.quantize_bits == 16:

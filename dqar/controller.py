@@ -90,7 +90,7 @@ class DQARController:
         self.cache.clear()
         self._open_step: Step | None = None
         self._measured: dict[tuple[int, str], Entropies] = {}
-        self._tokens: int | None = None
+        self._tokens: dict[int, int] = {}
         self._share_streaks: dict[int, int] = {}
 
     def begin_step(
@@ -295,7 +295,9 @@ class DQARController:
         partners: Tensors | None = None,
         check_finite: bool = False,
     ) -> None:
-        """``commit`` for several branches, whose ``rows`` of ``entropy`` ``[B, H]`` and of the tensors these are.
+        """``commit`` for several branches, whose ``rows`` of ``entropy`` and of the tensors these are.
+
+        ``entropy`` is ``[B, H]``, or ``stats.entropy_by_modality``'s ``[B, 3, H]``.
 
         What one step leaves NaN or inf in is found in the model's output, so it isn't looked for here by default.
         """
@@ -306,7 +308,7 @@ class DQARController:
             self._add_computed(layer_id, entry.branch, entry.nbytes, entropies)
 
     def record(self, layer_id: int, rows: dict[str, slice], entropy: torch.Tensor | None, tokens: int | None) -> None:
-        """Records computed branches that no later step will reuse, so that nothing is cached; entropy ``[B, H]``."""
+        """Records computed branches that no later step will reuse, so that nothing is cached; see the above."""
         entropies = self._entropies(layer_id, rows, entropy, tokens)
         for branch in rows:
             self._add_computed(layer_id, branch, 0, entropies)
@@ -331,7 +333,7 @@ class DQARController:
         """
         entropies = None if entropy is None else self.trace.measured(entropy, rows, tokens)
         table = self._open(CROSS_ATTENTION)
-        table.tokens = tokens
+        table.tokens[layer_id] = tokens
         for branch in rows:
             table.add(layer_id, branch, "compute" if fresh else "reuse", "caption", nbytes, 0, entropies)
 
@@ -354,7 +356,8 @@ class DQARController:
     def _entropies(
         self, layer_id: int, rows: dict[str, slice], entropy: torch.Tensor | None, tokens: int | None
     ) -> Entropies | None:
-        self._tokens = self._open(SELF_ATTENTION).tokens = tokens
+        if tokens is not None:
+            self._tokens[layer_id] = tokens
         if entropy is None:
             return None
         entropies = self.trace.measured(entropy, rows, tokens)

@@ -1,16 +1,70 @@
-"""What differs between model families, as data: how branches are stacked, which module comes last, how it is called."""
+"""What differs between model families, as data: branches, attentions, which module comes last, how it is called."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, JointAttnProcessor2_0
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
 from dqar.takeover import original_class
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a family has attentions that DQAR can take over: one in each block of a list.
+
+    Attributes:
+        blocks: name of the list of blocks.
+        name: of the attention in a block; blocks where it is ``None`` have none.
+        processor: the class that DQAR stands for, to the bit; no other one is taken over, nor a subclass.
+        text: where a joint attention has the caption's tokens, before or after the image's; ``None``: it has none.
+        cross: name of the block's cross-attention to the caption, if it has any.
+    """
+
+    blocks: str = "transformer_blocks"
+    name: str = "attn1"
+    processor: type = AttnProcessor2_0
+    text: Literal["first", "last"] | None = None
+    cross: str | None = "attn2"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One attention of a model that DQAR decides about.
+
+    Attributes:
+        block_path: path of the block that it is in, within the model.
+        block: itself.
+        attention: itself.
+        place: the family's entry.
+    """
+
+    block_path: str
+    block: Any
+    attention: Any
+    place: Place
+
+    @property
+    def path(self) -> str:
+        """Of the attention within the model, as ``get_submodule`` takes it."""
+        return f"{self.block_path}.{self.place.name}"
+
+    @property
+    def cross_path(self) -> str:
+        """Of the cross-attention, if there is one."""
+        return f"{self.block_path}.{self.place.cross}"
+
+    @property
+    def cross_attention(self) -> Attention | None:
+        """The block's attention to the caption alone; ``None``: there is none, or with another processor."""
+        cross = getattr(self.block, self.place.cross or "", None)
+        return cross if isinstance(cross, Attention) and type(cross.processor) is AttnProcessor2_0 else None
 
 
 @dataclass(frozen=True)
@@ -18,6 +72,8 @@ class Family:
     """One family of diffusers transformers.
 
     Attributes:
+        attentions: those of the model, in the order of their calls: blocks of one group take turns, one of each place
+            after the other; groups follow one another.
         branch_order: how the family's pipelines stack the branches of guidance in one batch.
         last_layer: the linear layer that reads the output from the last hidden states.
         channels: the axis of the latents' channels; of packed tokens ``[B, tokens, C]`` always the last.
@@ -26,6 +82,7 @@ class Family:
         reversed_time: whether the model is given ``1 - t / 1000``, for the scheduler's ``t``.
     """
 
+    attentions: tuple[tuple[Place, ...], ...] = ((Place(),),)
     branch_order: tuple[str, str] = ("uncond", "cond")
     last_layer: str = "proj_out"
     channels: int = 1
@@ -35,14 +92,26 @@ class Family:
     reversed_time: bool = False
 
 
+_SD3 = (
+    Place(name="attn", processor=JointAttnProcessor2_0, text="last", cross=None),
+    Place(name="attn2", processor=JointAttnProcessor2_0, cross=None),  # of SD3.5 medium's first blocks: image alone
+)
+_FLUX = (
+    (Place(name="attn", processor=FluxAttnProcessor, text="first", cross=None),),
+    (Place("single_transformer_blocks", "attn", FluxAttnProcessor, "first", cross=None),),
+)
 FAMILIES = {
-    "DiTTransformer2DModel": Family(("cond", "uncond"), last_layer="proj_out_2"),
+    "DiTTransformer2DModel": Family(branch_order=("cond", "uncond"), last_layer="proj_out_2"),
     "PixArtTransformer2DModel": Family(),
-    "LatteTransformer3DModel": Family(),
-    "LuminaNextDiT2DModel": Family(("cond", "uncond")),
+    "LatteTransformer3DModel": Family(((Place(), Place("temporal_transformer_blocks")),)),
+    "SD3Transformer2DModel": Family((_SD3,)),
+    "FluxTransformer2DModel": Family(_FLUX),
+    "LuminaNextDiT2DModel": Family(branch_order=("cond", "uncond")),
     "CogVideoXTransformer3DModel": Family(channels=2),
     "Lumina2Transformer2DModel": Family(reversed_time=True),
-    "ZImageTransformer2DModel": Family(("cond", "uncond"), latents="x", timestep="t", lists=True, reversed_time=True),
+    "ZImageTransformer2DModel": Family(
+        branch_order=("cond", "uncond"), latents="x", timestep="t", lists=True, reversed_time=True
+    ),
 }
 CONDITIONS = ("class_labels", "encoder_hidden_states", "encoder_attention_mask", "pooled_projections")
 """Arguments of a transformer that say what is to be drawn: a run, and each of its branches, keeps to them."""
@@ -88,31 +157,49 @@ def last_layer(transformer: torch.nn.Module) -> torch.nn.Linear:
     return layer
 
 
-def self_attentions(transformer: torch.nn.Module) -> list[Attention]:
-    """The self-attention of every block.
+def find_layers(transformer: torch.nn.Module) -> list[Layer]:
+    """The model's attentions in the order of their calls, whatever they are: ``None`` where a block has none."""
+    model, found = bare(transformer), []
+    for group in family(model).attentions:
+        for number, together in enumerate(zip(*(getattr(model, place.blocks, ()) for place in group), strict=True)):
+            layers = [
+                Layer(f"{place.blocks}.{number}", block, getattr(block, place.name, None), place)
+                for place, block in zip(group, together, strict=True)
+            ]
+            found += [layer for i, layer in enumerate(layers) if layer.attention is not None or i == 0]
+    return found
+
+
+def taken_layers(transformer: torch.nn.Module) -> list[Layer]:
+    """The attentions that DQAR decides about, in the order of their calls.
 
     Raises:
-        ValueError: blocks of another make, or a processor other than ``AttnProcessor2_0``, by name.
+        ValueError: blocks of another make, or another attention processor than the family's, by name.
     """
-    model = bare(transformer)
-    blocks = getattr(model, "transformer_blocks", None) or []
-    layers = [block.attn1 for block in blocks if isinstance(getattr(block, "attn1", None), Attention)]
-    if not layers or len(layers) != len(blocks):
+    layers = find_layers(transformer)
+    if not layers or not all(isinstance(layer.attention, (Attention, AttentionModuleMixin)) for layer in layers):
         raise ValueError(
-            f"{original_class(model).__name__} has no attention that DQAR can take over: needs `transformer_blocks` "
-            f"with a diffusers `attn1` each, as in {' or '.join(FAMILIES)}; a ForecastPlan needs none"
+            f"{original_class(bare(transformer)).__name__} has no attention that DQAR can take over: needs "
+            "`transformer_blocks` with a diffusers `attn1` each, or a model that docs/families.md lists; a "
+            "ForecastPlan needs none"
         )
-    for layer_id, layer in enumerate(layers):
-        check_processor(layer, layer_id)
+    check_processors(layers)
     return layers
 
 
-def check_processor(layer: Attention, layer_id: int) -> None:
-    """Raises ``ValueError`` unless the layer's processor is exactly ``AttnProcessor2_0``, which DQAR stands for."""
-    if type(layer.processor) is not AttnProcessor2_0:
+def check_processors(layers: Iterable[Layer]) -> None:
+    """Raises ``ValueError`` unless each layer's processor is exactly its family's, which DQAR stands for."""
+    for layer_id, layer in enumerate(layers):
+        check_processor(layer, layer_id)
+
+
+def check_processor(layer: Layer, layer_id: int) -> None:
+    """See ``check_processors``."""
+    own, known = type(layer.attention.processor), layer.place.processor
+    if own is not known:
         raise ValueError(
-            f"layer {layer_id} has the attention processor {type(layer.processor).__name__}: DQAR takes the place of "
-            "AttnProcessor2_0 only; set that, or remove_dqar first"
+            f"layer {layer_id} has the attention processor {own.__name__}: DQAR takes the place of {known.__name__} "
+            "only; set that, or remove_dqar first"
         )
 
 
@@ -125,6 +212,11 @@ def conditions(named: dict[str, Any]) -> tuple[torch.Tensor | None, ...]:
     """A call's ``CONDITIONS``, in that order, and the captions that are a list."""
     given = [named.get(name) for name in CONDITIONS] + list(named.get(CAPTION_LISTS, ()))
     return tuple(value if isinstance(value, torch.Tensor) else None for value in given)
+
+
+def leaves_layers_out(named: dict[str, Any]) -> bool:
+    """Whether a call is told to go past some layers: SD3's skip-layer guidance, Latte without temporal attention."""
+    return bool(named.get("skip_layers")) or named.get("enable_temporal_attentions") is False
 
 
 def as_batch(images: Any) -> Any:

@@ -34,7 +34,8 @@ class ReusePlan:
         num_inference_steps: denoising steps of the runs it was made for.
         scheduler: class name of the scheduler it was made with; ``None``: any.
         provenance: where it comes from; saved with it, not compared.
-        latent_size: height and width of the latents that it was made for, as in ``"32 x 32"``; ``None``: any.
+        latent_size: height and width of the latents that it was made for, as in ``"32 x 32"``, or the number of packed
+            tokens, as in ``"4096 packed"``; ``None``: any.
 
     Raises:
         ValueError: a site outside the table, named.

@@ -6,20 +6,24 @@ import math
 import threading
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch import distributed
 
 from dqar import stats
 from dqar.config import DQARConfig
 from dqar.controller import DQARController
-from dqar.families import bare, check_processor, conditions, self_attentions
+from dqar.families import bare, check_processors, conditions, leaves_layers_out, taken_layers
+from dqar.forecast.run import shared_part
 from dqar.modulations import Modulations
 from dqar.run import Call, Run, Stream
-from dqar.sites import SITES, CrossAttention, OpenCall
+from dqar.sites import CrossAttention, OpenCall, site_of
 from dqar.takeover import Handler
-from dqar.trace import Trace
+from dqar.trace import CROSS_ATTENTION, SELF_ATTENTION, Trace
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class ReuseState:
@@ -45,29 +49,44 @@ class ReuseEngine:
         config: what decides.
         prompt_length: of all prompts, in words; ``None``: from the caption's mask, where there is one.
         trace: to write to.
+        group: ranks that decide together, where signals decide; see ``apply_dqar``.
 
     Raises:
-        ValueError: no self-attention that it can take over, or a plan for another number of layers.
+        ValueError: no attention that it can take over, a ``reuse_target`` that isn't for it, a plan for another number
+            of layers, or a group that this rank doesn't belong to.
     """
 
-    def __init__(self, transformer: torch.nn.Module, config: DQARConfig, prompt_length: float | None, trace: Trace):
+    def __init__(
+        self,
+        transformer: torch.nn.Module,
+        config: DQARConfig,
+        prompt_length: float | None,
+        trace: Trace,
+        group: ProcessGroup | None = None,
+    ):
         self.config, self.trace = config, trace
+        self._group = group if config.gates_on_snr or config.gates_on_entropy else None
+        if group is not None and distributed.get_rank(group) < 0:
+            raise ValueError("this rank is no member of the group: give ranks that share an image their own group")
         self.looks, self.saves = config.measures_latents, config.schedule != "none"
         self._prompt_length = prompt_length
-        self._layers = self_attentions(transformer)
+        self._layers = taken_layers(transformer)
         self._opened: dict[int, OpenCall] = {}
         """The forward pass that is under way in each thread."""
         self.controller = self.new_state().controller
         """Of the latents that were last given to the model."""
-        model, target = bare(transformer), SITES[config.reuse_target]
-        blocks = list(model.transformer_blocks)
         self._handlers: list[tuple[torch.nn.Module, Handler]] = []
-        for layer_id, block in enumerate(blocks):
-            self._handlers += target(self._open_call, layer_id, block, config).handlers()
-            cross = getattr(block, "attn2", None)
-            if isinstance(cross, Attention) and type(cross.processor) is AttnProcessor2_0:
+        for layer_id, layer in enumerate(self._layers):
+            site = site_of(layer, config)
+            self._handlers += site(self._open_call, layer_id, layer, config).handlers()
+            if (cross := layer.cross_attention) is not None:
                 self._handlers.append((cross, CrossAttention(self._open_call, layer_id, cross, config).attend))
-        keeps = config.cache.modulations and not _compiled(transformer, model, blocks)
+        trace.paths = {
+            SELF_ATTENTION: {i: layer.path for i, layer in enumerate(self._layers)},
+            CROSS_ATTENTION: {i: layer.cross_path for i, layer in enumerate(self._layers) if layer.cross_attention},
+        }
+        blocks = list(dict.fromkeys(layer.block for layer in self._layers))
+        keeps = config.cache.modulations and not _compiled(transformer, bare(transformer), blocks)
         self._modulations = Modulations(blocks if keeps else (), lambda: getattr(self._open_call(), "constants", None))
         self._handlers += self._modulations.handlers()
 
@@ -80,8 +99,7 @@ class ReuseEngine:
         Raises:
             ValueError: an attention processor was exchanged meanwhile.
         """
-        for layer_id, layer in enumerate(self._layers):
-            check_processor(layer, layer_id)
+        check_processors(self._layers)
         return self._handlers
 
     def new_state(self) -> ReuseState:
@@ -98,11 +116,12 @@ class ReuseEngine:
         """Refuses what can't be followed, before the first image.
 
         Raises:
-            ValueError: an exchanged attention processor, a run that the plan wasn't made for, or a gate on an SNR that
-                the scheduler doesn't tell.
+            ValueError: an exchanged attention processor, a run that the plan wasn't made for, a gate on an SNR that
+                the scheduler doesn't tell, or other runs on other ranks of the group.
         """
-        for layer_id, layer in enumerate(self._layers):
-            check_processor(layer, layer_id)
+        if self._group is not None:
+            _check_same_run(run, latents, self._group)
+        check_processors(self._layers)
         config, scheduler = self.config, type(run.scheduler).__name__
         if config.plan is not None:
             config.plan.check_latents(_size(latents))
@@ -128,10 +147,13 @@ class ReuseEngine:
         if first:
             self._begin_step(run, call, named)
         branches, thread = tuple(call.slices), threading.get_ident()
-        choices = [] if controller.record_idle(branches) else controller.choices(branches)
+        idle = not leaves_layers_out(named) and controller.record_idle(branches)
+        choices = [] if idle else controller.choices(branches)
         constants = self._modulations.open(run, call, latents)
         before = self._opened.get(thread)
-        self._opened[thread] = OpenCall(controller, call, len(latents), run.index, choices, constants)
+        caption = named.get("encoder_hidden_states")
+        words = 0 if caption is None else caption.shape[1]
+        self._opened[thread] = OpenCall(controller, call, len(latents), run.index, choices, constants, words)
         try:
             output = compute()
         finally:
@@ -156,11 +178,12 @@ class ReuseEngine:
         if config.asks_latents:
             noisy = stream.latents if levels is None else levels.latents(run.index, stream.latents)
             norm = stats.latent_norm(stream.latents).mean()
-            if state.clean is not None and state.clean.shape == noisy.shape:
-                snr = stats.snr(state.clean, noisy).mean()
+            own = noisy if state.clean is None else noisy[shared_part(state.clean, noisy)]
+            if state.clean is not None and state.clean.shape == own.shape:
+                snr = stats.snr(state.clean, own).mean()
             if config.gates_on_snr or config.gates_on_entropy or stream.latents.device.type == "cpu":
                 signals = (norm,) if snr is None else (norm, snr)
-                norm, *rest = self.trace.resolve(*signals)
+                norm, *rest = self.trace.resolve(*signals, group=self._group)
                 snr = rest[0] if rest else None
                 if not math.isfinite(norm):
                     raise FloatingPointError(f"the latents hold NaN or inf at step {run.index}, before layer 0")
@@ -193,15 +216,31 @@ class ReuseEngine:
         if not self.looks or run.levels is None:
             return
         latents = run.levels.latents(run.index, stream.latents)
+        if prediction.ndim != latents.ndim:
+            return
         guided = prediction[: len(latents)]  # DiTPipeline denoises both halves
+        latents = latents[shared_part(guided, latents)]  # a control image's channels follow
         if guided.shape == latents.shape:
             stream.state.clean = run.levels.clean(run.index, latents, guided)
             stream.state.controller.complete_step(stats.snr(stream.state.clean, latents).mean())
 
 
+def _check_same_run(run: Run, latents: torch.Tensor, group: ProcessGroup) -> None:
+    """Raises ``ValueError`` on every rank if they don't draw alike: later, one would wait for another's step."""
+    own = (run.index, None if run.timesteps is None else run.timesteps.values, tuple(latents.shape))
+    runs: list[Any] = [None] * distributed.get_world_size(group)
+    distributed.all_gather_object(runs, own, group=group)
+    if any(other != runs[0] for other in runs):
+        drawn = "; ".join(
+            f"rank {rank}: {'unknown' if values is None else len(values)} steps from {index} on, latents {list(shape)}"
+            for rank, (index, values, shape) in enumerate(runs)
+        )
+        raise ValueError(f"ranks that decide together have to draw the same run: {drawn}")
+
+
 def _size(latents: torch.Tensor) -> str:
-    """Height and width, as in ``"32 x 32"``."""
-    return " x ".join(map(str, latents.shape[-2:]))
+    """Height and width, as in ``"32 x 32"``; of packed tokens ``[B, N, C]`` their number, as in ``"4096 packed"``."""
+    return f"{latents.shape[1]} packed" if latents.ndim == 3 else " x ".join(map(str, latents.shape[-2:]))
 
 
 def _compiled(transformer: torch.nn.Module, model: torch.nn.Module, blocks: list[torch.nn.Module]) -> bool:

@@ -350,6 +350,15 @@ class RunFinder:
             if index is not None:
                 return timesteps, [index], 0.0
             candidates.append(timesteps)
+        if isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu":
+            # DiTPipeline copies its timesteps to the GPU. Reading one would wait for all that is queued there; a
+            # scheduler that counts its own steps has to be stepped in turn anyway.
+            for timesteps in candidates:
+                run = self._runs.get((threading.get_ident(), id(timesteps.scheduler)))
+                if run is not None and run.timesteps is timesteps:
+                    index = getattr(timesteps.scheduler, "step_index", None)
+                    if index == run.index + run.stepped and index < len(timesteps.values):
+                        return timesteps, [index], 0.0
         value = float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
         value = 1 - value if self.family.reversed_time else value
         for timesteps in candidates:

@@ -5,6 +5,7 @@ A site holds nothing of a run; that is in the ``OpenCall``, which is there while
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from diffusers.models.attention import FeedForward
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.attention_processor import AttnProcessor2_0
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -20,12 +21,14 @@ from dqar import stats
 from dqar.cache import Name, Tensors, recall
 from dqar.config import DQARConfig
 from dqar.controller import Choice, DQARController
-from dqar.families import check_processor
+from dqar.families import Layer, check_processor
 from dqar.run import Call
-from dqar.takeover import Handler
+from dqar.takeover import Handler, original_class
 
 Rows = dict[str, slice]
 """The branches' rows of a tensor ``[B, N, C]``."""
+Streams = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+"""What an attention is given, and returns: tokens ``[B, N, C]``, or those of image and caption of a joint attention."""
 
 
 @dataclass
@@ -36,6 +39,8 @@ class _Waiting:
     choice: Choice
     computed: list[tuple[Rows, torch.Tensor | None, torch.Tensor]] = field(default_factory=list)
     """Branches, their entropy ``[B, H]`` if it was measured, and the attention's output ``[B, N, C]``."""
+    projected: Tensors = field(default_factory=dict)
+    """A joint attention's keys and values ``[B, N, C]``."""
 
     def check_whole(self, hidden_states: torch.Tensor, layer_id: int) -> None:
         """Raises ``ValueError`` for a feed-forward of chunks."""
@@ -58,6 +63,8 @@ class OpenCall:
     """By layer; empty: every site is computed, as ever."""
     constants: dict[int, torch.Tensor] | None
     """What doesn't depend on the latents, by module; ``None``: to be computed as ever."""
+    words: int = 0
+    """Tokens of the caption that the model is given."""
     waiting: dict[int, _Waiting] = field(default_factory=dict)
     """By layer, what a site's first part leaves to its last."""
 
@@ -101,12 +108,23 @@ class OpenCall:
 
 @dataclass(slots=True)
 class _Given:
-    """What an attention is called with, ``[B, N, C]`` and, of a cross-attention, ``[B, words, C]`` and its mask."""
+    """What an attention is called with: ``[B, N, C]``, and of a cross- or joint attention ``[B, words, C]``."""
 
-    original: Callable[..., torch.Tensor]
+    original: Callable[..., Any]
     hidden_states: torch.Tensor
     caption: torch.Tensor | None
     mask: torch.Tensor | None
+    others: dict[str, Any]
+    """Such as rotary embeddings."""
+
+    def computed(self) -> Any:
+        """The output as ever."""
+        return self.original(self.hidden_states, self.caption, self.mask, **self.others)
+
+    def part(self, rows: slice) -> _Given:
+        """Some rows of it."""
+        caption = None if self.caption is None else self.caption[rows]
+        return dataclasses.replace(self, hidden_states=self.hidden_states[rows], caption=caption)
 
 
 class _TakenAttention:
@@ -119,43 +137,41 @@ class _TakenAttention:
         config: of the session.
     """
 
-    def __init__(self, opened: Callable[[], OpenCall | None], layer_id: int, attention: Attention, config: DQARConfig):
+    def __init__(self, opened: Callable[[], OpenCall | None], layer_id: int, attention: Any, config: DQARConfig):
         self.opened, self.layer_id, self.attention, self.config = opened, layer_id, attention, config
 
     def attend(
         self,
-        original: Callable[..., torch.Tensor],
+        original: Callable[..., Any],
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> torch.Tensor:
+    ) -> Any:
         """Answers the attention's calls."""
-        opened, output = self.opened(), None
-        if opened is not None:
-            output = self._answer(opened, _Given(original, hidden_states, encoder_hidden_states, attention_mask))
-        if output is None:
-            return original(hidden_states, encoder_hidden_states, attention_mask, **kwargs)
-        return output
+        given = _Given(original, hidden_states, encoder_hidden_states, attention_mask, kwargs)
+        opened = self.opened()
+        output = None if opened is None else self._answer(opened, given)
+        return given.computed() if output is None else output
 
-    def _answer(self, opened: OpenCall, given: _Given) -> torch.Tensor | None:
+    def _answer(self, opened: OpenCall, given: _Given) -> Streams | None:
         """The attention's output; ``None``: it is computed as ever."""
         raise NotImplementedError
 
-    def _seen_by_hooks(self, given: _Given, answer: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    def _seen_by_hooks(self, given: _Given, answer: Callable[[_Given], Any]) -> Any:
         """The answer; through the module where others' hooks are on it, past it where there are none."""
-        attn: Any = self.attention
+        attn = self.attention
         if not (attn._forward_hooks or attn._forward_pre_hooks or "forward" in vars(attn)):
-            return answer(given.hidden_states)
+            return answer(given)
         processor = attn.processor
 
-        def with_the_original(hidden_states: torch.Tensor) -> torch.Tensor:
+        def with_the_original(*arguments: Any) -> Any:
             attn.processor = processor
-            return answer(hidden_states)
+            return answer(_Given(given.original, *arguments))
 
         attn.processor = _Answer(with_the_original)
         try:
-            return given.original(given.hidden_states, given.caption, given.mask)
+            return given.computed()
         finally:
             attn.processor = processor
 
@@ -174,17 +190,21 @@ class _TakenAttention:
 class _Answer:
     """An attention processor for one call: answers with what is decided, in the place where others' hooks see it."""
 
-    def __init__(self, answer: Callable[[torch.Tensor], torch.Tensor]):
+    def __init__(self, answer: Callable[..., Any]):
         self.answer = answer
 
     def __call__(
         self,
-        attn: Attention,
+        attn: Any,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        return self.answer(hidden_states)
+        image_rotary_emb: Any = None,
+        **others: Any,
+    ) -> Any:
+        if image_rotary_emb is not None:
+            others["image_rotary_emb"] = image_rotary_emb
+        return self.answer(hidden_states, encoder_hidden_states, attention_mask, others)
 
 
 class Site(_TakenAttention):
@@ -192,30 +212,32 @@ class Site(_TakenAttention):
 
     Args:
         opened: a function that returns this thread's ``OpenCall``, if there is one.
-        layer_id: of the block.
-        block: with a diffusers ``attn1``.
+        layer_id, layer: its number, and what it is in the model.
         config: of the session.
     """
 
-    def __init__(self, opened: Callable[[], OpenCall | None], layer_id: int, block: Any, config: DQARConfig):
-        super().__init__(opened, layer_id, block.attn1, config)
-        self.block = block
+    takes_captions = False
+    """Whether the attention may be given the caption's tokens."""
+
+    def __init__(self, opened: Callable[[], OpenCall | None], layer_id: int, layer: Layer, config: DQARConfig):
+        super().__init__(opened, layer_id, layer.attention, config)
+        self.layer, self.block = layer, layer.block
 
     def handlers(self) -> list[tuple[torch.nn.Module, Handler]]:
         """The modules to take over, and who answers their calls."""
         return [(self.attention, self.attend)]
 
-    def _answer(self, opened: OpenCall, given: _Given) -> torch.Tensor | None:
+    def _answer(self, opened: OpenCall, given: _Given) -> Streams | None:
         if not opened.choices:
             return None
-        if given.caption is not None or given.mask is not None:
-            name = "attention_mask" if given.caption is None else "encoder_hidden_states"
+        if given.mask is not None or (given.caption is not None and not self.takes_captions):
+            name = "encoder_hidden_states" if given.mask is None else "attention_mask"
             raise ValueError(f"layer {self.layer_id} was given {name}: DQAR takes unmasked self-attention only")
-        check_processor(self.attention, self.layer_id)
+        check_processor(self.layer, self.layer_id)
         choice = opened.choices[self.layer_id]
         if self._is_plain(opened, choice):
-            output, rows = given.original(given.hidden_states), opened.rows(given.hidden_states, self.layer_id)
-            self._computed(opened, rows, None, output.shape[1], output)
+            output, rows = given.computed(), opened.rows(given.hidden_states, self.layer_id)
+            self._computed(opened, rows, None, output)
             return output
         return self._seen_by_hooks(given, functools.partial(self._attend, opened, choice))
 
@@ -223,33 +245,38 @@ class Site(_TakenAttention):
         """Whether the layer is computed for all branches, as ever."""
         return choice.all_fresh and not opened.controller.wants_entropy(self.layer_id)
 
-    def _attend(self, opened: OpenCall, choice: Choice, hidden_states: torch.Tensor) -> torch.Tensor:
+    def _attend(self, opened: OpenCall, choice: Choice, given: _Given) -> Streams:
         layer_id = self.layer_id
         if not choice.fresh:
-            output = opened.cached(layer_id, choice.cached)
+            output = self._cached(opened, choice.cached)
             opened.reused(layer_id, choice.cached)
             return output
-        rows, tokens = opened.rows(hidden_states, layer_id), hidden_states.shape[1]
+        rows = opened.rows(given.hidden_states, layer_id)
         if choice.all_fresh:
-            output, entropy = self._compute(opened, hidden_states)
-            self._computed(opened, rows, entropy, tokens, output)
+            output, entropy = self._compute(opened, given)
+            self._computed(opened, rows, entropy, output)
             return output
-        fresh = {branch: self._compute(opened, hidden_states[rows[branch]]) for branch in choice.fresh}
-        parts = choice.parts(lambda b: fresh[b][0], lambda b: opened.cached(layer_id, (b,)))
+        fresh = {branch: self._compute(opened, given.part(rows[branch])) for branch in choice.fresh}
+        parts = choice.parts(lambda b: fresh[b][0], lambda b: self._cached(opened, (b,)))
         for branch in (*choice.fresh, *choice.shared):
             entropy = fresh[branch][1] if branch in fresh else None
-            self._computed(opened, {branch: slice(None)}, entropy, tokens, parts[branch])
+            self._computed(opened, {branch: slice(None)}, entropy, parts[branch])
         opened.reused(layer_id, choice.cached)
-        return torch.cat([parts[branch] for branch in rows])
+        return self._joined([parts[branch] for branch in rows])
 
-    def _computed(
-        self, opened: OpenCall, rows: Rows, entropy: torch.Tensor | None, tokens: int, output: torch.Tensor
-    ) -> None:
-        opened.keep(self.layer_id, rows, entropy, tokens, {"output": output})
+    def _computed(self, opened: OpenCall, rows: Rows, entropy: torch.Tensor | None, output: Any) -> None:
+        opened.keep(self.layer_id, rows, entropy, output.shape[1], {"output": output})
 
-    def _compute(self, opened: OpenCall, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The attention ``[B, N, C]`` and, if it is due, its entropy ``[B, H]``."""
-        attn = self.attention
+    def _cached(self, opened: OpenCall, branches: tuple[str, ...]) -> Any:
+        return opened.cached(self.layer_id, branches)
+
+    def _joined(self, parts: list[Any]) -> Any:
+        """The branches' outputs as one."""
+        return torch.cat(parts)
+
+    def _compute(self, opened: OpenCall, given: _Given) -> tuple[Any, torch.Tensor | None]:
+        """The attention's output and, if it is due, its entropy ``[B, H]``."""
+        attn, hidden_states = self.attention, given.hidden_states
         if not opened.controller.wants_entropy(self.layer_id):
             return attn.processor(attn, hidden_states), None
         query, key, value = (layer(hidden_states) for layer in (attn.to_q, attn.to_k, attn.to_v))
@@ -273,8 +300,8 @@ class KeysAndValues(Site):
     def _is_plain(self, opened: OpenCall, choice: Choice) -> bool:
         return super()._is_plain(opened, choice) and not opened.controller.wants_commit(self.layer_id)
 
-    def _attend(self, opened: OpenCall, choice: Choice, hidden_states: torch.Tensor) -> torch.Tensor:
-        attn, layer_id = self.attention, self.layer_id
+    def _attend(self, opened: OpenCall, choice: Choice, given: _Given) -> torch.Tensor:
+        attn, layer_id, hidden_states = self.attention, self.layer_id, given.hidden_states
         rows, tokens = opened.rows(hidden_states, layer_id), hidden_states.shape[1]
 
         def fresh(part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -298,24 +325,37 @@ class KeysAndValues(Site):
         if self.config.balance and choice.fresh:
             weights = _largest_weights(attn.to_out[0], value).expand(len(value), 1, -1)
             partners = {"k": query.abs().amax(dim=1, keepdim=True), "v": weights}
+        self._keep(opened, choice, rows, entropy, tokens, kept, partners)
+        return output
+
+    def _keep(
+        self,
+        opened: OpenCall,
+        choice: Choice,
+        rows: Rows,
+        entropy: torch.Tensor | None,
+        tokens: int,
+        kept: Tensors,
+        partners: Tensors | None = None,
+    ) -> None:
+        """Keeps what fresh branches computed, of tensors of all branches."""
         if choice.all_fresh:
-            opened.keep(layer_id, rows, entropy, tokens, kept, partners)
-            return output
+            opened.keep(self.layer_id, rows, entropy, tokens, kept, partners)
+            return
         for branch in (*choice.fresh, *choice.shared):
             part = rows[branch]
             measured = None if entropy is None or branch in choice.shared else entropy[part]
-            ours, theirs = ({name: x[part] for name, x in tensors.items()} for tensors in (kept, partners))
-            opened.keep(layer_id, {branch: slice(None)}, measured, tokens, ours, theirs)
-        opened.reused(layer_id, choice.cached)
-        return output
+            ours, theirs = ({name: x[part] for name, x in tensors.items()} for tensors in (kept, partners or {}))
+            opened.keep(self.layer_id, {branch: slice(None)}, measured, tokens, ours, theirs)
+        opened.reused(self.layer_id, choice.cached)
 
 
 class AttentionAndFeedForward(Site):
     """The outputs of attention and feed-forward are kept, by one decision: ``reuse_target="block"``."""
 
-    def __init__(self, opened: Callable[[], OpenCall | None], layer_id: int, block: Any, config: DQARConfig):
-        super().__init__(opened, layer_id, block, config)
-        if not isinstance(getattr(block, "ff", None), FeedForward):
+    def __init__(self, opened: Callable[[], OpenCall | None], layer_id: int, layer: Layer, config: DQARConfig):
+        super().__init__(opened, layer_id, layer, config)
+        if not isinstance(getattr(self.block, "ff", None), FeedForward):
             target = config.reuse_target
             raise ValueError(
                 f"layer {layer_id} has no diffusers `ff`: reuse_target={target!r} takes one in every block"
@@ -325,15 +365,13 @@ class AttentionAndFeedForward(Site):
         """See ``Site``."""
         return [(self.attention, self.attend), (self.block.ff, self.feed_forward)]
 
-    def _answer(self, opened: OpenCall, given: _Given) -> torch.Tensor | None:
+    def _answer(self, opened: OpenCall, given: _Given) -> Streams | None:
         if opened.choices:
             shape = given.hidden_states.shape[:-1]
             opened.waiting[self.layer_id] = _Waiting(shape, opened.choices[self.layer_id])
         return super()._answer(opened, given)
 
-    def _computed(
-        self, opened: OpenCall, rows: Rows, entropy: torch.Tensor | None, tokens: int, output: torch.Tensor
-    ) -> None:
+    def _computed(self, opened: OpenCall, rows: Rows, entropy: torch.Tensor | None, output: Any) -> None:
         opened.waiting[self.layer_id].computed.append((rows, entropy, output))
 
     def feed_forward(
@@ -403,20 +441,20 @@ class Residual(AttentionAndFeedForward):
         opened.reused(layer_id, choice.cached)
         return torch.cat([output[r] if b in choice.fresh else hidden_states[r] + changes[b] for b, r in rows.items()])
 
-    def _answer(self, opened: OpenCall, given: _Given) -> torch.Tensor | None:
+    def _answer(self, opened: OpenCall, given: _Given) -> Streams | None:
         if self.layer_id not in opened.waiting:  # called by itself, not by its block
             return None
         return Site._answer(self, opened, given)
 
-    def _attend(self, opened: OpenCall, choice: Choice, hidden_states: torch.Tensor) -> torch.Tensor:
+    def _attend(self, opened: OpenCall, choice: Choice, given: _Given) -> Streams:
         """What isn't computed is left zero, and its rows are dropped by the block."""
         if not choice.cached:
-            return super()._attend(opened, choice, hidden_states)
-        rows = opened.rows(hidden_states, self.layer_id)
-        output = torch.zeros_like(hidden_states)
+            return super()._attend(opened, choice, given)
+        rows = opened.rows(given.hidden_states, self.layer_id)
+        output = torch.zeros_like(given.hidden_states)
         for branch in choice.fresh:
-            part, entropy = self._compute(opened, hidden_states[rows[branch]])
-            self._computed(opened, {branch: slice(None)}, entropy, hidden_states.shape[1], part)
+            part, entropy = self._compute(opened, given.part(rows[branch]))
+            self._computed(opened, {branch: slice(None)}, entropy, part)
             output[rows[branch]] = part
         return output
 
@@ -437,13 +475,161 @@ class Residual(AttentionAndFeedForward):
         return output
 
 
+OUTPUTS: tuple[Name, Name] = ("output", "text_output")
+
+
+class JointSite(Site):
+    """An attention of image and caption together, whose outputs for both are kept.
+
+    Its processor does all the work, and its queries and keys are seen where they are attended with: after all norms and
+    rotary embeddings, whatever these are.
+    """
+
+    takes_captions = True
+
+    def __init__(self, opened: Callable[[], OpenCall | None], layer_id: int, layer: Layer, config: DQARConfig):
+        super().__init__(opened, layer_id, layer, config)
+        self._names = OUTPUTS if layer.attention.added_kv_proj_dim is not None else OUTPUTS[:1]
+        """What it returns: of captions that came in one with the image, it can't be told apart."""
+
+    def _computed(self, opened: OpenCall, rows: Rows, entropy: torch.Tensor | None, output: Any) -> None:
+        outputs = _streams(output)
+        opened.keep(self.layer_id, rows, entropy, _tokens(output), dict(zip(self._names, outputs, strict=True)))
+
+    def _cached(self, opened: OpenCall, branches: tuple[str, ...]) -> Any:
+        outputs = tuple(opened.cached(self.layer_id, branches, name) for name in self._names)
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    def _joined(self, parts: list[Any]) -> Any:
+        return torch.cat(parts) if len(self._names) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
+
+    def _compute(self, opened: OpenCall, given: _Given) -> tuple[Any, torch.Tensor | None]:
+        return self._measured(opened, given, opened.controller.wants_entropy(self.layer_id))
+
+    def _measured(self, opened: OpenCall, given: _Given, measure: bool) -> tuple[Any, torch.Tensor | None]:
+        """The processor's output, and ``stats.entropy_by_modality``."""
+        attention_class: Any = original_class(self.attention)
+        forward = attention_class.forward  # past others' hooks, which are through
+        given = dataclasses.replace(given, original=functools.partial(forward, self.attention))
+        if not measure:
+            return given.computed(), None
+        with _SeenAttentions() as seen:
+            output = given.computed()
+        if len(seen.attentions) != 1:
+            raise ValueError(
+                f"layer {self.layer_id} calls F.scaled_dot_product_attention {len(seen.attentions)} times: DQAR "
+                "measures the entropy of one call, as after set_attention_backend('native')"
+            )
+        [(query, key)] = seen.attentions
+        text, queries = self.layer.place.text, self.config.probe.queries
+        if text is None:
+            return output, stats.mean_query_entropy(query, key, num_queries=queries)
+        words = opened.words if given.caption is None else given.caption.shape[1]
+        tokens = query.shape[2] - words
+        images, texts = (slice(words, None), slice(words)) if text == "first" else (slice(tokens), slice(tokens, None))
+        return output, stats.entropy_by_modality(query, key, images, texts, queries)
+
+
+class JointKeysAndValues(KeysAndValues, JointSite):
+    """The keys and values of image and caption are kept as they are projected, before norms and rotary embeddings."""
+
+    def __init__(self, opened: Callable[[], OpenCall | None], layer_id: int, layer: Layer, config: DQARConfig):
+        super().__init__(opened, layer_id, layer, config)
+        attn = layer.attention
+        self._projections: dict[Name, torch.nn.Module] = {"k": attn.to_k, "v": attn.to_v}
+        if len(self._names) > 1:
+            self._projections |= {"text_k": attn.add_k_proj, "text_v": attn.add_v_proj}
+
+    def handlers(self) -> list[tuple[torch.nn.Module, Handler]]:
+        """See ``Site``."""
+        projections = self._projections.items()
+        return [*super().handlers(), *((module, functools.partial(self.project, name)) for name, module in projections)]
+
+    def _attend(self, opened: OpenCall, choice: Choice, given: _Given) -> Any:
+        waiting = opened.waiting[self.layer_id] = _Waiting(given.hidden_states.shape[:-1], choice)
+        measure = bool(choice.fresh) and opened.controller.wants_entropy(self.layer_id)
+        try:
+            output, entropy = self._measured(opened, given, measure)
+        finally:
+            del opened.waiting[self.layer_id]
+        if waiting.projected.keys() != self._projections.keys():
+            raise ValueError(
+                f"layer {self.layer_id} has other projections than when DQAR was applied, or fused ones: call "
+                "remove_dqar first, and unfuse_qkv_projections"
+            )
+        rows = opened.rows(given.hidden_states, self.layer_id)
+        self._keep(opened, choice, rows, entropy, _tokens(output), waiting.projected)
+        return output
+
+    def project(self, name: Name, original: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        """Answers a projection's calls: computed, restored or shared as its attention's branches are."""
+        opened, layer_id = self.opened(), self.layer_id
+        if opened is None or layer_id not in opened.waiting:
+            return original(x)
+        waiting = opened.waiting[layer_id]
+        choice = waiting.choice
+        if choice.all_fresh:
+            projected = original(x)
+        elif not choice.fresh:
+            projected = opened.cached(layer_id, choice.cached, name)
+        else:
+            rows = opened.rows(x, layer_id)
+            parts = choice.parts(lambda b: original(x[rows[b]]), lambda b: opened.cached(layer_id, (b,), name))
+            projected = torch.cat([parts[branch] for branch in rows])
+        waiting.projected[name] = projected
+        return projected
+
+
+def _streams(output: Any) -> tuple[torch.Tensor, ...]:
+    return output if isinstance(output, tuple) else (output,)
+
+
+def _tokens(output: Any) -> int:
+    """Of all streams."""
+    return sum(stream.shape[1] for stream in _streams(output))
+
+
+class _SeenAttentions(TorchFunctionMode):
+    """The queries and keys ``[B, H, N, D]`` of all attentions meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attentions: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.scaled_dot_product_attention:
+            named = dict(zip(("query", "key"), args, strict=False)) | (kwargs or {})
+            self.attentions.append((named["query"], named["key"]))
+        return func(*args, **(kwargs or {}))
+
+
 SITES: dict[str, type[Site]] = {
     "kv": KeysAndValues,
     "output": Site,
     "block": AttentionAndFeedForward,
     "residual": Residual,
 }
-"""By ``reuse_target``."""
+"""By ``reuse_target``, of attentions with ``AttnProcessor2_0``."""
+JOINT_SITES: dict[str, type[Site]] = {"kv": JointKeysAndValues, "output": JointSite}
+"""The same of joint attentions."""
+
+
+def site_of(layer: Layer, config: DQARConfig) -> type[Site]:
+    """The class for a layer and a ``reuse_target``.
+
+    Raises:
+        ValueError: a setting that isn't for joint attentions.
+    """
+    joint = layer.place.processor is not AttnProcessor2_0
+    sites, whose = JOINT_SITES if joint else SITES, f"for {layer.path}, a joint attention of image and caption"
+    if config.reuse_target not in sites:
+        choices = " or ".join(map(repr, sites))
+        raise ValueError(f"reuse_target={config.reuse_target!r} is not accepted {whose}: choose {choices}")
+    if joint and config.balance:
+        raise ValueError(f"balance=True is not accepted {whose}: False")
+    return sites[config.reuse_target]
 
 
 class CrossAttention(_TakenAttention):
@@ -456,16 +642,11 @@ class CrossAttention(_TakenAttention):
         # Without a caption it attends to itself after all; another's processor does what it does.
         if given.caption is None or type(self.attention.processor) is not AttnProcessor2_0:
             return None
-        return self._seen_by_hooks(given, functools.partial(self._attend, opened, given.caption, given.mask))
+        return self._seen_by_hooks(given, functools.partial(self._attend, opened))
 
-    def _attend(
-        self,
-        opened: OpenCall,
-        caption: torch.Tensor,
-        mask: torch.Tensor | None,
-        hidden_states: torch.Tensor,
-    ) -> torch.Tensor:
+    def _attend(self, opened: OpenCall, given: _Given) -> torch.Tensor:
         attn, kept, keeps = self.attention, opened.call.caption, self.config.cache.cross_attention
+        hidden_states, caption, mask = given.hidden_states, given.caption, given.mask
         fresh = self.layer_id not in kept
         if fresh:
             caption = attn.norm_encoder_hidden_states(caption) if attn.norm_cross else caption

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+import warnings
 from collections.abc import Callable
 from typing import Literal
 
@@ -82,6 +83,13 @@ def _kernel(device: torch.device) -> Callable[[torch.Tensor, torch.Tensor, float
         return None
     from dqar import kernels  # Triton is no dependency: it comes with torch's CUDA builds
 
+    try:
+        tokens = torch.ones(1, 1, 16, 16, device=device)
+        kernels.query_entropy(tokens, tokens, 1.0)
+    except Exception as error:  # whatever a missing compiler raises
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        warnings.warn(f"Triton can't compile here ({reason}): entropy is computed in tiles, slower", stacklevel=2)
+        return None
     return kernels.query_entropy
 
 
@@ -104,12 +112,36 @@ def fused_attention_with_entropy(
         ``[B, H]`` in nats, float32 at least, averaged over queries.
     """
     output = F.scaled_dot_product_attention(q, k, v, scale=scale)
-    length = q.shape[2]
+    return output, mean_query_entropy(q, k, scale, num_queries)
+
+
+def mean_query_entropy(
+    query: torch.Tensor, key: torch.Tensor, scale: float | None = None, num_queries: int | None = None
+) -> torch.Tensor:
+    """``query_entropy`` averaged over queries, ``[B, H]``; over ``num_queries`` evenly spread ones if that is less."""
+    length = query.shape[2]
     if num_queries is not None and num_queries < length:
         # Golden-ratio steps spread over rows and columns alike; an even stride would always pick the same few columns.
         stride = next(s for s in range(round(0.618 * length), 2 * length) if math.gcd(s, length) == 1)
-        q = q[:, :, torch.arange(num_queries, device=q.device) * stride % length]
-    return output, query_entropy(q, k, scale).mean(dim=-1)
+        query = query[:, :, torch.arange(num_queries, device=query.device) * stride % length]
+    return query_entropy(query, key, scale).mean(dim=-1)
+
+
+def entropy_by_modality(
+    query: torch.Tensor, key: torch.Tensor, image: slice, text: slice, num_queries: int | None = None
+) -> torch.Tensor:
+    """Entropy of a joint attention of image and text, in nats, ``[B, 3, H]``: of all queries, image's, and text's.
+
+    Args:
+        query, key: ``[B, H, N, D]`` of all tokens: each query attends to the keys of both.
+        image, text: which tokens are whose.
+        num_queries: of each, to estimate the entropy from; all by default.
+    """
+    parts = [query[:, :, part] for part in (image, text)]
+    entropies = [mean_query_entropy(part, key, num_queries=num_queries) for part in parts]
+    shares = [part.shape[2] / query.shape[2] for part in parts]
+    whole = sum(share * entropy for share, entropy in zip(shares, entropies, strict=True))
+    return torch.stack([torch.as_tensor(whole), *entropies], dim=1)
 
 
 def latent_norm(latents: torch.Tensor) -> torch.Tensor:

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import distributed
 
 if TYPE_CHECKING:
     import pandas as pd  # which takes as long to import as half of torch: only who reads the trace waits for it
+    from torch.distributed import ProcessGroup  # which not every build of torch has
 
 SELF_ATTENTION, CROSS_ATTENTION, MODEL = "self_attention", "cross_attention", "model"
 KEPT_RUNS = 1000
@@ -26,19 +28,24 @@ class Entropies:
         tokens: keys that each query attends to; ``None``: unknown.
         per_head: one number a head, in nats, mean of the images.
         mean: of the heads, in nats.
+        image, text: the same of a joint attention's image and text queries alone.
     """
 
     rows: dict[str, slice]
     tokens: int | None
     per_head: dict[str, list[float]] = field(default_factory=dict)
     mean: dict[str, float] = field(default_factory=dict)
+    image: dict[str, float] = field(default_factory=dict)
+    text: dict[str, float] = field(default_factory=dict)
 
-    def set(self, values: list[list[float]]) -> None:
-        """Takes the numbers ``[B][H]`` that were brought over."""
+    def set(self, values: list[list[float]], heads: int) -> None:
+        """Takes the numbers that were brought over, ``[B][H]`` or ``[B][3 · H]``: of all, image and text queries."""
         for branch, rows in self.rows.items():
             images = values[rows]
-            heads = [sum(column) / len(images) for column in zip(*images, strict=True)]
-            self.per_head[branch], self.mean[branch] = heads, sum(heads) / len(heads)
+            numbers = [sum(column) / len(images) for column in zip(*images, strict=True)]
+            self.per_head[branch] = numbers[:heads]
+            for number, means in enumerate((self.mean, self.image, self.text)[: len(numbers) // heads]):
+                means[branch] = sum(numbers[number * heads : (number + 1) * heads]) / heads
 
 
 @dataclass(slots=True)
@@ -76,8 +83,8 @@ class Rows:
     """Steps since the site was computed."""
     entropies: list[Entropies | None] = field(default_factory=list)
     """Measured when the site was computed."""
-    tokens: int | None = None
-    """Keys that each query attends to; ``None``: nobody looked."""
+    tokens: dict[int, int] = field(default_factory=dict)
+    """Keys that each query attends to, by layer; none: nobody looked."""
 
     def add(
         self,
@@ -122,6 +129,8 @@ class Trace:
         self._last_run: int | None = None
         self.num_runs = 0
         """Runs that were begun, whether they are still kept or not."""
+        self.paths: dict[str, dict[int, str]] = {}
+        """Of each module's layers within the model, if that is known."""
 
     def __len__(self) -> int:
         return sum(map(len, self._all()))
@@ -141,7 +150,7 @@ class Trace:
         return rows
 
     def measured(self, values: torch.Tensor, rows: dict[str, slice], tokens: int | None) -> Entropies:
-        """Takes entropies ``[B, H]`` in nats, which ``resolve`` is to bring over."""
+        """Takes entropies in nats, which ``resolve`` is to bring over: ``[B, H]``, or by modality ``[B, 3, H]``."""
         entropies = Entropies(rows, tokens)
         self._unresolved.append((entropies, values))
         return entropies
@@ -150,22 +159,35 @@ class Trace:
         """Forgets all rows; entropies that decisions wait for stay."""
         self._runs.clear()
 
-    def resolve(self, *scalars: torch.Tensor) -> list[float]:
-        """Brings all entropies measured since the last call to the host, and ``scalars`` with them: one transfer."""
+    def resolve(self, *scalars: torch.Tensor, group: ProcessGroup | None = None) -> list[float]:
+        """Brings all entropies measured since the last call to the host, and ``scalars`` with them: one transfer.
+
+        Args:
+            scalars: on the same device.
+            group: ranks that call this together: each gets the mean of all, bit for bit the same.
+        """
         pending, self._unresolved = self._unresolved, []
         if not pending and not scalars:
             return []
         tensors = (*(values for _, values in pending), *scalars)
-        numbers = torch.cat([tensor.reshape(-1).float() for tensor in tensors]).tolist()
+        joined = torch.cat([tensor.reshape(-1).float() for tensor in tensors])
+        if group is not None:
+            distributed.all_reduce(joined, group=group)
+            joined /= distributed.get_world_size(group)
+        numbers = joined.tolist()
         first = 0
         for entropies, values in pending:
-            images, heads = values.shape
-            entropies.set([numbers[first + image * heads : first + (image + 1) * heads] for image in range(images)])
-            first += images * heads
+            images, size = len(values), values[0].numel()
+            rows = [numbers[first + image * size : first + (image + 1) * size] for image in range(images)]
+            entropies.set(rows, values.shape[-1])
+            first += images * size
         return numbers[first:]
 
     def to_pandas(self, module: str = SELF_ATTENTION) -> pd.DataFrame:
         """One row per site: run, step, timestep, layer, branch, decision, reason, entropy (nats), snr, bytes, ...
+
+        ``attention`` is the layer's path within the model. Of a joint attention ``entropy`` is that of all queries,
+        ``entropy_image`` and ``entropy_text`` are those of its image and text queries alone.
 
         Args:
             module: ``"self_attention"``, which is what the gate decides about, ``"cross_attention"``, or ``"model"``:
@@ -176,7 +198,8 @@ class Trace:
         self.resolve()
         first = ("run", "step", "total_steps", "timestep")
         last = ("threshold", "snr", "snr_gate", "snr_schedule", "latent_norm", "latent_size")
-        sites = ("module", "layer", "branch", "decision", "reason", "entropy", "age")
+        entropies = {"entropy": "mean", "entropy_image": "image", "entropy_text": "text"}
+        sites = ("module", "layer", "attention", "branch", "decision", "reason", *entropies, "age")
         columns: dict[str, list[Any]] = {name: [] for name in (*first, *sites, *last, "tokens", "bytes")}
         for rows in self._all():
             if rows.module != module:
@@ -186,9 +209,11 @@ class Trace:
                 columns[name] += [_number(getattr(rows.facts, name))] * len(rows)
             for name in ("layer", "branch", "decision", "reason", "bytes", "age"):
                 columns[name] += getattr(rows, name)
-            columns["tokens"] += [rows.tokens] * len(rows)
-            for branch, entropies in zip(rows.branch, rows.entropies, strict=True):
-                columns["entropy"].append(None if entropies is None else entropies.mean.get(branch))
+            columns["tokens"] += map(rows.tokens.get, rows.layer)
+            columns["attention"] += map(self.paths.get(module, {}).get, rows.layer)
+            for column, name in entropies.items():
+                pairs = zip(rows.branch, rows.entropies, strict=True)
+                columns[column] += (None if one is None else getattr(one, name).get(branch) for branch, one in pairs)
         return pd.DataFrame(columns)
 
     def heads_to_pandas(self) -> pd.DataFrame:

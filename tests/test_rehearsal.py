@@ -61,6 +61,7 @@ def python(folder, *arguments):
     return done.stdout
 
 
+@pytest.mark.rehearsal
 @pytest.mark.parametrize("name", ["dit-xl-2", "pixart"])
 def test_every_slide_of_the_deck_is_made(name, tmp_path):
     save_tiny(name, tmp_path / "tiny")
@@ -80,8 +81,7 @@ def test_every_slide_of_the_deck_is_made(name, tmp_path):
     assert {path.stem for path in COMMITTED.rglob("*.png")} <= drawn.keys()
     for figure, path in drawn.items():
         words = json.loads(path.read_text())
-        # One setting of each rival is screened, and none is so fast that a verdict could be passed.
-        assert words["title"] or figure == "slide12_pareto", f"{figure} says that something is missing"
+        assert words["title"], f"{figure} says that something is missing"
         assert "REHEARSAL: random weights" in words["alt"], figure
         assert words["profile"].get("rehearsal") or figure == "slide12_benchmarks", figure  # of no profile
         assert "digit" not in (words["title"] + words["alt"]).lower(), figure

@@ -73,13 +73,13 @@ def dit():
     return pipe, lambda i: {"class_labels": [i, i + 1], "guidance_scale": 3.0}
 
 
-def _flux(cls, in_channels):
+def _flux(cls, in_channels, num_layers=1):
     transformer = FluxTransformer2DModel(
         patch_size=1,
         in_channels=in_channels,
         out_channels=16,
-        num_layers=1,
-        num_single_layers=1,
+        num_layers=num_layers,
+        num_single_layers=num_layers,
         attention_head_dim=8,
         num_attention_heads=2,
         joint_attention_dim=16,
@@ -96,9 +96,9 @@ def _flux(cls, in_channels):
     return silent(cls(*parts)), call
 
 
-def flux():
+def flux(num_layers=1):
     """Packed tokens, embedded guidance, one branch, flow matching."""
-    return _flux(FluxPipeline, 16)
+    return _flux(FluxPipeline, 16, num_layers)
 
 
 def flux_control():
@@ -107,7 +107,7 @@ def flux_control():
     return pipe, lambda i: {**call(i), "control_image": caption(2000 + i, 1, 3, 16, 8).sigmoid()}
 
 
-def _sd3(cls):
+def _sd3(cls, **options):
     transformer = SD3Transformer2DModel(
         sample_size=8,
         patch_size=2,
@@ -120,6 +120,7 @@ def _sd3(cls):
         pooled_projection_dim=8,
         out_channels=4,
         pos_embed_max_size=16,
+        **options,
     )
     parts = (randomized(transformer), FlowMatchEulerDiscreteScheduler(shift=3.0), image_vae(4), *[None] * 6)
     pipe = cls(*parts)
@@ -136,9 +137,9 @@ def _sd3(cls):
     return silent(pipe), call
 
 
-def sd3():
+def sd3(**options):
     """Joint attention, flow matching, both branches in one call."""
-    pipe, call = _sd3(StableDiffusion3Pipeline)
+    pipe, call = _sd3(StableDiffusion3Pipeline, **options)
     return pipe, lambda i: {**call(i), "height": 8, "width": 8}
 
 

@@ -6,9 +6,11 @@ import logging
 from pathlib import Path
 
 import pandas as pd
+from safetensors import SafetensorError
 
 from dqar.commands.parser import Parser, asked_profile
 from dqar.measure.results import RECORDED
+from dqar.models.pipelines import check_device
 from dqar.models.profiles import Profile, profile_of
 from dqar.studies.estimate import estimate
 from dqar.studies.record import TABLES
@@ -22,7 +24,8 @@ def run(arguments: list[str]) -> int:
     Raises:
         ValueError: an argument isn't accepted, or the profile can't be recorded.
         OSError: weights or finished parts can't be read, or tables can't be written.
-        RuntimeError: the device failed. Of these three, each says in which table; finished parts stay.
+        RuntimeError: the device failed.
+        FloatingPointError: NaN or inf. Of these four, each says in which table; finished parts stay.
     """
     parser = Parser("record", "Makes the long measurements that the figures draw from. Takes hours; resumes.")
     parser.add_profile()
@@ -36,8 +39,9 @@ def run(arguments: list[str]) -> int:
     if unknown := [name for name in chosen if name not in TABLES]:
         raise ValueError(f"table {unknown[0]!r} is unknown: choose from {', '.join(TABLES)}")
     profile = profile_of(asked_profile(options))
-    check_reference(profile)
     check_recordable(profile)
+    check_device(profile)
+    check_reference(profile)
     if options.estimate:
         print(_estimate(profile, options.out, chosen))
         return 0
@@ -46,8 +50,10 @@ def run(arguments: list[str]) -> int:
     for name in chosen:
         try:
             TABLES[name](recording)
-        except (ValueError, OSError, RuntimeError) as error:
-            kind = next(kind for kind in (ValueError, OSError, RuntimeError) if isinstance(error, kind))
+        except (ValueError, OSError, RuntimeError, FloatingPointError, SafetensorError) as error:
+            # Of Safetensors' errors, writing to a full disk is the likely one.
+            kinds = (ValueError, RuntimeError, FloatingPointError)
+            kind = next((kind for kind in kinds if isinstance(error, kind)), OSError)
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             kept = f"finished parts are kept in {recording.parts}, and the same command goes on"
             raise kind(f"{name}: {reason}; {kept}") from error

@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
+import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from dqar.figures.style import save_plain_table, save_table
+from dqar.figures.style import (
+    ACCENT,
+    BLUE,
+    COMPUTE,
+    GREY,
+    headline,
+    recorded,
+    save,
+    save_plain_table,
+    save_table,
+)
 from dqar.measure.results import Run
+from dqar.studies import batches as batch_study
+from dqar.studies import search as search_study
+from dqar.studies.compare import FULL
 
+SETTINGS = {
+    "target": "what is reused or extrapolated",
+    "schedule": "schedule",
+    "interval": "computed every n-th step",
+    "order": "forecast order",
+    "bits": "bits of the cache",
+    "entropy": "entropy threshold",
+    "snr": "SNR threshold",
+    "last": "last steps computed",
+}
+"""Of ``studies.search.SPACE``, in words."""
 MARKS = {"holds": "✓", "does not hold": "✗", "not testable here": "not testable here"}
 
 
@@ -51,6 +76,77 @@ def slide17_reasons(run: Run, verdicts: pd.DataFrame) -> pd.DataFrame:
     """Each claim of slide 17 with all its reasons, as files; no picture."""
     title = f"Of {len(verdicts)} claims, {_counts(verdicts)}: all reasons"
     return save_plain_table(run, "slide17_reasons", title, verdicts.rename(columns=str.capitalize), verdicts)
+
+
+@recorded("batches of several sizes")
+def slide16_batches(run: Run, batches: pd.DataFrame) -> Figure:
+    """Slide 16's batches: speed and quality against images at once, one gate deciding for all of them.
+
+    Args:
+        batches: of ``studies.batches.record_batches``.
+    """
+    points, colors = batch_study.points(batches), {batch_study.GATE: ACCENT, batch_study.PLAN: BLUE, FULL.name: GREY}
+    names = {batch_study.GATE: "a gate, one for all", batch_study.PLAN: f"a plan, {batch_study.BUDGET}× fewer MACs"}
+    figure, (left, right) = plt.subplots(1, 2)
+    for method, own in points.groupby("method", sort=False):
+        look = {"color": colors[method], "lw": 3, "marker": "o", "ms": 10, "label": names.get(method, method)}
+        spread = [own.speed - own.speed_low, own.speed_high - own.speed]
+        left.errorbar(own.together, own.speed, yerr=spread, capsize=6, **look)
+        if own["median"].notna().any():
+            right.plot(own.together, own["median"], **look)
+            right.plot(own.together, own.worst, **{**look, "ls": ":", "label": "_"})
+    gate = points[points.method == batch_study.GATE].set_index("together")
+    right.axhline(gate["median"][1], color=ACCENT, lw=1.5, ls="--")
+    right.plot([], [], color=GREY, lw=3, ls=":", label="the worst image")
+    for axes in (left, right):
+        axes.set(xscale="log", xlabel="images at once")
+        axes.set_xticks(sorted(set(points.together)), sorted(set(points.together)), minor=False)
+        axes.minorticks_off()
+    left.set_ylabel("speed over full compute, one at once")
+    right.set_ylabel("PSNR to full compute (dB)")
+    left.legend()
+    right.legend()
+    most, full = points.together.max(), points[points.method == FULL.name].set_index("together").speed
+    change = gate["median"][most] - gate["median"][1]
+    headline(
+        figure,
+        f"{most} images at once are drawn {full[most]:.2f} times as fast as one by one; one gate for all of them "
+        f"instead of one each changes their median PSNR by {change:+.1f} dB",
+    )
+    number, repeats = int(batches.image.nunique()), int(batches.repeat.nunique())
+    clock = "CPU time" if run.profile.device == "cpu" else "time"
+    return save(run, "slide16_batches", figure, points, f"n = {number} images; {clock}: median, quartiles of {repeats}")
+
+
+@recorded("a search over settings of reuse and extrapolation")
+def slide16_search(run: Run, trials: pd.DataFrame, front: pd.DataFrame, importance: pd.DataFrame) -> Figure:
+    """Slide 16's search: every trial, the front on images that it wasn't searched on, and what matters.
+
+    Args:
+        trials, front, importance: the three tables of ``studies.search.record_search``.
+    """
+    tried, again = search_study.points(trials), search_study.points(front).sort_values("macs_speedup")
+    before = tried.set_index("trial").psnr_5th.reindex(again.trial)
+    figure, (left, right) = plt.subplots(1, 2, width_ratios=[3, 2])
+    left.scatter(tried.macs_speedup, tried.psnr_5th, s=60, color=COMPUTE, edgecolor=GREY, label="a trial")
+    left.plot(again.macs_speedup, before, color=GREY, lw=2, ls="--", marker="o", ms=9, label="front, searched on")
+    left.plot(again.macs_speedup, again.psnr_5th, color=ACCENT, lw=3, marker="o", ms=10, label="front, other images")
+    left.set(xlabel="MACs of full compute / of this", ylabel="PSNR at the 5th percentile (dB)")
+    left.legend()
+    shares = importance[importance.objective == "dB"].set_index("setting").importance.sort_values()
+    right.barh([SETTINGS[name] for name in shares.index], shares, color=ACCENT)
+    right.xaxis.set_major_formatter("{x:.0%}")
+    right.set(xlabel="share of the PSNR's variance")
+    change = (again.psnr_5th.to_numpy() - before.to_numpy()).mean()
+    headline(
+        figure,
+        f"On images that it was not searched on, the front's 5th percentile changes by {change:+.1f} dB (mean); "
+        f"most of the quality hangs on one setting: {SETTINGS[shares.index[-1]]}",
+    )
+    note = (
+        f"{len(tried)} trials of {trials.image.nunique()} images; front: {len(again)}, {front.image.nunique()} others"
+    )
+    return save(run, "slide16_search", figure, trials, note)
 
 
 def _counts(table: pd.DataFrame) -> str:

@@ -17,7 +17,7 @@ from dqar.studies import arena
 from dqar.studies import benchmarks as benchmark_tables
 from dqar.studies import claims as claims_study
 from dqar.studies import pareto as pareto_study
-from dqar.studies.compare import OURS, only
+from dqar.studies.compare import only
 from dqar.studies.trace import relations
 
 DECIDERS = {"policy": "The network", "oracle": "Measured errors", "rule": "The deck's rule", "chance": "Chance"}
@@ -200,8 +200,7 @@ def benchmarks(tables: Mapping[str, pd.DataFrame]) -> str:
 @recorded
 def pareto(run: Run, tables: Mapping[str, pd.DataFrame]) -> str:
     """Notebook 11: plans against every rival, by the verdicts' intervals."""
-    found = pd.concat(arena.verdicts(table).assign(n=table.image.nunique()) for table in tables.values())
-    found = found[found.measure.isin(arena.SHOWN) & ~found.family.isin(OURS)]
+    found = pd.concat(arena.shown(arena.verdicts(table)).assign(n=table.image.nunique()) for table in tables.values())
     if found.empty:
         return f"No plan has been compared yet for the profile {run.profile.name}."
     lines = []

@@ -34,7 +34,7 @@ from dqar.forecast.plan import ForecastPlan
 from dqar.measure.results import Run, provenance, slug
 from dqar.peers.registry import RIVALS
 from dqar.studies import arena, cache_memory, pareto
-from dqar.studies.compare import FULL, OURS
+from dqar.studies.compare import FULL
 
 SAMPLER_NAMES = {"dpm-solver++": "DPM-Solver++", "ddim": "DDIM"}
 KINDS = {
@@ -94,7 +94,7 @@ def _drawn(table: pd.DataFrame) -> str:
 
 def _lead(verdicts: pd.DataFrame) -> str:
     """Where the plans stand, in words that follow from the intervals."""
-    judged = verdicts[verdicts.measure.isin(arena.SHOWN) & ~verdicts.family.isin(OURS)]
+    judged = arena.shown(verdicts)
     if judged.empty:
         return "no plan is measured beside a rival yet"
     count, least = judged.verdict.value_counts(), judged.loc[judged.lead.idxmin()]
@@ -116,10 +116,7 @@ def slide12_pareto(run: Run, tables: dict[str, pd.DataFrame]) -> Figure:
         return missing(run, "slide12_pareto", "many images of every method at its best")
     verdicts = pd.concat(found)
     verdicts["sampler"], verdicts["target"] = verdicts.sampler.map(SAMPLER_NAMES), verdicts.target.map(COMPARED)
-    facing = pd.concat(
-        [arena.strongest(own).assign(sampler=name) for name, own in verdicts.groupby("sampler", sort=False)]
-    )
-    facing = facing[facing.measure.isin(arena.SHOWN)]
+    facing = pd.concat(arena.strongest(arena.shown(own)) for _, own in verdicts.groupby("sampler", sort=False))
     facing["cell"] = [f"{row.ours:.1f} / {row.theirs:.1f} {SIGNS[row.verdict]}" for row in facing.itertuples()]
     wide = facing.pivot(index=["sampler", "target", "measure"], columns="budget", values="cell")
     wide = wide.reindex(facing.set_index(["sampler", "target", "measure"]).index.unique()).fillna("–").reset_index()

@@ -169,7 +169,7 @@ def slide13(run: Run, summary: pd.DataFrame, gated: pd.DataFrame) -> Figure:
     names, distances = list(CLAIMED.name), [None if np.isnan(fd) else fd for fd in here.fd]
     charts = [
         bar_chart("Claimed: FID", names, {"FID": CLAIMED.fd.tolist()}, [f"{fd}" for fd in CLAIMED.fd], True),
-        bar_chart("Measured: FD-digits, not FID (95%)", names, {"FD-digits": distances}, intervals, True),
+        bar_chart(f"Measured: {run.profile.distance} (95%)", names, {run.profile.distance: distances}, intervals, True),
         bar_chart("Reuse events at every fifth step", [f"{step}" for step in steps], counted),
     ]
     return save(run, "slide13", figure, summary, note, {"charts": charts})

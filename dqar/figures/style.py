@@ -156,6 +156,11 @@ def save(
     return figure
 
 
+def _alt(run: Run, title: str) -> str:
+    """Of a picture that has no axes to describe."""
+    return f"{title}. {REHEARSAL}." if run.profile.rehearsal else f"{title}."
+
+
 def save_animation(
     run: Run, name: str, frames: list[Image.Image], milliseconds: list[int], title: str, source: dict[str, Any]
 ) -> Path:
@@ -172,8 +177,7 @@ def save_animation(
     file = io.BytesIO()
     drawn[0].save(file, "GIF", save_all=True, append_images=drawn[1:], duration=milliseconds, loop=0, optimize=True)
     target = path_of(run, name).with_suffix(".gif")
-    alt = f"{title}. {REHEARSAL}." if run.profile.rehearsal else f"{title}."
-    words = {"figure": name, "title": title, "alt": alt}
+    words = {"figure": name, "title": title, "alt": _alt(run, title)}
     if not shows_the_same(target, file.getvalue(), words):
         _write_with_sidecar(target, file.getvalue(), words, source)
     return target
@@ -311,8 +315,7 @@ def save_plain_table(
     write_table(run, name, table)
     cells = table.map(lambda cell: with_minus(str(cell)))
     native = {"columns": list(cells.columns), "rows": cells.values.tolist()}
-    alt = f"{title}. {REHEARSAL}." if run.profile.rehearsal else f"{title}."
-    words: dict[str, Any] = {"figure": name, "title": title, "alt": alt, "table": native}
+    words: dict[str, Any] = {"figure": name, "title": title, "alt": _alt(run, title), "table": native}
     target = path_of(run, name).with_suffix(".json")
     if not says_the_same(target, words):
         measured = source.attrs.get("provenance") if source is not None else None

@@ -151,20 +151,26 @@ def count_macs(call: Callable[[], object]) -> int:
     return counter.flops // 2
 
 
-def interleaved_times(calls: Mapping[str, Callable[[], object]], repeats: int, device: str = "cpu") -> pd.DataFrame:
+def interleaved_times(
+    calls: Mapping[str, Callable[[], object]],
+    repeats: int,
+    device: str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
+) -> pd.DataFrame:
     """Times the calls in turn (A B C A B C ...) after one warm-up each; tidy: method, repeat, seconds.
 
-    Only ratios within one such table are meaningful: never compare across runs.
+    Only ratios within one such table are meaningful: never compare across runs. ``clock=time.process_time`` takes this
+    process's CPU time, whatever else runs on the machine.
     """
     rows = []
     for repeat in tqdm(range(-1, repeats), desc="timing", leave=False):
         for method, call in calls.items():
             _synchronize(device)
-            started = time.perf_counter()
+            started = clock()
             call()
             _synchronize(device)
             if repeat >= 0:
-                rows.append({"method": method, "repeat": repeat, "seconds": time.perf_counter() - started})
+                rows.append({"method": method, "repeat": repeat, "seconds": clock() - started})
     return pd.DataFrame(rows)
 
 

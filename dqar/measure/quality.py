@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import functools
 import warnings
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import nn
-from torchmetrics.functional.multimodal import clip_score
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
 from dqar.measure import metrics
@@ -148,21 +149,37 @@ def _inception(device: str) -> Inception | None:
 
 @functools.cache
 def _clip(device: str) -> Callable[[torch.Tensor, list[str]], torch.Tensor] | None:
-    """CLIP score (Hessel et al. 2021, arXiv 2104.08718) of each image and its caption."""
+    """``clip_scores`` by the weights of ``CLIP``; ``None`` where they can't be had."""
 
     def load() -> Any:
         from transformers import CLIPModel, CLIPProcessor
 
         return CLIPModel.from_pretrained(CLIP).to(device).eval(), CLIPProcessor.from_pretrained(CLIP)
 
-    if (loaded := _at_hand("CLIP score", load)) is None:
-        return None
+    loaded = _at_hand("CLIP score", load)
+    return None if loaded is None else functools.partial(clip_scores, *loaded)
 
-    def score(images: torch.Tensor, captions: list[str]) -> torch.Tensor:
-        pairs = zip((images * 255).round().to(device, torch.uint8), captions, strict=True)
-        return torch.stack([clip_score(image, caption, lambda: loaded).cpu() for image, caption in pairs])
 
-    return score
+def clip_scores(model: Any, processor: Any, images: torch.Tensor, captions: list[str]) -> torch.Tensor:
+    """CLIP score (Hessel et al. 2021, arXiv 2104.08718) of each image and its caption: ``[N]``, 0 to 100.
+
+    Not torchmetrics', whose release 1.9.0 fails with transformers 5.
+
+    Args:
+        model, processor: a ``CLIPModel`` and what makes its inputs of images and captions.
+        images: ``[N, 3, H, W]`` in [0, 1].
+        captions: one an image; cut to the model's 77 tokens.
+    """
+    found = []
+    for first in range(0, len(images), AT_ONCE):
+        part = slice(first, first + AT_ONCE)
+        pictures = list((images[part] * 255).round().to(torch.uint8))
+        length = model.config.text_config.max_position_embeddings
+        options = {"padding": True, "truncation": True, "max_length": length, "return_tensors": "pt"}
+        output = model(**processor(text=captions[part], images=pictures, **options).to(model.device))
+        cosine = torch.cosine_similarity(output.image_embeds, output.text_embeds)
+        found.append(100 * cosine.clamp_min(0).cpu())
+    return torch.cat(found)
 
 
 @functools.cache
@@ -234,7 +251,7 @@ def load_reference(path: Path, widths: dict[str, int] | None = None) -> Referenc
     try:
         with np.load(path) as file:
             arrays = {name: torch.from_numpy(file[name]).double() for name in file.files if name[:2] in ("mu", "si")}
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:
         raise OSError(f"the statistics in {path} can't be read: {error}") from error
     found = {}
     for column, end in (("features", ""), ("spatial", "_s")):

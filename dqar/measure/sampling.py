@@ -111,6 +111,11 @@ _FITS: dict[str, int] = {}
 """The largest number of images at once that has fitted, by whatever ran out of memory with more."""
 
 
+def images_at_once(profile: Profile, number: int) -> int:
+    """Of ``number`` images, as many as ``sample`` draws at once: fewer than asked for where they haven't fitted."""
+    return min(profile.batch_size, number, _FITS.get(profile.label, number))
+
+
 def within_memory(run: Callable[[int], Result], batch_size: int, what: str) -> Result:
     """``run(batch_size)``; where the GPU's memory is too small for that, from the start with half as many at once.
 

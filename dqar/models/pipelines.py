@@ -174,6 +174,14 @@ class EmbeddedLattePipeline(DiffusionPipeline):
         return LattePipelineOutput(frames=frames) if return_dict else (frames,)
 
 
+def check_device(profile: Profile) -> None:
+    """Raises ``RuntimeError`` for a GPU that isn't there."""
+    if profile.device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(
+            f"profile {profile.name!r} needs a CUDA GPU and there is none: profile 'digits' runs on a CPU"
+        )
+
+
 def load_pipeline(profile: Profile) -> DiffusionPipeline:
     """The profile's pipeline on its device, in its dtype, with its scheduler.
 
@@ -181,10 +189,7 @@ def load_pipeline(profile: Profile) -> DiffusionPipeline:
         OSError: weights that can't be found or read, saying which.
         RuntimeError: no such device here, or too little memory on it.
     """
-    if profile.device == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(
-            f"profile {profile.name!r} needs a CUDA GPU and there is none: profile 'digits' runs on a CPU"
-        )
+    check_device(profile)
     if profile.model in PIPELINES:
         pipe = load_embedded(profile.model, profile.dtype)
     elif profile.model == "dit-xl-2-random":
@@ -257,10 +262,11 @@ def _load_pretrained(profile: Profile) -> DiffusionPipeline:
         raise
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         at = f" at revision {asked.revision}" if asked.revision else ""
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise OSError(
             f"profile {profile.name!r} needs {asked.source}{at} from the Hugging Face hub, its local cache or a "
             "folder: is there a network, or is it half-downloaded? Once it has been loaded, HF_HUB_OFFLINE=1 uses the "
-            "cache"
+            f"cache ({reason})"
         ) from error
 
 

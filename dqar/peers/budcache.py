@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from dqar.peers.linear import number_computed, spread_steps
 from dqar.peers.rival import Rival
 from dqar.peers.shared import calibrate, check_range
-from dqar.peers.trials import Trials, residual_reuse
+from dqar.peers.trials import SWEEP, Trials, residual_reuse
 
 Steps = tuple[int, ...]
 NEAR = 3
@@ -157,7 +157,7 @@ RIVALS = (
         keeps="what all blocks add, at steps searched for on calibration runs",
         source="Lei et al., ICML 2026, arXiv 2606.13496",
         adapter=budcache,
-        sweep=tuple({"speedup": x} for x in (1.25, 1.55, 2.05, 2.6, 3.1, 4.1, 5.6)),
-        needs_calibration=True,
+        sweep=SWEEP,
+        calibration_images=len(SWEEP) * (1 + 200 + 100) * 4,
     ),
 )

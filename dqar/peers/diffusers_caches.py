@@ -397,7 +397,7 @@ RIVALS = (
                 (0.24, 6, 0.04),
             )
         ),
-        needs_calibration=True,
+        calibration_images=8,
     ),
     Rival(
         "SeaCache",

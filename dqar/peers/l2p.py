@@ -129,7 +129,7 @@ RIVALS = (
                 (5.5, 1, 2),
             )
         ),
-        needs_calibration=True,
+        calibration_images=32,
         strong=True,
     ),
 )

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from dqar.peers.linear import number_computed
 from dqar.peers.rival import Rival
 from dqar.peers.shared import calibrate, check_range
-from dqar.peers.trials import Trials, residual_reuse
+from dqar.peers.trials import SWEEP, Trials, residual_reuse
 
 Errors = Mapping[tuple[int, int], float]
 """Of ``(i, j)``: what the steps between ``i`` and ``j`` do to the image when they reuse step ``i``."""
@@ -95,7 +95,7 @@ RIVALS = (
         keeps="what all blocks add, at steps chosen on calibration runs",
         source="Gao et al., NeurIPS 2025, arXiv 2511.00090",
         adapter=lemica,
-        sweep=tuple({"speedup": x} for x in (1.25, 1.55, 2.05, 2.6, 3.1, 4.1, 5.6)),
-        needs_calibration=True,
+        sweep=SWEEP,
+        calibration_images=50 * 7 * 2,
     ),
 )

@@ -20,7 +20,8 @@ class Rival:
         sweep: settings of its own knobs, from little saved to much, as far as it goes. On the digits model (50 steps)
             they cover about 1.2 to 5 times fewer MACs, unless said otherwise.
         decides_by_batch: decides by what it sees, for a whole batch at once, so that small batches suit it better.
-        needs_calibration: measures the model first, and so takes the comparison's ``guidance_scale`` as a setting.
+        calibration_images: that it draws for each sampler of 50 steps, at most, before it can draw by all of its sweep;
+            with any, it takes the comparison's ``guidance_scale`` as a setting.
         strong: one of the best in a first look, so that it is compared under every spacing of the steps.
         unusable: why it can't run on DiT.
     """
@@ -31,6 +32,6 @@ class Rival:
     adapter: Callable[..., AbstractContextManager[Any]] | None = None
     sweep: tuple[Mapping[str, Any], ...] = ()
     decides_by_batch: bool = False
-    needs_calibration: bool = False
+    calibration_images: int = 0
     strong: bool = False
     unusable: str = ""

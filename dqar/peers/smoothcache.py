@@ -147,6 +147,6 @@ RIVALS = (
             {"threshold": 0.6, "lookahead": 5},
             {"threshold": 0.6, "lookahead": 7},
         ),
-        needs_calibration=True,
+        calibration_images=8,
     ),
 )

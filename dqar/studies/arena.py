@@ -51,11 +51,11 @@ def finalists(methods: list[Method], screened: pd.DataFrame) -> list[Method]:
     """
     points, chosen = pareto.summary(screened), {FULL.name: None}
     for target, budget in itertools.product(get_args(Target), BUDGETS):
-        plans = _within(pareto.own_plans(points, target), budget)
+        plans = pareto.within(pareto.own_plans(points, target), budget)
         chosen |= dict.fromkeys(plans.method[plans.macs_speedup == plans.macs_speedup.min()])
     best = dict[str, float]()
     for target, budget in itertools.product(get_args(Target), BUDGETS):
-        rivals = _within(pareto.made_for(points[~points.family.isin((pareto.PLAN, FULL.name))], target), budget)
+        rivals = pareto.within(pareto.made_for(points[~points.family.isin((pareto.PLAN, FULL.name))], target), budget)
         for _, own in rivals.groupby("family"):
             point = pareto.best_at(own, target, budget)
             assert point is not None
@@ -111,7 +111,7 @@ def verdicts(table: pd.DataFrame, resamples: int = 2000, seed: int = 0) -> pd.Da
         errors, points = _errors(table, target), standings(table, target)
         chosen = generator.integers(errors.shape[1], size=(resamples, errors.shape[1]))
         for budget, measure in itertools.product(BUDGETS, JUDGED):
-            within = _within(pareto.made_for(points, target), budget)
+            within = pareto.within(pareto.made_for(points, target), budget)
             plans = pareto.own_plans(within, target)
             if plans.empty:
                 continue
@@ -135,6 +135,11 @@ def strongest(verdicts: pd.DataFrame) -> pd.DataFrame:
     return rivals.loc[least].reset_index(drop=True)
 
 
+def shown(verdicts: pd.DataFrame) -> pd.DataFrame:
+    """Of ``verdicts``, those over rivals that figures and answers stand on."""
+    return verdicts[verdicts.measure.isin(SHOWN) & ~verdicts.family.isin(OURS)]
+
+
 def best_of_kinds(table: pd.DataFrame, target: Target) -> pd.DataFrame:
     """At each budget, the setting of each kind whose median image is best; of plans, as in ``verdicts``.
 
@@ -145,7 +150,7 @@ def best_of_kinds(table: pd.DataFrame, target: Target) -> pd.DataFrame:
     points = pareto.made_for(points[points.family != FULL.name], target)
     points["kind"] = points.family.map(KINDS).fillna("best cache")
     for budget in BUDGETS:
-        for kind, own in _within(points, budget).groupby("kind", sort=False):
+        for kind, own in pareto.within(points, budget).groupby("kind", sort=False):
             best = own.macs_speedup.idxmin() if kind == KINDS[pareto.PLAN] else own["median"].idxmax()
             rows.append({"budget": budget, "kind": kind, **own.loc[best].drop("kind")})
     return pd.DataFrame(rows)
@@ -158,11 +163,6 @@ def lossless(table: pd.DataFrame) -> float:
     full, plans = points[points.family == FULL.name], pareto.own_plans(points, "converged")
     as_near = plans[(plans[list(SHOWN)] >= full[list(SHOWN)].max()).all(axis=1)]
     return float(as_near.macs_speedup.max()) if len(as_near) else math.nan
-
-
-def _within(points: pd.DataFrame, budget: float) -> pd.DataFrame:
-    """The points that take so many times fewer MACs, to two decimals."""
-    return points[points.macs_speedup.round(2) >= budget]
 
 
 def _errors(table: pd.DataFrame, target: Target) -> pd.DataFrame:

@@ -187,9 +187,12 @@ def compiled_methods(pipe: EmbeddedDiTPipeline) -> list[Method]:
 
 
 def compiled_calls(pipe: EmbeddedDiTPipeline, images: int, device: str) -> Calls:
-    """``compiled_methods`` on a pipeline whose blocks are compiled here; with CUDA graphs on a GPU."""
+    """``compiled_methods`` on a pipeline whose blocks are compiled here.
+
+    Without CUDA graphs: of blocks that are compiled one by one, one graph overwrites what another still reads.
+    """
     for block in pipe.transformer.transformer_blocks:
-        block.compile(mode="reduce-overhead" if device == "cuda" else "default")
+        block.compile()
     eager, *compiled = compiled_methods(pipe)
     calls = {method.name: drawing(pipe, method, images) for method in compiled}
     return {eager.name: torch.compiler.set_stance("force_eager")(drawing(pipe, eager, images)), **calls}

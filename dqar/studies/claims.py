@@ -116,7 +116,8 @@ def _speed(run: Run) -> str:
     times = run.recorded("speed")
     if times is None:
         return "its speed is not measured yet"
-    return f"recorded speed {metrics.speedups(times, FULL.name).speedup['DQAR rule, kv']:.2f}× (small model, CPU)"
+    speedup = metrics.speedups(times, FULL.name).speedup["DQAR rule, kv"]
+    return f"recorded speed {speedup:.2f}× ({run.profile.name}, {times.attrs['provenance']['device']})"
 
 
 def _events(run: Run) -> str:

@@ -20,7 +20,7 @@ from dqar.config import DQARConfig
 from dqar.forecast.plan import ForecastPlan
 from dqar.measure import metrics
 from dqar.measure.quality import scores
-from dqar.measure.sampling import Samples, sample
+from dqar.measure.sampling import Samples, images_at_once, sample
 from dqar.models.pipelines import cached_pipeline, with_parts
 from dqar.models.profiles import Profile
 from dqar.peers import w8a8
@@ -150,21 +150,27 @@ class Drawn:
 def draw(method: Method, profile: Profile, seed: int, first_image: int = 0, num_samples: int | None = None) -> Drawn:
     """Draws images of a seed's set and counts the multiply-accumulates that run meanwhile; see ``sample``."""
     pipe, number = method.pipeline(profile), num_samples or profile.num_samples
-    if method.peer is not None and method.peer.rival.needs_calibration:  # no part of what drawing costs
+    if method.peer is not None and method.peer.rival.calibration_images:  # no part of what drawing costs
         with method.peer.attach(pipe, method.num_inference_steps or profile.num_inference_steps):
             pass
     results: list[Samples] = []
-    macs = metrics.count_macs(
-        lambda: results.append(method.draw(profile, seed, first_image=first_image, num_samples=number))
-    )
-    drawn = results[0]
+
+    def count() -> int:
+        return metrics.count_macs(
+            lambda: results.append(method.draw(profile, seed, first_image=first_image, num_samples=number))
+        )
+
+    before, macs = images_at_once(profile, number), count()
+    if images_at_once(profile, number) < before:  # what was begun with too many at once was counted, too
+        macs = count()
+    drawn = results[-1]
     reused = events = cached = 0.0 if method.peer is None else math.nan
     trace = None
     if drawn.trace is not None:
         trace = drawn.trace.to_pandas(MODEL if isinstance(method.config, ForecastPlan) else SELF_ATTENTION)
         saved = trace.decision != "compute"
         reused, events = float(saved.mean()), float(saved.sum() / trace.run.nunique())
-        cached = trace.groupby(["run", "step"])["bytes"].sum().max() / min(profile.batch_size, number)
+        cached = trace.groupby(["run", "step"])["bytes"].sum().max() / images_at_once(profile, number)
     return Drawn(method, drawn.images, drawn.labels, macs / number, reused, events, cached, trace)
 
 

@@ -7,7 +7,19 @@ import math
 import pandas as pd
 
 from dqar.measure.results import Run
-from dqar.studies import arena, claims, layers, pareto, policy, quantized_cache, results, trace, video
+from dqar.studies import (
+    arena,
+    batches,
+    claims,
+    layers,
+    pareto,
+    policy,
+    quantized_cache,
+    results,
+    search,
+    trace,
+    video,
+)
 from dqar.studies.compare import FULL, only
 
 
@@ -92,18 +104,19 @@ def verdicts(run: Run) -> pd.DataFrame:
 def future_work(run: Run) -> pd.DataFrame:
     """Slide 16, direction by direction: ``direction``, ``deck``, ``verdict`` (as in ``verdicts``), ``measured``."""
     distance = trace.sites(run)[["layer_change", "change"]].median()
+    verdict, found = searched(arena.recorded(run, run.profile.scheduler))
     rows = [
         ("Lower bit-widths", "INT8 → INT4 → INT2", *lower_bits(run, quantized_cache.quantization_quality(run))),
         ("Cross-layer sharing", "2–3× more speed", *across_layers(distance, run.recorded("layers"))),
         ("Video DiTs", "reuse across frames", *across_frames(run.recorded("video"))),
         ("Quantization-aware training", "compensate INT8's errors", _verdict(None), "nothing is retrained here"),
-        ("Architecture search", "layers, thresholds, bits", *searched(arena.recorded(run, run.profile.scheduler))),
         (
-            "Production deployment",
-            "batches, several GPUs",
-            _verdict(None),
-            "images share no scales (tested), but one gate decides for a whole batch",
+            "Architecture search",
+            "layers, thresholds, bits",
+            verdict,
+            f"{found}{by_search(run.recorded('search-front'))}",
         ),
+        ("Production deployment", "batches, several GPUs", _verdict(None), production(run.recorded("batches"))),
     ]
     return pd.DataFrame(rows, columns=["direction", "deck", "verdict", "measured"])
 
@@ -171,6 +184,38 @@ def across_frames(table: pd.DataFrame | None) -> tuple[str, str]:
     return _verdict(frames["median"] >= steps["median"]), (
         f"every other result in the blocks: {frames['median']:.1f} dB over frames, {steps['median']:.1f} over steps; a "
         f"plan {plan['median']:.1f} dB (medians, n = {table.image.nunique()} videos)"
+    )
+
+
+def by_search(front: pd.DataFrame | None) -> str:
+    """What a search without any fitting found: its best at 2× fewer MACs or more.
+
+    Args:
+        front: of ``search.record_search``.
+    """
+    best = None if front is None else search.points(front).query("macs_speedup.round(2) >= 2").nlargest(1, "psnr_5th")
+    if front is None or best is None or best.empty:
+        return ""
+    [row] = best.itertuples()
+    images = front.image.nunique()
+    return f"; searched settings at {row.macs_speedup:.1f}×: 5th percentile {row.psnr_5th:.1f} dB; n = {images}"
+
+
+def production(table: pd.DataFrame | None) -> str:
+    """What batches do to speed and to a gate; several GPUs aren't there.
+
+    Args:
+        table: of ``batches.record_batches``.
+    """
+    processes = "a sweep is shared by processes (two on a CPU, tested)"
+    if table is None:
+        return f"one gate decides for a whole batch; {processes}"
+    points = batches.points(table).set_index(["method", "together"])
+    most = table.together.max()
+    gate = points["median"][batches.GATE]
+    return (
+        f"{most} at once: {points.speed[FULL.name, most]:.2f}× as fast; one gate for all of them changes the median by "
+        f"{gate[most] - gate[1]:+.1f} dB; {processes}"
     )
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
+from typing import get_args
 
 import pandas as pd
 import torch
 
-from dqar.forecast.fit import FINER
+from dqar.forecast.fit import FINER, Target
 from dqar.measure import metrics
 from dqar.measure.quality import extractor_of, scores
 from dqar.measure.sampling import LOOK
 from dqar.models.profiles import Profile
-from dqar.studies import pareto, policy, results
+from dqar.peers.registry import RIVALS
+from dqar.studies import arena, batches, pareto, policy, results
 from dqar.studies.compare import FULL, Method
 from dqar.studies.recording import Sizes
 
@@ -54,7 +56,12 @@ def works(profile: Profile, folder: Path) -> dict[str, Work]:
     budgets = sorted(set(numbers))
     fits = sum((4 + sizes.refinements * budgets[-1] // number) * number for number in budgets)
     follow = len(pareto.SAMPLERS) * sizes.plan_images * (steps + FINER * steps + 2 * fits)
-    compared = [len(_some(profile, sampler, folder, sizes)) for sampler in pareto.SAMPLERS]
+    compared = [_some(profile, sampler, folder, sizes) for sampler in pareto.SAMPLERS]
+    calibrated = sum(
+        RIVALS[name].calibration_images for methods in compared for name in {m.family for m in methods} & RIVALS.keys()
+    )
+    families = sum(len({method.family for method in methods}) for methods in compared)
+    finalists = families * len(get_args(Target)) * len(arena.BUDGETS)
     # Rule and policy for two targets, and for each budget a plan, fewer steps and two rivals, are still to come.
     methods = max(len(results.methods(profile, folder)), 11 + 4 + 4 * len(pareto.BUDGETS))
     dtypes = 2 * part
@@ -62,6 +69,8 @@ def works(profile: Profile, folder: Path) -> dict[str, Work]:
     overhead = 5 * (2 * profile.repeats + 1) * 4
     one_site = labelled * (1 + 2 * steps) + trials * steps * (steps - 1) // 2
     own_reference = not profile.embedded and profile.reference is None
+    searched = (sizes.search_trials + 1) * sizes.search_images
+    again = (sizes.front_points + 1) * sizes.front_images
     return {
         "reference": Work(*(own_reference * x for x in (sizes.samples * steps, 0, 0, *3 * (sizes.samples,)))),
         "labels": Work(
@@ -74,12 +83,22 @@ def works(profile: Profile, folder: Path) -> dict[str, Work]:
         "sharing": Work(10 * sweep * steps, images=10 * sweep, scored=10 * sweep),
         "plans": Work(follow),
         "pareto": Work(
-            sum(count + 1 + FINER for count in compared) * sizes.pareto_images * steps,
-            images=sum(compared) * sizes.pareto_images,
+            (sum(len(methods) + 1 + FINER for methods in compared) * sizes.pareto_images + calibrated) * steps,
+            images=sum(map(len, compared)) * sizes.pareto_images + calibrated,
+        ),
+        "arena": Work(
+            (finalists + len(compared) * (1 + FINER)) * sizes.arena_images * steps,
+            images=finalists * sizes.arena_images,
         ),
         "speed": Work(0, small=methods * (profile.repeats + 1) * 4 * steps, images=methods * 4 * (profile.repeats + 1)),
         "memory": Work(0, small=methods * 4 * steps, images=methods * 4),
         "samples": Work((drawn + sizes.samples) * steps, images=drawn, scored=drawn, kept=sizes.samples),
+        "batches": Work(
+            (2 * len(batches.SIZES) + 1) * sizes.batch_images * steps,
+            small=3 * (sizes.batch_repeats + 1) * sum(batches.SIZES) * steps,
+            images=2 * len(batches.SIZES) * sizes.batch_images + 3 * (sizes.batch_repeats + 1) * sum(batches.SIZES),
+        ),
+        "search": Work((searched + again) * steps, images=searched + again, scored=again),
     }
 
 

@@ -14,7 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.models.attention_processor import Attention
 
-from dqar.families import self_attentions
+from dqar.families import taken_layers
 from dqar.measure.recorders import StepCounter
 from dqar.measure.results import Run
 from dqar.models.profiles import Profile
@@ -47,7 +47,7 @@ def measure_similarity(profile: Profile, seed: int) -> pd.DataFrame:
         alike head for each; ``output_change``, ``‖o_layer − o_other‖ / ‖o_layer‖`` of the attentions' outputs.
     """
     pipe, rows = FULL.pipeline(profile), list[dict[str, Any]]()
-    layers = self_attentions(pipe.transformer)
+    layers = [layer.attention for layer in taken_layers(pipe.transformer)]
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     counter = StepCounter()
 
@@ -122,7 +122,7 @@ def sharing(pipe: DiffusionPipeline, sites: dict[tuple[int, int], list[int]], in
         sites: of ``shared_maps``.
         interval: every so manieth step computes attention; at the others each layer's last output is reused.
     """
-    layers, counter = self_attentions(pipe.transformer), StepCounter()
+    layers, counter = [layer.attention for layer in taken_layers(pipe.transformer)], StepCounter()
     kept: dict[int, torch.Tensor] = {}
     below: dict[int, torch.Tensor] = {}
 
@@ -167,7 +167,7 @@ def record_layers(recording: Recording) -> pd.DataFrame:
         sites = {} if np.isnan(theta) else shared_maps(overlaps(), theta)
         sites = {(step, layer): heads for (step, layer), heads in sites.items() if step % interval == 0}
         reference = recording.drawn(FULL, SWEEP_SEED, 0, recording.sizes.sweep_images)
-        every = profile.num_inference_steps * len(self_attentions(method.pipeline(profile).transformer))
+        every = profile.num_inference_steps * len(taken_layers(method.pipeline(profile).transformer))
         with sharing(method.pipeline(profile), sites, interval):
             rows = compare(method, reference, profile, SWEEP_SEED)
         return rows.assign(theta=theta, interval=interval, shared=len(sites) / every)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,14 +23,14 @@ from dqar.forecast.fit import FINER, Target
 from dqar.forecast.plan import ForecastPlan, extrapolation
 from dqar.forecast.profiles import calibrate_profile, with_provenance
 from dqar.measure import metrics
-from dqar.measure.quality import reference_of
+from dqar.measure.quality import Reference, reference_of
 from dqar.measure.results import Run, load_table, slug
 from dqar.measure.sampling import OPEN
 from dqar.models.pipelines import to_images
 from dqar.models.profiles import Profile
 from dqar.peers.registry import RIVALS, Peer
 from dqar.studies import policy
-from dqar.studies.compare import FULL, Method, check_again, compare, draw, summarize
+from dqar.studies.compare import FULL, Drawn, Method, check_again, compare, draw, summarize
 from dqar.studies.recording import PARETO_SEED, Recording
 
 SAMPLERS = {"dpm-solver++": "dpm-solver++-lu", "ddim": "ddim"}
@@ -71,12 +73,19 @@ def plan_path(folder: Path, sampler: str, target: Target, num_computed: int) -> 
 
 
 def make_plans(
-    profile: Profile, folder: Path, sampler: str, target: Target, num_images: int = 120, refinements: int = 24
+    profile: Profile,
+    folder: Path,
+    sampler: str,
+    target: Target,
+    num_images: int = 120,
+    refinements: int = 24,
+    work: Path | None = None,
 ) -> list[ForecastPlan]:
     """The plans of all budgets for one sampler and target, read where they have been made already.
 
     Args:
         folder: of the profile's recorded tables.
+        work: a folder from which an interrupted fit goes on.
         refinements: neighbours tried for the slowest of them; the others get more, as they take less time.
     """
     numbers = (computed_steps(profile, budget) for budget in PLAN_BUDGETS)
@@ -85,7 +94,7 @@ def make_plans(
     if missing:
         scheduler = SAMPLERS[sampler] if target == "converged" else sampler
         profile = dataclasses.replace(profile, scheduler=scheduler)
-        calibration = calibrate_profile(FULL.pipeline(profile), profile, target, num_images)
+        calibration = calibrate_profile(FULL.pipeline(profile), profile, target, num_images, work)
         for path, number in missing.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             tries = refinements * max(paths.values()) // number  # what takes the same time at every budget
@@ -143,7 +152,7 @@ def rivals(profile: Profile, sampler: str) -> Iterator[Method]:
         for grid in dict.fromkeys((sampler, SAMPLERS[sampler]) if rival.strong else (sampler,)):
             for settings in rival.sweep:
                 text = ", ".join(f"{key} {value}" for key, value in settings.items())
-                if rival.needs_calibration:
+                if rival.calibration_images:
                     settings = {**settings, "guidance_scale": profile.guidance_scale}
                 yield _method(name, f"{text}, {grid}", grid, peer=Peer(name, tuple(settings.items())))
 
@@ -244,17 +253,15 @@ def site_points(table: pd.DataFrame | None) -> pd.DataFrame | None:
     return points if len(points) == sum(map(len, SITE_KINDS.values())) else None
 
 
-def frontier(points: pd.DataFrame, target: Target) -> pd.DataFrame:
-    """The points that no other beats in both speed and quality, by rising speed."""
-    points = points.sort_values(["macs_speedup", f"psnr_{target}"], ascending=False)
-    best = points[f"psnr_{target}"].cummax()
-    return points[points[f"psnr_{target}"] >= best].drop_duplicates("macs_speedup").sort_values("macs_speedup")
+def within(points: pd.DataFrame, budget: float) -> pd.DataFrame:
+    """The points that take ``budget`` times fewer MACs or more, to two decimals."""
+    return points[points.macs_speedup.round(2) >= budget]
 
 
 def best_at(points: pd.DataFrame, target: Target, budget: float) -> pd.Series | None:
-    """The point of the best quality at ``budget`` times fewer MACs, or more; ``None`` if nothing is as fast."""
-    within = points[points.macs_speedup.round(2) >= budget]
-    return within.iloc[int(within[f"psnr_{target}"].argmax())] if len(within) else None
+    """The point of the best quality ``within`` a budget; ``None`` if nothing is as fast."""
+    fast = within(points, budget)
+    return fast.iloc[int(fast[f"psnr_{target}"].argmax())] if len(fast) else None
 
 
 def made_for(points: pd.DataFrame, target: Target) -> pd.DataFrame:
@@ -338,11 +345,12 @@ def _states(scheduler: Any) -> Iterator[list[torch.Tensor]]:
 
 
 def check_recorded(run: Run, sampler: str, table: pd.DataFrame, number: int = 2) -> pd.DataFrame:
-    """``check_again`` with the first of DQAR's plans, and of its plainest rivals."""
+    """``check_again`` with the first recorded one of DQAR's plans, and of its plainest rivals."""
     full, profile = Method(FULL.name, scheduler=sampler), run.profile
     taylorseer = (method for method in rivals(profile, sampler) if method.family == "TaylorSeer")
     kinds = (plans(profile, sampler, run.recordings), extrapolations(profile, sampler), fewer_steps(profile, sampler))
-    first = [next(methods, None) for methods in (*kinds, taylorseer)]
+    there = set(table.method)
+    first = [next((method for method in methods if method.name in there), None) for methods in (*kinds, taylorseer)]
     chosen = [method for method in first if method is not None]
     return check_again(chosen, table, profile, PARETO_SEED, number, full)
 
@@ -354,7 +362,8 @@ def record_plans(recording: Recording) -> None:
     """The forecast plans of all samplers, targets and budgets; saved one by one."""
     sizes = recording.sizes
     for sampler, target in itertools.product(SAMPLERS, get_args(Target)):
-        make_plans(recording.profile, recording.folder, sampler, target, sizes.plan_images, sizes.refinements)
+        work = recording.parts / f"plans-{slug(sampler)}-{target}"
+        make_plans(recording.profile, recording.folder, sampler, target, sizes.plan_images, sizes.refinements, work)
 
 
 def record_pareto(recording: Recording) -> None:
@@ -378,16 +387,25 @@ def comparisons(
     """A measurement for every method, by name: ``compare`` with full compute and with the converged solution.
 
     ``fd``, where a classifier is at hand, is the set's Fréchet distance to the test data, the same in all rows.
+    A method that ends in NaN or inf has NaN for its errors and its speedup.
     """
     full = Method(FULL.name, scheduler=sampler)
     finer = FINER * recording.profile.num_inference_steps
     converged = Method("converged", scheduler=sampler, num_inference_steps=finer)
 
+    @functools.cache
+    def compared_with() -> tuple[Drawn, Drawn, Reference | None]:
+        reference, finest = (recording.drawn(method, seed, 0, number) for method in (full, converged))
+        return reference, finest, reference_of(recording.profile.model, recording.folder)
+
     def one(method: Method) -> pd.DataFrame:
-        reference = recording.drawn(full, seed, 0, number)
-        beside = {"converged": recording.drawn(converged, seed, 0, number).images}
-        table = compare(method, reference, recording.many_at_once, seed, beside=beside)
-        real = reference_of(recording.profile.model, recording.folder)
+        reference, finest, real = compared_with()
+        try:
+            table = compare(method, reference, recording.many_at_once, seed, beside={"converged": finest.images})
+        except FloatingPointError as error:  # of half precision: no reason to lose all others
+            warnings.warn(f"{method.name} has no result: {error}", stacklevel=2)
+            columns = dict.fromkeys(("mse", "mse_converged", "macs_speedup"), math.nan)
+            return pd.DataFrame({"image": range(number)}).assign(**method.columns(), **columns)
         if "features" in table and real is not None and number > 1:
             features = torch.tensor(np.stack(list(table.features))).double()
             table["fd"] = metrics.frechet_distance(features, real.features)
@@ -397,9 +415,10 @@ def comparisons(
 
 
 def some_of_each(methods: Sequence[Method], number: int | None) -> list[Method]:
-    """The first ``number`` of each family, plans for another target being another one; ``None``: all.
+    """The last ``number`` of each family, which save the most; ``None``: all.
 
-    DQAR's settings inside the blocks stay whole: one figure compares them with each other.
+    Plans for another target are another family. DQAR's settings inside the blocks stay whole: one figure compares them
+    with each other.
     """
     families: dict[tuple[str, str | None], list[Method]] = {}
     for method in methods:
@@ -407,5 +426,5 @@ def some_of_each(methods: Sequence[Method], number: int | None) -> list[Method]:
     return [
         method
         for (family, _), members in families.items()
-        for method in (members if family == SITES else members[:number])
+        for method in (members if family == SITES or number is None else members[-number:])
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -280,23 +281,30 @@ def record_policies(recording: Recording) -> None:
         recorded_policy(recording, target)
 
 
-def recorded_policy(recording: Recording, target: ReuseTarget) -> ReusePolicy:
-    """The policy for one reuse target, trained on its labels if it isn't yet; with δ from ``record_oracle``."""
+def recorded_policy(recording: Recording, target: ReuseTarget) -> ReusePolicy | None:
+    """The policy for one reuse target, trained on its labels if it isn't yet; with δ from ``record_oracle``.
+
+    ``None``: all labels are of one kind, so that there is nothing to learn; a warning says so.
+    """
     path = policy_path(recording.folder, target)
     if not path.exists():
         record_reference(recording)
         labels, delta = recorded_labels(recording, target), calibrated_delta(record_oracle(recording))
+        if (labels.error < delta).nunique() < 2:
+            kind = "below" if labels.error[0] < delta else "above"
+            warnings.warn(f"no policy for {target}: all its errors are {kind} δ = {delta:.2g}", stacklevel=2)
+            return None
         trained = study(labels, delta, recording.profile.num_inference_steps)
         card = {"target": target, "delta": delta, "labels": len(labels), "auc_held_out": trained.auc()}
         trained.policy.save(path, {**card, "data": labels.attrs["provenance"]})
     return ReusePolicy.load(path)
 
 
-def record_deciders(recording: Recording) -> pd.DataFrame:
+def record_deciders(recording: Recording) -> None:
     """Rule, policy, oracle and chance at several shares of reuse, nothing reused twice in a row.
 
-    Returns:
-        The columns of ``compare``, and ``wanted``, the share that was asked for.
+    The table has the columns of ``compare``, and ``wanted``, the share that was asked for; targets without a policy are
+    left out.
     """
 
     def part(method: Method, share: float) -> pd.DataFrame:
@@ -306,9 +314,12 @@ def record_deciders(recording: Recording) -> pd.DataFrame:
     targets: tuple[ReuseTarget, ...] = ("output", "kv")
     for target in targets:
         labels, network = recorded_labels(recording, target), recorded_policy(recording, target)
+        if network is None:
+            continue
         for (name, share), method in deciders(labels, network, target, *_size(recording)).items():
             parts[f"{target}-{name}-{share}"] = functools.partial(part, method, share)
-    return recording.table("deciders", parts, SWEEP_SEED)
+    if parts:
+        recording.table("deciders", parts, SWEEP_SEED)
 
 
 def _size(recording: Recording) -> tuple[int, int]:

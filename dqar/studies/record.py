@@ -8,7 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from dqar.studies import arena, challenges, layers, pareto, policy, reference, results, solvers, video
+from dqar.studies import (
+    arena,
+    batches,
+    challenges,
+    layers,
+    pareto,
+    policy,
+    reference,
+    results,
+    search,
+    solvers,
+    video,
+)
 from dqar.studies.recording import Recording
 
 TABLES: dict[str, Callable[[Recording], object]] = {
@@ -29,6 +41,8 @@ TABLES: dict[str, Callable[[Recording], object]] = {
     "samples": results.record_samples,
     "layers": layers.record_layers,
     "video": video.record_video,
+    "batches": batches.record_batches,
+    "search": search.record_search,
 }
 """In the order in which they are recorded. Labels, oracle and policies are recorded where another table needs them;
 methods by plans, and what is compared beside them, are left out of the others until plans and pareto are recorded."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,15 @@ class Sizes:
     """Settings of each family at most; ``None``: all."""
     arena_images: int = 200
     """Of each family's best settings."""
+    search_trials: int = 60
+    search_images: int = 24
+    """Of each trial; they are drawn at once, since a gate decides for a batch."""
+    front_points: int = 6
+    front_images: int = 48
+    """Of each point of the front, which aren't searched on."""
+    batch_images: int = 16
+    batch_repeats: int = 3
+    """Timings of each method in each batch size."""
 
     @classmethod
     def of(cls, profile: Profile) -> Sizes:
@@ -65,6 +74,12 @@ class Sizes:
             pareto_images=2 if few else min(20, most),
             pareto_settings=1 if few else None,
             arena_images=2 if few else min(200, most),
+            search_trials=3 if few else 60,
+            search_images=2 if few else min(24, most),
+            front_points=1 if few else 6,
+            front_images=2 if few else min(48, most),
+            batch_images=2 if few else min(16, most),
+            batch_repeats=1 if few else 3,
         )
 
 
@@ -74,6 +89,11 @@ def check_recordable(profile: Profile) -> None:
         raise ValueError(f"profile {profile.name!r} is recorded beside the digits: dqar record --only video")
     if not profile.trained:
         raise ValueError(f"profile {profile.name!r} can't be recorded: its weights are random; see `dqar benchmark`")
+    if profile.offload:
+        raise ValueError(
+            "offload=True can't be recorded: rivals' caches and W8A8 don't take an offloaded model; a GPU with more "
+            "memory does without"
+        )
     for field in ("weights", "reference", "rehearsal"):
         if profile.embedded and getattr(profile, field):
             raise ValueError(f"profile {profile.name!r} takes no {field}: it is an embedded model, with its own")
@@ -111,20 +131,34 @@ class Recording:
             return self._of_this_profile(load_table(path))
         tables = []
         for part, measure in tqdm(parts.items(), desc=name):
-            piece = self.parts / f"{name}-{part}.parquet"
-            if not piece.exists():
-                started = time.monotonic()
-                table = measure()
-                seconds = time.monotonic() - started
-                save_table(table, piece, {**provenance(self.profile, seed), "seconds": seconds})
-                logging.info("%s, part %s: %d rows in %.0f s", name, part, len(table), seconds)
-            tables.append(self._of_this_profile(load_table(piece)))
+            tables.append(self.part(name, part, measure, seed))
+        self.join(name, tables)
+        return load_table(path)
+
+    def join(self, name: str, tables: Sequence[pd.DataFrame]) -> Path:
+        """Saves finished parts as the table ``name``; returns where."""
+        path = self.folder / f"{name}.parquet"
         sources = [table.attrs["provenance"] for table in tables]
         for table in tables:
             table.attrs = {}
         source = {**sources[-1], "seconds": sum(source["seconds"] for source in sources)}
         save_table(pd.concat(tables, ignore_index=True), path, source)
-        return load_table(path)
+        return path
+
+    def part(self, name: str, part: Any, measure: Callable[[], pd.DataFrame], seed: int) -> pd.DataFrame:
+        """One part of the table ``name``: read if it is finished, else measured and saved."""
+        path = self.part_path(name, part)
+        if not path.exists():
+            started = time.monotonic()
+            table = measure()
+            seconds = time.monotonic() - started
+            save_table(table, path, {**provenance(self.profile, seed), "seconds": seconds})
+            logging.info("%s, part %s: %d rows in %.0f s", name, part, len(table), seconds)
+        return self._of_this_profile(load_table(path))
+
+    def part_path(self, name: str, part: Any) -> Path:
+        """Where a part is kept."""
+        return self.parts / f"{name}-{part}.parquet"
 
     def growing(self, name: str, parts: Mapping[str, Callable[[], pd.DataFrame]], seed: int) -> pd.DataFrame:
         """The table ``name``, a part for each method: rows that it has are kept, missing ones measured.
@@ -173,10 +207,8 @@ class Recording:
 
     def drawn(self, method: Method, seed: int, first_image: int, number: int) -> Drawn:
         """Images that others are compared with: drawn once, and kept beside the parts."""
-        path = (
-            self.parts
-            / f"{slug(method.name)}-{slug(method.scheduler or self.profile.scheduler)}-{seed}-{first_image}-{number}.pt"
-        )
+        name = slug(f"{method.name} {method.scheduler or self.profile.scheduler}")
+        path = self.parts / f"{name}-{seed}-{first_image}-{number}.pt"
         if not path.exists():
             drawn = draw(method, self.many_at_once, seed, first_image, number)
             with atomic_path(path) as temporary:

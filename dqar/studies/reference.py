@@ -20,13 +20,15 @@ def check_reference(profile: Profile) -> None:
     """Checks the profile's ``reference`` before anything is measured.
 
     Raises:
-        OSError: it isn't there or can't be read.
+        OSError: it isn't there or can't be read, or Inception's weights, which it is for, can't be had.
         ValueError: statistics of another number of features, or too few images.
     """
     extractor = None if profile.embedded else extractor_of(profile)
-    if profile.reference is None or extractor is None:
+    if profile.reference is None or profile.embedded:
         return
     path = Path(profile.reference)
+    if extractor is None:
+        raise OSError(f"the reference {path} is for FID, and Inception-v3 can't be had: pip install 'dqar[gpu]'")
     if path.is_dir():
         image_files(path)
     else:

@@ -153,7 +153,8 @@ def normalise_latents(vae: AutoencoderKL, images: torch.Tensor) -> None:
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: torch.Tensor, batch_size: int = 50) -> torch.Tensor:
     """Mean latents ``[N, 4, 16, 16]`` float32 of images ``[N, 3, 32, 32]`` in [-1, 1]."""
-    return torch.cat([vae.encode(part).latent_dist.mean for part in images.split(batch_size)])
+    parts = tqdm(images.split(batch_size), desc="encode", mininterval=10, delay=5)  # minutes for the training images
+    return torch.cat([vae.encode(part).latent_dist.mean for part in parts])
 
 
 @torch.no_grad()

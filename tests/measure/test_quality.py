@@ -1,5 +1,6 @@
 """Scores by networks: what they are compared with, and what happens where a network or a file isn't there."""
 
+import dataclasses
 import types
 
 import numpy as np
@@ -8,12 +9,14 @@ import scipy.linalg
 import torch
 from PIL import Image
 from torch import nn
+from transformers import BatchFeature, CLIPConfig, CLIPModel
 
 from dqar.__main__ import main
 from dqar.measure import metrics, quality
 from dqar.measure.metrics import Gaussian
 from dqar.measure.quality import Inception, Reference, StandIn, load_reference
 from dqar.models.profiles import get_profile
+from dqar.studies.reference import check_reference
 
 RECORD = ["record", "--profile", "dit-xl-2", "--device", "cpu", "--set", "rehearsal=true"]
 
@@ -25,6 +28,11 @@ def images(number, seed=0):
 def statistics(features):
     x = features.double().numpy()
     return {"mu": x.mean(0), "sigma": np.cov(x.T)}
+
+
+def cut_in_half(path):
+    np.savez(path, mu=np.zeros(12), sigma=np.eye(12))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 @pytest.mark.parametrize("number", [6, 40])  # fewer and more images than features
@@ -85,6 +93,7 @@ def test_statistics_of_other_features_are_refused_before_anything_is_written(arr
     [
         (lambda path: None, "isn't there: an .npz with mu and sigma, or a folder of images"),
         (lambda path: path.write_bytes(b"PK cut"), "can't be read"),
+        (cut_in_half, "can't be read"),
         (lambda path: path.mkdir(), "has 0 images: two or more of .png, .jpg, .jpeg, .webp"),
     ],
 )
@@ -106,7 +115,33 @@ def test_what_cannot_be_downloaded_is_left_out_and_said_once(monkeypatch):
         for _ in range(2):
             assert quality.scores(profile, images(2), torch.arange(2), images(2)) == {}
     assert len(said) == 1
+    with pytest.raises(OSError, match=r"r\.npz is for FID, and Inception-v3 can't be had"):
+        check_reference(dataclasses.replace(profile, reference="r.npz"))
     quality._inception.cache_clear()
+
+
+@torch.no_grad()
+def test_clip_scores_are_the_cosines_of_the_towers():
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": 20, "max_position_embeddings": 5, "eos_token_id": 19}
+    vision = {**sizes, "image_size": 8, "patch_size": 4}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
+    words = torch.randint(1, 19, (60, 5), generator=torch.Generator().manual_seed(0))
+    asked = []
+
+    def processor(text, images, max_length, **_options):
+        asked.append((len(text), max_length))
+        pixels = torch.stack(images).float() / 255
+        first = int(text[0])
+        return BatchFeature({"input_ids": words[first : first + len(text)], "pixel_values": pixels})
+
+    drawn = images(60)
+    found = quality.clip_scores(model, processor, drawn, [str(i) for i in range(60)])
+    seen = model.visual_projection(model.vision_model((drawn * 255).round() / 255).pooler_output)
+    read = model.text_projection(model.text_model(words).pooler_output)
+    expected = [max(0, 100 * torch.cosine_similarity(a, b, dim=0).item()) for a, b in zip(seen, read, strict=True)]
+    assert found.tolist() == pytest.approx(expected, abs=1e-3) and asked == [(50, 5), (10, 5)]
+    assert 0 in found and found.max() > 1
 
 
 def test_random_weights_are_scored_in_a_rehearsal_only():

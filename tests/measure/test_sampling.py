@@ -1,14 +1,17 @@
 """Images that don't fit into the GPU's memory at once."""
 
+import dataclasses
 import warnings
 
 import pytest
 import torch
 
 from dqar.measure import sampling
-from dqar.measure.sampling import LOOK, sample
+from dqar.measure.sampling import LOOK, OPEN, sample
 from dqar.measure.sensitivity import site_errors
 from dqar.models.profiles import get_profile
+from dqar.studies import compare
+from dqar.studies.compare import Method
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +47,18 @@ def test_out_of_memory_halves_the_batch_by_itself_and_says_so_once(pipe, config)
     if config is not None:  # the trace is of what was drawn, not of what was tried
         assert len(halved.trace.to_pandas()) == 4 * len(whole.trace.to_pandas())
     handle.remove()
+
+
+def test_what_was_begun_with_too_many_at_once_is_not_counted(pipe, monkeypatch):
+    profile = get_profile("digits", num_inference_steps=4, num_samples=4, batch_size=2)
+    static = Method("static", config=dataclasses.replace(OPEN, schedule="static"))
+    monkeypatch.setattr(Method, "pipeline", lambda *_args: pipe)
+    whole = compare.draw(static, profile, 0)
+    _, handle = limited(pipe, most=4)
+    with pytest.warns(UserWarning, match="too small for 4 images"):
+        halved = compare.draw(static, dataclasses.replace(profile, batch_size=4), 0)
+    handle.remove()
+    assert halved.macs == whole.macs and halved.cache_bytes == whole.cache_bytes > 0
 
 
 def test_an_image_that_does_not_fit_alone_is_refused(pipe):

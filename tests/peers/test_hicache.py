@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 from helpers import draw, embedded_pipeline
-from plain import reference
+from plain import of_second_order, reference
 
 from dqar.peers.hicache import scaled_hermite
 from dqar.peers.registry import Peer
@@ -24,27 +24,13 @@ def test_the_basis_is_of_hermite_polynomials(contraction):
 
 @torch.no_grad()
 def test_a_run_equals_one_in_plain_python():
-    """Order 2 written out: the last value, the last slope, and the change from the slope before to it."""
-    history, s = {}, 0.6
-
-    def forecast(site, step, compute):
-        seen = history.setdefault(site, [])
-        if step in (0, 1) or (step - 1) % 3 == 0:
-            seen.append((step, compute()))
-            return seen[-1][1]
-        (last, value), x = seen[-1], step - seen[-1][0]
-        slopes = [(b - a) / (t - r) for (r, a), (t, b) in zip(seen, seen[1:], strict=False)]
-        forecast = value + 2 * s**2 * x * slopes[-1]
-        if len(slopes) > 1:
-            bend = (slopes[-1] - slopes[-2]) / (last - seen[-2][0])
-            forecast = forecast + s**2 * (4 * (s * x) ** 2 - 2) / 2 * bend
-        return forecast
-
+    s = 0.6
     pipe = embedded_pipeline()
     pipe.transformer.double()
     settings = (("interval", 3), ("order", 2), ("first_enhance", 2), ("contraction", s))
     with Peer("HiCache", settings).attach(pipe, STEPS):
         drawn = draw(pipe, steps=STEPS)
+    forecast = of_second_order(lambda x: 2 * s**2 * x, lambda x: s**2 * (4 * (s * x) ** 2 - 2) / 2)
     torch.testing.assert_close(drawn, reference(pipe, forecast), rtol=1e-9, atol=1e-9)
 
 

@@ -27,7 +27,7 @@ from diffusers.hooks import (
     apply_text_kv_cache,
 )
 from helpers import draw, embedded_pipeline, make_dit
-from plain import reference
+from plain import of_second_order, reference
 
 from dqar import apply_dqar
 from dqar.measure.metrics import count_macs
@@ -179,24 +179,10 @@ def test_static_interval_against_plain_python(from_end):
 
 @torch.no_grad()
 def test_taylorseer_against_plain_python():
-    """Order 2 written out: the last value, the last slope, and the change from the slope before to it."""
-    history = {}
-
-    def forecast(site, step, compute):
-        seen = history.setdefault(site, [])
-        if step in (0, 1) or (step - 1) % 3 == 0:
-            seen.append((step, compute()))
-            return seen[-1][1]
-        (last, value), x = seen[-1], step - seen[-1][0]
-        slopes = [(b - a) / (t - s) for (s, a), (t, b) in zip(seen, seen[1:], strict=False)]
-        forecast = value + x * slopes[-1]
-        if len(slopes) > 1:
-            forecast = forecast + x**2 / 2 * (slopes[-1] - slopes[-2]) / (last - seen[-2][0])
-        return forecast
-
     pipe = embedded_pipeline()
     pipe.transformer.double()
     drawn = run(pipe, Peer("TaylorSeer", (("interval", 3), ("order", 2), ("first_enhance", 2))))
+    forecast = of_second_order(lambda x: x, lambda x: x**2 / 2)
     torch.testing.assert_close(drawn, reference(pipe, forecast), rtol=1e-9, atol=1e-9)
 
 
@@ -308,7 +294,7 @@ def test_settings_out_of_range(pipe, name, setting, value):
 def test_a_sweep_is_of_settings_that_the_rival_takes(rival):
     assert 0 < len(rival.sweep) <= 10 and len({tuple(settings.items()) for settings in rival.sweep}) == len(rival.sweep)
     hash(Peer(rival.name, tuple(rival.sweep[0].items())))
-    calibrated = {"guidance_scale": 2.0} if rival.needs_calibration else {}
+    calibrated = {"guidance_scale": 2.0} if rival.calibration_images else {}
     for settings in rival.sweep:
         inspect.signature(rival.adapter).bind(None, STEPS, **settings, **calibrated)
 

@@ -52,14 +52,6 @@ def test_the_mean_is_of_errors_not_of_decibels():
     assert found.psnr_reference[1] == pytest.approx(40 - 10 * math.log10(2))
 
 
-def test_the_frontier_leaves_out_what_is_beaten():
-    own = pareto.summary(TABLE)
-    line = pareto.frontier(own[own.family == "output extrapolation"], "reference")
-    assert line.method.tolist() == ["a"]
-    line = pareto.frontier(own[own.family == "fewer steps"], "reference")
-    assert line.method.tolist() == ["25 steps", "10 steps"]
-
-
 def test_points_inside_the_blocks_are_drawn_only_if_all_are_there():
     assert pareto.site_points(None) is None and pareto.site_points(TABLE) is None
 

@@ -6,13 +6,15 @@ import shutil
 import pandas as pd
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from dqar.__main__ import main
 from dqar.measure import results as files
 from dqar.models.pipelines import cached_pipeline
 from dqar.models.profiles import Weights, get_profile
-from dqar.studies import estimate, record
+from dqar.studies import estimate, pareto, policy, record
+from dqar.studies.compare import Method
 from dqar.studies.recording import Recording, Sizes
 
 ASKED = ["record", "--profile", "dit-xl-2", "--device", "cpu", "--set", "dtype=float32", "--set", "rehearsal=true"]
@@ -46,6 +48,8 @@ def part(values):
             "No space left on device: 'speed.parquet'",
         ),
         (ValueError("nonsense"), 2, "nonsense"),
+        (FloatingPointError("NaN or inf before step 3"), 1, "before step 3"),
+        (SafetensorError("I/O error: No space left on device"), 2, "No space left"),
     ],
 )
 def test_what_fails_is_said_once_and_finished_parts_stay(error, code, message, tmp_path, monkeypatch, capsys):
@@ -117,6 +121,38 @@ def test_work_is_what_a_recording_asks_of_the_model(dit_folder, tmp_path):
     table = estimate.estimate(profile, recording.folder)
     assert set(table.part) <= set(record.TABLES) and (table.hours >= 0).all() and table.hours.sum() > 0
     assert table.attrs["seconds_per_step"] > 0 and table.attrs["peak_bytes"] > 0
+
+
+def test_an_offloaded_model_is_refused_at_once(tmp_path, capsys):
+    assert record_all(tmp_path, "--set", "offload=true") == 2
+    assert "offload=True can't be recorded" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_method_that_ends_in_nan_leaves_the_others_as_they_are(tmp_path, monkeypatch):
+    recording = Recording(get_profile("smoke"), tmp_path / "work", tmp_path / "out")
+
+    def fails(_method, *_args, **_options):
+        raise FloatingPointError("NaN or inf before step 3")
+
+    half = Method("half", "fewer steps", num_inference_steps=4)
+    monkeypatch.setattr(pareto, "compare", fails)
+    (measure,) = pareto.comparisons(recording, [half], "dpm-solver++", 0, 2).values()
+    with pytest.warns(UserWarning, match="half has no result: NaN or inf before step 3"):
+        failed = measure()
+    assert failed[["mse", "mse_converged", "macs_speedup"]].isna().all(axis=None) and failed.image.tolist() == [0, 1]
+    fine = failed.assign(method="fine", mse=1e-4, mse_converged=1e-4, macs_speedup=2.0)
+    points = pareto.summary(pd.concat([failed, fine], ignore_index=True))
+    assert pareto.best_at(points, "reference", 1.5).method == "fine"
+
+
+def test_without_two_kinds_of_labels_there_is_no_policy(tmp_path, monkeypatch):
+    recording = Recording(get_profile("smoke"), tmp_path / "work", tmp_path / "out")
+    monkeypatch.setattr(policy, "calibrated_delta", lambda _oracle: 1.0)
+    monkeypatch.setattr(policy, "record_oracle", lambda _recording: None)
+    monkeypatch.setattr(policy, "recorded_labels", lambda *_args: pd.DataFrame({"error": [0.1, 0.2]}))
+    with pytest.warns(UserWarning, match="no policy for kv: all its errors are below δ = 1"):
+        assert policy.recorded_policy(recording, "kv") is None
+    assert not list(tmp_path.rglob("policy-*"))
 
 
 def test_images_limit_every_part():

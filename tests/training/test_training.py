@@ -306,6 +306,7 @@ def test_from_data_to_card(cifar, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "LatentRecipe", lambda **changes: dataclasses.replace(TINY, **changes))
     monkeypatch.setattr(cifar10, "VaeRecipe", lambda: TINY_VAE)
     monkeypatch.setattr(cifar10, "GUIDANCE_SCALES", (2.0,))
+    monkeypatch.setattr(cifar10, "CHECK_STEPS", 2)
     monkeypatch.setattr(torch, "compile", lambda function, **_options: function)
     monkeypatch.setattr(cifar10, "train_latent_dit", lambda *a, **k: train_latent_dit(*a, **k, check_steps=2))
     recipe = dataclasses.replace(train.CLASSIFIER_RECIPES["cifar10"], epochs=20, batch_size=32)

@@ -1,0 +1,92 @@
+"""Notebook 09's batches: what drawing N images at once does to time and quality, where one gate decides for all.
+
+A gate takes the mean of a batch's signals, so that its images share each decision; images drawn one by one have
+decisions of their own. A plan decides beforehand, and is the same in every batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+
+import pandas as pd
+
+from dqar.forecast.plan import ForecastPlan
+from dqar.measure import metrics
+from dqar.models.profiles import Profile
+from dqar.studies import policy
+from dqar.studies.compare import FULL, Method, compare
+from dqar.studies.pareto import PLAN, computed_steps, plan_path
+from dqar.studies.recording import RESULT_SEED, Recording
+
+GATE = "DQAR rule"
+SIZES = (1, 2, 4, 8)
+"""Images at once."""
+BUDGET = 3
+"""Full compute's MACs over the plan's."""
+
+
+def methods(recording: Recording) -> list[Method]:
+    """Full compute, the calibrated gate on the attention's output, and a forecast plan if one is recorded."""
+    gate = policy.rule_gate(policy.recorded_labels(recording, "output"))
+    profile = recording.profile
+    path = plan_path(recording.folder, profile.scheduler, "reference", computed_steps(profile, BUDGET))
+    plans = [Method(PLAN, config=ForecastPlan.load(path))] if path.exists() else []
+    return [FULL, Method(GATE, config=dataclasses.replace(gate, reuse_target="output")), *plans]
+
+
+def record_batches(recording: Recording) -> pd.DataFrame:
+    """Quality and time of each method in batches of each size.
+
+    Returns:
+        ``together`` (images at once) and ``method``; either ``image``, ``mse``, ``macs_speedup`` and ``sites_reused``
+        of the same images in every size, or ``repeat`` and ``seconds``: CPU time an image of one process (of a GPU:
+        wall time), all methods and sizes in turn.
+    """
+    sizes, profile = recording.sizes, recording.profile
+    clock = time.process_time if profile.device == "cpu" else time.perf_counter
+
+    def at_once(number: int) -> Profile:
+        return dataclasses.replace(profile, batch_size=number)
+
+    def quality(together: int) -> pd.DataFrame:
+        reference = recording.drawn(FULL, RESULT_SEED, 0, sizes.batch_images)
+        rows = [compare(own, reference, at_once(together), RESULT_SEED) for own in methods(recording)[1:]]
+        kept = ["method", "image", "mse", "macs_speedup", "sites_reused"]
+        return pd.concat(rows)[kept].assign(together=together)
+
+    def seconds() -> pd.DataFrame:
+        calls = {
+            (own.name, together): functools.partial(own.draw, at_once(together), RESULT_SEED, num_samples=together)
+            for together in SIZES
+            for own in methods(recording)
+        }
+        named = {f"{name}|{together}": call for (name, together), call in calls.items()}
+        table = metrics.interleaved_times(named, sizes.batch_repeats, profile.device, clock)
+        split = table.method.str.rsplit("|", n=1, expand=True)
+        together = split[1].astype(int)
+        return table.assign(method=split[0], together=together, seconds=table.seconds / together)
+
+    parts = {f"{number}-at-once": functools.partial(quality, number) for number in SIZES}
+    return recording.table("batches", {**parts, "seconds": seconds}, RESULT_SEED)
+
+
+def points(table: pd.DataFrame) -> pd.DataFrame:
+    """One row a method and batch size of what was recorded.
+
+    Returns:
+        ``together``, ``method``; ``speed``: how many images are drawn in the time that full compute takes for one of
+        one, median of the repeats, with quartiles ``speed_low`` and ``speed_high``; ``median`` and ``worst``: PSNR (dB)
+        of the middle and of the worst image; ``sites_reused``, ``macs_speedup``. NaN where nothing was measured.
+    """
+    timed = table[table.repeat.notna()]
+    one = timed[(timed.method == FULL.name) & (timed.together == 1)].set_index("repeat").seconds
+    ratio = timed.assign(ratio=timed.repeat.map(one) / timed.seconds).groupby(["together", "method"]).ratio
+    speed = ratio.quantile([0.25, 0.5, 0.75]).unstack().set_axis(["speed_low", "speed", "speed_high"], axis=1)
+    drawn = table[table.image.notna()]
+    psnr = drawn.assign(psnr=metrics.decibels(drawn.mse.clip(lower=1e-12))).groupby(["together", "method"])
+    quality = psnr.psnr.agg(median="median", worst="min").join(psnr[["sites_reused", "macs_speedup"]].first())
+    points = speed.join(quality, how="outer").reset_index()
+    points.attrs = table.attrs
+    return points
