@@ -9,6 +9,7 @@ seeded per step, logs its loss and writes a model card.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +18,6 @@ from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, DiTTransformer2DModel
-from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel, compute_snr
 from torch import nn
 from tqdm.auto import tqdm
@@ -112,6 +112,18 @@ def train_transformer(recipe: Recipe, out: Path, checkpoint_every: int = 100) ->
     return train_steps(asdict(recipe), model, [optimizer], loss, out, checkpoint_every)
 
 
+def learning_rate(warmup_steps: int, cycle_steps: int) -> Callable[[int], float]:
+    """A step's share of the highest learning rate: it warms up and falls as a cosine, again in every cycle."""
+
+    def share(step: int) -> float:
+        step %= cycle_steps
+        if step < warmup_steps:
+            return step / max(1, warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, cycle_steps - warmup_steps)))
+
+    return share
+
+
 def train_steps(
     recipe: dict,
     model: Any,
@@ -126,7 +138,8 @@ def train_steps(
     only, so an interrupted run continues as if it hadn't been.
 
     Args:
-        recipe: all that decides the training, with ``num_steps``, ``warmup_steps`` and ``ema_decay``.
+        recipe: all that decides the training, with ``num_steps``, ``warmup_steps``, ``ema_decay`` and, where the
+            learning rate falls to 0 several times, ``cycle_steps``.
         model: as training begins with it.
         optimizers: of its parameters.
         loss_of: the loss of the step with this number.
@@ -139,7 +152,8 @@ def train_steps(
     out.mkdir(parents=True, exist_ok=True)
     steps = recipe["num_steps"]
     ema = EMAModel(model.parameters(), decay=recipe["ema_decay"], use_ema_warmup=False)
-    schedules = [get_cosine_schedule_with_warmup(one, recipe["warmup_steps"], steps) for one in optimizers]
+    rate = learning_rate(recipe["warmup_steps"], recipe.get("cycle_steps", steps))
+    schedules = [torch.optim.lr_scheduler.LambdaLR(one, rate) for one in optimizers]
     parts = {"model": model, "ema": ema}
     for number, (optimizer, schedule) in enumerate(zip(optimizers, schedules, strict=True)):
         suffix = "" if number == 0 else f"_{number}"

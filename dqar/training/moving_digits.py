@@ -43,7 +43,9 @@ class VideoRecipe:
     video_length: int = 8
     num_classes: int = 10
     batch_size: int = 24
-    num_steps: int = 1200
+    num_steps: int = 2400
+    cycle_steps: int = 1200
+    """After which the learning rate, fallen to 0, starts anew."""
     learning_rate: float = 2e-3
     muon_learning_rate: float = 0.02
     """Of the matrices inside the blocks, which Muon trains; AdamW all others."""
@@ -220,10 +222,10 @@ def evaluate_video(weights: Path, profile: Profile, num_samples: int = 60) -> di
     items = wrapped(
         "- **Data:** the training digits of `digits`, moved by a pixel a frame and turned round at the edges. Weights: "
         "MIT, as the project.",
-        f"- **Training:** `dqar train moving-digits`, {recipe.num_steps:,} steps of {recipe.batch_size} videos, noise "
-        f"prediction, min-SNR weighting, label dropout {recipe.label_dropout}, EMA {recipe.ema_decay}, Muon, seed "
-        f"{recipe.seed}; {facts['hours']} hours on one thread of {facts['hardware']}, torch {facts['torch']}. Loss and "
-        "recipe: `training.json`.",
+        f"- **Training:** `dqar train moving-digits`, {recipe.num_steps:,} steps of {recipe.batch_size} videos in "
+        f"cycles of {recipe.cycle_steps:,}, noise prediction, min-SNR weighting, label dropout {recipe.label_dropout}, "
+        f"EMA {recipe.ema_decay}, Muon, seed {recipe.seed}; {facts['hours']} hours on one thread of "
+        f"{facts['hardware']}, torch {facts['torch']}. Loss and recipe: `training.json`.",
         f"- **Sampling:** {profile.num_inference_steps} steps of DPM-Solver++, guidance {profile.guidance_scale:g}, no "
         "clipping.",
         f"- **Quality** of {num_samples} videos (`evaluation.json`): the digit cut out of each frame is classified as "

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from diffusers.optimization import get_cosine_schedule_with_warmup
 
 from dqar.__main__ import main
 from dqar.commands import train
@@ -13,6 +14,7 @@ from dqar.models import pipelines
 from dqar.models.data import load_split, moving_digits
 from dqar.models.pipelines import class_captions
 from dqar.training import checkpoints
+from dqar.training.digits import learning_rate
 from dqar.training.moving_digits import VideoRecipe, batch_loss, build_transformer, cut_out, train_video, unexplained
 
 
@@ -93,6 +95,13 @@ def test_the_training_goes_on_as_if_never_interrupted(tmp_path, monkeypatch):
     for one, other in zip(straight.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, other)
     assert (tmp_path / "a/loss.jsonl").read_text() == (tmp_path / "b/loss.jsonl").read_text()
+
+
+def test_the_learning_rate_is_diffusers_cosine_in_every_cycle():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 1.0)
+    expected = get_cosine_schedule_with_warmup(optimizer, 3, 20).lr_lambdas[0]
+    for step in range(60):
+        assert learning_rate(3, 20)(step) == pytest.approx(expected(step % 20), abs=1e-12)
 
 
 def test_the_command_writes_pipeline_card_and_measurements(tmp_path, monkeypatch, capsys):
