@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from dqar.studies import arena, challenges, pareto, policy, reference, results, solvers
+from dqar.studies import arena, challenges, pareto, plans, policy, reference, results, solvers
 from dqar.studies.recording import Recording
 
 TABLES: dict[str, Callable[[Recording], object]] = {
@@ -27,6 +27,9 @@ TABLES: dict[str, Callable[[Recording], object]] = {
     "speed": results.record_speed,
     "memory": results.record_memory,
     "samples": results.record_samples,
+    "promise": plans.record_promise,
+    "samplers": plans.record_samplers,
+    "history": plans.record_history,
 }
 """In the order in which they are recorded. Labels, oracle and policies are recorded where another table needs them;
 methods by plans, and what is compared beside them, are left out of the others until plans and pareto are recorded."""
