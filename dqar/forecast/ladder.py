@@ -106,7 +106,7 @@ class PlanLadder:
                 f"captions give {features.shape[1]}: make one for them"
             )
         good = features @ weights[:, :-1].T + weights[:, -1] >= self.threshold
-        return [max((rung for rung, own in enumerate(row) if own), default=0) for row in good.tolist()]
+        return (good * torch.arange(len(self.plans))).amax(1).tolist()
 
     def save(self, path: str | Path) -> None:
         """Writes JSON: all plans, the rule and the promise in one file."""

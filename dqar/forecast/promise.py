@@ -56,6 +56,11 @@ def least_share(kept: int, images: int, confidence: float) -> float:
     return low
 
 
+def is_certain(kept: int, images: int, share: float, confidence: float) -> bool:
+    """Whether ``least_share`` is ``share`` or more, told without looking for it."""
+    return _at_least(kept, images, share) <= 1 - confidence
+
+
 def images_needed(share: float, confidence: float) -> int:
     """The fewest images that a promise can be told from: all of them keep it."""
     return math.ceil(math.log(1 - confidence) / math.log(share) - 1e-9)
@@ -148,7 +153,7 @@ def calibrated(draft: PlanLadder, features: torch.Tensor, quality: np.ndarray) -
         rungs = trial.choose(features)
         chosen = quality[range(images), rungs]
         kept = int((chosen >= promise.decibels).sum())
-        if least_share(kept, images, promise.confidence) < promise.share:
+        if not is_certain(kept, images, promise.share, promise.confidence):
             break
         facts: dict[str, Any] = {
             "kept": kept,

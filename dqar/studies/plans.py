@@ -17,7 +17,7 @@ from dqar.forecast.ladder import Promise, first_step_features
 from dqar.forecast.lockstep import Lockstep
 from dqar.forecast.plan import HISTORY_BITS, ForecastPlan
 from dqar.forecast.profiles import calibrate_profile, profile_calls
-from dqar.forecast.promise import RULE_SHARE, images_needed, ladder_from, least_share
+from dqar.forecast.promise import RULE_SHARE, images_needed, is_certain, ladder_from
 from dqar.measure.metrics import decibels
 from dqar.measure.results import Run
 from dqar.models.profiles import Profile
@@ -160,7 +160,7 @@ def _mixed(good: np.ndarray, share: float, costs: np.ndarray, draws: np.ndarray)
 @functools.cache
 def least_kept(images: int, share: float) -> int:
     """How many of so many images have to keep a promise that is made with ``CONFIDENCE``."""
-    return next(kept for kept in range(images + 2) if kept > images or least_share(kept, images, CONFIDENCE) >= share)
+    return next((kept for kept in range(images + 1) if is_certain(kept, images, share, CONFIDENCE)), images + 1)
 
 
 # --- other samplers, and a quantized history -------------------------------------------------------------------------
