@@ -37,6 +37,7 @@ BUDGET = 3
 """Full compute's MACs over those of the plan that other samplers follow, and whose history is quantized."""
 OTHER_SAMPLERS = ("ddim", "dpm-solver++3")
 """On the timesteps of ``dpm-solver++``: of first and of third order."""
+NO_PLAN = "no plan that this is about is recorded: record plans first"
 IDENTICAL = 1e-12
 """A squared error that counts as none: 120 dB."""
 
@@ -207,7 +208,7 @@ def record_promise(recording: Recording) -> None:
     """
     methods = ladder_methods(recording.profile, recording.folder)
     if not methods:
-        raise ValueError("a promise is about recorded plans, and there are none: record plans first")
+        raise ValueError(NO_PLAN)
     recording.table("promise", {"all": functools.partial(_promise, recording, methods)}, RESULT_SEED)
 
 
@@ -223,14 +224,17 @@ def _promise(recording: Recording, methods: Mapping[int, Method]) -> pd.DataFram
 def record_samplers(recording: Recording) -> None:
     """The plan of ``BUDGET`` under other samplers, beside their own, a row an image.
 
-    ``sampler``, ``made_under`` (the sampler that the plan was fitted under), and the columns of ``compare``.
+    ``sampler``, ``made_under`` (the sampler that the plan was fitted under), and columns of ``compare``.
+
+    Raises:
+        ValueError: no plan is recorded.
     """
     profile, number = recording.profile, recording.sizes.part
     steps = pareto.computed_steps(profile, BUDGET)
 
     def measure() -> pd.DataFrame:
-        tables = []
-        for sampler in (profile.scheduler, *OTHER_SAMPLERS):
+        tables = list[pd.DataFrame]()
+        for sampler in dict.fromkeys((profile.scheduler, *OTHER_SAMPLERS)):
             reference = recording.drawn(Method(FULL.name, scheduler=sampler), ARENA_SEED, 0, number)
             for made_under in dict.fromkeys((profile.scheduler, sampler)):
                 path = pareto.plan_path(recording.folder, made_under, "reference", steps)
@@ -238,6 +242,8 @@ def record_samplers(recording: Recording) -> None:
                     method = Method(f"plan of {made_under}", config=ForecastPlan.load(path), scheduler=sampler)
                     rows = compare(method, reference, recording.many_at_once, ARENA_SEED)
                     tables.append(_numbers(rows).assign(sampler=sampler, made_under=made_under))
+        if not tables:
+            raise ValueError(NO_PLAN)
         return pd.concat(tables, ignore_index=True)
 
     recording.table("samplers", {"all": measure}, ARENA_SEED)
@@ -246,12 +252,17 @@ def record_samplers(recording: Recording) -> None:
 def record_history(recording: Recording) -> None:
     """The plan of ``BUDGET`` with its history in fewer bits, fitted in them or not, a row an image.
 
-    ``bits``, ``fitted_in``, and the columns of ``compare``, of which ``cache_bytes`` is an image's.
+    ``bits``, ``fitted_in``, and columns of ``compare``, of which ``cache_bytes`` is an image's.
+
+    Raises:
+        ValueError: no plan is recorded.
     """
     profile, sizes = recording.profile, recording.sizes
-    plan = ForecastPlan.load(
-        pareto.plan_path(recording.folder, profile.scheduler, "reference", pareto.computed_steps(profile, BUDGET))
-    )
+    number = pareto.computed_steps(profile, BUDGET)
+    path = pareto.plan_path(recording.folder, profile.scheduler, "reference", number)
+    if not path.exists():
+        raise ValueError(NO_PLAN)
+    plan = ForecastPlan.load(path)
     full = Method(FULL.name, scheduler=profile.scheduler)
 
     def measure(bits: int, fitted_in: int) -> pd.DataFrame:

@@ -102,15 +102,17 @@ def test_what_is_recorded_of_a_plan(tmp_path, monkeypatch):
         recorded=lambda name: load_table(path) if (path := recording.folder / f"{name}.parquet").exists() else None,
     )
     assert plans.promises(run) is plans.samplers(run) is plans.history(run) is None
-    with pytest.raises(ValueError, match="record plans first"):
-        plans.record_promise(recording)
+    records = plans.record_promise, plans.record_samplers, plans.record_history
+    for record in records:
+        with pytest.raises(ValueError, match="record plans first"):
+            record(recording)
     path = pareto.plan_path(recording.folder, "dpm-solver++", "reference", 2)
     path.parent.mkdir()
     pipe = pipes["dpm-solver++"]
     pipe.scheduler.set_timesteps(8)
     timesteps, model = pipe.scheduler.timesteps.tolist(), describe_model(pipe.transformer)
     extrapolation((0, 4), timesteps, profile.guidance_scale, model).save(path)
-    for record in (plans.record_promise, plans.record_samplers, plans.record_history):
+    for record in records:
         record(recording)
     found = plans.history(run)
     assert found.index.tolist() == [(4, 4), (4, 16), (8, 8), (8, 16), (16, 16)] and (found.images == 2).all()
