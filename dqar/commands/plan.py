@@ -59,7 +59,7 @@ def run(arguments: list[str]) -> int:
     )  # fmt: skip
     parser.add_argument(
         "--history-bits", type=int, choices=HISTORY_BITS, default=16,
-        help="in which a run keeps what it forecasts from; fitted to them (default: 16, the model's own dtype)",
+        help="in which a run keeps what it forecasts from; fitted to them (default: 16, not quantized)",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("plan.json"), help="the file to write (default: plan.json)")
     options = parser.parse_args(arguments)

@@ -11,7 +11,7 @@ from typing import Any
 from dqar.plan import BRANCHES, FORECAST_FORMAT, is_index, lagrange_weights, reading, steps_in_words, write_json
 
 HISTORY_BITS = (16, 8, 4)
-"""In which a run keeps what it forecasts from; 16 is the model's own dtype."""
+"""In which a run keeps what it forecasts from; 16: as it is, outputs in the model's dtype, readouts in float64."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class ForecastPlan:
             the place of; ``None``: none, as of an extrapolation.
         latents: shape of one image's output, without the batch; ``None``: any, as of an extrapolation.
         history_bits: 8 or 4: what a run keeps for later steps, outputs and readouts, is quantized, with a scale for
-            each image and channel; 16: it keeps its own dtype.
+            each image and channel; 16: it isn't.
 
     Raises:
         ValueError: step 0 isn't computed as it is, or a row of the wrong length, naming it.
