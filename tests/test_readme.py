@@ -1,10 +1,14 @@
 """README's numbers over 1,000 images are the recorded ones; the others are checked beside their studies."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from dqar.measure import metrics
 from dqar.measure.results import RECORDED, load_table
+from dqar.models.profiles import get_profile
+from dqar.studies import plans
 
 README = (RECORDED.parent / "README.md").read_text()
 ROWS = {
@@ -51,3 +55,17 @@ def test_what_an_engine_gains_is_what_was_recorded(row, method, file):
     assert f"| {row} | {cells} | {-10 * np.log10(np.median(mse)):.1f} |" in README
     if "rule" in method:
         assert f"| {images.cache_bytes.mean() / 1024:.0f} KiB of cache an image" in README
+
+
+def test_what_can_be_promised_is_what_was_recorded():
+    run = SimpleNamespace(
+        profile=get_profile("digits"),
+        recordings=RECORDED / "digits",
+        recorded=lambda name: load_table(RECORDED / "digits" / f"{name}.parquet"),
+    )
+    found = plans.promises(run)
+    speedups, kept = plans.typical(found), plans.typical(found, "kept")
+    for decibels, share in speedups.index:
+        own = [(speedups[way][decibels, share], kept[way][decibels, share]) for way in plans.WAYS]
+        cells = " | ".join(f"{speedup:.2f}×, {100 * part:.1f}%" for speedup, part in own)
+        assert f"| {decibels:g} dB in {share:.0%} of images | {cells} |" in README

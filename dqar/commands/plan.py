@@ -16,7 +16,7 @@ from dqar.commands.parser import Parser
 from dqar.config import check
 from dqar.forecast.fit import Calibration, Target, fit_plan
 from dqar.forecast.ladder import PlanLadder
-from dqar.forecast.plan import ForecastPlan
+from dqar.forecast.plan import HISTORY_BITS, ForecastPlan
 from dqar.forecast.profiles import calibrate_profile, profile_calls, with_provenance
 from dqar.models.pipelines import load_pipeline
 from dqar.models.profiles import SCHEDULERS, get_profile
@@ -57,6 +57,10 @@ def run(arguments: list[str]) -> int:
         "--promise", type=float, nargs=2, metavar=("DB", "SHARE"),
         help="fits a ladder of plans: at least so many dB of PSNR to all steps computed in this share of images",
     )  # fmt: skip
+    parser.add_argument(
+        "--history-bits", type=int, choices=HISTORY_BITS, default=16,
+        help="in which a run keeps what it forecasts from; fitted to them (default: 16, not quantized)",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("plan.json"), help="the file to write (default: plan.json)")
     options = parser.parse_args(arguments)
     plan = _plan_of_pipeline(options) if options.pipeline else _plan_of_profile(options)
@@ -87,7 +91,7 @@ def _plan_of_profile(options: argparse.Namespace) -> ForecastPlan | PlanLadder:
     if options.promise:
         ladder = _ladder(options, pipe, profile_calls(pipe, profile, options.images), profile.num_inference_steps)
         return dataclasses.replace(ladder, plans=tuple(with_provenance(plan, profile) for plan in ladder.plans))
-    calibration = calibrate_profile(pipe, profile, options.target, options.images, options.work)
+    calibration = calibrate_profile(pipe, profile, options.target, options.images, options.work, options.history_bits)
     return with_provenance(calibration.plan(number, options.refinements, starts), profile)
 
 
@@ -114,7 +118,8 @@ def _plan_of_pipeline(options: argparse.Namespace) -> ForecastPlan | PlanLadder:
     calls = [{"prompt": prompt, **shared} for prompt in prompts]
     if options.promise:
         return _ladder(options, pipe, calls, options.steps)
-    calibration = Calibration(pipe, calls, options.steps, options.target, work=options.work)
+    bits = options.history_bits
+    calibration = Calibration(pipe, calls, options.steps, options.target, work=options.work, history_bits=bits)
     return calibration.plan(number, options.refinements, starts)
 
 
@@ -123,6 +128,7 @@ def _ladder(options: argparse.Namespace, pipe: Any, calls: list[dict[str, Any]],
     ladder = fit_plan(
         pipe, calls, steps, options.macs, options.target,
         promise=tuple(options.promise), refinements=options.refinements, work=options.work,
+        history_bits=options.history_bits,
     )  # fmt: skip
     assert isinstance(ladder, PlanLadder)
     return ladder

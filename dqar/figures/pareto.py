@@ -33,7 +33,7 @@ from dqar.forecast.fit import Target
 from dqar.forecast.plan import ForecastPlan
 from dqar.measure.results import Run, provenance, slug
 from dqar.peers.registry import RIVALS
-from dqar.studies import arena, cache_memory, pareto
+from dqar.studies import arena, cache_memory, pareto, plans
 from dqar.studies.compare import FULL
 
 SAMPLER_NAMES = {"dpm-solver++": "DPM-Solver++", "ddim": "DDIM"}
@@ -46,6 +46,7 @@ KINDS = {
     "DQAR inside the blocks": ("#E69F00", "v"),
 }
 """``arena.KINDS`` in the order in which they are drawn."""
+WAYS = {plans.LADDER: (ACCENT, "D"), plans.MIX: (BLUE, "o"), plans.FIXED: (GREY, "X")}
 SIGNS = {"ahead": "✓", "level": "=", "behind": "✗"}
 TARGETS: dict[Target, str] = {"reference": "to the 50-step reference", "converged": "to the converged solution"}
 COMPARED = {"reference": "full compute", "converged": "converged"}
@@ -212,6 +213,47 @@ def slide08_plans(run: Run, plans: dict[str, list[ForecastPlan]]) -> Figure:
     )
     trials.attrs["provenance"] = next(iter(plans.values()))[-1].provenance
     return save(run, "slide08_plans", figure, trials, "errors: root mean square")
+
+
+def slide12_promise(run: Run, judged: pd.DataFrame | None) -> Figure:
+    """What each way to keep a promise costs, and how often it is kept on other images (``plans.promises``)."""
+    if judged is None or judged.empty:
+        return missing(run, "slide12_promise", "enough images of several plans to promise anything")
+    figure, panels = plt.subplots(1, 2, width_ratios=(3, 2))
+    speedups = plans.typical(judged)
+    for place, (decibels, share) in enumerate(speedups.index):
+        own = judged[(judged.decibels == decibels) & (judged.share == share)]
+        for number, (way, (color, marker)) in enumerate(WAYS.items()):
+            for axes, values in zip(panels, (own.macs_speedup, 100 * own.kept), strict=True):
+                low, middle, high = np.quantile(values[own.way == way], [0.05, 0.5, 0.95])
+                where = place + 0.24 * (number - 1)
+                axes.vlines(where, low, high, color=color, lw=3)
+                axes.plot(where, middle, marker, color=color, ms=12, ls="none", label=None if place else way)
+        panels[1].hlines(100 * share, place - 0.4, place + 0.4, color=DARK, ls="--", lw=2)
+    for axes in panels:
+        labels = [f"{decibels:g} dB\nin {share:.0%}" for decibels, share in speedups.index]
+        axes.set_xticks(range(len(labels)), labels)
+        axes.set_xlim(-0.5, len(labels) - 0.5)
+    panels[0].set(ylabel="MAC reduction", ylim=(0.9, 1.25 * judged.macs_speedup.max()))  # room for the legend
+    panels[0].legend(loc="upper left", labelspacing=0.3)
+    panels[1].set(ylabel="images that have it (%)")
+    panels[1].set_title("dashed: promised")
+    headline(figure, _promised(judged))
+    note = f"line: 5th to 95th percentile of {judged.split.nunique()} splits of n = {judged.attrs['images']:,} images"
+    return save(run, "slide12_promise", figure, judged, f"{note}; {plans.CONFIDENCE:.0%} confidence")
+
+
+def _promised(judged: pd.DataFrame) -> str:
+    """In how many promises a ladder is ahead of the random mix, and what each way takes in one of the middle."""
+    speedups = plans.typical(judged)
+    ahead = int((speedups[plans.LADDER] > speedups[plans.MIX]).sum())
+    decibels, share = speedups.index[len(speedups) // 2]
+    own = speedups.loc[decibels, share]
+    return (
+        f"A plan for each image saves more than a random mix in {ahead} of {len(speedups)} promises: {decibels:g} dB "
+        f"in {share:.0%} of images takes {own[plans.LADDER]:.2f}× fewer MACs, the mix {own[plans.MIX]:.2f}×, one plan "
+        f"for all {own[plans.FIXED]:.2f}×"
+    )
 
 
 def denoising(run: Run, drawn: pareto.Denoising | None) -> Figure | DisplayedImage:

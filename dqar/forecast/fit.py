@@ -18,6 +18,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -38,9 +39,9 @@ from dqar.config import check, check_choice
 from dqar.families import bare, describe_models, family, transformers
 from dqar.forecast.ladder import PlanLadder
 from dqar.forecast.lockstep import Answer, CallRun, Lockstep, Moment
-from dqar.forecast.plan import ForecastPlan
+from dqar.forecast.plan import ForecastPlan, check_history_bits
 from dqar.forecast.promise import check_enough, check_promise, fit_ladder, rungs
-from dqar.forecast.run import channels_back, channels_first, from_patches, to_patches, weighted_sum
+from dqar.forecast.run import channels_back, channels_first, from_patches, stored, to_patches, weighted_sum
 from dqar.forecast.steps import RIDGE, Jumps, choose_steps, gram, least_squares
 from dqar.plan import write_json
 
@@ -73,6 +74,7 @@ def fit_plan(
     seed: int = 0,
     work: str | Path | None = None,
     max_bytes: float | None = None,
+    history_bits: int = 16,
 ) -> ForecastPlan | PlanLadder:
     """Makes a plan for any diffusers pipeline with a transformer, from calls of the pipeline itself.
 
@@ -91,6 +93,8 @@ def fit_plan(
         seed: of the first call without generator or latents; the next one's is one more.
         work: a folder for what was computed: a fit that was interrupted goes on from there.
         max_bytes: refuses to begin where the trajectories may need more memory than this.
+        history_bits: 8 or 4: the plan's runs keep what they forecast from in so many bits, and the weights are fitted
+            to outputs that went through them; not with a ``promise``.
 
     Returns:
         The plan, its provenance with the errors of all that was tried; with a ``promise`` a ``PlanLadder``, which keeps
@@ -103,13 +107,14 @@ def fit_plan(
         RuntimeError, FloatingPointError: a call failed, naming it.
     """
     check("macs", macs, 1 <= macs <= num_inference_steps / 2, "from 1 to half the steps")
-    options: dict[str, Any] = {"seed": seed, "work": work, "max_bytes": max_bytes}
+    options: dict[str, Any] = {"seed": seed, "work": work, "max_bytes": max_bytes, "history_bits": history_bits}
     if promise is None:
         calibration = Calibration(pipe, calls, num_inference_steps, target, **options)
         return calibration.plan(max(2, int(calibration.num_steps / macs)), refinements)
     check("promise", promise, isinstance(promise, tuple) and len(promise) == 2, "a tuple (decibels, share)")
     check_promise(*promise)
     check("target", target, target == "reference", "'reference', which a promise is about")
+    check("history_bits", history_bits, history_bits == 16, "16, which a promise needs")
     half = max(1, len(calls) // 2)
     calibration = Calibration(pipe, calls[:half], num_inference_steps, target, **options)
     held_out = calibration.images * (len(calls) - half) // half  # as many a call as before
@@ -165,7 +170,6 @@ class Calibration:
     Attributes:
         trajectories: one for each call.
         num_steps: of the runs; fewer than ``num_inference_steps`` where they begin late.
-        gains: what a squared error of the latents at each step is worth in the end, ``[steps + 1]``.
     """
 
     def __init__(
@@ -178,7 +182,9 @@ class Calibration:
         seed: int = 0,
         work: str | Path | None = None,
         max_bytes: float | None = None,
+        history_bits: int = 16,
     ):
+        check_history_bits(history_bits)
         check_choice("target", target, get_args(Target))
         calls = list(calls)
         check(
@@ -187,7 +193,7 @@ class Calibration:
         counted = isinstance(num_inference_steps, int) and num_inference_steps >= 4
         check("num_inference_steps", num_inference_steps, counted, "an int of 4 or more")
         self.pipe, self.calls, self.target, self.seed = pipe, calls, target, seed
-        self.num_inference_steps = num_inference_steps
+        self.num_inference_steps, self.history_bits = num_inference_steps, history_bits
         self._work = None if work is None else Path(work)
         if self._work is not None:
             self._work.mkdir(parents=True, exist_ok=True)
@@ -195,7 +201,9 @@ class Calibration:
             models = transformers(pipe)
         self._model = describe_models(models)
         weights = [p.flatten()[:8].float() for one in models for p in bare(one).parameters() if not p.is_meta]
-        scheduler = type(pipe.scheduler).__name__, dict(pipe.scheduler.config)
+        # Diffusers notes there which values were given, in an order that differs from process to process.
+        config = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
+        scheduler = type(pipe.scheduler).__name__, config
         self._key = _digest(self._model, weights, scheduler, num_inference_steps, target, seed)
         self.trajectories: list[Trajectory] = []
         with tqdm(total=len(calls) * num_inference_steps, desc=f"{target} trajectories", leave=False) as bar:
@@ -217,7 +225,6 @@ class Calibration:
         images = sum(one.images for one in self.trajectories)
         check("calls", f"{len(calls)} of {images} images", images >= 2, "two images or more, better 60 to 120")
         self.num_steps, self.images = len(first.timesteps), images
-        self.gains = self._kept_gains()
 
     def plan(self, num_computed: int, refinements: int = 12, starts: Sequence[tuple[int, ...]] = ()) -> ForecastPlan:
         """The best plan found that computes ``num_computed`` steps.
@@ -236,7 +243,8 @@ class Calibration:
         jumps = Jumps(torch.stack([one.gram for one in self.trajectories]).sum(0), size, self.num_steps)
         half = self.images // 2
         best: Fitted | None = None
-        path = None if self._work is None else self._work / f"trials-{self._digest()}-{num_computed}.json"
+        fits = f"trials-{self._digest()}-{num_computed}-{self.history_bits}.json"
+        path = None if self._work is None else self._work / fits
         done = json.loads(path.read_text()) if path is not None and path.exists() else []
         trials = {tuple(steps): (predicted, measured) for steps, predicted, measured in done}
         tried: dict[tuple[int, ...], tuple[float, float]] = {}
@@ -256,30 +264,35 @@ class Calibration:
                 best = fitted
             tried[steps] = trials[steps]
         computed = min(tried, key=lambda steps: tried[steps][1])
-        final = self.fit(computed, self.images)
+        errors = [{"computed": list(s), "predicted": p, "measured": m} for s, (p, m) in tried.items()]
+        return self.plan_of(self.fit(computed, self.images), errors)
+
+    def plan_of(self, fitted: Fitted, trials: Sequence[Mapping[str, Any]] = ()) -> ForecastPlan:
+        """The plan of a fit; its provenance has the ``trials`` that led to it."""
         first = self.trajectories[0]
         scales = [scale for one in self.trajectories for scale in one.scales]
         source = {
             "target": self.target,
-            "calibration_images": self.images,
+            "calibration_images": fitted.fitted_on,
             "num_inference_steps": self.num_inference_steps,
-            "trials": [{"computed": list(s), "predicted": p, "measured": m} for s, (p, m) in tried.items()],
+            "trials": list(trials),
             "calls": self._digest(),
             "versions": {name: version(name) for name in ("torch", "diffusers")},
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         return ForecastPlan(
-            final.weights,
-            frozenset(computed),
+            fitted.weights,
+            frozenset(fitted.computed),
             first.timesteps,
             (_rounded(min(scales)), _rounded(max(scales))) if len(first.branches) > 1 else (1.0, 1.0),
             HISTORY,
             self._model,
             self.kernel,
             source,
-            final.readouts,
+            fitted.readouts,
             type(self.pipe.scheduler).__name__,
             first.latents,
+            self.history_bits,
         )
 
     @property
@@ -311,7 +324,8 @@ class Calibration:
         channels = family(transformers(self.pipe)[0]).channels
         step = 0
         runs: list[CallRun] = []
-        with Lockstep(self.pipe, self.num_inference_steps, self.seed) as lockstep:
+        bits = self.history_bits
+        with Lockstep(self.pipe, self.num_inference_steps, self.seed, history_bits=bits) as lockstep:
             for runs, moments in lockstep.follow(self.calls, computed, replayed or None, HISTORY):  # noqa: B007
                 if step in computed:
                     for computed_raw, moment in zip(raw, moments, strict=True):
@@ -328,7 +342,7 @@ class Calibration:
                     rows.append(tuple(float(f"{w:.7g}") for w in weights.flatten().tolist()))
                     read = [] if matrices is None else matrices.flatten().tolist()
                     readouts.append(tuple(float(f"{w:.5g}") for w in read))
-                    answers = [_forecast(moment, weights, matrices, self.kernel, channels) for moment in moments]
+                    answers = [_forecast(moment, weights, matrices, self.kernel, channels, bits) for moment in moments]
                 for own, answer in zip(guided, answers, strict=True):
                     if answer is not None:
                         own[step] = answer.cpu()
@@ -448,7 +462,9 @@ class Calibration:
 
     # --- which steps -------------------------------------------------------------------------------------------------
 
-    def _kept_gains(self) -> np.ndarray:
+    @functools.cached_property
+    def gains(self) -> np.ndarray:
+        """What a squared error of the latents at each step is worth in the end, ``[steps + 1]``; measured once."""
         path = None if self._work is None else self._work / f"gains-{self._digest()}.json"
         if path is not None and path.exists():
             return np.array(json.loads(path.read_text()))
@@ -642,7 +658,12 @@ def neighbourhoods(tensors: Sequence[torch.Tensor], kernel: tuple[int, ...]) -> 
 
 
 def _forecast(
-    moment: Moment, weights: torch.Tensor, matrices: torch.Tensor | None, kernel: tuple[int, ...], channels: int
+    moment: Moment,
+    weights: torch.Tensor,
+    matrices: torch.Tensor | None,
+    kernel: tuple[int, ...],
+    channels: int,
+    history_bits: int,
 ) -> torch.Tensor:
     """What the scheduler is given in place of ``moment.guided``, if each branch's output is its forecast."""
     device, forecasts = moment.guided.device, {}
@@ -651,7 +672,8 @@ def _forecast(
         forecast = weighted_sum(tensors, weights[number])
         if matrices is not None:
             states = moment.hidden_states[branch].to(device).double()
-            forecast = forecast + from_patches(states @ matrices[number], forecast.shape)
+            read = from_patches(states @ matrices[number], forecast.shape)
+            forecast = forecast + (read if history_bits == 16 else stored(read, history_bits).dequantize())
         forecasts[branch] = channels_back(forecast, channels).to(outputs[0].dtype)
     return moment.guide(forecasts)
 

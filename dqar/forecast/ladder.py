@@ -65,7 +65,8 @@ class PlanLadder:
         promise: see ``Promise``.
 
     Raises:
-        ValueError: plans for different runs or in another order, or weights that aren't one row per plan.
+        ValueError: plans for different runs, in another order, or of a quantized history; or weights that aren't one
+            row per plan.
     """
 
     plans: tuple[ForecastPlan, ...] = field(repr=False)
@@ -79,6 +80,8 @@ class PlanLadder:
         runs = {(plan.timesteps, plan.guidance, plan.model, plan.latents, plan.scheduler) for plan in self.plans}
         if len(runs) != 1:
             raise ValueError(f"plans for {len(runs)} kinds of runs are not accepted: one kind")
+        if any(plan.history_bits < 16 for plan in self.plans):
+            raise ValueError("plans of fewer than 16 history_bits are not accepted in a ladder: make them with 16")
         computed = [len(plan.computed) for plan in self.plans]
         if computed != sorted(set(computed), reverse=True):
             raise ValueError(f"plans of {computed} computed steps are not accepted: from the densest to the sparsest")
@@ -103,7 +106,7 @@ class PlanLadder:
                 f"captions give {features.shape[1]}: make one for them"
             )
         good = features @ weights[:, :-1].T + weights[:, -1] >= self.threshold
-        return [max((rung for rung, own in enumerate(row) if own), default=0) for row in good.tolist()]
+        return (good * torch.arange(len(self.plans))).amax(1).tolist()
 
     def save(self, path: str | Path) -> None:
         """Writes JSON: all plans, the rule and the promise in one file."""

@@ -11,14 +11,24 @@ import copy
 import inspect
 import queue
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from dqar.families import as_batch, as_output, bare, conditions, family, null_class, transformers
-from dqar.forecast.run import FinalHiddenStates, bent_scale, keeps_lengths, mixture, patch_sides, shared_part
+from dqar.forecast.run import (
+    FinalHiddenStates,
+    bent_scale,
+    channels_back,
+    channels_first,
+    keeps_lengths,
+    mixture,
+    patch_sides,
+    shared_part,
+    stored,
+)
 from dqar.plan import BRANCHES
 from dqar.run import Call, Run, RunFinder
 from dqar.takeover import WATCH, give_back, take_over
@@ -172,6 +182,8 @@ class CallRun:
     open: list[str] = field(default_factory=list)
     """The branches that the model was asked for since the newest step."""
     last: bool = False
+    fresh: bool = False
+    """Whether the newest outputs were computed at this step."""
 
     def __post_init__(self):
         self._to_call: queue.SimpleQueue = queue.SimpleQueue()
@@ -234,19 +246,25 @@ class Lockstep:
         num_inference_steps: of every call.
         seed: of the calls that bring neither generators nor latents.
         computed_one: is told of each forward pass that was computed.
+        history_bits: in which outputs are kept for later steps, see ``ForecastPlan``.
 
     Raises:
         ValueError: no pipeline of this kind, or DQAR is applied to it.
     """
 
     def __init__(
-        self, pipe: Any, num_inference_steps: int, seed: int = 0, computed_one: Callable[[], Any] = lambda: None
+        self,
+        pipe: Any,
+        num_inference_steps: int,
+        seed: int = 0,
+        computed_one: Callable[[], Any] = lambda: None,
+        history_bits: int = 16,
     ):
         self._transformers = transformers(pipe)
         if self._transformers[0] is pipe or not hasattr(pipe, "scheduler"):
             raise ValueError(f"{type(pipe).__name__} has no transformer and scheduler: a plan needs a pipeline of both")
         self.pipe, self.num_inference_steps, self.seed = pipe, num_inference_steps, seed
-        self._computed_one = computed_one
+        self._computed_one, self._history_bits = computed_one, history_bits
         self._runs: dict[int, CallRun] = {}
         self._schedulers: dict[int, Any] = {}
         self._model = bare(self._transformers[0])
@@ -295,7 +313,7 @@ class Lockstep:
         replayed: Sequence[Mapping[int, Sequence[torch.Tensor]]] | None = None,
         history: int = 1,
         first: int = 0,
-    ) -> Iterator[tuple[list[CallRun], list[Moment]]]:
+    ) -> Generator[tuple[list[CallRun], list[Moment]], None, None]:
         """The runs and their moments, step by step; ``answers`` says what each goes on with.
 
         Args:
@@ -367,6 +385,10 @@ class Lockstep:
             copies = len(reached) // moment.images
             reached.add_(answer.displacement.to(reached).repeat(copies, *[1] * (reached.ndim - 1)))
         run.previous = moment.of_images(reached).cpu()
+        if run.fresh and self._history_bits < 16:
+            for own in run.outputs.values():
+                own[:1] = map(self._as_kept, own[:1])
+        run.fresh = False
         run.steps.append(moment.timestep)
         run.open.clear()
         if run.last:
@@ -465,7 +487,14 @@ class Lockstep:
         if output is not None:
             return output
         sample = run.raw[key].to(latents.device, copy=True)
+        for branch, rows in call.slices.items():
+            sample[shared_part(sample, latents)][rows] = run.outputs[branch][0].to(sample)
         return as_output(sample, self._family, named.get("return_dict", True))
+
+    def _as_kept(self, output: torch.Tensor) -> torch.Tensor:
+        """What later steps see of an output ``[b, ...]``."""
+        channels = self._finder.family.channels
+        return channels_back(stored(channels_first(output, channels), self._history_bits).dequantize(), channels)
 
     def _look(self, run: CallRun, call: Call, raw: torch.Tensor, latents: torch.Tensor) -> None:
         part, rows = shared_part(raw, latents), next(iter(call.slices.values()))
@@ -481,7 +510,7 @@ class Lockstep:
         hidden_states: torch.Tensor | None,
     ) -> None:
         part = shared_part(raw, latents)
-        run.raw[key] = raw.cpu()
+        run.raw[key], run.fresh = raw.cpu(), True
         self._look(run, call, raw, latents)
         if hidden_states is not None:
             hidden_states = hidden_states.reshape(len(latents), -1, hidden_states.shape[-1])

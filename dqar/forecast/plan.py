@@ -10,6 +10,9 @@ from typing import Any
 
 from dqar.plan import BRANCHES, FORECAST_FORMAT, is_index, lagrange_weights, reading, steps_in_words, write_json
 
+HISTORY_BITS = (16, 8, 4)
+"""In which a run keeps what it forecasts from; 16: as it is, outputs in the model's dtype, readouts in float64."""
+
 
 @dataclass(frozen=True)
 class ForecastPlan:
@@ -39,6 +42,8 @@ class ForecastPlan:
         scheduler: class name of the sampler that its weights were fitted under, which other deterministic ones may take
             the place of; ``None``: none, as of an extrapolation.
         latents: shape of one image's output, without the batch; ``None``: any, as of an extrapolation.
+        history_bits: 8 or 4: what a run keeps for later steps, outputs and readouts, is quantized, with a scale for
+            each image and channel; 16: it isn't.
 
     Raises:
         ValueError: step 0 isn't computed as it is, or a row of the wrong length, naming it.
@@ -55,6 +60,7 @@ class ForecastPlan:
     readouts: tuple[tuple[float, ...], ...] = field(default=(), repr=False)
     scheduler: str | None = None
     latents: tuple[int, ...] | None = None
+    history_bits: int = 16
 
     def __post_init__(self) -> None:
         for name in ("weights", "readouts"):
@@ -68,6 +74,7 @@ class ForecastPlan:
         steps = len(self.timesteps)
         if not is_index(self.history, None) or self.history < 1:
             raise ValueError(f"history={self.history!r} is not accepted: an int of 1 or more")
+        check_history_bits(self.history_bits)
         if not all(is_index(side, None) and side % 2 for side in self.kernel):
             raise ValueError(f"kernel={self.kernel!r} is not accepted: odd sides of 1 or more")
         if len(self.guidance) != 2 or not 1 <= self.guidance[0] <= self.guidance[1] < math.inf:
@@ -187,6 +194,12 @@ class ForecastPlan:
         """
         with reading(path, FORECAST_FORMAT) as content:
             return cls(**content)
+
+
+def check_history_bits(bits: int) -> None:
+    """Raises ``ValueError`` for a format of the history that there isn't."""
+    if bits not in HISTORY_BITS:
+        raise ValueError(f"history_bits={bits!r} is not accepted: choose one of {HISTORY_BITS}")
 
 
 def _close(ours: Sequence[float], theirs: Sequence[float]) -> bool:

@@ -36,11 +36,16 @@ def profile_calls(
 
 
 def calibrate_profile(
-    pipe: DiffusionPipeline, profile: Profile, target: Target, num_images: int, work: Path | None = None
+    pipe: DiffusionPipeline,
+    profile: Profile,
+    target: Target,
+    num_images: int,
+    work: Path | None = None,
+    history_bits: int = 16,
 ) -> Calibration:
     """The profile's calibration images, followed in full compute."""
     calls = profile_calls(pipe, profile, num_images)
-    return Calibration(pipe, calls, profile.num_inference_steps, target, work=work)
+    return Calibration(pipe, calls, profile.num_inference_steps, target, work=work, history_bits=history_bits)
 
 
 def with_provenance(plan: ForecastPlan, profile: Profile) -> ForecastPlan:

@@ -56,6 +56,11 @@ def least_share(kept: int, images: int, confidence: float) -> float:
     return low
 
 
+def is_certain(kept: int, images: int, share: float, confidence: float) -> bool:
+    """Whether ``least_share`` is ``share`` or more, told without looking for it."""
+    return _at_least(kept, images, share) <= 1 - confidence
+
+
 def images_needed(share: float, confidence: float) -> int:
     """The fewest images that a promise can be told from: all of them keep it."""
     return math.ceil(math.log(1 - confidence) / math.log(share) - 1e-9)
@@ -93,7 +98,6 @@ def fit_ladder(
     reference = [_draw(pipe, plans[0], call, seed + i) for i, call in enumerate(tqdm(calls, "held out", leave=False))]
     images = sum(map(len, reference))
     check_enough(images, share, confidence)
-    first = int(RULE_SHARE * images)
     quality = np.empty((images, len(plans)))
     features: list[torch.Tensor] = []
     for rung, plan in enumerate(plans):
@@ -107,13 +111,29 @@ def fit_ladder(
         assert isinstance(session.engine, LadderEngine)
         features = [own for own, _ in session.engine.chosen]
     check("calls", f"{len(features)} streams of {images} images", len(features) == images, "one stream of latents each")
-    told = torch.stack(features)
+    return ladder_from(plans, torch.stack(features), quality, alone.promise)
+
+
+def ladder_from(
+    plans: Sequence[ForecastPlan], features: torch.Tensor, quality: np.ndarray, promise: Promise
+) -> PlanLadder:
+    """The ladder of images that were drawn already: the rule is fitted on the first, and calibrated on the others.
+
+    Args:
+        plans: from the densest to the sparsest.
+        features: ``[images, F]``, see ``first_step_features``.
+        quality: ``[images, plans]``, PSNR in dB.
+        promise: what is promised; what it says of images isn't read.
+
+    Raises:
+        ValueError: the densest plan doesn't keep it.
+    """
+    first = int(RULE_SHARE * len(features))
     weights = tuple(
-        tuple(float(f"{w:.7g}") for w in ridge(told[:first].numpy(), np.minimum(quality[:first, rung], BEST)))
-        for rung in range(len(plans))
+        tuple(float(f"{w:.7g}") for w in ridge(features[:first].numpy(), np.minimum(own[:first], BEST)))
+        for own in quality.T
     )
-    draft = PlanLadder(tuple(plans), weights, math.inf, alone.promise)
-    return calibrated(draft, told[first:], quality[first:])
+    return calibrated(PlanLadder(tuple(plans), weights, math.inf, promise), features[first:], quality[first:])
 
 
 def calibrated(draft: PlanLadder, features: torch.Tensor, quality: np.ndarray) -> PlanLadder:
@@ -133,7 +153,7 @@ def calibrated(draft: PlanLadder, features: torch.Tensor, quality: np.ndarray) -
         rungs = trial.choose(features)
         chosen = quality[range(images), rungs]
         kept = int((chosen >= promise.decibels).sum())
-        if least_share(kept, images, promise.confidence) < promise.share:
+        if not is_certain(kept, images, promise.share, promise.confidence):
             break
         facts: dict[str, Any] = {
             "kept": kept,

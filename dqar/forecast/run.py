@@ -15,6 +15,7 @@ from dqar.families import as_batch, as_output, describe_models, family, last_lay
 from dqar.forecast.plan import ForecastPlan
 from dqar.noise import adds_noise
 from dqar.plan import BRANCHES
+from dqar.quantizer import QuantizedTensor, quantize
 from dqar.run import Call, Run, Stream
 from dqar.takeover import Handler
 from dqar.trace import MODEL, StepFacts, Trace
@@ -97,16 +98,19 @@ class ForecastEngine:
                 plan.check_latents(forecast.outputs[branches[0]][0].shape[1:], size)
             if self._seen is not None:
                 forecast.read_out(step, self._seen.take(), call.slices)
-        if call.output is None or not (fresh or forecast.usable(step, branches)):
+        newest = call.output
+        if newest is None or not (fresh or forecast.usable(step, branches)):
             raise ValueError(
                 f"at step {step} the plan draws on what steps {plan.drawn_on(step)} computed, which isn't there: the "
                 "run began late, or changed what it draws; make a plan for such runs, or one that computes step "
                 f"{step}"
             )
-        self._record(run, step, branches, fresh, forecast.nbytes(call.output) // len(branches))
+        self._record(run, step, branches, fresh, forecast.nbytes(newest) // len(branches))
+        if fresh and plan.history_bits < 16:  # its shape is still needed, its numbers are kept in fewer bits
+            call.output = newest.new_zeros(()).expand(newest.shape)
         if fresh and not (plan.weights[step] and forecast.usable(step, branches)):
             return output
-        sample = forecast.output(step, latents, call.output, call.slices)
+        sample = forecast.output(step, latents, newest, call.slices)
         return as_output(sample, self._family, named.get("return_dict", True))
 
     def _record(self, run: Run, step: int, branches: Sequence[str], fresh: bool, nbytes: int) -> None:
@@ -250,11 +254,21 @@ def weighted_sum(tensors: Sequence[torch.Tensor], kernels: torch.Tensor) -> torc
     return convolve(stacked, kernels[None], padding=padding).view_as(tensors[0])
 
 
-class OutputForecast:
-    """The outputs of one run's last computed steps, in the model's own dtype, newest first.
+def stored(x: torch.Tensor, bits: int) -> QuantizedTensor:
+    """``[B, C, ...grid]`` in 8 or 4 bits, by slide 6's formula, with a scale for each image and channel.
 
-    They have the latents' size, a thousandth of what the sites inside a DiT-XL/2 would take, so they aren't quantized.
-    Hidden states aren't kept: what all steps up to the next computed one read from them is read at once.
+    NaN and inf aren't looked for, which would make a GPU wait: a run's last step does.
+    """
+    return quantize(x, bits, batch_dims=2, scale_dtype=torch.float16, check_finite=False)
+
+
+class OutputForecast:
+    """The outputs of one run's last computed steps, in the plan's ``history_bits``, newest first.
+
+    They have the latents' size, a thousandth of what the sites inside a DiT-XL/2 would take. Hidden states aren't kept:
+    what all steps up to the next computed one read from them is read at once, and kept in the same bits. A computed
+    step's own output is corrected before it is quantized. With a quantized history, what is beyond the latents' part of
+    an output, as learned variances, is 0 at forecast steps.
 
     Args:
         plan: whose forecasts these are.
@@ -269,18 +283,20 @@ class OutputForecast:
 
     def forget(self) -> None:
         """Drops everything: a new run begins."""
-        self.outputs: dict[str, list[torch.Tensor]] = {branch: [] for branch in BRANCHES}
+        self.outputs: dict[str, list[Any]] = {branch: [] for branch in BRANCHES}
+        """``[b, ...]``, or quantized, with the channels first."""
         self.steps: dict[str, list[int]] = {branch: [] for branch in BRANCHES}
-        self.read: dict[str, dict[int, torch.Tensor]] = {branch: {} for branch in BRANCHES}
+        self.read: dict[str, dict[int, Any]] = {branch: {} for branch in BRANCHES}
         self._returned: dict[str, tuple[int, torch.Tensor]] = {}
         self.scales: list[torch.Tensor] = []
         """Guidance scales that nobody has looked at yet, and how far rounding may have moved each, ``[2]``."""
 
     def nbytes(self, newest: torch.Tensor) -> int:
-        """Bytes kept, of both branches; the whole ``newest`` output counts once."""
-        older = [output for outputs in self.outputs.values() for output in outputs[1:]]
+        """Bytes kept, of both branches; the whole ``newest`` output counts once, unless it is kept in fewer bits."""
+        whole = self.plan.history_bits == 16
+        outputs = [output for outputs in self.outputs.values() for output in outputs[whole:]]
         read = [tensor for by_step in self.read.values() for tensor in by_step.values()]
-        return sum(tensor.nbytes for tensor in (*older, *read)) + newest.nbytes
+        return sum(tensor.nbytes for tensor in (*outputs, *read)) + whole * newest.nbytes
 
     def keep(self, step: int, output: torch.Tensor, rows: dict[str, slice], latents: torch.Tensor) -> None:
         """Keeps the output ``[B, ...]`` of a computed step, so much of it as is about the ``latents`` ``[B, ...]``."""
@@ -288,6 +304,8 @@ class OutputForecast:
         for branch, part in rows.items():
             outputs, steps = self.outputs[branch], self.steps[branch]
             outputs.insert(0, output[part])
+            if self.plan.history_bits < 16:
+                outputs[0] = stored(channels_first(output[part], self.channels), self.plan.history_bits)
             steps.insert(0, step)
             del outputs[self.plan.history :], steps[self.plan.history :]
             self._returned[branch] = step, output[part]
@@ -313,7 +331,7 @@ class OutputForecast:
         coming = range(step, min((c for c in self.plan.computed if c > step), default=len(self.plan.readouts)))
         batch, device = sum(part.stop - part.start for part in rows.values()), hidden_states.device
         states = hidden_states.reshape(batch, -1, hidden_states.shape[-1]).to(_widest(device))
-        shape = channels_first(self.outputs[next(iter(rows))][0], self.channels).shape
+        shape = self._kept(self.outputs[next(iter(rows))][0]).shape
         size, branches = math.prod(shape[1:]) // states.shape[1], self.plan.branches
         if not self._matrices or self._matrices[0].device != device:
             numbers = len(branches) * states.shape[-1] * size
@@ -327,7 +345,9 @@ class OutputForecast:
         for branch, part in rows.items():
             if branch in branches:
                 matrices = self._matrices[branches.index(branch)]
-                self.read[branch] = {later: from_patches(states[part] @ matrices[later], shape) for later in coming}
+                read = {later: from_patches(states[part] @ matrices[later], shape) for later in coming}
+                bits = self.plan.history_bits
+                self.read[branch] = {s: stored(x, bits) for s, x in read.items()} if bits < 16 else read
 
     def output(self, step: int, latents: torch.Tensor, newest: torch.Tensor, rows: dict[str, slice]) -> torch.Tensor:
         """The model's output at ``step``: the ``newest`` computed one ``[B, ...]``, with the latents' part forecast.
@@ -339,14 +359,21 @@ class OutputForecast:
         output, part = newest.clone(), shared_part(newest, latents)
         for branch, own in rows.items():
             drawn_on = self.outputs[branch][: len(self.plan.drawn_on(step))]
-            parts = [channels_first(x, self.channels) for x in (*drawn_on, latents[part][own])]
+            if step in self.plan.computed:
+                drawn_on = [newest[part][own], *drawn_on[1:]]
+            parts = [self._kept(x) for x in (*drawn_on, latents[part][own])]
             forecast = weighted_sum(parts, self._kernel(step, branch, latents.device))
             if step in self.read[branch]:
-                forecast = forecast + self.read[branch][step]
+                read = self.read[branch][step]
+                forecast = forecast + (read.dequantize() if isinstance(read, QuantizedTensor) else read)
             forecast = channels_back(forecast, self.channels).to(output.dtype)
             output[part][own] = forecast
             self._returned[branch] = step, forecast
         return output
+
+    def _kept(self, x: torch.Tensor | QuantizedTensor) -> torch.Tensor:
+        """An output, or what was stored of it, ``[b, C, ...grid]``."""
+        return x.dequantize() if isinstance(x, QuantizedTensor) else channels_first(x, self.channels)
 
     def guidance(self, step: int, guided: torch.Tensor) -> torch.Tensor | None:
         """The guidance scale that made ``guided`` of the step's outputs, and how far rounding may have moved it.

@@ -33,6 +33,7 @@ SA_SOLVER = {
 SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ddim": (DDIMScheduler, {"clip_sample": False, "timestep_spacing": "trailing"}),
     "dpm-solver++": (DPMSolverMultistepScheduler, DPM_SOLVER),
+    "dpm-solver++3": (DPMSolverMultistepScheduler, {**DPM_SOLVER, "solver_order": 3}),
     # Other spacings of the same steps: even in log-SNR (Lu et al. 2022), or Karras et al.'s (2022). The exponential
     # sigmas of the other solvers are even in log-SNR, too: diffusers' sigma is noise over signal.
     "dpm-solver++-lu": (DPMSolverMultistepScheduler, {**DPM_SOLVER, **LU}),

@@ -54,17 +54,22 @@ def methods(profile: Profile, folder: Path) -> list[Method]:
         if (network := policy.policy_path(folder, target)).exists():
             chosen.append(_by_target("DQAR policy", "DQAR policy", policy.policy_config(network, target), target))
     rivals = _best_rivals(profile, folder)
-    for budget in pareto.BUDGETS:
-        number = pareto.computed_steps(profile, budget)
-        path = pareto.plan_path(folder, profile.scheduler, "reference", number)
-        if path.exists():
-            plan = ForecastPlan.load(path)
-            chosen += [
-                _fewer_steps(profile, number),
-                *rivals.get(budget, ()),
-                Method(f"DQAR plan, {budget:g}×", pareto.PLAN, plan, budget=budget, made_for="reference"),
-            ]
+    for method in plans(profile, folder):
+        assert method.budget is not None
+        number = pareto.computed_steps(profile, method.budget)
+        chosen += [_fewer_steps(profile, number), *rivals.get(method.budget, ()), method]
     return list({method.name: method for method in chosen}.values())
+
+
+def plans(profile: Profile, folder: Path) -> list[Method]:
+    """The recorded plans for full compute's images, from the densest to the sparsest."""
+    numbers = {budget: pareto.computed_steps(profile, budget) for budget in pareto.BUDGETS}
+    paths = {b: pareto.plan_path(folder, profile.scheduler, "reference", number) for b, number in numbers.items()}
+    return [
+        Method(f"DQAR plan, {b:g}×", pareto.PLAN, ForecastPlan.load(path), budget=b, made_for="reference")
+        for b, path in paths.items()
+        if path.exists()
+    ]
 
 
 def _by_target(name: str, family: str, config: DQARConfig, target: ReuseTarget) -> Method:
@@ -233,16 +238,21 @@ def check_recorded(run: Run, number: int = 4) -> pd.DataFrame:
 
 
 def record_samples(recording: Recording) -> None:
-    """Every method's images, a table a method: the columns of ``compare``."""
-    size = recording.sizes.part
+    """Every method's images, a table a method: ``recorded_samples``."""
     for method in _needed(recording):
-        # Another dtype changes next to nothing, and FP16 is slow on a CPU: no Fréchet distance of its own.
-        number = recording.sizes.samples if method.dtype is None else size
-        parts = {
-            first: functools.partial(recording.compare, method, RESULT_SEED, first, min(size, number - first))
-            for first in range(0, number, size)
-        }
-        recording.table(f"samples-{slug(method.name)}", parts, RESULT_SEED)
+        recorded_samples(recording, method)
+
+
+def recorded_samples(recording: Recording, method: Method) -> pd.DataFrame:
+    """A method's images, recorded where they aren't yet: the columns of ``compare``."""
+    size = recording.sizes.part
+    # Another dtype changes next to nothing, and FP16 is slow on a CPU: no Fréchet distance of its own.
+    number = recording.sizes.samples if method.dtype is None else size
+    parts = {
+        first: functools.partial(recording.compare, method, RESULT_SEED, first, min(size, number - first))
+        for first in range(0, number, size)
+    }
+    return recording.table(f"samples-{slug(method.name)}", parts, RESULT_SEED)
 
 
 def record_speed(recording: Recording) -> pd.DataFrame:

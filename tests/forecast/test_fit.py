@@ -1,11 +1,12 @@
 """The parts of the planner, against NumPy and SciPy, and what the command line makes of them."""
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 import torch
-from helpers import embedded_pipeline
+from helpers import embedded_pipeline, image_pipeline
 from scipy.ndimage import correlate
 
 from dqar import ForecastPlan, PlanLadder
@@ -193,6 +194,26 @@ def test_what_the_planner_follows_is_what_the_pipeline_runs(pipe):
     drawn = sample(pipe, PROFILE, 500, plan, num_samples=4).images * 2 - 1
     replayed = (drawn - calibration.trajectories[0].previous[-1].clamp(-1, 1)).square().flatten(1).mean(1)
     torch.testing.assert_close(replayed, fitted.error, rtol=0.02, atol=1e-8)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_weights_are_fitted_to_the_history_that_is_kept(bits):
+    """The planner rounds as the pipeline does, and its weights make up for some of that."""
+    pipe, steps = image_pipeline(), (0, 2, 3, 6, 9)
+    fits = {b: calibrate(pipe, history_bits=b) for b in (16, bits)}
+    whole, fitted = (own.plan_of(own.fit(steps, 4)) for own in fits.values())
+    assert fitted.history_bits == bits and fitted.weights[1] != whole.weights[1]
+    errors = {}
+    for name, plan in {"after": dataclasses.replace(whole, history_bits=bits), "within": fitted}.items():
+        drawn = sample(pipe, PROFILE, 500, plan, num_samples=4).images * 2 - 1
+        end = fits[16].trajectories[0].previous[-1].clamp(-1, 1)
+        errors[name] = (drawn - end).square().flatten(1).mean(1)
+    expected = fits[bits].fit(steps, 4).error
+    same = torch.isclose(errors["within"], expected, rtol=0.05, atol=1e-8)
+    assert same.sum() >= 3  # of four: one rounding that flips ends elsewhere
+    assert errors["within"].mean() < 0.1 * errors["after"].mean()
+    like = fits[bits].fit((0, 2, 3, 7, 9), 4)
+    assert fits[bits].fit(steps, 4, like).weights == fitted.weights
 
 
 def test_the_command_line_saves_a_plan_and_names_wrong_arguments(tmp_path, capsys):

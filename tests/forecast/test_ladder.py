@@ -127,6 +127,8 @@ def test_a_ladder_is_one_file_and_a_wrong_one_is_named(tmp_path):
         dataclasses.replace(ladder, plans=plans[::-1])
     with pytest.raises(ValueError, match="2 kinds of runs"):
         dataclasses.replace(ladder, plans=(plans[0], dataclasses.replace(plans[1], scheduler="Other")))
+    with pytest.raises(ValueError, match="fewer than 16 history_bits are not accepted in a ladder"):
+        dataclasses.replace(ladder, plans=(plans[0], dataclasses.replace(plans[1], history_bits=8)))
     with pytest.raises(ValueError, match="1 rows of weights"):
         dataclasses.replace(ladder, weights=((1.0,),))
     with pytest.raises(ValueError, match="reads 1 numbers of the first step, .* give 5"):

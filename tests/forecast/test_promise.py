@@ -10,7 +10,7 @@ from scipy.stats import beta
 
 from dqar import PlanLadder, apply_dqar, extrapolation, fit_plan
 from dqar.forecast.ladder import Promise
-from dqar.forecast.promise import RIDGES, calibrated, conformal_bound, images_needed, least_share, ridge
+from dqar.forecast.promise import RIDGES, calibrated, conformal_bound, images_needed, is_certain, least_share, ridge
 
 
 @pytest.mark.parametrize(("kept", "images"), [(0, 5), (1, 5), (95, 100), (100, 100), (297, 300)])
@@ -26,6 +26,12 @@ def test_the_least_share_is_clopper_and_pearsons(kept, images):
 def test_so_many_images_are_needed(share, confidence, number):
     assert images_needed(share, confidence) == number
     assert least_share(number, number, confidence) >= share - 1e-9 > least_share(number - 1, number - 1, confidence)
+
+
+def test_it_is_certain_where_the_least_share_is_as_large():
+    for kept in range(41):
+        certain = is_certain(kept, 40, 0.9, 0.9)
+        assert certain == (least_share(kept, 40, 0.9) >= 0.9) and (certain or kept < 40)
 
 
 def test_the_next_value_keeps_the_bound_as_often_as_said():

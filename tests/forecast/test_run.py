@@ -24,7 +24,7 @@ def plan_for(pipe, computed=COMPUTED, steps=8, guidance=3.0, order=1):
     return extrapolation(computed, pipe.scheduler.timesteps.tolist(), guidance, describe_model(pipe.transformer), order)
 
 
-def by_hand(pipe, weights, readouts, labels=(1, 2), guidance=3.0, history=2):
+def by_hand(pipe, weights, readouts, labels=(1, 2), guidance=3.0, history=2, bits=16):
     """The planned run without dqar's session: a loop over the bare transformer, forecasts in float64."""
     states = []
     handle = pipe.transformer.proj_out_2.register_forward_hook(lambda _module, args, _out: states.append(args[0]))
@@ -43,7 +43,7 @@ def by_hand(pipe, weights, readouts, labels=(1, 2), guidance=3.0, history=2):
         for number, outputs in enumerate((conds, unconds)):
             if not weights[step]:
                 continue
-            columns = [*outputs, latents]
+            columns = [*outputs, latents]  # of which the newest is quantized after a computed step only
             side = math.isqrt(len(weights[step]) // len(columns) // 2)
             kernels = torch.tensor(weights[step]).double().view(2, len(columns), side, side)[number]
             part = sum(blurred(x, kernel) for kernel, x in zip(kernels, columns, strict=True))
@@ -51,12 +51,23 @@ def by_hand(pipe, weights, readouts, labels=(1, 2), guidance=3.0, history=2):
                 own = states[-1].chunk(2)[number].double()
                 read = own @ torch.tensor(readouts[step]).double().view(2, own.shape[-1], 4)[number]
                 read = read.view(len(latents), 4, 4, 2, 2, 1)  # put together as DiTTransformer2DModel does
-                part = part + torch.einsum("nhwpqc->nchpwq", read).reshape(part.shape)
+                part = part + in_bits(torch.einsum("nhwpqc->nchpwq", read).reshape(part.shape), bits)
             parts[number] = part.float()
         guided = parts[1] + guidance * (parts[0] - parts[1])
         latents = pipe.scheduler.step(guided, t, latents).prev_sample
+        if step in COMPUTED:
+            conds[0], unconds[0] = in_bits(conds[0], bits), in_bits(unconds[0], bits)
     handle.remove()
     return latents
+
+
+def in_bits(x, bits):
+    """Slide 6's formula, with a float16 scale for each image and channel."""
+    if bits == 16:
+        return x
+    largest = 2 ** (bits - 1) - 1
+    scale = (x.float().abs().amax((2, 3), keepdim=True) / largest).half().float()
+    return (x.float() / scale).round().clamp(-largest, largest) * scale
 
 
 def blurred(x, kernel):
@@ -102,6 +113,29 @@ def test_a_planned_run_is_what_it_says(pipe, kernel, reads):
     assert trace[trace.step == 7].bytes.iloc[0] == outputs + reads * steps_ahead
     assert trace[trace.step == 4].bytes.iloc[0] == outputs + reads * 4 * steps_ahead
     assert not pipe.transformer.proj_out_2._forward_pre_hooks
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantized_history_is_what_later_steps_see(pipe, bits):
+    """The same loop, which rounds what it keeps: outputs after their step, and what is read of hidden states."""
+    torch.manual_seed(0)
+    plan = plan_for(pipe)
+    tensors = [2 * (min(2, sum(c <= step for c in COMPUTED)) + 1) for step in range(1, 8)]
+    rows = [(), *(tuple((0.1 * torch.randn(n * 9)).tolist()) for n in tensors)]
+    readouts = [(), *(tuple((0.05 * torch.randn(2 * 16 * 4)).tolist()) for _ in range(7))]
+    plan = ForecastPlan(
+        rows, plan.computed, plan.timesteps, (3, 3), 2, plan.model, (3, 3), readouts=readouts, history_bits=bits
+    )
+    whole, expected = (by_hand(pipe, rows, readouts, bits=b) for b in (16, bits))
+    with apply_dqar(pipe, plan) as session:
+        drawn, again = draw(pipe), draw(pipe)
+    assert torch.equal(drawn, again)
+    assert (drawn - expected).abs().mean() < 0.02 * (whole - expected).abs().mean()  # nothing but a rounding that flips
+    trace = session.trace.to_pandas("model")
+    kept = 2 * (64 * bits // 8 + 2)  # two images of a branch, each with a float16 scale
+    assert trace[trace.step == 7].bytes.iloc[0] == (2 + 1) * kept
+    assert trace[trace.step == 3].bytes.iloc[0] == (2 + 4) * kept
+    assert session.summary()["peak_cache_bytes"] == 2 * (2 + 4) * kept
 
 
 def test_patches_are_those_of_the_model(dit_folder):
@@ -174,6 +208,9 @@ def test_a_saved_plan_is_the_same(pipe, tmp_path):
     plan = plan_for(pipe)
     plan.save(tmp_path / "plan.json")
     assert ForecastPlan.load(tmp_path / "plan.json") == plan
+    quantized = dataclasses.replace(plan, history_bits=4)
+    quantized.save(tmp_path / "plan.json")
+    assert ForecastPlan.load(tmp_path / "plan.json") == quantized != plan
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 
 
@@ -202,6 +239,8 @@ def test_wrong_tables_are_named():
         ForecastPlan([(), (1.0,)], {0}, [9, 1], (2, 2), 2, "model")
     with pytest.raises(ValueError, match="step 1 are not accepted"):
         ForecastPlan([(), (1.0, float("nan"))], {0}, [9, 1], (1, 1), 2, "model")
+    with pytest.raises(ValueError, match=r"history_bits=2 is not accepted: choose one of \(16, 8, 4\)"):
+        ForecastPlan([()], {0}, [9], (1, 1), 1, "model", history_bits=2)
     with pytest.raises(ValueError, match="history=0"):
         ForecastPlan([()], {0}, [9], (1, 1), 0, "model")
     with pytest.raises(ValueError, match=r"kernel=\(3, 2\)"):

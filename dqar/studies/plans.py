@@ -1,0 +1,300 @@
+"""Notebook 11, on plans alone: what a ladder of them can promise, other samplers, and a quantized history."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from dqar.forecast.ladder import Promise, first_step_features
+from dqar.forecast.lockstep import Lockstep
+from dqar.forecast.plan import HISTORY_BITS, ForecastPlan
+from dqar.forecast.profiles import calibrate_profile, profile_calls
+from dqar.forecast.promise import RULE_SHARE, images_needed, is_certain, ladder_from
+from dqar.measure.metrics import decibels
+from dqar.measure.results import Run
+from dqar.models.profiles import Profile
+from dqar.studies import pareto, results
+from dqar.studies.compare import FULL, Method, compare
+from dqar.studies.recording import ARENA_SEED, RESULT_SEED, Recording
+
+PROMISES = ((40.0, 0.99), (45.0, 0.95), (50.0, 0.9))
+"""The least PSNR (dB) to full compute, and the share of images that are promised to have it."""
+CONFIDENCE = 0.9
+HELD_OUT = 0.45
+"""Of the recorded images, those that a promise is calibrated on; it is judged on the others."""
+WAYS = LADDER, MIX, FIXED = "a plan for each image", "random mix of two plans", "one plan for all"
+SPARSER = np.linspace(0, 1, 21)
+"""Shares of the sparser plan in a random mix, tried in this order."""
+BUDGET = 3
+"""Full compute's MACs over those of the plan that other samplers follow, and whose history is quantized."""
+OTHER_SAMPLERS = ("ddim", "dpm-solver++3")
+"""On the timesteps of ``dpm-solver++``: of first and of third order."""
+NO_PLAN = "no plan that this is about is recorded: record plans first"
+IDENTICAL = 1e-12
+"""A squared error that counts as none: 120 dB."""
+
+
+def ladder_methods(profile: Profile, folder: Path) -> dict[int, Method]:
+    """The recorded plans that a ladder is made of, by their computed steps, the most first.
+
+    Args:
+        folder: of the profile's recorded tables.
+    """
+    by_number: dict[int, Method] = {}
+    for method in results.plans(profile, folder):
+        by_number.setdefault(len(_plan(method).computed), method)
+    return by_number
+
+
+def promises(run: Run) -> pd.DataFrame | None:
+    """``judged`` of the recorded images; ``None`` if they aren't recorded with the plans that there are."""
+    table, methods = run.recorded("promise"), ladder_methods(run.profile, run.recordings)
+    if table is None or set(methods) != set(table.computed):
+        return None
+    return judged(table, list(map(_plan, methods.values())))
+
+
+def judged(table: pd.DataFrame, plans: Sequence[ForecastPlan], splits: int = 40, seed: int = 0) -> pd.DataFrame:
+    """Three ways to keep each promise with ``CONFIDENCE``, on images that none of them was calibrated on.
+
+    The images are split at random, again and again. A ladder spends ``RULE_SHARE`` of its part on the rule that chooses
+    a plan for each image; the two others have no rule and calibrate on all of it. A random mix is the fastest of all
+    pairs of plans, which favours it. Where nothing can be promised, full compute is left.
+
+    Args:
+        table: of ``record_promise``.
+        plans: that it was recorded with.
+        splits, seed: of the images.
+
+    Returns:
+        A row a split, promise and way: ``decibels``, ``share``, ``way``; of the other images ``kept``, the share that
+        has so many dB, and ``macs_speedup``; ``promised``, whether anything could be. No rows of a promise that so few
+        images can't tell.
+    """
+    numbers = [len(plan.computed) for plan in plans]
+    wide = table.pivot(index="image", columns="computed", values="mse")[numbers]
+    quality = decibels(wide.clip(lower=IDENTICAL).to_numpy())
+    first = table[table.computed == numbers[0]].set_index("image").loc[wide.index]
+    features = torch.tensor(np.stack(list(first.features))).double()
+    costs = 1 / table.groupby("computed").macs_speedup.first()[numbers].to_numpy()
+    generator, number, rows = np.random.default_rng(seed), int(HELD_OUT * len(wide)), []
+    for split in range(splits):
+        held_out, others = np.split(generator.permutation(len(wide)), [number])
+        draws = generator.random(number)
+        for target, share in PROMISES:
+            if number - int(RULE_SHARE * number) < images_needed(share, CONFIDENCE):
+                continue
+            good = quality >= target
+            ways = {
+                LADDER: _ladder(plans, features, quality, held_out, others, target, share),
+                FIXED: _fixed(good[held_out], share),
+                MIX: _mixed(good[held_out], share, costs, draws),
+            }
+            for way, taken in ways.items():
+                kept, cost = (1.0, 1.0) if taken is None else _outcome(taken, good[others], costs)
+                rows.append((split, target, share, way, kept, 1 / cost, taken is not None))
+    columns = ["split", "decibels", "share", "way", "kept", "macs_speedup", "promised"]
+    found = pd.DataFrame(rows, columns=columns)
+    found.attrs = {**table.attrs, "images": len(wide)}
+    return found
+
+
+def typical(judged: pd.DataFrame, column: str = "macs_speedup") -> pd.DataFrame:
+    """The median over the splits: a row a promise, a column a way."""
+    return judged.pivot_table(column, ["decibels", "share"], "way", aggfunc="median")
+
+
+def _outcome(taken: np.ndarray, good: np.ndarray, costs: np.ndarray) -> tuple[float, float]:
+    """Share of good images, and mean cost, where each image gets each plan with a probability ``[images, plans]``."""
+    taken = np.broadcast_to(taken, good.shape)
+    return float((taken * good).sum(1).mean()), float((taken * costs).sum(1).mean())
+
+
+def _ladder(
+    plans: Sequence[ForecastPlan],
+    features: torch.Tensor,
+    quality: np.ndarray,
+    held_out: np.ndarray,
+    others: np.ndarray,
+    target: float,
+    share: float,
+) -> np.ndarray | None:
+    """The plan of each of the other images, as ones and zeros ``[images, plans]``; ``None``: nothing is promised."""
+    promise = Promise(target, share, CONFIDENCE, 0, 0, 0.0, 1.0)
+    try:
+        ladder = ladder_from(plans, features[held_out], quality[held_out], promise)
+    except ValueError:
+        return None
+    return np.eye(len(plans))[ladder.choose(features[others])]
+
+
+def _fixed(good: np.ndarray, share: float) -> np.ndarray | None:
+    """The sparsest plan of which the held-out images ``[images, plans]`` say that it keeps the promise."""
+    certain = good.sum(0) >= least_kept(len(good), share)
+    number = len(certain) if certain.all() else int(certain.argmin())  # tried from the densest on, until one fails
+    return np.eye(len(certain))[number - 1] if number else None
+
+
+def _mixed(good: np.ndarray, share: float, costs: np.ndarray, draws: np.ndarray) -> np.ndarray | None:
+    """Of two plans the sparser one with the largest probability that the held-out images allow."""
+    best, least = None, np.inf
+    for dense, sparse in itertools.combinations(range(good.shape[1]), 2):
+        for probability in SPARSER:
+            kept = np.where(draws < probability, good[:, sparse], good[:, dense]).sum()
+            if kept < least_kept(len(good), share):
+                break
+            cost = probability * costs[sparse] + (1 - probability) * costs[dense]
+            if cost < least:
+                best, least = np.zeros(len(costs)), cost
+                best[[dense, sparse]] = 1 - probability, probability
+    return best
+
+
+@functools.cache
+def least_kept(images: int, share: float) -> int:
+    """How many of so many images have to keep a promise that is made with ``CONFIDENCE``."""
+    return next((kept for kept in range(images + 1) if is_certain(kept, images, share, CONFIDENCE)), images + 1)
+
+
+# --- other samplers, and a quantized history -------------------------------------------------------------------------
+
+
+def samplers(run: Run) -> pd.DataFrame | None:
+    """PSNR (dB) of a plan under each sampler, to full compute under it: by ``sampler`` and ``made_under``."""
+    table = run.recorded("samplers")
+    return None if table is None else _quality(table, ["sampler", "made_under"])
+
+
+def history(run: Run) -> pd.DataFrame | None:
+    """PSNR (dB) and ``cache_bytes`` of a plan by ``bits`` and ``fitted_in``: those that its weights were fitted in."""
+    table = run.recorded("history")
+    if table is None:
+        return None
+    by = ["bits", "fitted_in"]
+    return _quality(table, by).join(table.groupby(by).cache_bytes.first())
+
+
+def _quality(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    errors = table.assign(mse=table.mse.clip(lower=IDENTICAL)).groupby(by).mse
+    return pd.DataFrame(
+        {
+            "images": errors.size(),
+            "mean": decibels(errors.mean()),
+            "median": decibels(errors.median()),
+            "5th percentile": decibels(errors.quantile(0.95)),
+        }
+    )
+
+
+# --- recording -------------------------------------------------------------------------------------------------------
+
+
+def record_promise(recording: Recording) -> None:
+    """What each image's first step tells, and how near each plan comes to it, a row an image and plan.
+
+    ``image``, ``label``, ``computed`` (steps of the plan), ``mse`` to full compute, ``macs_speedup``; ``features`` of
+    ``first_step_features`` in the rows of the densest plan.
+
+    Raises:
+        ValueError: no plan is recorded.
+    """
+    methods = ladder_methods(recording.profile, recording.folder)
+    if not methods:
+        raise ValueError(NO_PLAN)
+    recording.table("promise", {"all": functools.partial(_promise, recording, methods)}, RESULT_SEED)
+
+
+def _promise(recording: Recording, methods: Mapping[int, Method]) -> pd.DataFrame:
+    columns, tables = ["image", "label", "mse", "macs_speedup"], []
+    for number, method in methods.items():
+        tables.append(results.recorded_samples(recording, method)[columns].assign(computed=number))
+    told = _first_steps(recording.profile, RESULT_SEED, len(tables[0]))
+    tables[0]["features"] = list(told.half().numpy())
+    return pd.concat(tables, ignore_index=True)
+
+
+def record_samplers(recording: Recording) -> None:
+    """The plan of ``BUDGET`` under other samplers, beside their own, a row an image.
+
+    ``sampler``, ``made_under`` (the sampler that the plan was fitted under), and columns of ``compare``.
+
+    Raises:
+        ValueError: no plan is recorded.
+    """
+    profile, number = recording.profile, recording.sizes.part
+    steps = pareto.computed_steps(profile, BUDGET)
+
+    def measure() -> pd.DataFrame:
+        tables = list[pd.DataFrame]()
+        for sampler in dict.fromkeys((profile.scheduler, *OTHER_SAMPLERS)):
+            reference = recording.drawn(Method(FULL.name, scheduler=sampler), ARENA_SEED, 0, number)
+            for made_under in dict.fromkeys((profile.scheduler, sampler)):
+                path = pareto.plan_path(recording.folder, made_under, "reference", steps)
+                if path.exists():
+                    method = Method(f"plan of {made_under}", config=ForecastPlan.load(path), scheduler=sampler)
+                    rows = compare(method, reference, recording.many_at_once, ARENA_SEED)
+                    tables.append(_numbers(rows).assign(sampler=sampler, made_under=made_under))
+        if not tables:
+            raise ValueError(NO_PLAN)
+        return pd.concat(tables, ignore_index=True)
+
+    recording.table("samplers", {"all": measure}, ARENA_SEED)
+
+
+def record_history(recording: Recording) -> None:
+    """The plan of ``BUDGET`` with its history in fewer bits, fitted in them or not, a row an image.
+
+    ``bits``, ``fitted_in``, and columns of ``compare``, of which ``cache_bytes`` is an image's.
+
+    Raises:
+        ValueError: no plan is recorded.
+    """
+    profile, sizes = recording.profile, recording.sizes
+    number = pareto.computed_steps(profile, BUDGET)
+    path = pareto.plan_path(recording.folder, profile.scheduler, "reference", number)
+    if not path.exists():
+        raise ValueError(NO_PLAN)
+    plan = ForecastPlan.load(path)
+    full = Method(FULL.name, scheduler=profile.scheduler)
+
+    def measure(bits: int, fitted_in: int) -> pd.DataFrame:
+        pipe, work = full.pipeline(profile), recording.parts / "fits"
+        fits = calibrate_profile(pipe, profile, "reference", sizes.plan_images, work, fitted_in)
+        fitted = fits.plan_of(fits.fit(tuple(sorted(plan.computed)), fits.images))
+        method = Method(f"{bits} bits", config=dataclasses.replace(fitted, history_bits=bits))
+        reference = recording.drawn(full, ARENA_SEED, 0, sizes.arena_images)
+        rows = compare(method, reference, recording.many_at_once, ARENA_SEED)
+        return _numbers(rows).assign(bits=bits, fitted_in=fitted_in)
+
+    formats = [(bits, fitted_in) for bits in HISTORY_BITS for fitted_in in dict.fromkeys((16, bits))]
+    parts = {f"{bits}-{fitted_in}": functools.partial(measure, bits, fitted_in) for bits, fitted_in in formats}
+    recording.table("history", parts, ARENA_SEED)
+
+
+def _numbers(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows[["image", "label", "mse", "macs_speedup", "cache_bytes"]]
+
+
+def _first_steps(profile: Profile, seed: int, number: int) -> torch.Tensor:
+    """``first_step_features`` of the first images of a seed's set, ``[number, F]``."""
+    pipe, told = FULL.pipeline(profile), []
+    with Lockstep(pipe, profile.num_inference_steps) as lockstep:
+        for call in profile_calls(pipe, profile, number, seed):
+            with contextlib.closing(lockstep.follow([call])) as steps:
+                _, [moment] = next(steps)
+            outputs = {branch: own[0][moment.part] for branch, own in moment.outputs.items()}
+            told.append(first_step_features(outputs, moment.hidden_states.get("cond"), None))
+    return torch.cat(told)
+
+
+def _plan(method: Method) -> ForecastPlan:
+    assert isinstance(method.config, ForecastPlan)
+    return method.config

@@ -1,0 +1,127 @@
+"""What ways to keep a promise cost, on made-up images whose quality is known."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from helpers import embedded_pipeline, image_pipeline
+
+from dqar import apply_dqar, extrapolation
+from dqar.families import describe_model
+from dqar.figures.pareto import _promised
+from dqar.forecast.ladder import PlanLadder, Promise
+from dqar.forecast.profiles import profile_calls
+from dqar.measure.results import load_table
+from dqar.models.profiles import get_profile
+from dqar.studies import pareto, plans
+from dqar.studies.compare import Method
+from dqar.studies.recording import Recording
+
+COMPUTED = (8, 4, 2)
+
+
+def ladder():
+    steps = (range(8), (0, 2, 4, 6), (0, 4))
+    return [extrapolation(own, range(8, 0, -1), 1.0, "model") for own in steps]
+
+
+def recorded(told, images=1000, seed=0):
+    """A feature of each image, of which so much is told of its quality; sparser plans have 12 dB less each."""
+    generator = np.random.default_rng(seed)
+    hard, noise = generator.standard_normal((2, images))
+    rows = []
+    for rung, computed in enumerate(COMPUTED):
+        quality = 75 - 12 * rung + 8 * (told * hard + np.sqrt(1 - told**2) * noise)
+        own = pd.DataFrame({"image": range(images), "label": 0, "computed": computed, "mse": 10 ** (-quality / 10)})
+        rows.append(own.assign(macs_speedup=8 / computed))
+    rows[0]["features"] = list(np.c_[hard, np.ones(images)])
+    return pd.concat(rows, ignore_index=True)
+
+
+def test_a_rule_that_can_tell_beats_the_random_mix_and_one_that_cannot_does_not():
+    speedups = {}
+    for told in (0.0, 0.95):
+        found = plans.judged(recorded(told), ladder(), splits=4)
+        kept = plans.typical(found, "kept")
+        assert (kept.sub([share for _, share in kept.index], axis=0) > -0.02).all(axis=None)
+        speedups[told] = plans.typical(found).loc[45.0, 0.95]
+    assert speedups[0.95][plans.LADDER] > 1.15 * speedups[0.95][plans.MIX]
+    assert speedups[0.0][plans.LADDER] < speedups[0.0][plans.MIX]  # which spends no images on a rule
+    # Gaussian, 8 dB wide: 98.8 % have 45 dB by the middle plan, 77 % by the sparsest.
+    assert speedups[0.0][plans.FIXED] == 2.0 and speedups[0.0][plans.MIX] > 2.0
+
+
+def test_full_compute_is_left_where_nothing_can_be_promised_and_few_images_promise_nothing():
+    table = recorded(0.5)
+    table["mse"] = 1.0
+    found = plans.judged(table, ladder(), splits=2)
+    assert not found.promised.any() and set(found.macs_speedup) == {1.0} and set(found.kept) == {1.0}
+    few = plans.judged(recorded(0.5, images=200), ladder(), splits=2)
+    assert set(few.share) == {0.95, 0.9}  # 230 images are needed to tell 99 %
+    assert plans.judged(recorded(0.5, images=20), ladder(), splits=2).empty
+
+
+def test_the_figures_sentence_is_of_the_table():
+    found = plans.judged(recorded(0.95), ladder(), splits=1)
+    own = plans.typical(found).loc[45.0, 0.95]
+    said = _promised(found)
+    assert f"takes {own[plans.LADDER]:.2f}× fewer MACs, the mix {own[plans.MIX]:.2f}×" in said
+    worse = found.assign(macs_speedup=found.macs_speedup.where(found.way != plans.LADDER, 1.0))
+    assert "in 0 of 3 promises" in _promised(worse)
+
+
+def test_first_steps_are_what_a_ladder_sees(monkeypatch):
+    """The same features that ``apply_dqar`` chooses by, of the same images."""
+    pipe = embedded_pipeline()
+    profile = dataclasses.replace(get_profile("digits"), num_inference_steps=4, batch_size=5)
+    monkeypatch.setattr(plans.Method, "pipeline", lambda method, profile: pipe)
+    told = plans._first_steps(profile, 3, 10)
+    pipe.scheduler.set_timesteps(4)
+    timesteps, model = pipe.scheduler.timesteps.tolist(), describe_model(pipe.transformer)
+    plan = extrapolation((0, 2), timesteps, profile.guidance_scale, model)
+    alone = PlanLadder((plan,), ((0.0,),), float("inf"), Promise(45.0, 0.95, 0.9, 0, 0, 0.0, 1.0))
+    with apply_dqar(pipe, alone) as session:
+        for call in profile_calls(pipe, profile, 10, 3):
+            pipe(**call, num_inference_steps=4)
+    seen = torch.stack([features for features, _ in session.engine.chosen])
+    torch.testing.assert_close(told, seen, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_recorded_of_a_plan(tmp_path, monkeypatch):
+    """A tiny model: the plan under each sampler, in each format of its history, and beside first steps."""
+    pipes = {name: image_pipeline(name) for name in ("dpm-solver++", *plans.OTHER_SAMPLERS)}
+    monkeypatch.setattr(Method, "pipeline", lambda method, own: pipes[method.scheduler or own.scheduler])
+    profile = get_profile("smoke", num_inference_steps=8)
+    recording = Recording(profile, tmp_path / "work", tmp_path)
+    run = SimpleNamespace(
+        profile=profile,
+        recordings=recording.folder,
+        recorded=lambda name: load_table(path) if (path := recording.folder / f"{name}.parquet").exists() else None,
+    )
+    assert plans.promises(run) is plans.samplers(run) is plans.history(run) is None
+    records = plans.record_promise, plans.record_samplers, plans.record_history
+    for record in records:
+        with pytest.raises(ValueError, match="record plans first"):
+            record(recording)
+    path = pareto.plan_path(recording.folder, "dpm-solver++", "reference", 2)
+    path.parent.mkdir()
+    pipe = pipes["dpm-solver++"]
+    pipe.scheduler.set_timesteps(8)
+    timesteps, model = pipe.scheduler.timesteps.tolist(), describe_model(pipe.transformer)
+    extrapolation((0, 4), timesteps, profile.guidance_scale, model).save(path)
+    for record in records:
+        record(recording)
+    found = plans.history(run)
+    assert found.index.tolist() == [(4, 4), (4, 16), (8, 8), (8, 16), (16, 16)] and (found.images == 2).all()
+    whole = found.cache_bytes[16, 16]
+    assert all(found.cache_bytes[bits, 16] == found.cache_bytes[bits, bits] < bits / 16 * whole for bits in (8, 4))
+    assert found["mean"].nunique() == 5
+    under = plans.samplers(run)["mean"]
+    assert under.index.tolist() == [(name, "dpm-solver++") for name in ("ddim", "dpm-solver++", "dpm-solver++3")]
+    assert under.nunique() == 3
+    table = run.recorded("promise")
+    assert set(table.computed) == {2} and table.macs_speedup.iloc[0] == pytest.approx(4, rel=0.01)
+    assert plans.promises(run).empty
