@@ -76,8 +76,8 @@ def test_ctrl_c_stops_with_one_message(notebooks, tmp_path, capsys, monkeypatch)
     [
         (
             ["--profile", "huge"],
-            "profile 'huge' is unknown: choose one of smoke, digits, moving-digits, cifar10, dit-xl-2, dit-xl-2-random, "
-            "pixart",
+            "profile 'huge' is unknown: choose one of smoke, digits, moving-digits, cifar10, dit-xl-2, "
+            "dit-xl-2-random, pixart",
         ),
         (["--only", "99"], "no notebook '99'"),
         (["--jobs", "0"], "--jobs 0"),

@@ -171,8 +171,10 @@ def train_steps(
             model.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for one in (*optimizers, *schedules):
-                one.step()
+            for optimizer in optimizers:
+                optimizer.step()
+            for schedule in schedules:
+                schedule.step()
             ema.step(model.parameters())
             log_file.write(json.dumps({"step": step, "loss": loss.item()}) + "\n")
             bar.set_postfix(loss=f"{loss.item():.4f}")
