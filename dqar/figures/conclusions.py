@@ -107,15 +107,17 @@ def slide16_batches(run: Run, batches: pd.DataFrame) -> Figure:
     left.legend()
     right.legend()
     most, full = points.together.max(), points[points.method == FULL.name].set_index("together").speed
-    change = gate["median"][most] - gate["median"][1]
+    change, low, high = batch_study.sharing(batches)
     headline(
         figure,
         f"{most} images at once are drawn {full[most]:.2f} times as fast as one by one; one gate for all of them "
-        f"instead of one each changes their median PSNR by {change:+.1f} dB",
+        f"instead of one each changes their median PSNR by {change:+.1f} dB ({low:+.1f} to {high:+.1f})",
     )
     number, repeats = int(batches.image.nunique()), int(batches.repeat.nunique())
     clock = "CPU time" if run.profile.device == "cpu" else "time"
-    return save(run, "slide16_batches", figure, points, f"n = {number} images; {clock}: median, quartiles of {repeats}")
+    return save(
+        run, "slide16_batches", figure, points, f"n = {number} images, 95% interval; {clock}: quartiles of {repeats}"
+    )
 
 
 @recorded("a search over settings of reuse and extrapolation")

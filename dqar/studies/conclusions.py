@@ -212,10 +212,10 @@ def production(table: pd.DataFrame | None) -> str:
         return f"one gate decides for a whole batch; {processes}"
     points = batches.points(table).set_index(["method", "together"])
     most = table.together.max()
-    gate = points["median"][batches.GATE]
+    change, low, high = batches.sharing(table)
     return (
-        f"{most} at once: {points.speed[FULL.name, most]:.2f}× as fast; one gate for all of them changes the median by "
-        f"{gate[most] - gate[1]:+.1f} dB; {processes}"
+        f"{most} at once: {points.speed[FULL.name, most]:.2f}× as fast; one gate for all changes the median by "
+        f"{change:+.1f} dB ({low:+.1f} to {high:+.1f}); {processes}"
     )
 
 

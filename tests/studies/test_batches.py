@@ -9,7 +9,7 @@ import pytest
 from helpers import image_pipeline
 
 from dqar.figures import conclusions as figures
-from dqar.measure.results import Run
+from dqar.measure.results import RECORDED, Run, load_table
 from dqar.measure.sampling import LOOK, OPEN
 from dqar.models.profiles import get_profile
 from dqar.studies import batches, compare, conclusions
@@ -45,14 +45,34 @@ def test_points_are_ratios_within_a_repeat_and_quality_by_size():
     assert points.worst[batches.PLAN, 2] == pytest.approx(30) and math.isnan(points.worst[FULL.name, 2])
 
 
+def test_the_interval_of_what_sharing_changes_is_that_of_paired_images():
+    table = recorded()
+    assert batches.sharing(table) == pytest.approx((-3, -3, -3))  # every image loses 3 dB: nothing is uncertain
+    one = (table.method == batches.GATE) & (table.together == 2) & (table.image == 0)
+    change, low, high = batches.sharing(table.assign(mse=table.mse.where(~one, 1.0)))
+    assert change == pytest.approx(-13) and low < change <= high  # 47, 37, 27 became 0, 37, 27
+
+
+def test_the_documented_numbers_are_the_recorded_ones():
+    table = load_table(RECORDED / "digits/batches.parquet")
+    points = batches.points(table).set_index(["method", "together"])
+    change, low, high = batches.sharing(table)
+    said = " ".join((RECORDED.parent / "docs/devices.md").read_text().split())
+    assert f"eight at once are drawn {points.speed[FULL.name, 8]:.2f} times as fast" in said
+    interval = f"by {change:+.1f} dB (95% interval {low:+.1f} to {high:+.1f})".replace("-", "−")
+    assert f"of n = {table.image.nunique()} images {interval}" in said
+    worst = points.worst[batches.GATE]
+    assert f"the worst one from {worst[1]:.1f} to {worst[8]:.1f} dB" in said
+
+
 def test_the_figure_and_slide_16_say_what_the_table_says(tmp_path):
     run = Run("smoke", 0, tmp_path)
     title = " ".join(figures.slide16_batches(run, recorded()).get_suptitle().split())
     assert title == (
         "2 images at once are drawn 2.00 times as fast as one by one; one gate for all of them instead of one each "
-        "changes their median PSNR by −3.0 dB"
+        "changes their median PSNR by −3.0 dB (−3.0 to −3.0)"
     )
-    said = "2 at once: 2.00× as fast; one gate for all of them changes the median by -3.0 dB"
+    said = "2 at once: 2.00× as fast; one gate for all changes the median by -3.0 dB (-3.0 to -3.0)"
     assert conclusions.production(recorded()).startswith(said)
     assert figures.slide16_batches(run, None).get_suptitle() == ""
 
