@@ -16,7 +16,7 @@ from dqar.measure.quality import extractor_of, scores
 from dqar.measure.sampling import LOOK
 from dqar.models.profiles import Profile
 from dqar.peers.registry import RIVALS
-from dqar.studies import arena, batches, pareto, policy, results
+from dqar.studies import arena, batches, pareto, plans, policy, results
 from dqar.studies.compare import FULL, Method
 from dqar.studies.recording import Sizes
 
@@ -68,6 +68,7 @@ def works(profile: Profile, folder: Path) -> dict[str, Work]:
     drawn = (methods - 2) * sizes.samples + dtypes
     overhead = 5 * (2 * profile.repeats + 1) * 4
     one_site = labelled * (1 + 2 * steps) + trials * steps * (steps - 1) // 2
+    computed = pareto.computed_steps(profile, plans.BUDGET)
     own_reference = not profile.embedded and profile.reference is None
     searched = (sizes.search_trials + 1) * sizes.search_images
     again = (sizes.front_points + 1) * sizes.front_images
@@ -92,6 +93,13 @@ def works(profile: Profile, folder: Path) -> dict[str, Work]:
         ),
         "speed": Work(0, small=methods * (profile.repeats + 1) * 4 * steps, images=methods * 4 * (profile.repeats + 1)),
         "memory": Work(0, small=methods * 4 * steps, images=methods * 4),
+        "promise": Work(sizes.samples),
+        "samplers": Work(part * (3 * steps + 4 * computed), images=7 * part, scored=7 * part, kept=3 * part),
+        "history": Work(
+            sizes.plan_images * (steps + 3 * computed) + sizes.arena_images * (steps + 5 * computed),
+            **dict.fromkeys(("images", "scored"), 6 * sizes.arena_images),
+            kept=sizes.arena_images,
+        ),
         "samples": Work((drawn + sizes.samples) * steps, images=drawn, scored=drawn, kept=sizes.samples),
         "batches": Work(
             (2 * len(batches.SIZES) + 1) * sizes.batch_images * steps,

@@ -265,11 +265,14 @@ def record_history(recording: Recording) -> None:
     plan = ForecastPlan.load(path)
     full = Method(FULL.name, scheduler=profile.scheduler)
 
-    def measure(bits: int, fitted_in: int) -> pd.DataFrame:
+    @functools.cache
+    def fitted(bits: int) -> ForecastPlan:
         pipe, work = full.pipeline(profile), recording.parts / "fits"
-        fits = calibrate_profile(pipe, profile, "reference", sizes.plan_images, work, fitted_in)
-        fitted = fits.plan_of(fits.fit(tuple(sorted(plan.computed)), fits.images))
-        method = Method(f"{bits} bits", config=dataclasses.replace(fitted, history_bits=bits))
+        fits = calibrate_profile(pipe, profile, "reference", sizes.plan_images, work, bits)
+        return fits.plan_of(fits.fit(tuple(sorted(plan.computed)), fits.images))
+
+    def measure(bits: int, fitted_in: int) -> pd.DataFrame:
+        method = Method(f"{bits} bits", config=dataclasses.replace(fitted(fitted_in), history_bits=bits))
         reference = recording.drawn(full, ARENA_SEED, 0, sizes.arena_images)
         rows = compare(method, reference, recording.many_at_once, ARENA_SEED)
         return _numbers(rows).assign(bits=bits, fitted_in=fitted_in)
