@@ -160,7 +160,8 @@ def slide15_overfitting(run: Run, labels: pd.DataFrame, oracle: pd.DataFrame) ->
         f"The deck's L2 moves the area under the ROC curve by {own - without:+.3f} on {pictures(run)} that the network "
         f"has not seen, a hundred times as much by {more - without:+.3f}",
     )
-    note = f"n = {len(labels):,} single reuses of 10 classes, {len(policy.TEST)} held out; not stopped early, as slide 15's"
+    classes = f"{labels.label.nunique()} classes, {len(policy.TEST)} held out"
+    note = f"n = {len(labels):,} single reuses of {classes}; not stopped early, as slide 15's"
     return save(run, "slide15_overfitting", figure, labels, note)
 
 

@@ -51,7 +51,7 @@ def test_what_fitting_the_steps_gives_is_said_beside_the_best_rival_at_3_times_f
 
 
 def searched_rows(*trials):
-    rows = [(number, speedup, image, 10 ** (-decibels / 10)) for number, speedup, decibels in trials for image in (0, 1)]
+    rows = [(number, speed, image, 10 ** (-decibels / 10)) for number, speed, decibels in trials for image in (0, 1)]
     return pd.DataFrame(rows, columns=["trial", "macs_speedup", "image", "mse"])
 
 
