@@ -1,10 +1,13 @@
 """README's numbers over 1,000 images are the recorded ones; the others are checked beside their studies."""
 
+import re
+
 import numpy as np
 import pytest
 
 from dqar.measure import metrics
 from dqar.measure.results import RECORDED, load_table
+from dqar.studies import benchmarks
 
 README = (RECORDED.parent / "README.md").read_text()
 ROWS = {
@@ -51,3 +54,43 @@ def test_what_an_engine_gains_is_what_was_recorded(row, method, file):
     assert f"| {row} | {cells} | {-10 * np.log10(np.median(mse)):.1f} |" in README
     if "rule" in method:
         assert f"| {images.cache_bytes.mean() / 1024:.0f} KiB of cache an image" in README
+
+
+def test_the_time_of_a_reuse_plan_at_the_decks_size_is_what_was_recorded():
+    [table] = benchmarks.recorded().values()
+    cost = benchmarks.summary(table).set_index("method").cost["plan: output, 3 of 4 steps"]
+    assert f"reuses three of four attention outputs takes {cost:.2f} of the time" in README
+
+
+CLASSES = {
+    "DiT": "DiT",
+    "PixArt-α": "PixArtAlpha",
+    "PixArt-Σ": "PixArtSigma",
+    "Latte": "Latte",
+    "SD3 and SD3.5": "StableDiffusion3",
+    "SD3 image to image": "StableDiffusion3Img2Img",
+    "Flux": "Flux",
+    "Flux Control": "FluxControl",
+    "Hunyuan-DiT": "HunyuanDiT",
+    "Sana": "Sana",
+    "AuraFlow": "AuraFlow",
+    "Lumina 2": "Lumina2",
+    "Z-Image": "ZImage",
+    "Qwen-Image": "QwenImage",
+    "LTX": "LTX",
+    "CogVideoX": "CogVideoX",
+    "Wan 2.1 and 2.2": "Wan",
+    "HunyuanVideo": "HunyuanVideo",
+}
+
+
+def test_the_table_of_models_says_what_the_docs_say_of_each_pipeline():
+    docs = (RECORDED.parent / "docs/families.md").read_text()
+    known = {name: (plan, trace, reuse) for name, plan, trace, reuse in
+             re.findall(r"^\| `(\w+)Pipeline` \| (\w+) \| ([\w ]+) \| ([^|]+) \|", docs, re.M)}  # fmt: skip
+    table = README.split("| pipeline | forecast plan |")[1].split("\n\n")[0].splitlines()[2:]
+    said = {}
+    for row in table:
+        names, *support = (cell.strip() for cell in row.strip("|").split("|"))
+        said |= {CLASSES[name]: tuple(support) for name in re.sub(r" \(.*\)", "", names).split(", ")}
+    assert len(table) < 12 and said == known and len(known) == 18
