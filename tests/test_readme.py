@@ -1,5 +1,6 @@
 """README's numbers over 1,000 images are the recorded ones; the others are checked beside their studies."""
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from dqar.measure import metrics
 from dqar.measure.results import RECORDED, load_table
 from dqar.models.profiles import get_profile
-from dqar.studies import plans
+from dqar.studies import benchmarks, plans
 
 README = (RECORDED.parent / "README.md").read_text()
 ROWS = {
@@ -69,3 +70,43 @@ def test_what_can_be_promised_is_what_was_recorded():
         own = [(speedups[way][decibels, share], kept[way][decibels, share]) for way in plans.WAYS]
         cells = " | ".join(f"{speedup:.2f}×, {100 * part:.1f}%" for speedup, part in own)
         assert f"| {decibels:g} dB in {share:.0%} of images | {cells} |" in README
+
+
+def test_the_time_of_a_reuse_plan_at_the_decks_size_is_what_was_recorded():
+    [table] = benchmarks.recorded().values()
+    cost = benchmarks.summary(table).set_index("method").cost["plan: output, 3 of 4 steps"]
+    assert f"reuses three of four attention outputs takes {cost:.2f} of the time" in README
+
+
+CLASSES = {
+    "DiT": "DiT",
+    "PixArt-α": "PixArtAlpha",
+    "PixArt-Σ": "PixArtSigma",
+    "Latte": "Latte",
+    "SD3 and SD3.5": "StableDiffusion3",
+    "SD3 image to image": "StableDiffusion3Img2Img",
+    "Flux": "Flux",
+    "Flux Control": "FluxControl",
+    "Hunyuan-DiT": "HunyuanDiT",
+    "Sana": "Sana",
+    "AuraFlow": "AuraFlow",
+    "Lumina 2": "Lumina2",
+    "Z-Image": "ZImage",
+    "Qwen-Image": "QwenImage",
+    "LTX": "LTX",
+    "CogVideoX": "CogVideoX",
+    "Wan 2.1 and 2.2": "Wan",
+    "HunyuanVideo": "HunyuanVideo",
+}
+
+
+def test_the_table_of_models_says_what_the_docs_say_of_each_pipeline():
+    docs = (RECORDED.parent / "docs/families.md").read_text()
+    known = {name: (plan, trace, reuse) for name, plan, trace, reuse in
+             re.findall(r"^\| `(\w+)Pipeline` \| (\w+) \| ([\w ]+) \| ([^|]+) \|", docs, re.M)}  # fmt: skip
+    table = README.split("| pipeline | forecast plan |")[1].split("\n\n")[0].splitlines()[2:]
+    said = {}
+    for row in table:
+        names, *support = (cell.strip() for cell in row.strip("|").split("|"))
+        said |= {CLASSES[name]: tuple(support) for name in re.sub(r" \(.*\)", "", names).split(", ")}
+    assert len(table) < 12 and said == known and len(known) == 18

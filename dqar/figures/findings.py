@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable, Mapping
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
+from dqar.figures.challenges import entropy_spreads, looking, shared_runs
 from dqar.figures.style import SLIDE14
 from dqar.measure import metrics
 from dqar.measure.results import Run
@@ -17,10 +18,13 @@ from dqar.studies import arena
 from dqar.studies import benchmarks as benchmark_tables
 from dqar.studies import claims as claims_study
 from dqar.studies import pareto as pareto_study
+from dqar.studies import policy as policy_study
+from dqar.studies import schedules as schedules_study
 from dqar.studies.compare import only
 from dqar.studies.trace import relations
 
 DECIDERS = {"policy": "The network", "oracle": "Measured errors", "rule": "The deck's rule", "chance": "Chance"}
+WORKS = "works here"
 CLEAR = 0.1
 """The rank correlation above which a signal is said to tell something."""
 
@@ -38,6 +42,12 @@ def recorded(answer: Callable[..., str]) -> Callable[..., str]:
     return answer_or_gap
 
 
+def _saved(macs_speedup: float) -> str:
+    """What a method does to the MACs, as a verb: looking may cost more than reuse saves."""
+    saved = 1 - 1 / macs_speedup
+    return f"saves {saved:.0%} of the MACs" if saved >= 0 else f"takes {-saved:.0%} more MACs"
+
+
 def claims(run: Run, gates: pd.DataFrame) -> str:
     """Notebook 00: slide 12's reuses against arithmetic, and the deck's gate."""
     most = claims_study.bounds().set_index(["target", "sites"]).speedup_bound
@@ -46,8 +56,8 @@ def claims(run: Run, gates: pd.DataFrame) -> str:
         f"Slide 12's numbers contradict each other: 47 reuses of 1400 save at most {1 - 1 / most['output', 47]:.1%} of "
         f"the computation, not 23% of the time; reusing the attention of every layer at every step would save "
         f"{1 - 1 / most['output', 1400]:.0%}. On this model the deck's gate reuses {deck.sites_reused:.0%} of the "
-        f"sites. A threshold calibrated on the model reuses {own.sites_reused:.0%} and changes the MACs by "
-        f"{1 / own.macs_speedup - 1:+.0%}, with images at {own.psnr:.1f} dB to full compute's."
+        f"sites. A threshold calibrated on the model reuses {own.sites_reused:.0%} and {_saved(own.macs_speedup)}, "
+        f"with images at {own.psnr:.1f} dB to full compute's."
     )
 
 
@@ -57,10 +67,12 @@ def trace(run: Run, sites: pd.DataFrame, gated: pd.DataFrame) -> str:
     (first, snr_first), (last, snr_last) = by_step.iloc[0], by_step.iloc[-1]
     above = by_step.snr[by_step.snr > 10]
     when = f"first passes 10 at step {above.index[0]} of {len(by_step)}" if len(above) else "never passes 10"
+    falling = (by_step.entropy.diff().dropna() <= 0).mean()
+    falls = "does not fall" if last >= first else "falls" if falling == 1 else "falls, but not steadily"
     reused, lowest = int((gated[gated.family == "deck's gate"].decision == "reuse").sum()), sites.entropy.min()
     return (
-        f"Entropy {'falls' if last < first else 'does not fall'}: it starts at {first:.1f} nats and ends at "
-        f"{last:.1f}, where the deck says {SLIDE14.entropy.iloc[0]} and {SLIDE14.entropy.iloc[-1]}; "
+        f"Entropy {falls}: it starts at {first:.1f} nats, ends at {last:.1f} and falls in {falling:.0%} of the steps; "
+        f"the deck says from {SLIDE14.entropy.iloc[0]} to {SLIDE14.entropy.iloc[-1]}, and in all of them; "
         f"{sites.tokens.iloc[0]} tokens allow at most {math.log(sites.tokens.iloc[0]):.2f}. The SNR "
         f"{'grows' if snr_last > snr_first else 'does not grow'}, from {snr_first:.1f} to {snr_last:.0f}, and {when}. "
         f"The lowest entropy of a site is {lowest:.1f} nats, and the deck's gate at 2.0 nats reuses {reused} times."
@@ -73,36 +85,39 @@ def gate(run: Run, sites: pd.DataFrame, labels: pd.DataFrame) -> str:
     change, error = relations(sites)["entropy"], labels.entropy.corr(labels.error, "spearman")
     if min(change, error) > CLEAR:
         return (
-            f"Yes, somewhat, on this model: where entropy is low, a site moves less from one step to the next (rank "
-            f"correlation {change:+.2f}), and a reuse leaves a smaller error in the finished image ({error:+.2f})."
+            "Yes, somewhat, on this model: where entropy is low, a site moves less from one step to the next (rank "
+            f"correlation ρ(entropy, change) = {change:+.2f}), and a reuse leaves a smaller error in the finished "
+            f"image (ρ(entropy, error) = {error:+.2f})."
         )
     return (
-        f"No. Low entropy does not make a reuse safe. Its rank correlation with how far a site moves from one step to "
-        f"the next is {change:+.2f}, and with the error that a reuse leaves in the image {error:+.2f}; for the "
-        "rule to work, both would have to be clearly positive."
+        "No. Low entropy does not make a reuse safe. The rank correlation of entropy with how far a site moves from "
+        f"one step to the next, ρ(entropy, change), is {change:+.2f}; that with the error that a reuse leaves in the "
+        f"image, ρ(entropy, error), is {error:+.2f}. For the rule to work, both would have to be clearly positive."
     )
 
 
 def schedules(run: Run, sites: pd.DataFrame, table: pd.DataFrame) -> str:
-    """Notebook 03: shallow layers, and schedules against fewer steps."""
-    third, last = sites.layer.max() / 3, sites.step.max()
-    later = sites[sites.step > 0.7 * last]
-    shallow, deep = (later[part].change.mean() for part in (later.layer < third, later.layer > 2 * third))
+    """Notebook 03: whether shallow layers stabilise first, and schedules against fewer steps."""
+    change = schedules_study.change_by_depth(sites, run.profile.num_inference_steps)
+    (early, early_deep), (late, late_deep) = (change.loc[["shallow", "deep"], when] for when in ("early", "late"))
+    first = early < early_deep and late < late_deep
     half = only(table, family="static 2", target="output")
     fewer = table[table.family == "fewer steps"].sort_values("macs_speedup")
     rival = float(np.interp(half.macs_speedup, fewer.macs_speedup, fewer.psnr))
     pays = "pays" if half.psnr > rival else "does not pay"
+    verdict = "Yes, shallow layers stabilise first" if first else "No, shallow layers do not stabilise first"
     return (
-        f"Shallow layers are {'calmer' if shallow < deep else 'no calmer'} than deep ones late in a run ({shallow:.0%} "
-        f"against {deep:.0%} change a step). A fixed schedule {pays}: the attention output reused at every 2nd "
-        f"step changes the MACs by {1 / half.macs_speedup - 1:+.0%}, with images at {half.psnr:.1f} dB to full "
+        f"{verdict}: in the first 30% of a run they change by {early:.0%} a step and deep layers by {early_deep:.0%}, "
+        f"in its second half by {late:.0%} and {late_deep:.0%} (medians). A fixed schedule {pays}: the attention "
+        f"output reused at every 2nd step {_saved(half.macs_speedup)}, with images at {half.psnr:.1f} dB to full "
         f"compute's; fewer steps at equal MACs give {rival:.1f} dB."
     )
 
 
 def quantized_cache(run: Run, quality: pd.DataFrame) -> str:
     """Notebook 04: the fewest bits that nobody sees."""
-    best = quality[quality.bits < 16].groupby("bits").psnr_cache.max()
+    integers = quality[(quality.bits < 16) & (quality["mode"] != "mixed")]  # which keeps K in FP16
+    best = integers.groupby("bits").psnr_cache.max()
     unseen = [int(bits) for bits in sorted(best.index) if best[bits] >= 40]
     fewest = f"{unseen[0]} bits are enough" if unseen else "no width below 16 bits is enough"
     sizes = quality[quality.target == "output"].set_index(["bits", "mode"]).cache_bytes
@@ -128,8 +143,8 @@ def controller(run: Run, gated: pd.DataFrame) -> str:
 
 
 @recorded
-def policy(run: Run, deciders: pd.DataFrame) -> str:
-    """Notebook 06: the deciders at equal reuse."""
+def policy(run: Run, deciders: pd.DataFrame, labels: pd.DataFrame, oracle: pd.DataFrame) -> str:
+    """Notebook 06: the deciders at equal reuse, and the network with and without entropy (means of 3 trainings)."""
     own = (
         deciders[deciders.target == "output"]
         .groupby(["method", "wanted"], as_index=False)[["mse", "sites_reused"]]
@@ -141,10 +156,18 @@ def policy(run: Run, deciders: pd.DataFrame) -> str:
     }
     found = ", ".join(f"{DECIDERS[name].lower()} {at[name]:.1f} dB" for name in DECIDERS if name in at)
     lead = at["rule"] - at["chance"]
+    delta, steps = policy_study.calibrated_delta(oracle), run.profile.num_inference_steps
+    whole, without = (
+        np.mean([policy_study.study(labels, delta, steps, omit=omit, seed=seed).auc() for seed in range(3)])
+        for omit in (None, "entropy")
+    )
+    gain = whole - without
+    helps = "does not help the network" if gain <= 0 else "helps the network" + " little" * bool(gain < 0.02)
     rule = "as good as" if abs(lead) < 1 else f"{abs(lead):.1f} dB {'better' if lead > 0 else 'worse'} than"
     return (
         f"{DECIDERS[max(at, key=lambda name: at[name])]}. With 20% of the attention outputs reused, images come to: "
-        f"{found}. The deck's rule, low entropy inside an SNR window, is {rule} chance here."
+        f"{found}. The deck's rule, low entropy inside an SNR window, is {rule} chance here. Entropy {helps}: the area "
+        f"under the network's ROC curve on unseen classes is {whole:.2f} with it and {without:.2f} without."
     )
 
 
@@ -166,34 +189,62 @@ def results(run: Run, summary: pd.DataFrame) -> str:
 
 
 def conclusions(verdicts: pd.DataFrame, hopes: pd.DataFrame) -> str:
-    """Notebook 09: the verdicts by name."""
+    """Notebook 09: the verdicts by name, with the number that each rests on."""
 
-    def names(table: pd.DataFrame, verdict: str) -> str:
-        return "; ".join(table[table.verdict == verdict].iloc[:, 0].map(lambda name: f"“{name}”")) or "none"
+    def names(table: pd.DataFrame, reason: str, verdict: str) -> str:
+        own = table[table.verdict == verdict]
+        numbers = own[reason].map(_first_number) if verdict != "not testable here" else [""] * len(own)
+        return "; ".join(f"“{name}”{number}" for name, number in zip(own.iloc[:, 0], numbers, strict=True)) or "none"
 
-    untested = "not testable here"
-    return (
-        f"Of slide 17's claims, these hold: {names(verdicts, 'holds')}. These do not hold on this model: "
-        f"{names(verdicts, 'does not hold')}. Not testable here: {names(verdicts, untested)}. Of slide 16's hopes, "
-        f"what holds: {names(hopes, 'holds')}; what does not: {names(hopes, 'does not hold')}; not testable here: "
-        f"{names(hopes, untested)}."
-    )
+    lines = []
+    for what, table, reason in (("claims", verdicts, "reason"), ("hopes", hopes, "measured")):
+        count = table.verdict.value_counts()
+        found = (
+            f"{count.get(verdict, 0)} {verb}: {names(table, reason, verdict)}"
+            for verdict, verb in (
+                ("holds", "hold here"),
+                ("does not hold", "do not hold"),
+                ("not testable here", "can't be tested here"),
+            )
+        )
+        lines.append(f"Of slide {17 if what == 'claims' else 16}'s {len(table)} {what}, {'. '.join(found)}.")
+    return " ".join(lines)
 
 
-def benchmarks(tables: Mapping[str, pd.DataFrame]) -> str:
-    """Notebook 10: saved computation against saved time."""
+def _first_number(reason: str) -> str:
+    """In brackets, the first part of a reason that has a number in it; ``""`` where none has."""
+    parts = re.split(r"(?<=[.;]) ", reason)
+    return next((f" ({part.rstrip('.;')})" for part in parts if any(map(str.isdigit, part))), "")
+
+
+def benchmarks(tables: Mapping[str, pd.DataFrame], deciding: pd.DataFrame) -> str:
+    """Notebook 10: saved computation against saved time, the targets, and kept modulations.
+
+    Args:
+        tables: of ``benchmarks.recorded``.
+        deciding: of ``overhead.summary``.
+    """
     if not tables:
         return "Not measured yet: `dqar benchmark` makes the tables."
     lines = []
     for device, table in tables.items():
         steps = benchmark_tables.summary(table).query("part == 'step'").dropna(subset=["macs_speedup"])
-        looking = steps[steps.method.str.contains("look|entropy", regex=True)]
         shares = steps[steps.macs_speedup > 1.01].groupby("family").realised.median()
         saved = ", ".join(f"{family} {share:.0%}" for family, share in shares.items())
-        looks = f" Looking at the entropy makes a step up to {looking.cost.max():.2f} times as long." * bool(
-            len(looking)
+        targets = benchmark_tables.targets(table)
+        missed = "; ".join(f"{row.target}: {row.measured:.3f} (goal {row.bound:g})"
+                           for row in targets[~targets.met.astype(bool)].itertuples())  # fmt: skip
+        lines.append(
+            f"On {device}, at DiT-XL/2's size, the clock shows this much of the speedup that the MACs promise: {saved}."
+            f" Looking at the exact entropy of every site adds {targets.measured.iloc[0]:.0%} to a step. "
+            f"{targets.met.sum()} of {len(targets)} targets are met; missed: {missed or 'none'}."
         )
-        lines.append(f"On {device}, the clock shows this much of the speedup that the MACs promise: {saved}.{looks}")
+    output = only(deciding, method="attention output, INT8")
+    lines.append(
+        f"On the digits model, {deciding.met.sum()} of {len(deciding)} goals for what deciding costs are met where the "
+        f"modulations are made anew, {deciding.met_kept.sum()} where they are kept from run to run: with reuse of "
+        f"the attention output in INT8, keeping them turns a speedup of {output.anew:.2f} into {output.kept:.2f}."
+    )
     return " ".join(lines)
 
 
@@ -225,9 +276,55 @@ def pareto(run: Run, tables: Mapping[str, pd.DataFrame]) -> str:
     return " ".join(lines)
 
 
-def challenges(run: Run, panel: Figure) -> str:
-    """Notebook 08: the finding of the panel that has all five."""
-    title = " ".join(panel.get_suptitle().split())
-    if not title:
-        return f"Not measured yet for the profile {run.profile.name}: `dqar record --profile {run.profile.name}`."
-    return f"{title}. The deck's τ(p) was not tested: that takes prompts of many lengths."
+@recorded
+def challenges(
+    run: Run,
+    labels: pd.DataFrame,
+    oracle: pd.DataFrame,
+    accumulation: pd.DataFrame,
+    overhead: pd.DataFrame,
+    sharing: pd.DataFrame,
+) -> str:
+    """Notebook 08: a verdict on each of the deck's five solutions, from the tables of slide 15's figure."""
+    _, within = entropy_spreads(labels)
+    last = accumulation[accumulation.step == accumulation.step.max()].set_index(["bits", "variant"]).relative_error
+    one, balanced, channel = (last[8, name] for name in ("per tensor", "per tensor + CSB", "per channel"))
+    delta, steps = policy_study.calibrated_delta(oracle), run.profile.num_inference_steps
+    with_l2, without = (policy_study.study(labels, delta, steps, l2=l2).auc() for l2 in (1e-4, 0.0))
+    gain, better = with_l2 - without, "helps here, but a scale a channel helps more"
+    cost = looking(overhead).median()
+    most = shared_runs(sharing).query("target == 'output'").iloc[-1]
+    rows = (
+        (
+            "threshold calibration",
+            "can't be tested here",
+            f"τ(p) needs prompts of many lengths; entropy varies by {within:.2f} nats from site to site",
+        ),
+        (
+            "balancing of channels",
+            WORKS if balanced < min(one, channel) else better if balanced < one else "does not help here",
+            f"in INT8 the latents end {balanced:.2%} off, {one:.2%} without it; with a scale a channel {channel:.2%}",
+        ),
+        (
+            "L2 against overfitting",
+            WORKS if gain > 0.005 else "does harm here" if gain < -0.005 else "makes no difference here",
+            f"area under the ROC curve on unseen classes {with_l2:.3f} with it, {without:.3f} without",
+        ),
+        (
+            "entropy in one pass",
+            WORKS if cost["fused"] <= 0.1 else "costs too much here",
+            f"it adds {cost['fused']:.0%} to a step, whole maps {cost['maps']:.0%}; at every 4th step it adds "
+            f"{cost['fused, every 4th step']:.0%}",
+        ),
+        (
+            "sharing of branches",
+            WORKS if most.psnr >= 40 else "costs too much quality here",
+            f"at most it {_saved(most.macs_speedup)}, with images at {most.psnr:.0f} dB",
+        ),
+    )
+    good = ", ".join(name for name, verdict, _ in rows if verdict == WORKS)
+    found = " ".join(
+        f"{number}. {name[0].upper()}{name[1:]} {verdict}: {why}."
+        for number, (name, verdict, why) in enumerate(rows, 1)
+    )
+    return f"Of the deck's five solutions, these work here: {good or 'none'}. {found}"

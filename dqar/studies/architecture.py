@@ -53,15 +53,9 @@ def folder_graph() -> dict[str, set[str]]:
 
 
 def purposes() -> dict[str, str]:
-    """First line of each core module's docstring, up to its first colon, semicolon or full stop."""
-    lines = {}
-    for name in core_graph():
-        docstring = ast.get_docstring(ast.parse(path_of(name).read_text())) or ""
-        first = docstring.splitlines()[0]
-        for mark in (":", ";", "."):
-            first = first.split(mark)[0]
-        lines[name] = first
-    return lines
+    """First line of each core module's docstring."""
+    docstrings = {name: ast.get_docstring(ast.parse(path_of(name).read_text())) or "" for name in core_graph()}
+    return {name: text.splitlines()[0] for name, text in docstrings.items()}
 
 
 def levels(graph: dict[str, set[str]]) -> dict[str, int]:

@@ -66,9 +66,9 @@ def errata(run: Run) -> pd.DataFrame:
         (
             "5",
             "low entropy: safe to reuse",
-            "ρ(entropy, error) should be clearly positive",
-            f"ρ = {relations['entropy']:+.2f} overall, {relations['entropy_within_step']:+.2f} within a step "
-            f"(SNR within a layer {relations['snr_within_layer']:+.2f})",
+            "ρ(entropy, change since the step before) should be clearly positive",
+            f"ρ(entropy, change) = {relations['entropy']:+.2f} overall, {relations['entropy_within_step']:+.2f} within "
+            f"a step; ρ(SNR, change) = {relations['snr_within_layer']:+.2f} within a layer",
         ),
         ("8", "layers 20 to 28", "28 blocks are numbered 0 to 27", f"{layers} layers, clamped to 0 to {layers - 1}"),
         (

@@ -112,7 +112,10 @@ def quantization_quality(run: Run, configs: Sequence[DQARConfig] | None = None) 
         [
             [
                 Method(f"{number}: 16 bit", config=unquantized(config)),
-                Method(f"{number}: INT{config.quantize_bits} {config.quantize_mode}", config=config),
+                Method(
+                    f"{number}: INT{config.quantize_bits} {config.quantize_mode}{' + CSB' * config.balance}",
+                    config=config,
+                ),
             ]
             for number, config in enumerate(configs)
         ]
