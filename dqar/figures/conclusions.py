@@ -94,10 +94,11 @@ def slide16_batches(run: Run, batches: pd.DataFrame) -> Figure:
         spread = [own.speed - own.speed_low, own.speed_high - own.speed]
         left.errorbar(own.together, own.speed, yerr=spread, capsize=6, **look)
         if own["median"].notna().any():
-            right.plot(own.together, own["median"], **look)
+            right.plot(own.together, own["median"], **{**look, "label": "_"})
             right.plot(own.together, own.worst, **{**look, "ls": ":", "label": "_"})
     gate = points[points.method == batch_study.GATE].set_index("together")
     right.axhline(gate["median"][1], color=ACCENT, lw=1.5, ls="--", label="a gate of each image's own")
+    right.plot([], [], color=GREY, lw=3, label="the median image")
     right.plot([], [], color=GREY, lw=3, ls=":", label="the worst image")
     for axes in (left, right):
         axes.set(xscale="log", xlabel="images at once")

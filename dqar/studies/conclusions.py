@@ -233,15 +233,14 @@ def production(table: pd.DataFrame | None) -> str:
     Args:
         table: of ``batches.record_batches``.
     """
-    processes = "a sweep is shared by processes (two on a CPU, tested)"
+    processes = "two CPU processes tested"
     if table is None:
         return f"one gate decides for a whole batch; {processes}"
-    points = batches.points(table).set_index(["method", "together"])
-    most = table.together.max()
+    speed, most = batches.points(table).set_index(["method", "together"]).speed, table.together.max()
     change, low, high = batches.sharing(table)
     return (
-        f"{most} at once: {points.speed[FULL.name, most]:.2f}× as fast; one gate for all changes the median by "
-        f"{change:+.1f} dB ({low:+.1f} to {high:+.1f}); {processes}"
+        f"{most} at once: {speed[FULL.name, most]:.2f}× as fast; one gate for all: {change:+.1f} dB in the median "
+        f"({low:+.1f} to {high:+.1f}; n = {table.image.nunique()}); {processes}"
     )
 
 

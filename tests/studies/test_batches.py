@@ -72,7 +72,7 @@ def test_the_figure_and_slide_16_say_what_the_table_says(tmp_path):
         "2 images at once are drawn 2.00 times as fast as one by one; one gate for all of them instead of one each "
         "changes their median PSNR by −3.0 dB (−3.0 to −3.0)"
     )
-    said = "2 at once: 2.00× as fast; one gate for all changes the median by -3.0 dB (-3.0 to -3.0)"
+    said = "2 at once: 2.00× as fast; one gate for all: -3.0 dB in the median (-3.0 to -3.0; n = 3)"
     assert conclusions.production(recorded()).startswith(said)
     assert figures.slide16_batches(run, None).get_suptitle() == ""
 
