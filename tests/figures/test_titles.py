@@ -24,7 +24,7 @@ def changes(shallow, deep):
         (
             (0.12, 0.07),
             (0.15, 0.16),
-            "do stabilise first (12% change a step early, 7% late); deep ones never do (15%, 16%)",
+            "do stabilise first (12% change a step early, 7% late); deep ones do not (15%, 16%)",
         ),
         ((0.17, 0.07), (0.15, 0.10), "are calmest only late (17% change a step early, 7% late); deep ones do too (15%"),
         ((0.12, 0.17), (0.15, 0.10), "do not stabilise first"),
