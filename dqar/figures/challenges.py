@@ -96,7 +96,16 @@ def slide15(
 def slide15_thresholds(run: Run, labels: pd.DataFrame) -> Figure:
     """Challenge 1: entropy by class. Every label is one word long, so τ(p) has nothing to adapt to."""
     figure, axes = plt.subplots()
-    sns.ecdfplot(labels, x="entropy", hue="label", ax=axes, palette=[ACCENT], lw=2.5, alpha=0.5, legend=False)
+    sns.ecdfplot(
+        labels,
+        x="entropy",
+        hue="label",
+        ax=axes,
+        palette=[ACCENT] * labels.label.nunique(),
+        lw=2.5,
+        alpha=0.5,
+        legend=False,
+    )
     between, within = entropy_spreads(labels)
     axes.set(xlabel="entropy of a site (nats)", ylabel="share of sites with less")
     axes.yaxis.set_major_formatter("{x:.0%}")

@@ -23,7 +23,7 @@ def slide05(run: Run, sites: pd.DataFrame) -> Figure:
     points = axes.scatter(shown.snr, shown.entropy, c=shown.change.clip(upper=1), s=18, cmap="cividis_r", lw=0,
                           rasterized=True)  # fmt: skip
     bar = figure.colorbar(points, ax=axes, label="relative error of a reuse", pad=0.01)
-    bar.ax.axhline(shown.change.median(), color=ACCENT, lw=3)
+    bar.ax.axhline(shown.change.median(), color=DARK, lw=3)
     axes.plot([], [], color=ACCENT, lw=3, alpha=0, label=f"all sites: median error {shown.change.median():.0%}")
     gate = calibrated_gate(run)
     assert gate.snr_range is not None  # as proposed

@@ -67,7 +67,7 @@ def settling_in_words(change: pd.DataFrame) -> str:
     early, late = (change[part] for part in ("early", "late"))
     least = [part.shallow < min(part.middle, part.deep) for part in (early, late)]
     verdict = "do stabilise first" if all(least) else "are calmest only late" if least[1] else "do not stabilise first"
-    settled = "deep ones do too" if late.deep < early.deep else "deep ones never do"
+    settled = "deep ones do too" if late.deep < early.deep else "deep ones do not"
     return (
         f"Shallow layers {verdict} ({early.shallow:.0%} change a step early, {late.shallow:.0%} late); "
         f"{settled} ({early.deep:.0%}, {late.deep:.0%})"

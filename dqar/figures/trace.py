@@ -16,7 +16,7 @@ def slide04(run: Run, sites: pd.DataFrame) -> Figure:
     figure, (left, right) = plt.subplots(1, 2)
     tokens, layers = int(sites.tokens.iloc[0]), sites.layer.nunique()
     left.set_title(r"$H_t=-\frac{1}{H}\sum_h\,\sum_{ij}A^{(h)}_t(i,j)\,\ln\left(A^{(h)}_t(i,j)+\varepsilon\right)$",
-                   size=20, pad=42)  # fmt: skip
+                   size=20, pad=50)  # fmt: skip
     left.text(0.5, 1.015, "plotted: mean over the queries i, not their sum", transform=left.transAxes, ha="center",
               va="bottom", color=GREY)  # fmt: skip
     by_step = sites.groupby("step").entropy.quantile([0.0, 0.25, 0.5, 0.75, 1.0]).unstack()
@@ -28,7 +28,7 @@ def slide04(run: Run, sites: pd.DataFrame) -> Figure:
               va="bottom", color=GREY)  # fmt: skip
     left.set(xlabel="denoising step", ylabel="entropy, mean over queries (nats)", ylim=(0, 1.12 * np.log(tokens)))
     left.legend(loc="lower left")
-    right.set_title(r"$\mathrm{SNR}_t=\|x_0\|_2^2\,/\,\left(\|x_t-x_0\|_2^2+\varepsilon\right)$", size=20, pad=42)
+    right.set_title(r"$\mathrm{SNR}_t=\|x_0\|_2^2\,/\,\left(\|x_t-x_0\|_2^2+\varepsilon\right)$", size=20, pad=50)
     snr = sites.groupby("step")[["snr", "snr_schedule"]].mean()
     right.plot(snr.index, snr.snr, color=ACCENT, lw=4, label=r"with the predicted $x_0$")
     right.plot(snr.index, snr.snr_schedule, color=GREY, lw=3, ls="--", label="by the noise schedule alone")
@@ -41,7 +41,7 @@ def slide04(run: Run, sites: pd.DataFrame) -> Figure:
         figure,
         f"While the SNR grows {times(snr.snr)}, the entropy of attention stays between {low:.1f} and {high:.1f} nats",
     )
-    return save(run, "slide04", figure, sites, f"{_images(run)}, of which each site is the mean")
+    return save(run, "slide04", figure, sites, f"{_images(run)}; each site: their mean")
 
 
 def slide14_curves(run: Run, sites: pd.DataFrame, gated: pd.DataFrame) -> Figure:
