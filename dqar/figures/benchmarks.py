@@ -60,4 +60,6 @@ def slide12_benchmarks(run: Run, tables: dict[str, pd.DataFrame]) -> Figure:
         f"At DiT-XL/2's size, reusing three of four attentions takes {costs[REUSED]:.2f} of the time, "
         f"forecasting every 2nd step {costs[FORECAST]:.2f}",
     )
-    return save(run, "slide12_benchmarks", figure, next(iter(tables.values())), "random weights: time only")
+    runs = [int(table[table.part == "step"].groupby("method").size().min()) for table in tables.values()]
+    note = f"n = {' and '.join(map(str, runs))} runs of each; random weights: time only"
+    return save(run, "slide12_benchmarks", figure, next(iter(tables.values())), note)

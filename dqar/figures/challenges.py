@@ -23,8 +23,13 @@ from dqar.figures.style import (
 )
 from dqar.measure.results import Run
 from dqar.studies import policy
+from dqar.studies.recording import Sizes
 
-LOOKING = {"fused": "exact", "fused, every 4th step": "every 4th step", "maps": "from whole attention maps"}
+LOOKING = {
+    "fused": "exact, tile by tile",
+    "fused, every 4th step": "so, every 4th step",
+    "maps": "exact, from whole maps",
+}
 """Ways to measure entropy, in words; that from a few queries is called after their number."""
 
 
@@ -55,7 +60,7 @@ def slide15(
             "2. Quantization error",
             "channel-wise salience balancing, top-k channels",
             f"latents end {last[8, 'per tensor']:.2%} off in INT8, {last[8, 'per tensor + CSB']:.2%} with "
-            f"balancing, {last[8, 'per channel']:.2%} with a scale a channel",
+            f"balancing, {last[8, 'per channel']:.2%} with a scale for each channel",
         ),
         (
             "3. Policy overfitting",
@@ -65,8 +70,8 @@ def slide15(
         (
             "4. Metric overhead",
             "vectorized operations, compute once",
-            f"exact entropy adds {cost['fused']:.0%} to a step of this model, every 4th step "
-            f"{cost['fused, every 4th step']:.0%}",
+            f"exact entropy adds {cost['fused']:.0%} to a step tile by tile, {cost['maps']:.0%} from whole maps, "
+            f"{cost['fused, every 4th step']:.0%} at every 4th step (DiT-XL/2's size: slide12_benchmarks)",
         ),
         (
             "5. CFG branch sharing",
@@ -77,9 +82,13 @@ def slide15(
     ]
     table = pd.DataFrame(rows, columns=["Problem", "The deck's solution", "Measured"])
     best = last[8, "per channel"] < last[8, "per tensor + CSB"]
-    title = "A scale a channel beats balancing" if best else "Balancing channels helps"
-    title = f"{title}, looking costs {cost['fused']:.0%} of a step, and sharing branches costs quality"
-    note = f"n = {sharing.image.nunique()} images (5), {len(labels):,} reuses (1, 3)"
+    title = "A scale for each channel beats balancing" if best else "Balancing channels helps"
+    title = (
+        f"{title}; measuring exact entropy adds at least {min(cost['fused'], cost['maps']):.0%} to a step; sharing "
+        "branches costs quality"
+    )
+    repeats, images = overhead.repeat.nunique(), sharing.image.nunique()
+    note = f"n = {len(labels):,} reuses (1, 3), {images} images (2, 5), {repeats} runs (4); 3: stopped early"
     return save_table(run, "slide15", title, table, [20, 27, 48], sharing, note)
 
 
@@ -87,15 +96,18 @@ def slide15(
 def slide15_thresholds(run: Run, labels: pd.DataFrame) -> Figure:
     """Challenge 1: entropy by class. Every label is one word long, so τ(p) has nothing to adapt to."""
     figure, axes = plt.subplots()
-    sns.boxplot(labels, x="label", y="entropy", ax=axes, color=ACCENT, width=0.6, fliersize=0)
+    sns.ecdfplot(labels, x="entropy", hue="label", ax=axes, palette=[ACCENT], lw=2.5, alpha=0.5, legend=False)
     between, within = entropy_spreads(labels)
-    axes.set(xlabel="class (every label is one word long: p = 1)", ylabel="entropy of a site (nats)")
+    axes.set(xlabel="entropy of a site (nats)", ylabel="share of sites with less")
+    axes.yaxis.set_major_formatter("{x:.0%}")
+    axes.set_title(f"A line for each of {labels.label.nunique()} classes (every label is one word long: p = 1)")
     headline(
         figure,
         f"Classes differ by {between:.2f} nats and the sites of one class by {within:.2f}: a threshold must adapt to "
         "the site",
     )
-    return save(run, "slide15_thresholds", figure, labels, f"n = {len(labels):,} sites; standard deviations")
+    note = f"n = {len(labels):,} sites of single images; standard deviations"
+    return save(run, "slide15_thresholds", figure, labels, note)
 
 
 @recorded("few-bit caches, step by step")
@@ -122,7 +134,8 @@ def slide15_accumulation(run: Run, accumulation: pd.DataFrame) -> Figure:
         figure,
         f"In 8, 4 and 2 bits the latents end {errors} off; balancing the channels makes that {gains} times smaller",
     )
-    return save(run, "slide15_accumulation", figure, accumulation)
+    note = f"n = {Sizes.of(run.profile).sweep_images} images (means); K and V of every 2nd step from the cache"
+    return save(run, "slide15_accumulation", figure, accumulation, note)
 
 
 @recorded("errors of single reuses")
@@ -141,19 +154,20 @@ def slide15_overfitting(run: Run, labels: pd.DataFrame, oracle: pd.DataFrame) ->
         ax.set_title(f"{name}:\narea {study.auc():.3f}")
     axes[0].set_ylabel("cross-entropy (nats)")
     axes[0].legend()
-    areas = [study.auc() for study in studies.values()]
+    without, own, more = (study.auc() for study in studies.values())
     headline(
         figure,
-        f"L2 regularization moves the area under the ROC curve by {max(areas) - min(areas):.3f} on "
-        f"{pictures(run)} that the network has not seen",
+        f"The deck's L2 moves the area under the ROC curve by {own - without:+.3f} on {pictures(run)} that the network "
+        f"has not seen, a hundred times as much by {more - without:+.3f}",
     )
-    note = f"n = {len(labels):,} single reuses of 10 classes, {len(policy.TEST)} held out; not stopped early"
+    classes = f"{labels.label.nunique()} classes, {len(policy.TEST)} held out"
+    note = f"n = {len(labels):,} single reuses of {classes}; not stopped early, as slide 15's"
     return save(run, "slide15_overfitting", figure, labels, note)
 
 
 @recorded("whole steps with the entropy in different ways")
 def slide15_looking(run: Run, overhead: pd.DataFrame) -> Figure:
-    """Challenge 4: what the entropy costs, as a share of a whole step. The workbook's one figure of that cost."""
+    """Challenge 4: what the entropy costs, as a share of a whole step of this profile's model."""
     share = looking(overhead).drop(columns="none")
     few = next(name for name in share if name.endswith("queries"))
     names = {"fused": LOOKING["fused"], few: few.removeprefix("fused, "), **LOOKING}
@@ -174,10 +188,11 @@ def slide15_looking(run: Run, overhead: pd.DataFrame) -> Figure:
     axes.set(xlabel="time added to a denoising step (median, quartiles)", ylabel="how entropy is measured")
     headline(
         figure,
-        f"On this model exact entropy adds {middle['fused']:.0%} to a step; measured at every 4th step it adds "
-        f"{middle['fused, every 4th step']:.0%}",
+        f"On this model exact entropy adds {middle['fused']:.0%} to a step tile by tile, {middle['maps']:.0%} from "
+        f"whole attention maps, and {middle['fused, every 4th step']:.0%} tile by tile at every 4th step",
     )
-    return save(run, "slide15_looking", figure, overhead, f"{len(share)} runs taken in turn")
+    note = f"n = {len(share)} runs taken in turn; at DiT-XL/2's size: slide12_benchmarks"
+    return save(run, "slide15_looking", figure, overhead, note)
 
 
 @recorded("branches that share")

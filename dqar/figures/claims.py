@@ -68,5 +68,5 @@ def slide12_gates(run: Run, gates: pd.DataFrame) -> Figure:
         if (gates[gates.family == "deck's gate"].sites_reused == 0).all()
         else f"A gate saves at most {1 - 1 / best.macs_speedup:.0%} of the MACs, at {best.psnr:.0f} dB"
     )
-    note = f"n = {run.profile.num_samples} images"
+    note = f"n = {run.profile.num_samples} images; MACs: counted, with those of measuring the signals"
     return save_table(run, "slide12_gates", title, table, [32, 16, 16, 26], gates, note)

@@ -51,8 +51,8 @@ def slide16(run: Run, directions: pd.DataFrame) -> Figure:
         }
     )
     title = f"Of {len(table)} hopes for future work, {_counts(directions)}"
-    note = "PSNR to an unquantized cache (✓ from 40 dB) and to full compute"
-    return save_table(run, "slide16", title, table, [18, 18, 12, 47], directions, note)
+    note = "bits: dB to an unquantized cache, ✓ from 40; more: appendix, slide16_…"
+    return save_table(run, "slide16", title, table, [17, 16, 12, 55], directions, note)
 
 
 def slide17(run: Run, verdicts: pd.DataFrame) -> Figure:
@@ -69,7 +69,8 @@ def slide17(run: Run, verdicts: pd.DataFrame) -> Figure:
         }
     )
     title = f"Of {len(table)} claims, {_counts(verdicts)}"
-    return save_table(run, "slide17", title, table, [30, 12, 53], verdicts)
+    note = "first reason of each; all of them: appendix, slide17_reasons"
+    return save_table(run, "slide17", title, table, [28, 12, 60], verdicts, note)
 
 
 def slide17_reasons(run: Run, verdicts: pd.DataFrame) -> pd.DataFrame:

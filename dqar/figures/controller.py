@@ -68,8 +68,10 @@ def slide09(run: Run, gated: pd.DataFrame) -> Figure:
     right.set(xlabel="denoising step", ylabel="layer")
     right.set_title("What it answered")
     share = (table.decision == "reuse").mean()
+    steps, layers = table.step.nunique(), table.layer.nunique()
+    note = f"calibrated gate, conditional branch, 4 images; n = {len(table):,} sites ({steps} steps × {layers} layers)"
     headline(figure, f"The controller gives a reason for every decision; here it reused {share:.0%} of the sites")
-    return save(run, "slide09", figure, gated, "calibrated gate, conditional branch")
+    return save(run, "slide09", figure, gated, note)
 
 
 BOXES = {
@@ -108,9 +110,11 @@ def slide10(run: Run) -> Figure:
     rest = [count for name, count in lines.items() if name != "Controller"]
     headline(
         figure,
-        f"One controller asks four modules, and its cache a fifth; each is a file of {min(rest)} to {max(rest)} lines",
+        f"One controller of {lines['Controller']} lines asks four modules, and its cache a fifth, of {min(rest)} to "
+        f"{max(rest)} lines each",
     )
-    return save(run, "slide10", figure, pd.DataFrame())
+    boxes = [f"{name}: {' '.join(purpose.split())}, {lines[name]} lines" for name, (_, purpose, _) in BOXES.items()]
+    return save(run, "slide10", figure, pd.DataFrame(), described=". ".join(boxes))
 
 
 def slide10_imports(run: Run) -> Figure:

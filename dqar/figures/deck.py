@@ -35,6 +35,18 @@ FONT = "Arial"
 CONVERTER = "soffice"
 
 
+BOUNDS = {
+    # slide: what facts or arithmetic allow, where ``studies.claims.errata`` has no row of it
+    6: "8 of 16 bits are 0.50 of FP16's bytes, K in FP16 with V in INT8 0.75, before scales",
+    7: "five features, two hidden layers of 64 and one output have 4,609 parameters",
+    10: "none; the structure is read from the code",
+    11: "DiT-XL/2 takes class labels, so COCO's captions cannot be its input",
+    13: "where the intervals of two distances overlap, they show no difference",
+    16: "b bits take b/16 of FP16's bytes before scales",
+    17: "reuse of K and V at every site saves at most 16 % of DiT-XL/2's MACs, so 1.19× at most",
+}
+
+
 @dataclass(frozen=True)
 class Look:
     """Colours of a deck: light or dark, on a background of its own or on none."""
@@ -114,11 +126,21 @@ def notes(slide: int, sidecar: dict[str, Any], errata: list[dict[str, str]]) -> 
     for row in errata:
         if str(slide) in row["slide"].split(", "):
             lines.append(f"Claimed: {row['claimed']}. Bound: {row['bound']}. Measured: {row['measured']}.")
-    if sidecar["measured_on"]:
-        threads = "1 thread" if sidecar["threads"] == 1 else f"{sidecar['threads']} threads"
-        lines.append(f"Hardware: {sidecar['device']}, {sidecar['dtype']}, {threads}; seed {sidecar['seed']}.")
+    if slide in BOUNDS:
+        lines.append(f"Bound: {BOUNDS[slide]}.")
+    lines.append(
+        f"Hardware: {_source(sidecar)}." if sidecar["measured_on"] else "Hardware, seed: none, nothing was run."
+    )
+    if images := sidecar.get("images"):  # times and images were recorded apart
+        lines.append(f"Images: {_source(images)}; commit {images['commit']}, {images['date'][:10]}.")
     lines.append(f"Commit {sidecar['commit']}, {sidecar['date'][:10]}.")
     return "\n".join(lines)
+
+
+def _source(provenance: dict[str, Any]) -> str:
+    """Device, precision, threads and seed in words."""
+    threads = "1 thread" if provenance["threads"] == 1 else f"{provenance['threads']} threads"
+    return f"{provenance['device']}, {provenance['dtype']}, {threads}; seed {provenance['seed']}"
 
 
 def darkened(color: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -187,7 +209,7 @@ def _add_slide(deck: Any, figures: Path, number: int, errata: list[dict[str, str
     title.text_frame.vertical_anchor = MSO_ANCHOR.MIDDLE
     box = (0.3, top + 0.06, WIDTH - 0.6, HEIGHT - FOOTER - top - 0.1)
     if "table" in sidecar:
-        _add_table(slide, sidecar["table"], box, look)
+        _add_table(slide, sidecar["table"], box, look).set("descr", sidecar["alt"])
     elif "charts" in sidecar:
         _add_charts(slide, sidecar["charts"], box, look)
     else:
@@ -224,8 +246,8 @@ def _set_font(font: Any, color: RGBColor, size: float = SMALLEST, bold: bool = F
     font.color.rgb = color
 
 
-def _add_table(slide: Any, table: dict[str, Any], box: tuple[float, ...], look: Look) -> None:
-    """A native table; its rows are as high as their text, and share what is left."""
+def _add_table(slide: Any, table: dict[str, Any], box: tuple[float, ...], look: Look) -> Any:
+    """A native table; its rows are as high as their text, and share what is left. Returns its non-visual properties."""
     rows = [table["columns"], *table["rows"]]
     left, top, width, height = box
     widths = [width * share / sum(table["widths"]) for share in table["widths"]]
@@ -253,6 +275,7 @@ def _add_table(slide: Any, table: dict[str, Any], box: tuple[float, ...], look: 
                 cell.fill.fore_color.rgb = look.color("#F3F5F7")
             else:
                 cell.fill.background()
+    return shape._element._nvXxPr.cNvPr
 
 
 def _lines(text: str, inches: float) -> int:

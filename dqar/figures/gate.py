@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from dqar import stats
 from dqar.figures.style import ACCENT, BLUE, COMPUTE, DARK, GREY, headline, pictures, plain_ticks, recorded, save
+from dqar.measure.metrics import mean_psnr
 from dqar.measure.results import Run
 from dqar.studies import policy, trace
 from dqar.studies.gate import calibrated_gate
@@ -21,14 +22,20 @@ def slide05(run: Run, sites: pd.DataFrame) -> Figure:
     figure, axes = plt.subplots()
     points = axes.scatter(shown.snr, shown.entropy, c=shown.change.clip(upper=1), s=18, cmap="cividis_r", lw=0,
                           rasterized=True)  # fmt: skip
-    figure.colorbar(points, ax=axes, label="relative error of a reuse", pad=0.01)
+    bar = figure.colorbar(points, ax=axes, label="relative error of a reuse", pad=0.01)
+    bar.ax.axhline(shown.change.median(), color=ACCENT, lw=3)
+    axes.plot([], [], color=ACCENT, lw=3, alpha=0, label=f"all sites: median error {shown.change.median():.0%}")
     gate = calibrated_gate(run)
     assert gate.snr_range is not None  # as proposed
     low, high = gate.snr_range
     bottom = min(1.7, shown.entropy.min() - 0.1)
+    inside = shown[shown.snr.between(low, high) & (shown.entropy < gate.entropy_threshold)]
+    opened = int((shown.snr.between(low, high) & (shown.entropy < 2.0)).sum())
+    error, everywhere = inside.change.median(), shown.change.median()
+    calibrated = f"gate calibrated on this model: H < {gate.entropy_threshold:.2f}, median error inside {error:.0%}"
     for threshold, label, style, color in (
-        (gate.entropy_threshold, f"gate calibrated on this model: H < {gate.entropy_threshold:.2f}", "-", ACCENT),
-        (2.0, "the deck's gate: H < 2.0", "--", DARK),
+        (gate.entropy_threshold, calibrated, "-", ACCENT),
+        (2.0, f"the deck's gate: H < 2.0, {opened:,} sites inside", "--", DARK),
     ):
         axes.plot(
             [low, low, high, high], [bottom, threshold, threshold, bottom], ls=style, color=color, lw=4, label=label
@@ -38,14 +45,14 @@ def slide05(run: Run, sites: pd.DataFrame) -> Figure:
     axes.set_ylim(bottom, np.log(sites.tokens.iloc[0]) + 0.7)
     axes.legend(loc="upper right")
     axes.set_title(r"Reuse if  $H_t<\tau(p)=\tau\,\sqrt{p/64}$  and  $\mathrm{SNR}_t\in[a,b]$", size=20, pad=12)
-    opened = int((shown.snr.between(low, high) & (shown.entropy < 2.0)).sum())
-    inside = shown[shown.snr.between(low, high) & (shown.entropy < gate.entropy_threshold)]
     headline(
         figure,
-        f"The deck's gate opens at {opened:,} of {len(shown):,} sites; in a calibrated one a reuse errs by "
-        f"{inside.change.median():.0%}, against {shown.change.median():.0%} over all sites",
+        f"The deck's gate opens at {opened:,} of {len(shown):,} sites; inside a calibrated one "
+        f"the median error of a reuse is {error:.0%}, over all sites {everywhere:.0%}",
     )
-    return save(run, "slide05", figure, sites, f"medians; n = {run.profile.num_samples} images")
+    layers, steps = shown.layer.nunique(), shown.step.nunique()
+    note = f"n = {run.profile.num_samples} images; sites: {layers} layers × {steps} steps after the first × 2 branches"
+    return save(run, "slide05", figure, sites, note)
 
 
 def slide05_tau(run: Run, sites: pd.DataFrame) -> Figure:
@@ -58,15 +65,22 @@ def slide05_tau(run: Run, sites: pd.DataFrame) -> Figure:
     axes.annotate(f"τ(8) = {stats.tau(2.0, 8):.2f}", (8, stats.tau(2.0, 8)), (14, -8), textcoords="offset points")
     axes.annotate("τ(64) = 2.00", (64, 2.0), (8, -24), textcoords="offset points")
     axes.axhspan(
-        sites.entropy.min(), sites.entropy.max(), color=BLUE, alpha=0.2, lw=0, label="measured entropies, all sites"
+        sites.entropy.min(),
+        sites.entropy.max(),
+        color=BLUE,
+        alpha=0.2,
+        lw=0,
+        label="measured entropies, means of all images",
     )
     axes.set(xlabel="prompt length p (words)", ylabel="entropy threshold (nats)", ylim=(0, None))
     axes.legend(loc="lower right")
     reached = next((int(p) for p in range(1, 100_000) if stats.tau(2.0, int(p)) > sites.entropy.min()), 100_000)
     headline(
-        figure, f"The deck's threshold is lower than every entropy of this model up to prompts of {reached - 1} words"
+        figure,
+        f"The deck's threshold is lower than the mean entropy of every site up to prompts of {reached - 1} words",
     )
-    return save(run, "slide05_tau", figure, sites, f"n = {run.profile.num_samples} images")
+    note = f"n = {run.profile.num_samples} images, whose means are shown; single images lie lower and higher"
+    return save(run, "slide05_tau", figure, sites, note)
 
 
 @recorded("errors of single reuses")
@@ -118,5 +132,8 @@ def samples(run: Run, images: dict[str, torch.Tensor]) -> Figure:
             ax.set(xticks=[], yticks=[])
         label = "5 × difference" if is_difference else method.replace("kv", "K and V").replace(", ", ",\n", 1)
         line[0].set_ylabel(label, rotation=0, ha="right", va="center", size=16)
-    headline(figure, f"The same {pictures(run)} from the same noise: full compute, and three ways of reuse")
-    return save(run, "samples", figure, pd.DataFrame(), f"{len(reference)} images of the same seeds")
+    shown = {name.replace("kv", "K and V"): own[: len(reference)] for name, own in images.items()}
+    found = "; ".join(f"{name}: {mean_psnr(own, reference):.0f} dB" for name, own in list(shown.items())[1:])
+    headline(figure, f"How near the same {pictures(run)} come to full compute's: {found}")
+    note = f"n = {len(reference)} images of the same seeds; dB: PSNR of the mean squared error"
+    return save(run, "samples", figure, pd.DataFrame(), note)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -23,6 +25,7 @@ from dqar.figures.style import (
     headline,
     missing,
     mosaic,
+    plain_ticks,
     recorded,
     save,
     save_animation,
@@ -35,6 +38,7 @@ from dqar.measure.results import Run, provenance, slug
 from dqar.peers.registry import RIVALS
 from dqar.studies import arena, cache_memory, pareto
 from dqar.studies.compare import FULL
+from dqar.studies.recording import Sizes
 
 SAMPLER_NAMES = {"dpm-solver++": "DPM-Solver++", "ddim": "DDIM"}
 KINDS = {
@@ -67,8 +71,8 @@ def slide13_pareto(run: Run, sampler: str, table: pd.DataFrame | None) -> Figure
     panels[1].set_ylim(low, high + 0.25 * (high - low))  # room for the legend
     panels[1].legend(loc="upper right", handlelength=1.3, labelspacing=0.3)
     panels[0].set_ylabel("PSNR (dB)")
-    headline(figure, f"With {SAMPLER_NAMES[sampler]}, {_lead(arena.verdicts(table))}")
-    note = f"line: median to 5th percentile, ○: of the mean error; n = {table.image.nunique()}; {_drawn(table)}"
+    headline(figure, f"With {SAMPLER_NAMES[sampler]}, {_lead(arena.verdicts(table))}{_drawn([table])}")
+    note = f"line: median to 5th percentile, ○: of the mean error; n = {table.image.nunique()} images"
     return save(run, name, figure, table, note)
 
 
@@ -86,10 +90,17 @@ def _draw_kinds(axes: Axes, points: pd.DataFrame) -> None:
     axes.set(xlabel="fewer MACs than full compute", xlim=(-0.5, max(len(budgets), 1) - 0.5))
 
 
-def _drawn(table: pd.DataFrame) -> str:
-    """How many of all rivals have been drawn on many images."""
-    known = {"fewer steps", "output extrapolation", *pareto.SOLVERS.values(), *RIVALS}
-    return f"{len(known & set(table.family))} of {len(known)} rivals"
+def _drawn(tables: Iterable[pd.DataFrame]) -> str:
+    """How many of all rivals have been drawn on many images, and whether a learned solver is among them; for a title.
+
+    Nothing where all have been.
+    """
+    solvers = set(pareto.SOLVERS.values())
+    known = {"fewer steps", "output extrapolation", *solvers, *RIVALS}
+    drawn = known & {family for table in tables for family in table.family}
+    if drawn == known:
+        return ""
+    return f" ({len(drawn)} of {len(known)} rivals drawn so far{'' if drawn & solvers else ', no learned solver'})"
 
 
 def _lead(verdicts: pd.DataFrame) -> str:
@@ -100,9 +111,7 @@ def _lead(verdicts: pd.DataFrame) -> str:
     count, least = judged.verdict.value_counts(), judged.loc[judged.lead.idxmin()]
     rivals, all_of_them = judged.family.nunique(), len(judged)
     if count.get("ahead", 0) == all_of_them:
-        return (
-            f"DQAR's plans are ahead of all {rivals} rivals, in the median and the tail, by {least.lead:.1f} dB or more"
-        )
+        return f"DQAR's plans are ahead of {rivals} rivals, in the median and the tail, by {least.lead:.1f} dB or more"
     return (
         f"DQAR's plans are ahead of {rivals} rivals in {count.get('ahead', 0)} of {all_of_them} comparisons, level in "
         f"{count.get('level', 0)}, behind in {count.get('behind', 0)}"
@@ -123,9 +132,9 @@ def slide12_pareto(run: Run, tables: dict[str, pd.DataFrame]) -> Figure:
     wide.columns = ["Sampler", "PSNR to", "Image", *(f"{budget:g}×" for budget in wide.columns[3:])]
     table = next(iter(tables.values()))
     signs = ", ".join(f"{sign} {name}" for name, sign in SIGNS.items())
-    note = f"plan / rival (dB); {signs} (95% interval); n = {table.image.nunique()}; {_drawn(table)}"
+    note = f"plan / rival (dB); {signs} (95% interval); n = {table.image.nunique()}"
     widths = [14, 17, 14, *[13] * (len(wide.columns) - 3)]
-    title = _lead(verdicts)
+    title = f"{_lead(verdicts)}{_drawn(tables.values())}"
     figure = save_table(run, "slide12_pareto", title[0].upper() + title[1:], wide, widths, table, note)
     shown = pd.DataFrame(
         {
@@ -174,8 +183,8 @@ def slide13_plan_distances(run: Run, table: pd.DataFrame) -> Figure:
     farther = int((plans.fd_growth_low > 0).sum())
     headline(
         figure,
-        f"{farther} of {len(plans)} plans are farther from the data than full compute; "
-        f"they keep {plans.psnr.min():.0f} to {plans.psnr.max():.0f} dB",
+        f"{farther or 'None'} of {len(plans)} plans {'is' if farther < 2 else 'are'} measurably farther from the data "
+        f"than full compute (intervals above 0); they keep {plans.psnr.min():.0f} to {plans.psnr.max():.0f} dB",
     )
     note = f"n = {run.profile.images:,} images; bars: 95%; dB: PSNR to full compute, of the mean squared error"
     return save(run, "slide13_plan_distances", figure, table, note)
@@ -185,6 +194,9 @@ def slide08_plans(run: Run, plans: dict[str, list[ForecastPlan]]) -> Figure:
     """The steps that each plan for full compute's images computes; and the error it was predicted to have."""
     figure, (left, right) = plt.subplots(1, 2, width_ratios=(3, 2))
     sampler, shown = next(iter(plans.items()))
+    shown = [
+        shown[place] for place in np.unique(np.linspace(0, len(shown) - 1, min(8, len(shown))).round().astype(int))
+    ]
     rows = [[step in plan.computed for step in range(plan.num_inference_steps)] for plan in shown]
     colors = ListedColormap([COMPUTE, ACCENT])
     left.pcolormesh(np.array(rows), cmap=colors, vmin=0, vmax=1, ec="white", lw=0.4, rasterized=True)
@@ -201,6 +213,8 @@ def slide08_plans(run: Run, plans: dict[str, list[ForecastPlan]]) -> Figure:
         pairs.append(trials)
     right.set(xscale="log", yscale="log", xlabel="predicted error (latents)", ylabel="measured error (images)")
     right.set_ylim(top=0.3)  # room for the legend
+    plain_ticks(right.xaxis)
+    plain_ticks(right.yaxis)
     right.legend(loc="upper left")
     right.set_title("Every set of steps tried")
     trials = pd.concat(pairs)
@@ -211,7 +225,7 @@ def slide08_plans(run: Run, plans: dict[str, list[ForecastPlan]]) -> Figure:
         f"like the measured one (correlation {rho:.2f})",
     )
     trials.attrs["provenance"] = next(iter(plans.values()))[-1].provenance
-    return save(run, "slide08_plans", figure, trials, "errors: root mean square")
+    return save(run, "slide08_plans", figure, trials, f"n = {len(trials)} sets of steps; errors: root mean square")
 
 
 def denoising(run: Run, drawn: pareto.Denoising | None) -> Figure | DisplayedImage:
@@ -280,23 +294,26 @@ def slide06_forecast_cache(run: Run, points: pd.DataFrame) -> Figure:
     panels[0].legend(loc="center", ncols=2, columnspacing=1, handletextpad=0.3)
     linear = points[(points.order == 1) & (points.interval == 2)].set_index("bits")
     losses = [linear.psnr_reference[16] - linear.psnr_reference[bits] for bits in (8, 4)]
-    shares = [linear.cache_bytes[bits] / linear.cache_bytes[16] for bits in (8, 4)]
+    half_precision = linear.cache_bytes[16] * 2 / run.profile.dtype.itemsize  # kept as it is, a value takes these bytes
+    shares = [linear.cache_bytes[bits] / half_precision for bits in (8, 4)]
     bars = panels[1].bar(["INT8", "INT4"], losses, color=[ACCENT, BLUE])
-    panels[1].bar_label(bars, [f"{x:.2f} dB\n{s:.2f} of the bytes" for x, s in zip(losses, shares, strict=True)])
+    panels[1].bar_label(bars, [f"{x:.2f} dB\n{s:.2f} of FP16" for x, s in zip(losses, shares, strict=True)])
     panels[1].margins(y=0.25)
     panels[1].set(ylabel="PSNR lost to quantization (dB)")
     panels[1].set_title("Linear forecast, every 2nd step", size=16)
     headline(
         figure,
         f"Forecasting attention and feed-forward from an INT8 cache loses {losses[0]:.2f} dB and takes "
-        f"{shares[0]:.2f} of the bytes",
+        f"{shares[0]:.2f} of FP16's bytes",
     )
-    return save(run, "slide06_forecast_cache", figure, points)
+    note = f"n = {Sizes.of(run.profile).pareto_images} images; unquantized: {8 * run.profile.dtype.itemsize} bits here"
+    return save(run, "slide06_forecast_cache", figure, points, note)
 
 
 def slide12_cache_memory(run: Run) -> Figure:
     """Bytes of a linear forecast's cache at the size of real models, from their configurations."""
     table = cache_memory.table()
+    table = table[table.model != "PixArt-α XL/2 512²"]  # between its other two sizes: eight rows can be read
     linear = table[table.order == 1].pivot(index="model", columns="bits", values="cache_bytes")
     rows = table[(table.order == 1) & (table.bits == 16)].set_index("model")
     fits = table[table.order == 1].pivot(index="model", columns="bits", values="fits_24gb")

@@ -56,7 +56,8 @@ def slide06(run: Run, quality: pd.DataFrame) -> Figure:
         f"INT8 with one scale a channel takes {scales[0]:.2f} of FP16's memory; "
         f"the mixed mode keeps K in FP16 and takes {mixed[0]:.2f}",
     )
-    note = f"n = {max(4, run.profile.num_samples // 2)} images, every 2nd step reused; dB: PSNR to an unquantized cache"
+    note = f"n = {max(4, run.profile.num_samples // 2)} images, K and V of every 2nd step reused; "
+    note += "dB: PSNR to an unquantized cache"
     return save(run, "slide06", figure, quality, note)
 
 
@@ -97,8 +98,8 @@ def slide06_errors(run: Run, error: pd.DataFrame, quality: pd.DataFrame) -> Figu
     two = shown[shown.bits == 2].groupby("fitted").psnr_cache.max()
     headline(
         figure,
-        f"The best caches in 8, 4 and 2 bits give images of {best[8]:.0f}, {best[4]:.0f} and {best[2]:.0f} dB; "
-        f"in 2 bits, fitted levels change the best by {two[True] - two[False]:+.0f} dB",
+        f"The best caches of K and V or the output give {best[8]:.0f}, {best[4]:.0f} and {best[2]:.0f} dB in 8, 4 and "
+        f"2 bits; in 2 bits the best image has {two[False]:.0f} dB with even levels, {two[True]:.0f} with fitted ones",
     )
     note = f"n = {max(4, run.profile.num_samples // 2)} images, every 2nd step reused; errors: median of K, V, output"
     return save(run, "slide06_errors", figure, quality, note)

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from dqar.figures.style import ACCENT, BLUE, COMPUTE, GREEN, GREY, REUSE, headline, save
 from dqar.measure.results import Run
 from dqar.scheduler import eligible_layers
+from dqar.studies.schedules import settling
 
 NAMES = {
     "depth_aware": "the deck's, shallow first",
@@ -35,10 +36,10 @@ def slide08(run: Run, sites: pd.DataFrame) -> Figure:
     figure, (left, right) = plt.subplots(1, 2, width_ratios=(1, 1.1))
     grid = shown.groupby(["layer", "step"]).change.mean().unstack()
     mesh = left.pcolormesh(grid.columns, grid.index, grid.values, cmap="cividis_r", vmin=0, vmax=0.4, rasterized=True)
-    left.step(range(steps), np.array(ends) + 0.5, where="mid", color=ACCENT, lw=4, label="the deck reuses below")
-    left.legend(loc="upper left")
+    left.step(range(steps), np.array(ends) + 0.5, where="mid", color=ACCENT, lw=4)
     left.grid(False)
-    left.set(xlabel="denoising step", ylabel="layer", xlim=(0.5, steps - 0.5), ylim=(-0.5, layers - 0.5))
+    left.set(xlabel="denoising step (line: the deck reuses below)", ylabel="layer", xlim=(0.5, steps - 0.5))
+    left.set_ylim(-0.5, layers - 0.5)
     left.set_title("Relative change since the step before")
     figure.colorbar(mesh, ax=left, extend="max", pad=0.01)
     groups = {
@@ -46,24 +47,31 @@ def slide08(run: Run, sites: pd.DataFrame) -> Figure:
         f"middle: {shallow + 1} to {middle}": (shown.layer.between(shallow + 1, middle), GREEN),
         f"deep: {middle + 1} to {layers - 1}": (shown.layer > middle, GREY),
     }
-    late = {}
     for name, (inside, color) in groups.items():
         quartiles = shown[inside].groupby("step").change.quantile([0.25, 0.5, 0.75]).unstack()
         right.plot(quartiles.index, quartiles[0.5], color=color, lw=4, label=name)
         right.fill_between(quartiles.index, quartiles[0.25], quartiles[0.75], color=color, alpha=0.2, lw=0)
-        late[name.split(":")[0]] = shown[inside & (shown.step >= steps // 2)].change.median()
-    right.set(xlabel="denoising step", ylabel="relative change", ylim=(0, 0.4))
-    right.legend(title="layers")
+    for place, name in ((0.15, "early"), (0.85, "late")):
+        right.axvspan((place - 0.15) * (steps - 1), (place + 0.15) * (steps - 1), color=COMPUTE, alpha=0.6, zorder=0)
+        right.text(place * (steps - 1), 0.395, name, ha="center", va="top", weight="bold")
+    right.set(xlabel="denoising step", ylabel="relative change", xlim=(0, steps - 1), ylim=(0, 0.4))
+    right.legend(title="layers", loc="upper center", bbox_to_anchor=(0.5, 0.94))
     right.set_title("Median and middle half, by depth")
-    first = shown[shown.layer <= shallow].groupby("step").change.median()
-    early = first[first.index < 0.3 * (steps - 1)].median()
-    least = "least" if late["shallow"] < min(late["middle"], late["deep"]) else "not least"
-    headline(
-        figure,
-        f"Shallow layers change {least} late in the run ({late['shallow']:.0%} a step, deep ones {late['deep']:.0%}), "
-        f"but by {early:.0%} early, where the deck reuses only them",
+    headline(figure, settling_in_words(settling(shown, steps)))
+    note = f"n = {run.profile.num_samples} images, both branches; early, late: first, last 30 % of the steps"
+    return save(run, "slide08", figure, sites, note)
+
+
+def settling_in_words(change: pd.DataFrame) -> str:
+    """Whether "shallow layers stabilise first, deep ones last" is true of ``studies.schedules.settling``."""
+    early, late = (change[part] for part in ("early", "late"))
+    least = [part.shallow < min(part.middle, part.deep) for part in (early, late)]
+    verdict = "do stabilise first" if all(least) else "are calmest only late" if least[1] else "do not stabilise first"
+    settled = "deep ones do too" if late.deep < early.deep else "deep ones never do"
+    return (
+        f"Shallow layers {verdict} ({early.shallow:.0%} change a step early, {late.shallow:.0%} late); "
+        f"{settled} ({early.deep:.0%}, {late.deep:.0%})"
     )
-    return save(run, "slide08", figure, sites, f"n = {run.profile.num_samples} images, both branches")
 
 
 def slide08_maps(run: Run, maps: pd.DataFrame) -> Figure:
@@ -82,7 +90,7 @@ def slide08_maps(run: Run, maps: pd.DataFrame) -> Figure:
     for ax in axes[:, 0]:
         ax.set_ylabel("layer")
     headline(figure, "Six schedules reuse different layers (orange) at different steps, at most three steps in a row")
-    return save(run, "slide08_maps", figure, maps, "one image")
+    return save(run, "slide08_maps", figure, maps, "n = 1 image")
 
 
 def slide08_quality(run: Run, schedules: pd.DataFrame) -> Figure:

@@ -99,7 +99,13 @@ REHEARSAL = "REHEARSAL: random weights"
 
 
 def save(
-    run: Run, name: str, figure: Figure, table: pd.DataFrame, note: str = "", editable: dict[str, Any] | None = None
+    run: Run,
+    name: str,
+    figure: Figure,
+    table: pd.DataFrame,
+    note: str = "",
+    editable: dict[str, Any] | None = None,
+    described: str = "",
 ) -> Figure:
     """Writes ``name`` as PNG (1920 × 1080, with a palette), SVG and JSON sidecar; closes and returns the figure.
 
@@ -113,6 +119,7 @@ def save(
         note: how many images, what the bars are.
         editable: what ``dqar deck`` makes a native table or native charts of: ``{"table": …}`` as by ``save_table``, or
             ``{"charts": [...]}`` of ``bar_chart``.
+        described: for the alternative text, what a picture without axes shows.
     """
     source = table.attrs.get("provenance") or provenance(run.profile, run.seed)
     device = source["device"].replace("(R)", "").removesuffix(" Processor")
@@ -131,7 +138,7 @@ def save(
             text.set_text(signed)
     title = figure.get_suptitle() or (figure.axes[0].get_title() or figure.axes[0].get_title("left"))
     title = title.replace("\n", " ")
-    panels = [f"{ax.get_ylabel()} against {ax.get_xlabel()}" for ax in figure.axes if ax.get_xlabel()]
+    panels = [" against ".join(filter(None, (ax.get_ylabel(), ax.get_xlabel()))) for ax in figure.axes]
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=150)
     texts = [text for text in figure.findobj(Text) if text.get_text().strip() and text.get_visible()]
@@ -139,7 +146,8 @@ def save(
         "figure": name,
         "title": title,
         **_claimed(name),
-        "alt": ". ".join([title, *panels, note, rehearsal]).replace("\n", " ").strip(". ") + ".",
+        "alt": ". ".join(filter(None, [title, described, *panels, note, rehearsal])).replace("\n", " ").strip(". ")
+        + ".",
         "smallest_text": min(text.get_fontsize() for text in texts),
         "note": note,
         "measured_on": measured_on,
@@ -382,7 +390,9 @@ def save_table(
         axes.axhline(top + height, color="#B8C0C8", lw=2 if number == 0 else 0.6)
         top += height
     native = {"columns": list(table.columns), "rows": table.values.tolist(), "widths": widths}
-    return save(run, name, figure, source if source is not None else table, note, {"table": native})
+    rows = "; ".join(": ".join((row[0], ", ".join(filter(None, row[1:])))) for row in table.values.tolist())
+    described = f"Table of {', '.join(filter(None, table.columns))}: {rows}"
+    return save(run, name, figure, source if source is not None else table, note, {"table": native}, described)
 
 
 def _wrapped(text: str, width: int) -> str:

@@ -16,7 +16,9 @@ def slide04(run: Run, sites: pd.DataFrame) -> Figure:
     figure, (left, right) = plt.subplots(1, 2)
     tokens, layers = int(sites.tokens.iloc[0]), sites.layer.nunique()
     left.set_title(r"$H_t=-\frac{1}{H}\sum_h\,\sum_{ij}A^{(h)}_t(i,j)\,\ln\left(A^{(h)}_t(i,j)+\varepsilon\right)$",
-                   size=20, pad=26)  # fmt: skip
+                   size=20, pad=42)  # fmt: skip
+    left.text(0.5, 1.015, "plotted: mean over the queries i, not their sum", transform=left.transAxes, ha="center",
+              va="bottom", color=GREY)  # fmt: skip
     by_step = sites.groupby("step").entropy.quantile([0.0, 0.25, 0.5, 0.75, 1.0]).unstack()
     left.plot(by_step.index, by_step[0.5], color=ACCENT, lw=4, label=f"median of {layers} layers")
     left.fill_between(by_step.index, by_step[0.25], by_step[0.75], color=ACCENT, alpha=0.3, lw=0, label="middle half")
@@ -26,7 +28,7 @@ def slide04(run: Run, sites: pd.DataFrame) -> Figure:
               va="bottom", color=GREY)  # fmt: skip
     left.set(xlabel="denoising step", ylabel="entropy, mean over queries (nats)", ylim=(0, 1.12 * np.log(tokens)))
     left.legend(loc="lower left")
-    right.set_title(r"$\mathrm{SNR}_t=\|x_0\|_2^2\,/\,\left(\|x_t-x_0\|_2^2+\varepsilon\right)$", size=20, pad=26)
+    right.set_title(r"$\mathrm{SNR}_t=\|x_0\|_2^2\,/\,\left(\|x_t-x_0\|_2^2+\varepsilon\right)$", size=20, pad=42)
     snr = sites.groupby("step")[["snr", "snr_schedule"]].mean()
     right.plot(snr.index, snr.snr, color=ACCENT, lw=4, label=r"with the predicted $x_0$")
     right.plot(snr.index, snr.snr_schedule, color=GREY, lw=3, ls="--", label="by the noise schedule alone")
@@ -39,7 +41,7 @@ def slide04(run: Run, sites: pd.DataFrame) -> Figure:
         figure,
         f"While the SNR grows {times(snr.snr)}, the entropy of attention stays between {low:.1f} and {high:.1f} nats",
     )
-    return save(run, "slide04", figure, sites, _images(run))
+    return save(run, "slide04", figure, sites, f"{_images(run)}, of which each site is the mean")
 
 
 def slide14_curves(run: Run, sites: pd.DataFrame, gated: pd.DataFrame) -> Figure:
@@ -62,7 +64,7 @@ def slide14_curves(run: Run, sites: pd.DataFrame, gated: pd.DataFrame) -> Figure
     change, falls = by_step.entropy.iloc[-1] - by_step.entropy.iloc[0], (by_step.entropy.diff().dropna() <= 0).mean()
     headline(
         figure,
-        f"Entropy does not fall steadily: it changes by {change:+.1f} nats and falls in {falls:.0%} of the steps; "
+        f"Entropy does not fall steadily: it changes by {change:+.2f} nats and falls in {falls:.0%} of the steps; "
         f"the deck's own gate reuses {deck.sum():.0f} times",
     )
     return save(run, "slide14_curves", figure, sites, _images(run))
@@ -85,14 +87,18 @@ def slide14(run: Run, sites: pd.DataFrame, gated: pd.DataFrame) -> Figure:
     columns = ["Step", "Entropy claimed", "measured", "SNR claimed", "measured", "Events claimed", "deck's gate",
                "calibrated gate"]  # fmt: skip
     table = pd.DataFrame(list(rows.values()), columns=columns)
-    peak = int(calibrated.idxmax())
+    peak = int(calibrated[list(rows)].idxmax())
     title = (
-        f"Entropy starts at {by_step.entropy.iloc[0]:.1f} nats and ends at {by_step.entropy.iloc[-1]:.1f}; "
-        f"the deck's gate never opens, a calibrated one reuses most at step {peak}"
+        f"Entropy starts at {by_step.entropy.iloc[0]:.2f} nats and ends at {by_step.entropy.iloc[-1]:.2f}; the deck's "
+        f"gate never opens, of these steps a calibrated one reuses most at step {peak}"
         if deck.sum() == 0
-        else f"The deck's gate reuses {deck.sum():.0f} times, a calibrated one most at step {peak}"
+        else f"The deck's gate reuses {deck.sum():.0f} times, of these steps a calibrated one most at step {peak}"
     )
-    note = f"{_images(run)}; events: 4 images together, {calibrated.sum():,.0f} a run; gate of slide 12"
+    counted = gated[(gated.family == "calibrated") & (gated.target == "kv")]
+    note = (
+        f"{_images(run)}; events: {calibrated.sum():,.0f} of {len(counted) // counted.run.nunique():,} sites, 4 images "
+        "(slide 12: others)"
+    )
     return save_table(run, "slide14", title, table, [9, 12, 12, 11, 12, 12, 12, 14], sites, note)
 
 
@@ -118,7 +124,7 @@ def slide04_heads(run: Run, heads: pd.DataFrame) -> Figure:
         figure,
         f"Heads differ {more} from each other ({between:.2f} nats) than one head does from step to step ({within:.2f})",
     )
-    return save(run, "slide04_heads", figure, heads, "4 images; spreads are standard deviations")
+    return save(run, "slide04_heads", figure, heads, "n = 4 images; spreads are standard deviations")
 
 
 def events(gated: pd.DataFrame, family: str) -> pd.Series:

@@ -24,6 +24,29 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 """Families of methods: the gate wide open under each schedule."""
 
 
+def settling(sites: pd.DataFrame, steps: int) -> pd.DataFrame:
+    """How much layers change from one step to the next (median), by depth and by part of the run.
+
+    Both are the depth-aware schedule's own parts: at 28 layers, shallow is 0 to 2, middle 3 to 12, deep the rest;
+    early is the first 30 % of the run, late the last 30 %.
+
+    Args:
+        sites: of ``trace.sites``.
+        steps: of a run.
+
+    Returns:
+        Rows ``shallow``, ``middle``, ``deep``; columns ``early``, ``middle``, ``late``.
+    """
+    later = sites.dropna(subset=["change"])  # than the first step, which has none before it
+    count = int(later.layer.max()) + 1
+    ends = [len(eligible_layers(step, steps, count, "depth_aware")) for step in range(steps)]
+    depth = pd.cut(
+        later.layer, [-1, ends[0] - 1, ends[steps // 2] - 1, count - 1], labels=["shallow", "middle", "deep"]
+    )
+    part = pd.cut(later.step / (steps - 1), [0, 0.3, 0.7, 2], right=False, labels=["early", "middle", "late"])
+    return later.groupby([depth, part], observed=False).change.median().unstack()
+
+
 def schedule_methods() -> list[Method]:
     """Every schedule with the gate wide open, for both reuse targets."""
     return [

@@ -15,7 +15,7 @@ def run(tmp_path):
 
 
 @pytest.mark.parametrize("two_bits, verdict", [(41.0, "holds"), (30.0, "does not hold")])
-def test_lower_bits_hold_where_two_bits_are_40_db_away_at_their_best(run, two_bits, verdict):
+def test_lower_bits_are_two_judgements_each_at_its_best_and_40_db_away(run, two_bits, verdict):
     rows = [
         ("kv", 16, "per_channel", math.inf, 4000),
         ("output", 16, "per_channel", math.inf, 2000),
@@ -28,14 +28,15 @@ def test_lower_bits_hold_where_two_bits_are_40_db_away_at_their_best(run, two_bi
         ("kv", 8, "mixed", 90.0, 1500),  # not 8 bits: K stays in FP16
     ]
     quality = pd.DataFrame(rows, columns=["target", "bits", "mode", "psnr_cache", "cache_bytes"])
-    assert conclusions.lower_bits(run, quality) == (
-        verdict,
-        f"8, 4, 2 bits: 72, 46, {two_bits:.0f} dB in 0.52, 0.28, 0.16 of FP16's bytes; levels fitted in 4 and 2 bits",
-    )
+    eight = "INT8: 72 dB in 0.52"
+    assert conclusions.lower_bits(run, quality) == [
+        ("holds", f"46 dB in 0.28 of FP16's bytes (attention output, levels fitted); {eight}"),
+        (verdict, f"{two_bits:.0f} dB in 0.16 of FP16's bytes (K and V, levels fitted); {eight}"),
+    ]
 
 
-@pytest.mark.parametrize("plan, verdict", [(44.2, "holds"), (41.0, "does not hold")])
-def test_a_search_holds_where_its_plan_beats_every_rival_at_3_times_fewer_macs(plan, verdict):
+@pytest.mark.parametrize("plan", [44.2, 41.0])
+def test_what_fitting_the_steps_gives_is_said_beside_the_best_rival_at_3_times_fewer_macs(plan):
     drawn = [("full compute", None, 1, 90.0), ("DQAR plan", "reference", 3.1, plan), ("SeaCache", None, 3, 42.1)]
     rows = [
         (family, family, made_for, speedup, image, 10 ** (-decibels / 10))
@@ -45,9 +46,29 @@ def test_a_search_holds_where_its_plan_beats_every_rival_at_3_times_fewer_macs(p
     table = pd.DataFrame(rows, columns=["method", "family", "made_for", "macs_speedup", "image", "mse"])
     table["mse_converged"] = table.mse
     said = f"median {plan:.1f} dB (best rival 42.1), 5th percentile {plan:.1f} dB (best rival 42.1)"
-    assert conclusions.searched(table) == (verdict, f"a fitted plan at 3×: {said}; n = 4")
-    missing = ("not testable here", "not recorded yet: make results")
-    assert conclusions.searched(None) == missing == conclusions.searched(table[table.family != "DQAR plan"])
+    assert conclusions.searched(table) == f"fitted steps at 3×: {said}; n = 4"
+    assert conclusions.searched(None) == "" == conclusions.searched(table[table.family != "DQAR plan"])
+
+
+def searched_rows(*trials):
+    rows = [(number, speed, image, 10 ** (-decibels / 10)) for number, speed, decibels in trials for image in (0, 1)]
+    return pd.DataFrame(rows, columns=["trial", "macs_speedup", "image", "mse"])
+
+
+@pytest.mark.parametrize("decibels, verdict", [(34.0, "holds"), (30.0, "does not hold")])
+def test_a_search_holds_where_its_settings_beat_those_by_hand_at_2_times_fewer_macs(decibels, verdict):
+    trials = searched_rows((0, 2.5, 31.0), (1, 1.5, 50.0), (2, 2.1, 25.0), (7, 2.2, 60.0))  # 0 to 2 are by hand
+    front = searched_rows((7, 2.2, decibels), (9, 1.4, 55.0))
+    said = f"5th percentile {decibels:.1f} dB at 2.2× (n = 2), by hand 31.0 at 2.5×"
+    assert conclusions.by_search(trials, front, "") == (verdict, said)
+    assert conclusions.by_search(trials, front, "fitted steps") == (verdict, f"{said}; fitted steps")
+
+
+def test_a_search_that_is_not_recorded_is_not_judged_by_fitted_steps():
+    untested, none = "not testable here", "layers, thresholds and bits: no search is recorded"
+    assert conclusions.by_search(None, None, "fitted steps") == (untested, f"{none}; fitted steps")
+    slow = searched_rows((0, 1.5, 31.0))
+    assert conclusions.by_search(slow, slow, "") == (untested, "nothing searched takes half of the MACs")
 
 
 def test_every_figure_shows_the_recorded_gate_where_there_is_one(run, monkeypatch):

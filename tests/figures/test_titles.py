@@ -1,0 +1,58 @@
+"""Verdicts in titles, from tables so small that each can be judged by eye."""
+
+import pandas as pd
+import pytest
+
+from dqar.figures import pareto, results, schedules
+from dqar.studies.schedules import settling
+
+
+def changes(shallow, deep):
+    """28 layers: 0 to 2 change by ``shallow``, 13 to 27 by ``deep``, each early and later; the rest by 0.2."""
+    rows = []
+    for step in range(1, 50):
+        late = step / 49 >= 0.3
+        rows += [
+            (step, layer, shallow[late] if layer < 3 else deep[late] if layer > 12 else 0.2) for layer in range(28)
+        ]
+    return pd.DataFrame(rows, columns=["step", "layer", "change"])
+
+
+@pytest.mark.parametrize(
+    "shallow, deep, verdict",
+    [
+        (
+            (0.12, 0.07),
+            (0.15, 0.16),
+            "do stabilise first (12% change a step early, 7% late); deep ones never do (15%, 16%)",
+        ),
+        ((0.17, 0.07), (0.15, 0.10), "are calmest only late (17% change a step early, 7% late); deep ones do too (15%"),
+        ((0.12, 0.17), (0.15, 0.10), "do not stabilise first"),
+    ],
+)
+def test_whether_shallow_layers_stabilise_first_is_said(shallow, deep, verdict):
+    found = settling(changes(shallow, deep), 50)
+    assert found.loc["shallow"].tolist() == [shallow[0], shallow[1], shallow[1]]
+    assert found.loc["middle"].eq(0.2).all() and found.columns.tolist() == ["early", "middle", "late"]
+    assert f"Shallow layers {verdict}" in schedules.settling_in_words(found)
+
+
+@pytest.mark.parametrize(
+    "low, high, said",
+    [
+        (3.4, 4.7, "shows no measurable difference in FD-digits (4.00, full compute 5.00, intervals overlap)"),
+        (3.4, 4.4, "is measurably closer to the data (FD-digits 4.00, full compute 5.00)"),
+    ],
+)
+def test_distances_differ_only_where_their_intervals_do_not_overlap(low, high, said):
+    full = pd.Series({"fd": 5.0, "fd_low": 4.5, "fd_high": 5.5})
+    assert results.compared(full, pd.Series({"fd": 4.0, "fd_low": low, "fd_high": high}), "FD-digits").endswith(said)
+
+
+def test_a_title_says_how_many_rivals_are_drawn_so_far():
+    table = pd.DataFrame({"family": ["full compute", "fewer steps", "SeaCache", "DQAR plan"]})
+    known = len({"fewer steps", "output extrapolation", *pareto.pareto.SOLVERS.values(), *pareto.RIVALS})
+    assert pareto._drawn([table]) == f" (2 of {known} rivals drawn so far, no learned solver)"
+    assert (
+        pareto._drawn([table, pd.DataFrame({"family": ["bespoke solver"]})]) == f" (3 of {known} rivals drawn so far)"
+    )
