@@ -71,7 +71,7 @@ def trace(run: Run, sites: pd.DataFrame, gated: pd.DataFrame) -> str:
     falls = "does not fall" if last >= first else "falls" if falling == 1 else "falls, but not steadily"
     reused, lowest = int((gated[gated.family == "deck's gate"].decision == "reuse").sum()), sites.entropy.min()
     return (
-        f"Entropy {falls}: it starts at {first:.1f} nats, ends at {last:.1f} and falls in {falling:.0%} of the steps; "
+        f"Entropy {falls}: it starts at {first:.2f} nats, ends at {last:.2f} and falls in {falling:.0%} of the steps; "
         f"the deck says from {SLIDE14.entropy.iloc[0]} to {SLIDE14.entropy.iloc[-1]}, and in all of them; "
         f"{sites.tokens.iloc[0]} tokens allow at most {math.log(sites.tokens.iloc[0]):.2f}. The SNR "
         f"{'grows' if snr_last > snr_first else 'does not grow'}, from {snr_first:.1f} to {snr_last:.0f}, and {when}. "
@@ -98,19 +98,19 @@ def gate(run: Run, sites: pd.DataFrame, labels: pd.DataFrame) -> str:
 
 def schedules(run: Run, sites: pd.DataFrame, table: pd.DataFrame) -> str:
     """Notebook 03: whether shallow layers stabilise first, and schedules against fewer steps."""
-    change = schedules_study.change_by_depth(sites, run.profile.num_inference_steps)
-    (early, early_deep), (late, late_deep) = (change.loc[["shallow", "deep"], when] for when in ("early", "late"))
-    first = early < early_deep and late < late_deep
+    change = schedules_study.settling(sites, run.profile.num_inference_steps)
+    early, late = (change[part] for part in ("early", "late"))
+    first = all(part.shallow < min(part.middle, part.deep) for part in (early, late))
     half = only(table, family="static 2", target="output")
     fewer = table[table.family == "fewer steps"].sort_values("macs_speedup")
     rival = float(np.interp(half.macs_speedup, fewer.macs_speedup, fewer.psnr))
     pays = "pays" if half.psnr > rival else "does not pay"
     verdict = "Yes, shallow layers stabilise first" if first else "No, shallow layers do not stabilise first"
     return (
-        f"{verdict}: in the first 30% of a run they change by {early:.0%} a step and deep layers by {early_deep:.0%}, "
-        f"in its second half by {late:.0%} and {late_deep:.0%} (medians). A fixed schedule {pays}: the attention "
-        f"output reused at every 2nd step {_saved(half.macs_speedup)}, with images at {half.psnr:.1f} dB to full "
-        f"compute's; fewer steps at equal MACs give {rival:.1f} dB."
+        f"{verdict}: in the first 30% of a run they change by {early.shallow:.0%} a step and deep layers by "
+        f"{early.deep:.0%}, in the last 30% by {late.shallow:.0%} and {late.deep:.0%} (medians). A fixed schedule "
+        f"{pays}: the attention output reused at every 2nd step {_saved(half.macs_speedup)}, with images at "
+        f"{half.psnr:.1f} dB to full compute's; fewer steps at equal MACs give {rival:.1f} dB."
     )
 
 

@@ -74,26 +74,6 @@ def schedules(run: Run, methods: Sequence[Method] | None = None) -> pd.DataFrame
     return run.table("schedules", measure)
 
 
-def change_by_depth(sites: pd.DataFrame, steps: int) -> pd.DataFrame:
-    """Median change from step to step, of the layers that the deck reuses at once and of those that it reuses last.
-
-    Args:
-        sites: of ``trace.sites``.
-        steps: of a run.
-
-    Returns:
-        Rows ``shallow`` and ``deep``, columns ``early`` (the deck's first phase) and ``late`` (the second half).
-    """
-    layers = int(sites.layer.max()) + 1
-    shallow, middle = (max(eligible_layers(step, steps, layers, "depth_aware")) for step in (0, steps // 2))
-    depths = {"shallow": sites.layer <= shallow, "deep": sites.layer > middle}
-    phases = {"early": sites.step < 0.3 * (steps - 1), "late": sites.step >= steps // 2}
-    return pd.DataFrame(
-        {when: {depth: sites.change[part & phase].median() for depth, part in depths.items()}
-         for when, phase in phases.items()}
-    )  # fmt: skip
-
-
 def schedule_maps(run: Run, methods: Sequence[Method] | None = None) -> pd.DataFrame:
     """What each schedule did at each step and layer of one image: ``family``, step, layer, decision, reason.
 
