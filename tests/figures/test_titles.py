@@ -40,13 +40,13 @@ def test_whether_shallow_layers_stabilise_first_is_said(shallow, deep, verdict):
 @pytest.mark.parametrize(
     "low, high, said",
     [
-        (3.4, 4.7, "shows no measurable difference in FD-digits (4.00, full compute 5.00, intervals overlap)"),
-        (3.4, 4.4, "is measurably closer to the data (FD-digits 4.00, full compute 5.00)"),
+        (-0.4, 0.1, "moves FD-digits by no measurable amount (−0.40 to +0.10)"),
+        (-0.4, -0.3, "moves FD-digits by −0.35 (−0.40 to −0.30)"),
     ],
 )
-def test_distances_differ_only_where_their_intervals_do_not_overlap(low, high, said):
-    full = pd.Series({"fd": 5.0, "fd_low": 4.5, "fd_high": 5.5})
-    assert results.compared(full, pd.Series({"fd": 4.0, "fd_low": low, "fd_high": high}), "FD-digits").endswith(said)
+def test_a_distance_has_moved_only_where_the_interval_of_pairs_leaves_out_zero(low, high, said):
+    ours = pd.Series({"fd_growth": -0.35, "fd_growth_low": low, "fd_growth_high": high})
+    assert results.compared(ours, "FD-digits").endswith(said)
 
 
 def test_a_title_says_how_many_rivals_are_drawn_so_far():
