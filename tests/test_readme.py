@@ -70,7 +70,5 @@ def test_what_can_be_promised_is_what_was_recorded():
         cells = " | ".join(f"{speedup:.2f}×, {100 * part:.1f}%" for speedup, part in own)
         assert f"| {decibels:g} dB in {share:.0%} of images | {cells} |" in README
     ours, mix, alone = (1 / speedups[way][45.0, 0.95] for way in plans.WAYS)
-    said = (
-        f"takes {1 - ours / alone:.0%} fewer MACs than one plan for all, and {1 - ours / mix:.0%} fewer than the"
-    )
+    said = f"takes {1 - ours / alone:.0%} fewer MACs than one plan for all, and {1 - ours / mix:.0%} fewer than the"
     assert said in " ".join(README.split())
