@@ -473,7 +473,7 @@ def test_a_step_that_is_computed_twice_counts_once():
     values = iter([0.0, 5.0, 1.0])
     entry = cached(1, (2, 3, 3), lambda _step: torch.full((1, 1, 1), next(values)))
     assert [past.step for past in entry.history] == [2]
-    assert entry.forecast(5).item() == 3.0
+    assert recall([entry], 5, "output").item() == 3.0
 
 
 def test_an_entry_without_tensors_is_no_part_of_a_history():
@@ -485,7 +485,7 @@ def test_an_entry_without_tensors_is_no_part_of_a_history():
     cache.put(0, {"cond": slice(None)}, 2, dict(output=3 * x, feed_forward=x))
     entry = cache.get(0, "cond")
     assert not entry.empty and [past.step for past in entry.history] == [0]
-    torch.testing.assert_close(entry.forecast(4), 5 * x)
+    torch.testing.assert_close(recall([entry], 4, "output"), 5 * x)
 
 
 def test_histories_of_sites_are_apart():
@@ -493,7 +493,11 @@ def test_histories_of_sites_are_apart():
     for step in (0, 1):
         for layer, branch, slope in ((0, "cond", 1.0), (0, "uncond", 2.0), (1, "cond", 3.0)):
             cache.put(layer, {branch: slice(None)}, step, dict(output=torch.full((1, 1, 1), slope * step)))
-    assert [cache.get(*site).forecast(2).item() for site in ((0, "cond"), (0, "uncond"), (1, "cond"))] == [2, 4, 6]
+    assert [recall([cache.get(*site)], 2, "output").item() for site in ((0, "cond"), (0, "uncond"), (1, "cond"))] == [
+        2,
+        4,
+        6,
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -502,7 +506,7 @@ def test_a_forecast_in_half_precision_is_rounded_once(dtype):
     values = torch.randn(3, 2, 16, 8).to(dtype)
     entry = cached(2, (0, 1, 4), lambda step: values[{0: 0, 1: 1, 4: 2}[step]], dtype=dtype)
     exact = sum(w * v.double() for w, v in zip(lagrange_weights((0, 1, 4), 7), values, strict=True))
-    got = entry.forecast(7)
+    got = recall([entry], 7, "output")
     assert got.dtype == dtype
     torch.testing.assert_close(got.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-5)
 
@@ -510,9 +514,9 @@ def test_a_forecast_in_half_precision_is_rounded_once(dtype):
 @pytest.mark.parametrize("order", [0, 1, 2])
 def test_a_forecast_leaves_the_cache_alone(order):
     entry = cached(order, (0, 1, 2), lambda step: torch.full((1, 2, 2), float(step)))
-    first = entry.forecast(3)
-    entry.forecast(5).add_(7) if order else None
-    assert torch.equal(entry.forecast(3), first)
+    first = recall([entry], 3, "output")
+    recall([entry], 5, "output").add_(7) if order else None
+    assert torch.equal(recall([entry], 3, "output"), first)
 
 
 def test_weights_add_up_to_one():
@@ -534,11 +538,11 @@ class Operations(TorchDispatchMode):
 def test_a_forecast_is_one_sum_and_waits_for_nothing():
     entry = cached(2, (0, 1, 2), lambda step: torch.full((2, 16, 8), float(step)))
     with Operations() as seen:
-        entry.forecast(3)
+        recall([entry], 3, "output")
     assert [name for name in seen.names if name != "promote_types"] == ["mul", "add_", "add_"]
     quantized = cached(2, (0, 1, 2), lambda step: torch.full((2, 16, 8), float(step)), bits=4)
     with Operations() as seen:
-        quantized.forecast(3)
+        recall([quantized], 3, "output")
     assert not {"_local_scalar_dense", "equal", "nonzero"} & set(seen.names) and seen.names.count("add_") == 2
 
 
@@ -594,8 +598,8 @@ def test_a_site_is_committed_through_the_controller():
             x = torch.full((1, 4, 2), float(step))
             controller.commit(0, output=x, feed_forward=10 * x)
     assert decision.reason == "reuse" and decision.entry.nbytes == 4 * 8 * 4
-    assert decision.entry.forecast(2).unique().item() == 2
-    assert decision.entry.forecast(2, "feed_forward").unique().item() == 20
+    assert recall([decision.entry], 2, "output").unique().item() == 2
+    assert recall([decision.entry], 2, "feed_forward").unique().item() == 20
 
 
 # --- text models -----------------------------------------------------------------------------------------------------

@@ -17,13 +17,15 @@ PICTURES = (".png", ".gif")
 def publish(drawn: Path, committed: Path) -> list[str]:
     """Copies to ``committed`` what shows something else than what is there, and writes the gallery.
 
-    A picture with the same pixels and words keeps its files, and so the date and commit of when it was first drawn.
+    A picture with the same pixels and words keeps its files, and so the date and commit of when it was first drawn. One
+    that says that something isn't measured yet has no title, and stays where it was drawn.
 
     Returns:
         The files that were written, as paths below ``committed``.
     """
     changed = []
-    for path in sorted(path for path in drawn.rglob("*") if path.is_file()):
+    gaps = {path.with_suffix("") for path in drawn.rglob("*.json") if not words_of(path)["title"]}
+    for path in sorted(path for path in drawn.rglob("*") if path.is_file() and path.with_suffix("") not in gaps):
         target = committed / path.relative_to(drawn)
         picture = next((path.with_suffix(kind) for kind in PICTURES if path.with_suffix(kind).exists()), None)
         if path.suffix == ".json" and picture is None:  # of a table that isn't drawn

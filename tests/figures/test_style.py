@@ -49,6 +49,12 @@ def test_what_is_drawn_twice_is_written_once(tmp_path):
     assert all(path.with_suffix(suffix).stat().st_mtime > 1 for suffix in (".png", ".svg", ".json"))
 
 
+def test_what_is_not_measured_yet_is_not_published(tmp_path):
+    run = Run("smoke", 0, tmp_path / "out")
+    style.missing(run, "slide06", "a table")
+    assert list(run.figures.rglob("slide06.png")) and publish(run.figures, tmp_path / "committed") == []
+
+
 def test_only_changed_pictures_are_published_whatever_their_commit(tmp_path):
     run, again, committed = Run("smoke", 0, tmp_path / "a"), Run("smoke", 0, tmp_path / "b"), tmp_path / "figures"
     dense(run)

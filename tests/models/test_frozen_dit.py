@@ -25,7 +25,8 @@ def assert_same(model, channels, size, classes):
     for t in (0.0, 431.25, 999.0):
         pairs = zip(*(results(f, latents, torch.tensor(t), classes) for f in (stock, FrozenDiT(model))), strict=True)
         for theirs, ours in pairs:
-            assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+            # Both are in float32, whose sums differ in order; on one CPU by 3e-5 of a gradient.
+            assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
 
 
 def test_it_predicts_as_the_embedded_model_does_and_has_its_gradients():
