@@ -20,6 +20,11 @@ CHANGES = {"device": "cpu", "dtype": "float32", "num_inference_steps": "6", "bat
 COMMITTED, NOTEBOOKS = (Path(__file__).parent.parent / name for name in ("figures", "notebooks"))
 
 
+UNTOLD = ("slide12_pareto", "slide12_promise", "slide16_video", "slide16_contact_sheet", "slide16_moving_digits")
+"""Without a result: one setting of each rival is screened, none so fast that a verdict could be passed; so few images
+can't tell a promise; and the video model is one of digits."""
+
+
 def save_tiny(name, folder):
     """A pipeline of 28 layers, 16 wide, as ``save_pretrained`` leaves it."""
     if name == "pixart":
@@ -81,8 +86,7 @@ def test_every_slide_of_the_deck_is_made(name, tmp_path):
     assert {path.stem for path in COMMITTED.rglob("*.png")} <= drawn.keys()
     for figure, path in drawn.items():
         words = json.loads(path.read_text())
-        # So few images can't tell a promise.
-        assert words["title"] or figure == "slide12_promise", f"{figure} says that something is missing"
+        assert words["title"] or figure in UNTOLD, f"{figure} says that something is missing"
         assert "REHEARSAL: random weights" in words["alt"], figure
         assert words["profile"].get("rehearsal") or figure == "slide12_benchmarks", figure  # of no profile
         assert "digit" not in (words["title"] + words["alt"]).lower(), figure

@@ -415,7 +415,7 @@ def comparisons(
 
 
 def some_of_each(methods: Sequence[Method], number: int | None) -> list[Method]:
-    """The last ``number`` of each family, which save the most; ``None``: all.
+    """The first ``number`` of each family; ``None``: all.
 
     Plans for another target are another family. DQAR's settings inside the blocks stay whole: one figure compares them
     with each other.
@@ -426,5 +426,5 @@ def some_of_each(methods: Sequence[Method], number: int | None) -> list[Method]:
     return [
         method
         for (family, _), members in families.items()
-        for method in (members if family == SITES or number is None else members[-number:])
+        for method in (members if family == SITES else members[:number])
     ]
