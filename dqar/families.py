@@ -8,9 +8,8 @@ from typing import Any, Literal
 
 import torch
 from diffusers.models.attention import AttentionModuleMixin
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0, JointAttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
 from dqar.takeover import original_class
 
@@ -22,14 +21,15 @@ class Place:
     Attributes:
         blocks: name of the list of blocks.
         name: of the attention in a block; blocks where it is ``None`` have none.
-        processor: the class that DQAR stands for, to the bit; no other one is taken over, nor a subclass.
+        processor: name of diffusers' class that DQAR stands for, to the bit; no other is taken over, nor a subclass. No
+            class, since importing a model's module takes seconds.
         text: where a joint attention has the caption's tokens, before or after the image's; ``None``: it has none.
         cross: name of the block's cross-attention to the caption, if it has any.
     """
 
     blocks: str = "transformer_blocks"
     name: str = "attn1"
-    processor: type = AttnProcessor2_0
+    processor: str = AttnProcessor2_0.__name__
     text: Literal["first", "last"] | None = None
     cross: str | None = "attn2"
 
@@ -93,12 +93,12 @@ class Family:
 
 
 _SD3 = (
-    Place(name="attn", processor=JointAttnProcessor2_0, text="last", cross=None),
-    Place(name="attn2", processor=JointAttnProcessor2_0, cross=None),  # of SD3.5 medium's first blocks: image alone
+    Place(name="attn", processor="JointAttnProcessor2_0", text="last", cross=None),
+    Place(name="attn2", processor="JointAttnProcessor2_0", cross=None),  # of SD3.5 medium's first blocks: image alone
 )
 _FLUX = (
-    (Place(name="attn", processor=FluxAttnProcessor, text="first", cross=None),),
-    (Place("single_transformer_blocks", "attn", FluxAttnProcessor, "first", cross=None),),
+    (Place(name="attn", processor="FluxAttnProcessor", text="first", cross=None),),
+    (Place("single_transformer_blocks", "attn", "FluxAttnProcessor", "first", cross=None),),
 )
 FAMILIES = {
     "DiTTransformer2DModel": Family(branch_order=("cond", "uncond"), last_layer="proj_out_2"),
@@ -196,10 +196,10 @@ def check_processors(layers: Iterable[Layer]) -> None:
 def check_processor(layer: Layer, layer_id: int) -> None:
     """See ``check_processors``."""
     present, replaced = type(layer.attention.processor), layer.place.processor
-    if present is not replaced:
+    if present.__name__ != replaced or not present.__module__.startswith("diffusers."):
         raise ValueError(
-            f"layer {layer_id} has the attention processor {present.__name__}: DQAR takes the place of "
-            f"{replaced.__name__} "
+            f"layer {layer_id} has the attention processor {present.__name__}: DQAR takes the place of diffusers' "
+            f"{replaced} "
             "only; set that, or remove_dqar first"
         )
 

@@ -246,7 +246,7 @@ def _site_of(layer: Layer, config: DQARConfig) -> type[Site]:
     Raises:
         ValueError: a setting that isn't for joint attentions.
     """
-    joint = layer.place.processor is not AttnProcessor2_0
+    joint = layer.place.processor != AttnProcessor2_0.__name__
     sites, whose = JOINT_SITES if joint else SITES, f"for {layer.path}, a joint attention of image and caption"
     if config.reuse_target not in sites:
         choices = " or ".join(map(repr, sites))

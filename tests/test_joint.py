@@ -435,12 +435,16 @@ def test_another_processor_is_refused_by_name(loaded):
     with apply_dqar(pipe, static()):
         draw(pipe, call)
         pipe.transformer.fuse_qkv_projections()
-        with pytest.raises(ValueError, match="layer 0 has the .* FusedJointAttnProcessor2_0.*of JointAttnProcessor2_0"):
+        with pytest.raises(
+            ValueError, match="layer 0 has the .* FusedJointAttnProcessor2_0.*diffusers' JointAttnProcessor2_0"
+        ):
             draw(pipe, call)
     pipe, call = loaded("flux")
     last = pipe.transformer.single_transformer_blocks[1].attn
     last.set_processor(FluxIPAdapterAttnProcessor(16, 16))
-    with pytest.raises(ValueError, match="layer 3 has the .* FluxIPAdapterAttnProcessor.*place of FluxAttnProcessor"):
+    with pytest.raises(
+        ValueError, match="layer 3 has the .* FluxIPAdapterAttnProcessor.*place of diffusers' FluxAttnProcessor"
+    ):
         apply_dqar(pipe, static())
 
 
