@@ -103,7 +103,7 @@ _FLUX = (
 FAMILIES = {
     "DiTTransformer2DModel": Family(branch_order=("cond", "uncond"), last_layer="proj_out_2"),
     "PixArtTransformer2DModel": Family(),
-    "LatteTransformer3DModel": Family(((Place(), Place("temporal_transformer_blocks")),)),
+    "LatteTransformer3DModel": Family(),  # its spatial attentions; the temporal ones are always computed
     "SD3Transformer2DModel": Family((_SD3,)),
     "FluxTransformer2DModel": Family(_FLUX),
     "LuminaNextDiT2DModel": Family(branch_order=("cond", "uncond")),

@@ -1,4 +1,4 @@
-"""Trace and reuse where attention isn't DiT's: joint with the caption (SD3.5, Flux), spatial and temporal (Latte)."""
+"""Trace and reuse where attention isn't DiT's: joint with the caption (SD3.5, Flux); Latte."""
 
 import functools
 import math
@@ -22,7 +22,7 @@ MAKERS = {
 LAYERS = {
     "sd3": ["transformer_blocks.0.attn", "transformer_blocks.0.attn2", "transformer_blocks.1.attn"],
     "flux": [f"{kind}transformer_blocks.{i}.attn" for kind in ("", "single_") for i in (0, 1)],
-    "latte": [f"{kind}transformer_blocks.{i}.attn1" for i in (0, 1) for kind in ("", "temporal_")],
+    "latte": [f"transformer_blocks.{i}.attn1" for i in (0, 1)],
 }
 BRANCHES = {"sd3": ["uncond", "cond"], "flux": ["cond"], "latte": ["uncond", "cond"]}
 TEXT = 5
@@ -104,7 +104,7 @@ def test_layers_that_a_call_leaves_out_have_no_rows(loaded, name, config):
     with apply_dqar(pipe, CLOSED[config]) as session:
         assert torch.equal(draw(pipe, call), untouched)
     # Skip-layer guidance adds a call of one branch from the second step on.
-    rows = {"sd3": [12 + 5, 12 + 5, 12], "latte": [12, 0, 12, 0]}[name]
+    rows = {"sd3": [12 + 5, 12 + 5, 12], "latte": [12, 12]}[name]
     counted = session.trace.to_pandas().attention.value_counts()
     assert [counted.get(path, 0) for path in LAYERS[name]] == rows
 
@@ -183,7 +183,7 @@ def test_entropies_are_those_of_whole_maps(loaded, name):
             assert abs(row.entropy_image - row.entropy_text) > 1e-3
         else:
             assert table.loc[row.Index, ["entropy_image", "entropy_text"]].isna().all()
-    by_modality = {"sd3": [True, False, True], "flux": [True] * 4, "latte": [False] * 4}
+    by_modality = {"sd3": [True, False, True], "flux": [True] * 4, "latte": [False] * 2}
     assert table.groupby("layer").entropy_text.agg(lambda own: own.notna().all()).tolist() == by_modality[name]
 
 
@@ -329,7 +329,7 @@ def test_the_unconditional_branch_shares_both_streams(loaded, target):
     assert set(shares.step) == {1, 2, 3, 5} and set(shares.branch) == {"uncond"}
 
 
-@pytest.mark.parametrize("name, kind", [("latte", ""), ("latte", "temporal_"), ("flux", ""), ("flux", "single_")])
+@pytest.mark.parametrize("name, kind", [("flux", ""), ("flux", "single_")])
 def test_each_kind_of_attention_is_reused_by_itself(loaded, name, kind):
     pipe, call = loaded(name)
     own = [path.startswith(f"{kind}transformer_blocks") for path in LAYERS[name]]

@@ -2138,7 +2138,7 @@ def test_latte_frame_by_frame(name):
                     return base + kept[module]
                 kept[module] = output - base
 
-            for block in (*model.transformer_blocks, *model.temporal_transformer_blocks):
+            for block in model.transformer_blocks:
                 parts = {
                     "kv": (block.attn1.to_k, block.attn1.to_v),
                     "output": (block.attn1,),
