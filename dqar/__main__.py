@@ -33,6 +33,12 @@ COMMANDS = {
     "train": Command("dqar.commands.train", "train the embedded models", resumes=True),
 }
 
+EXTRAS = {
+    "search": ("optuna", "sqlalchemy"),
+    "gpu": ("google", "sentencepiece", "torch_fidelity", "torchvision"),
+}
+"""Packages, as they are imported, that another extra than ``workbook`` brings."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a subcommand; errors go to standard error, one line each.
@@ -86,7 +92,7 @@ def _missing(error: Exception) -> str:
     if not isinstance(error, ModuleNotFoundError) or not error.name or error.name.split(".")[0] == "dqar":
         return ""
     name = error.name.split(".")[0]
-    extra = "search" if name in ("optuna", "sqlalchemy") else "workbook"
+    extra = next((extra for extra, packages in EXTRAS.items() if name in packages), "workbook")
     return f"needs {name}, which isn't installed: pip install 'dqar[{extra}]'"
 
 

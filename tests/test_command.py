@@ -36,6 +36,14 @@ def test_every_subcommand_has_help(name, capsys):
         (["wrkbook"], "dqar: command 'wrkbook' is unknown: choose one of workbook, deck, plan, "),
         (["plan", "--macs", "much"], "dqar plan: argument --macs: invalid float value: 'much'"),
         (["plan", "--prof", "digits"], "dqar plan: unrecognized arguments: --prof digits"),
+        (
+            ["plan", "--steps", "20"],
+            "dqar plan: --steps is for a --pipeline: of a profile, --set num_inference_steps=N",
+        ),
+        (["plan", "--offload"], "dqar plan: --offload is for a --pipeline: of a profile, --set offload=true"),
+        (["plan", "--set", "images=0"], "dqar plan: profile field images=0 is not accepted"),
+        (["plan", "--pipeline", "x", "--prompts", "y", "--weights", "z"], "dqar plan: --weights changes a profile"),
+        (["calibrate", "--share", "0.5", "--set", "steps=9"], "dqar calibrate: profile field 'steps' is unknown"),
         (["calibrate"], "dqar calibrate: one of the arguments --share --psnr is required"),
         (["train", "imagenet"], "dqar train: argument model: invalid choice: 'imagenet' (choose from "),
     ],
@@ -55,6 +63,7 @@ def test_wrong_arguments_get_one_line_and_code_2(arguments, message, capsys):
         (RuntimeError(), 1, "RuntimeError"),
         (ImportError("cannot import name 'x'"), 1, "cannot import name 'x'"),
         (ModuleNotFoundError(name="pyarrow.parquet"), 1, "needs pyarrow, which isn't installed: pip install"),
+        (ModuleNotFoundError(name="torch_fidelity"), 1, "isn't installed: pip install 'dqar[gpu]'"),
         (KeyboardInterrupt(), 130, "stopped; what is finished is kept, and the same command continues"),
     ],
 )

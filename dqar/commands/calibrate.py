@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from typing import get_args
 
-from dqar.commands.parser import Parser
+from dqar.commands.parser import Parser, asked_profile
 from dqar.config import DQARConfig, ReuseTarget
 from dqar.measure.calibrate import calibrate
-from dqar.models.pipelines import load_pipeline
-from dqar.models.profiles import get_profile
+from dqar.models.pipelines import check_device, load_pipeline
+from dqar.models.profiles import profile_of
 
 
 def run(arguments: list[str]) -> int:
@@ -21,6 +21,7 @@ def run(arguments: list[str]) -> int:
     """
     parser = Parser("calibrate", "Proposes entropy threshold and SNR range from a short trace, and tries them.")
     parser.add_profile()
+    parser.add_changes("weights", "device", "set")
     goal = parser.add_mutually_exclusive_group(required=True)
     goal.add_argument("--share", type=float, help="share of sites to reuse, between 0 and 1")
     goal.add_argument("--psnr", type=float, help="PSNR to full compute that is to be kept, in dB")
@@ -30,14 +31,15 @@ def run(arguments: list[str]) -> int:
         "--num-samples", type=int, default=4, metavar="N", help="images of the trace and of each trial (default: 4)"
     )
     options = parser.parse_args(arguments)
-    profile = get_profile(options.profile)
+    profile = profile_of(asked_profile(options))
+    check_device(profile)
     base = DQARConfig(schedule="all", reuse_target=options.reuse_target)
     goals = {"share": options.share, "psnr": options.psnr}
     pipe = load_pipeline(profile)
     config, trials = calibrate(pipe, profile, options.seed, **goals, base=base, num_samples=options.num_samples)
     chosen = trials[trials.entropy_threshold == config.entropy_threshold].iloc[-1]
     steps = f"{profile.num_inference_steps} steps of {profile.scheduler}"
-    print(f"measured on {options.num_samples} images of profile {profile.name}, {steps}:")
+    print(f"measured on {options.num_samples} images of profile {profile.label}, {steps}:")
     print(trials.to_string(index=False, float_format="{:.4g}".format))
     fields = ("entropy_threshold", "snr_range", "schedule", "reuse_target")
     proposal = json.dumps({name: getattr(config, name) for name in fields})

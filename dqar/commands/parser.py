@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shutil
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from dqar.models.profiles import PROFILES, Weights, get_profile, profile_of
 
@@ -24,18 +24,21 @@ class Parser(argparse.ArgumentParser):
         names = " ".join(PROFILES)
         self.add_argument("--profile", default="digits", metavar="NAME", help=f"{names} (default: digits)")
 
-    def add_changes(self) -> None:
-        """Adds the options that change a profile; ``asked_profile`` reads them."""
+    def add_changes(self, *names: str) -> None:
+        """Adds the options that change a profile, or those of these names only; ``asked_profile`` reads them."""
         group = self.add_argument_group("changes to the profile: give `record` and `workbook` the same ones")
-        group.add_argument("--weights", metavar="FROM", help="a whole pipeline: a folder, REPO or REPO@REVISION")
-        group.add_argument("--device", help="cpu or cuda")
-        group.add_argument("--images", type=int, metavar="N", help="maximum number of images per method")
-        group.add_argument(
-            "--reference", metavar="FROM", help="of FID: an .npz with mu and sigma, or a folder of images"
-        )
-        group.add_argument(
-            "--set", action="append", default=[], metavar="FIELD=VALUE", help="any field, such as guidance_scale=4.0"
-        )
+        options: dict[str, dict[str, Any]] = {
+            "weights": {"metavar": "FROM", "help": "a whole pipeline: a folder, REPO or REPO@REVISION"},
+            "device": {"help": "cpu or cuda"},
+            "images": {"type": int, "metavar": "N", "help": "maximum number of images per method"},
+            "reference": {"metavar": "FROM", "help": "of FID: an .npz with mu and sigma, or a folder of images"},
+            "set": {
+                **{"action": "append", "default": [], "metavar": "FIELD=VALUE"},
+                "help": "any field, such as guidance_scale=4.0",
+            },
+        }
+        for name in names or options:
+            group.add_argument(f"--{name}", **options[name])
 
 
 class _Formatter(argparse.HelpFormatter):
@@ -56,14 +59,14 @@ def asked_profile(options: argparse.Namespace) -> dict[str, str]:
     Raises:
         ValueError: a profile, field or value that isn't accepted.
     """
-    asked = {"name": options.profile}
-    if options.weights is not None:  # a whole pipeline, with its own transformer
+    asked, given = {"name": options.profile}, vars(options)
+    if given.get("weights") is not None:  # a whole pipeline, with its own transformer
         weights = Weights.parse(options.weights)
         asked |= {"weights": "@".join(filter(None, (weights.source, weights.revision))), "transformer": "none"}
-    if options.images is not None:
+    if given.get("images") is not None:
         images = get_profile(options.profile, images=str(options.images)).images
         asked |= {"images": str(images), "num_samples": str(min(images, get_profile(options.profile).num_samples))}
-    asked |= {name: value for name in ("device", "reference") if (value := getattr(options, name)) is not None}
+    asked |= {name: value for name in ("device", "reference") if (value := given.get(name)) is not None}
     for text in options.set:
         field, equals, value = text.partition("=")
         if not equals:

@@ -12,14 +12,22 @@ from typing import Any, get_args
 import torch
 from diffusers import DiffusionPipeline
 
-from dqar.commands.parser import Parser
+from dqar.commands.parser import Parser, asked_profile
 from dqar.config import check
 from dqar.forecast.fit import Calibration, Target, fit_plan
 from dqar.forecast.ladder import PlanLadder
 from dqar.forecast.plan import HISTORY_BITS, ForecastPlan
 from dqar.forecast.profiles import calibrate_profile, profile_calls, with_provenance
-from dqar.models.pipelines import load_pipeline
-from dqar.models.profiles import SCHEDULERS, get_profile
+from dqar.models.pipelines import check_device, load_pipeline
+from dqar.models.profiles import SCHEDULERS, profile_of
+
+PIPELINE_OPTIONS = {
+    "steps": "num_inference_steps=N",
+    "call": "guidance_scale=S",
+    "dtype": "dtype=NAME",
+    "offload": "offload=true",
+}
+"""Those that say how a ``--pipeline`` is run, and the fields of a profile in their place."""
 
 
 def run(arguments: list[str]) -> int:
@@ -31,22 +39,24 @@ def run(arguments: list[str]) -> int:
     """
     parser = Parser("plan", "Fits a forecast plan: which steps to compute, and the weights that forecast the others.")
     parser.add_profile()
+    parser.add_changes("weights", "device", "set")
     parser.add_argument(
         "--scheduler", choices=SCHEDULERS, metavar="NAME", help=f"{' '.join(SCHEDULERS)} (default: the profile's)"
     )
     pipeline = parser.add_argument_group("any pipeline of diffusers, in place of a profile")
     pipeline.add_argument("--pipeline", help="a folder, or a repository of the Hugging Face hub")
     pipeline.add_argument("--prompts", type=Path, help="a text file, one prompt a line")
-    pipeline.add_argument("--steps", type=int, default=50, help="denoising steps (default: 50)")
-    pipeline.add_argument("--call", default="{}", help="the pipeline's other arguments, as JSON")
-    pipeline.add_argument("--dtype", default="bfloat16", help="of the weights (default: bfloat16)")
-    pipeline.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where it runs")
+    pipeline.add_argument("--steps", type=int, help="denoising steps (default: 50)")
+    pipeline.add_argument("--call", help="the pipeline's other arguments, as JSON")
+    pipeline.add_argument("--dtype", help="of the weights (default: bfloat16)")
     pipeline.add_argument("--offload", action="store_true", help="keep only the part at work on the GPU")
-    pipeline.add_argument("--work", type=Path, help="a folder from which an interrupted fit goes on")
+    parser.add_argument("--work", type=Path, help="a folder from which an interrupted fit goes on")
     parser.add_argument("--macs", type=float, default=3.0, help="least MAC reduction (default: 3)")
     targets = "all steps computed, or the converged solution of five times the steps (default: reference)"
     parser.add_argument("--target", choices=get_args(Target), default="reference", help=targets)
-    parser.add_argument("--images", type=int, default=120, help="calibration images, at most (default: 120)")
+    parser.add_argument(
+        "--images", dest="calls", metavar="N", type=int, default=120, help="calibration images, at most (default: 120)"
+    )
     parser.add_argument(
         "--refinements", type=int, default=12, metavar="N", help="neighbouring sets of steps to try (default: 12)"
     )
@@ -84,14 +94,19 @@ def run(arguments: list[str]) -> int:
 def _plan_of_profile(options: argparse.Namespace) -> ForecastPlan | PlanLadder:
     if options.prompts is not None:
         raise ValueError("--prompts is for a --pipeline: a profile has its own")
-    changes = {"scheduler": options.scheduler} if options.scheduler else {}
-    profile = get_profile(options.profile, **changes)
+    for name, field in PIPELINE_OPTIONS.items():
+        if getattr(options, name):
+            raise ValueError(f"--{name} is for a --pipeline: of a profile, --set {field} changes that")
+    profile = profile_of(asked_profile(options))
+    if options.scheduler:
+        profile = dataclasses.replace(profile, scheduler=options.scheduler)
     number, starts = _budget(options, profile.num_inference_steps)
+    check_device(profile)
     pipe = load_pipeline(profile)
     if options.promise:
-        ladder = _ladder(options, pipe, profile_calls(pipe, profile, options.images), profile.num_inference_steps)
+        ladder = _ladder(options, pipe, profile_calls(pipe, profile, options.calls), profile.num_inference_steps)
         return dataclasses.replace(ladder, plans=tuple(with_provenance(plan, profile) for plan in ladder.plans))
-    calibration = calibrate_profile(pipe, profile, options.target, options.images, options.work, options.history_bits)
+    calibration = calibrate_profile(pipe, profile, options.target, options.calls, options.work, options.history_bits)
     return with_provenance(calibration.plan(number, options.refinements, starts), profile)
 
 
@@ -100,26 +115,30 @@ def _plan_of_pipeline(options: argparse.Namespace) -> ForecastPlan | PlanLadder:
         raise ValueError("--pipeline needs --prompts, a text file with one prompt a line")
     if options.scheduler:
         raise ValueError("--scheduler is for a --profile: save the pipeline with the scheduler it is used with")
-    number, starts = _budget(options, options.steps)
+    if options.weights or options.set:
+        raise ValueError(f"--{'weights' if options.weights else 'set'} changes a profile, and --pipeline has none")
+    steps = 50 if options.steps is None else options.steps
+    number, starts = _budget(options, steps)
     try:
-        shared = dict(json.loads(options.call))
+        shared = dict(json.loads(options.call or "{}"))
     except (ValueError, TypeError):
         raise ValueError(f"--call={options.call} is not accepted: a JSON object of the pipeline's arguments") from None
-    dtype = getattr(torch, options.dtype, None)
+    dtype = getattr(torch, options.dtype or "bfloat16", None)
     check("--dtype", options.dtype, isinstance(dtype, torch.dtype), "a dtype of torch, such as bfloat16")
-    prompts = [line.strip() for line in options.prompts.read_text().splitlines() if line.strip()][: options.images]
+    prompts = [line.strip() for line in options.prompts.read_text().splitlines() if line.strip()][: options.calls]
     check("--prompts", str(options.prompts), len(prompts) >= 2, "two prompts or more, better 60 to 120")
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     pipe = DiffusionPipeline.from_pretrained(options.pipeline, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     if options.offload:
-        pipe.enable_model_cpu_offload(device=options.device)
+        pipe.enable_model_cpu_offload(device=device)
     else:
-        pipe.to(options.device)
+        pipe.to(device)
     calls = [{"prompt": prompt, **shared} for prompt in prompts]
     if options.promise:
-        return _ladder(options, pipe, calls, options.steps)
+        return _ladder(options, pipe, calls, steps)
     bits = options.history_bits
-    calibration = Calibration(pipe, calls, options.steps, options.target, work=options.work, history_bits=bits)
+    calibration = Calibration(pipe, calls, steps, options.target, work=options.work, history_bits=bits)
     return calibration.plan(number, options.refinements, starts)
 
 
@@ -137,7 +156,7 @@ def _ladder(options: argparse.Namespace, pipe: Any, calls: list[dict[str, Any]],
 def _budget(options: argparse.Namespace, steps: int) -> tuple[int, list[tuple[int, ...]]]:
     """How many steps the plan computes, and the sets of steps to begin with."""
     check("--macs", options.macs, 1 <= options.macs <= steps / 2, "from 1 to half the steps")
-    check("--images", options.images, options.images >= 2, "2 or more")
+    check("--images", options.calls, options.calls >= 2, "2 or more")
     check("--refinements", options.refinements, options.refinements >= 0, "0 or more")
     number = int(steps / options.macs)
     starts = [] if options.start is None else [tuple(sorted(ForecastPlan.load(options.start).computed))]

@@ -178,7 +178,7 @@ def check_device(profile: Profile) -> None:
     """Raises ``RuntimeError`` for a GPU that isn't there."""
     if profile.device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(
-            f"profile {profile.name!r} needs a CUDA GPU and there is none: profile 'digits' runs on a CPU"
+            f"profile {profile.label!r} needs a CUDA GPU and torch finds none: --device cpu, or profile 'digits'"
         )
 
 
