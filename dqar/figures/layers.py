@@ -25,18 +25,19 @@ def slide16_layers(run: Run, table: pd.DataFrame, overlaps: pd.DataFrame) -> Fig
     steps = overlaps.step.max() + 1
     for axes, step in zip(panels, (steps // 5, steps - 1 - steps // 5), strict=False):
         grid = overlaps[overlaps.step == step].pivot(index="layer", columns="other", values="overlap")
-        picture = axes.imshow(grid, vmin=0, vmax=1, cmap="viridis", origin="lower")
+        picture = axes.imshow(grid, vmin=0, vmax=1, cmap="cividis", origin="lower", aspect="auto")
         axes.grid(visible=False)
         below = np.diagonal(grid.to_numpy(), -1).mean()
-        axes.set(xlabel="whose map is taken", ylabel="layer", title=f"Step {step}: neighbours {below:.2f}")
-    figure.colorbar(picture, ax=panels[:2], location="bottom", label="overlap of two layers' maps, 1: equal")
+        axes.set(xlabel=f"whose map is taken\n(layer below: {below:.2f})", title=f"Step {step}")
+    panels[0].set(ylabel="layer")
+    figure.colorbar(picture, ax=panels[:2], pad=0.02, label="overlap of two layers' maps, 1: equal")
     looks = {layers.ALONE: (ACCENT, "o"), layers.STEPWISE: (BLUE, "s")}
     for family, (color, marker) in looks.items():
         own = points[points.family == family].sort_values("macs_speedup")
         panels[2].plot(own.macs_speedup, own["median"], marker=marker, ms=10, color=color, label=family)
         panels[2].vlines(own.macs_speedup, own["5th percentile"], own["median"], color=color, lw=1.2)
     panels[2].set(xlabel="times fewer MACs", ylabel="PSNR to full compute (dB)")
-    panels[2].legend(loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    panels[2].legend(loc="upper right")
     headline(figure, layers.in_words(table))
     note = f"markers: median, lines: to the 5th percentile, n = {images}; maps of {layers.IMAGES} images"
     return save(run, "slide16_layers", figure, table, note)

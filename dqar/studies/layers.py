@@ -196,7 +196,7 @@ def in_words(table: pd.DataFrame) -> str:
     points = summary(table)
     most, steps = only(points, family=ALONE, theta=0.0), only(points[points.theta.isna()], family=STEPWISE)
     return (
-        f"Sharing every other layer's attention map, the most there is, saves {1 - 1 / most.macs_speedup:.0%} of the "
-        f"MACs at {most['median']:.1f} dB; reusing every other step's attention saves {1 - 1 / steps.macs_speedup:.0%} "
-        f"at {steps['median']:.1f} dB"
+        f"Sharing every other layer's map, the most there is, saves {1 - 1 / most.macs_speedup:.0%} of the MACs at "
+        f"{most['median']:.1f} dB; reusing every other step's attention {1 - 1 / steps.macs_speedup:.0%} at "
+        f"{steps['median']:.1f} dB"
     )

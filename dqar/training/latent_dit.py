@@ -49,7 +49,7 @@ class LatentRecipe:
     constant_steps: int = 12000
     kept_tokens: int = 32
     """Of each image, the tokens that go through all blocks in training; the others pass the middle blocks by."""
-    routed_steps: int = 12000
+    routed_steps: int = 10000
     """Steps before all tokens go through all blocks, as they do when images are drawn."""
     label_dropout: float = 0.1
     min_snr_gamma: float = 5.0

@@ -110,7 +110,7 @@ def test_sharing_is_recorded_and_drawn(tmp_path, monkeypatch):
     overlaps = layers.similarity(run)
     assert len(overlaps) == STEPS * LAYERS * (LAYERS - 1) and overlaps.overlap.between(0, 1).all()
     title = figures.slide16_layers(run, table, overlaps).get_suptitle().replace("\n", " ")
-    assert title.startswith("Sharing every other layer's attention map, the most there is, saves")
+    assert title.startswith("Sharing every other layer's map, the most there is, saves")
     verdict, words = conclusions.across_layers(pd.Series({"layer_change": 1.4, "change": 0.1}), table)
     assert verdict == "does not hold" and "outputs are 140% away from the layer before" in words
     assert conclusions.across_layers(pd.Series({"layer_change": 0.1, "change": 0.2}), None)[0] == "holds"
