@@ -152,11 +152,14 @@ def slide07_delta(run: Run, oracle: pd.DataFrame) -> Figure:
     accepted, delta = policy.accepted_runs(oracle), policy.calibrated_delta(oracle)
     figure, (left, right) = plt.subplots(1, 2)
     shown = accepted[accepted.share > 0]
-    left.plot(shown.share, shown.fd_growth, color=ACCENT, lw=4, marker="o", ms=10)
-    left.axhline(policy.DELTA_FD, color=GREY, ls="--", label="accepted")
+    by_distance = shown.fd_growth.notna().all()
+    left.plot(shown.share, shown.fd_growth if by_distance else shown.psnr, color=ACCENT, lw=4, marker="o", ms=10)
+    left.axhline(policy.DELTA_FD if by_distance else policy.DELTA_PSNR, color=GREY, ls="--", label="accepted")
     left.xaxis.set_major_formatter("{x:.0%}")
-    left.yaxis.set_major_formatter("{x:.1%}")
-    left.set(xlabel="sites reused", ylabel=f"growth of {run.profile.distance}")
+    left.set(xlabel="sites reused", ylabel="PSNR of the run (dB)")
+    if by_distance:
+        left.yaxis.set_major_formatter("{x:.1%}")
+        left.set_ylabel(f"growth of {run.profile.distance}")
     left.legend()
     right.plot(1e9 * shown.delta, shown.psnr, color=ACCENT, lw=4, marker="o", ms=10)
     right.axvline(1e9 * delta, color=GREY, ls="--", label="accepted")
@@ -170,9 +173,8 @@ def slide07_delta(run: Run, oracle: pd.DataFrame) -> Figure:
         + ("" if np.isnan(chosen.fd_growth) else f"changes the Fréchet distance by {chosen.fd_growth:+.1%} and ")
         + f"leaves images at {chosen.psnr:.0f} dB",
     )
-    return save(
-        run, "slide07_delta", figure, oracle, f"n = {oracle.image.nunique()} images; distance: {run.profile.distance}"
-    )
+    judged = f"distance: {run.profile.distance}" if by_distance else "too few for a Fréchet distance"
+    return save(run, "slide07_delta", figure, oracle, f"n = {oracle.image.nunique()} images; {judged}")
 
 
 def _at_equal_share(runs: pd.DataFrame, share: float = 0.2) -> dict[str, float]:
