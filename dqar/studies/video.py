@@ -26,9 +26,8 @@ from diffusers.models.attention_processor import Attention
 from dqar.forecast.fit import Calibration
 from dqar.forecast.plan import ForecastPlan
 from dqar.forecast.profiles import PLAN_SEED, profile_calls, with_provenance
-from dqar.measure import metrics
 from dqar.measure.recorders import StepCounter
-from dqar.measure.results import Run, provenance
+from dqar.measure.results import Run
 from dqar.models.profiles import Profile, get_profile
 from dqar.studies import arena
 from dqar.studies.compare import FULL, Drawn, Method, compare, draw, only
@@ -89,11 +88,11 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
         table: of ``record_video``.
 
     Returns:
-        ``method``, ``family``, ``interval``, ``macs_speedup``, and PSNR (dB) by each of ``arena.MEASURES``.
+        ``method``, ``family``, ``interval``, ``order``, ``macs_speedup``, and PSNR (dB) by each of ``arena.MEASURES``.
     """
     table = table[table.family != FULL.name]
     wide = table.pivot(index="method", columns="image", values="mse").clip(lower=arena.IDENTICAL)
-    points = table.groupby("method", sort=False)[["family", "interval", "budget", "macs_speedup"]].first()
+    points = table.groupby("method", sort=False)[["family", "interval", "order", "budget", "macs_speedup"]].first()
     for name, measure in arena.MEASURES.items():
         points[name] = measure(wide.loc[points.index].to_numpy())
     every = points.interval.fillna(points.budget)
@@ -113,9 +112,8 @@ def in_words(table: pd.DataFrame) -> str:
     """The finding of ``record_video``."""
     steps, frames, plan = halves(table)
     return (
-        f"Reusing every other result inside the blocks keeps {steps['median']:.1f} dB over steps and "
-        f"{frames['median']:.1f} dB over frames; a plan keeps {plan['median']:.1f} dB at {plan.macs_speedup:.1f}× "
-        "fewer MACs"
+        f"Every other result reused inside the blocks: {steps['median']:.1f} dB over steps, {frames['median']:.1f} "
+        f"over frames; a plan of {plan.macs_speedup:.1f}× fewer MACs: {plan['median']:.1f} dB"
     )
 
 
@@ -124,33 +122,34 @@ class Shown:
     """Videos of one seed, drawn in several ways.
 
     Attributes:
-        profile: that they were drawn with.
         videos: ``[N, F, C, H, W]`` in [0, 1], by the way's name; full compute first, then a plan.
-        costs: by name, ``macs_speedup``, counted, and ``psnr`` (dB of the mean squared error).
+        costs: by the others' names, their rows of ``summary``.
     """
 
-    profile: Profile
     videos: dict[str, torch.Tensor]
     costs: pd.DataFrame
 
 
-def shown(run: Run, number: int = 10) -> Shown | None:
-    """Draws videos by full compute, the recorded plan of the least budget, and reuse of every other result inside the
-    blocks, over steps and over frames; ``None`` without that plan."""
-    profile = dataclasses.replace(profile_for(run.profile), batch_size=number)
-    path = _plan_path(run.recordings, profile, BUDGETS[0])
-    if not path.exists():
+def shown(run: Run, table: pd.DataFrame | None, number: int = 10) -> Shown | None:
+    """Draws videos by full compute and in the ways of ``halves``; ``None`` where those aren't recorded.
+
+    Args:
+        table: of ``record_video``.
+        number: of videos.
+    """
+    if table is None:
         return None
-    found = {FULL.name: Way(FULL), PLAN: Way(Method(PLAN, config=ForecastPlan.load(path)))}
-    for over in OVER:
-        sites = functools.partial(reused_sites, over=over, interval=INTERVALS[0], order=0)
-        found[f"reuse over {over}"] = Way(Method(f"reuse over {over}"), over, INTERVALS[0], 0, sites)
-    drawn = {name: way.draw(profile, run.seed, number) for name, way in found.items()}
-    full = drawn[FULL.name]
-    rows = {name: (full.macs / one.macs, metrics.mean_psnr(one.images, full.images)) for name, one in drawn.items()}
-    costs = pd.DataFrame.from_dict(rows, orient="index", columns=["macs_speedup", "psnr"])
-    costs.attrs["provenance"] = provenance(profile, run.seed)
-    return Shown(profile, {name: one.images for name, one in drawn.items()}, costs)
+    profile = dataclasses.replace(profile_for(run.profile), batch_size=number)
+    *reuse, plan = halves(table)
+    config = ForecastPlan.load(_plan_path(run.recordings, profile, BUDGETS[0]))
+    found = {FULL.name: Way(FULL), PLAN: Way(Method(PLAN, config=config))}
+    for over, row in zip(OVER, reuse, strict=True):
+        sites = functools.partial(reused_sites, over=over, interval=INTERVALS[0], order=int(row["order"]))
+        found[f"reuse over {over}"] = Way(Method(f"reuse over {over}"), attach=sites)
+    videos = {name: way.draw(profile, run.seed, number).images for name, way in found.items()}
+    costs = pd.DataFrame([plan, *reuse]).set_index(pd.Index(list(videos)[1:]))
+    costs.attrs = table.attrs
+    return Shown(videos, costs)
 
 
 # --- plans -----------------------------------------------------------------------------------------------------------
