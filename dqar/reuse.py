@@ -15,7 +15,7 @@ from torch import distributed
 from dqar import stats
 from dqar.config import DQARConfig
 from dqar.controller import DQARController
-from dqar.families import Layer, bare, check_processors, conditions, leaves_layers_out, taken_layers
+from dqar.families import Layer, bare, check_processors, conditions, taken_layers
 from dqar.forecast.run import shared_part
 from dqar.joint import JOINT_SITES
 from dqar.modulations import Modulations
@@ -149,7 +149,8 @@ class ReuseEngine:
         if first:
             self._begin_step(run, call, named)
         branches, thread = tuple(call.slices), threading.get_ident()
-        idle = not leaves_layers_out(named) and controller.record_idle(branches)
+        # SD3's skip-layer guidance goes past some layers, which then have no rows.
+        idle = not named.get("skip_layers") and controller.record_idle(branches)
         choices = [] if idle else controller.choices(branches)
         constants = self._modulations.open(run, call, latents)
         before = self._opened.get(thread)

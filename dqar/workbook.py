@@ -37,7 +37,8 @@ from dqar.commands.parser import Parser, asked_profile
 from dqar.figures.gallery import publish
 from dqar.figures.notebook import check_parameters, store
 from dqar.figures.style import with_palette
-from dqar.measure.results import Run, atomic_path, code_hash, recorded_hash
+from dqar.files import atomic_path
+from dqar.measure.results import Run, code_hash, recorded_hash
 from dqar.models.profiles import profile_of
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"

@@ -22,7 +22,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -37,13 +36,13 @@ from tqdm.auto import tqdm
 
 from dqar.config import check, check_choice
 from dqar.families import bare, describe_models, family, transformers
+from dqar.files import atomic_path, write_json
 from dqar.forecast.ladder import PlanLadder
 from dqar.forecast.lockstep import Answer, CallRun, Lockstep, Moment
 from dqar.forecast.plan import ForecastPlan, check_history_bits
 from dqar.forecast.promise import check_enough, check_promise, fit_ladder, rungs
 from dqar.forecast.run import channels_back, channels_first, from_patches, stored, to_patches, weighted_sum
 from dqar.forecast.steps import RIDGE, Jumps, choose_steps, gram, least_squares
-from dqar.plan import write_json
 
 Target = Literal["reference", "converged"]
 
@@ -364,12 +363,8 @@ class Calibration:
             return self._record(number, call, bar)
         path = self._work / f"call-{number}-{_digest(self._key, call)}.pt"
         if not path.exists():
-            temporary = path.with_name(f".{path.name}.{os.getpid()}")
-            try:
+            with atomic_path(path) as temporary:
                 torch.save(vars(self._record(number, call, bar)), temporary)
-                temporary.replace(path)
-            finally:
-                temporary.unlink(missing_ok=True)
         return Trajectory(**torch.load(path, weights_only=True, mmap=True))
 
     def _record(self, number: int, call: Mapping[str, Any], bar: tqdm) -> Trajectory:

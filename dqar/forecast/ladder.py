@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from dqar.families import CONDITIONS, as_batch, as_output, conditions
+from dqar.files import reading, write_json
 from dqar.forecast.plan import ForecastPlan
 from dqar.forecast.run import FinalHiddenStates, ForecastEngine, OutputForecast, shared_part
-from dqar.plan import BRANCHES, reading, write_json
+from dqar.plan import BRANCHES
 from dqar.run import Call, Run
 from dqar.trace import Trace
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dqar.plan import BRANCHES, FORECAST_FORMAT, is_index, lagrange_weights, reading, steps_in_words, write_json
+from dqar.files import reading, write_json
+from dqar.plan import BRANCHES, FORECAST_FORMAT, is_index, lagrange_weights, steps_in_words
 
 HISTORY_BITS = (16, 8, 4)
 """In which a run keeps what it forecasts from; 16: as it is, outputs in the model's dtype, readouts in float64."""

@@ -14,7 +14,8 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from dqar.measure.results import atomic_path, load_table, provenance, save_table, settings, slug
+from dqar.files import atomic_path
+from dqar.measure.results import load_table, provenance, save_table, settings, slug
 from dqar.models.profiles import Profile
 from dqar.studies.compare import FULL, Drawn, Method, compare, draw
 

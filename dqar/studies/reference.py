@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dqar.files import atomic_path
 from dqar.measure.metrics import Gaussian
 from dqar.measure.quality import Reference, extractor_of, features_of_files, image_files, load_reference
-from dqar.measure.results import atomic_path
 from dqar.models.profiles import Profile
 from dqar.studies.compare import FULL
 from dqar.studies.recording import REFERENCE_SEED, Recording

@@ -12,8 +12,9 @@ from typing import get_args
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 
+from dqar.files import atomic_path
 from dqar.forecast.fit import FINER, Target
-from dqar.measure.results import atomic_path, provenance
+from dqar.measure.results import provenance
 from dqar.measure.sampling import class_labels, first_latents
 from dqar.models.frozen_dit import FrozenDiT
 from dqar.models.guidance import guide
