@@ -34,14 +34,13 @@ from traitlets.config import Config
 
 from dqar import __main__ as command
 from dqar.commands.parser import Parser, asked_profile
-from dqar.figures.gallery import publish
+from dqar.figures.gallery import NOTEBOOKS, code_of, publish
 from dqar.figures.notebook import check_parameters, store
 from dqar.figures.style import with_palette
 from dqar.files import atomic_path
 from dqar.measure.results import Run, code_hash, recorded_hash
 from dqar.models.profiles import profile_of
 
-NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 ABOUT_TIME = ("10_benchmarks",)
 """Notebooks that score no image."""
 LIVE = "live"
@@ -96,7 +95,7 @@ def of_slide(slide: int, notebooks: list[Path]) -> list[Path]:
     Raises:
         ValueError: none does.
     """
-    drawn = {path: {int(number) for number in re.findall(r"\.slide(\d\d)\(", _code(path))} for path in notebooks}
+    drawn = {path: {int(number) for number in re.findall(r"\.slide(\d\d)\(", code_of(path))} for path in notebooks}
     found = [path for path in notebooks if slide in drawn[path]]
     if not found:
         there = ", ".join(map(str, sorted(set().union(*drawn.values()))))
@@ -244,11 +243,6 @@ def _finished(executed: Path) -> NotebookNode:
 def _written(notebook: NotebookNode) -> str:
     """What somebody wrote of a notebook: cells and tags, without outputs, which follow from them."""
     return repr([(cell.cell_type, cell.source, cell.metadata.get("tags")) for cell in notebook.cells])
-
-
-def _code(path: Path) -> str:
-    cells = nbformat.read(path, as_version=4).cells
-    return "\n".join(cell.source for cell in cells if cell.cell_type == "code")
 
 
 def _place(error: Exception) -> str:

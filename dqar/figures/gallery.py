@@ -78,13 +78,18 @@ def _listed(folder: Path) -> list[Path]:
 def _command(name: str) -> str:
     """The command of the notebook that draws ``name``; where several do, of the first."""
     for path in sorted(NOTEBOOKS.glob("[0-9]*.ipynb")):
-        code = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
-        drawn = re.findall(r"\.(slide\d\d\w*|samples|denoising)\(", code)
+        drawn = re.findall(r"\.(slide\d\d\w*|samples|denoising)\(", code_of(path))
         if name in drawn or any(
             name.startswith(f"{function}_") and len(function) > len("slide00") for function in drawn
         ):
             return f"`dqar workbook --only {path.name[:2]}`"
     return ""
+
+
+def code_of(notebook: Path) -> str:
+    """The source of its code cells."""
+    cells = nbformat.read(notebook, as_version=4).cells
+    return "\n".join(cell.source for cell in cells if cell.cell_type == "code")
 
 
 def _quoted(text: str) -> str:

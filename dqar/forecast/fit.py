@@ -582,7 +582,6 @@ class StepSystem:
         self._ridge = torch.full((side,), NEIGHBOURS_RIDGE, dtype=torch.float64)
         self._ridge[side // 2] = RIDGE
         self._sums: dict[str, torch.Tensor] = {}
-        self._width = 0
 
     def add(self, maps: torch.Tensor, states: torch.Tensor | None, goal: torch.Tensor) -> None:
         """Adds images.
@@ -700,12 +699,12 @@ def _rounded(scale: float) -> float:
 
 def _digest(*parts: Any) -> str:
     """Twelve letters that stand for any arguments of calls, by what they hold."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
 
     def add(part: Any) -> None:
-        found.update(type(part).__name__.encode())
+        digest.update(type(part).__name__.encode())
         if isinstance(part, torch.Tensor):
-            found.update(str(part.shape).encode() + part.detach().cpu().float().numpy().tobytes())
+            digest.update(str(part.shape).encode() + part.detach().cpu().float().numpy().tobytes())
         elif isinstance(part, torch.Generator):
             add(part.get_state())
         elif isinstance(part, Mapping):
@@ -716,11 +715,11 @@ def _digest(*parts: Any) -> str:
             for one in part:
                 add(one)
         elif hasattr(part, "tobytes"):  # NumPy's arrays, PIL's images
-            found.update(part.tobytes())
+            digest.update(part.tobytes())
         elif isinstance(part, (str, int, float, bool, type(None))):
-            found.update(repr(part).encode())
+            digest.update(repr(part).encode())
         else:
-            found.update(repr(type(part)).encode())
+            digest.update(repr(type(part)).encode())
 
     add(parts)
-    return found.hexdigest()[:12]
+    return digest.hexdigest()[:12]

@@ -245,7 +245,6 @@ class Lockstep:
         pipe: a pipeline with a ``transformer`` and a ``scheduler``.
         num_inference_steps: of every call.
         seed: of the calls that bring neither generators nor latents.
-        computed_one: is told of each forward pass that was computed.
         history_bits: in which outputs are kept for later steps, see ``ForecastPlan``.
 
     Raises:
@@ -257,14 +256,13 @@ class Lockstep:
         pipe: Any,
         num_inference_steps: int,
         seed: int = 0,
-        computed_one: Callable[[], Any] = lambda: None,
         history_bits: int = 16,
     ):
         self._transformers = transformers(pipe)
         if self._transformers[0] is pipe or not hasattr(pipe, "scheduler"):
             raise ValueError(f"{type(pipe).__name__} has no transformer and scheduler: a plan needs a pipeline of both")
         self.pipe, self.num_inference_steps, self.seed = pipe, num_inference_steps, seed
-        self._computed_one, self._history_bits = computed_one, history_bits
+        self._history_bits = history_bits
         self._runs: dict[int, CallRun] = {}
         self._schedulers: dict[int, Any] = {}
         self._model = bare(self._transformers[0])
@@ -478,7 +476,6 @@ class Lockstep:
             output = original(*args, **kwargs)
             states = self._states.take() if self._states is not None else None
             self._keep(run, call, key, as_batch(output[0]), latents, states)
-            self._computed_one()
         else:
             output = None
             self._look(run, call, run.raw[key], latents)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import get_args
 
 import numpy as np
@@ -36,6 +36,8 @@ KINDS |= {"output extrapolation": "output extrapolation", **dict.fromkeys(pareto
 """Of families; all others are caches."""
 ERRORS: dict[Target, str] = {"reference": "mse", "converged": "mse_converged"}
 """Columns of ``compare`` by what a plan is made for."""
+FACTS = ("family", "made_for", "macs_speedup", "fd")
+"""Columns of ``compare`` that ``standings`` keep."""
 IDENTICAL = 1e-12
 """A squared error that counts as none: 120 dB."""
 
@@ -81,14 +83,13 @@ def recorded(run: Run, sampler: str) -> pd.DataFrame | None:
     return run.recorded(f"arena-{slug(sampler)}")
 
 
-def standings(table: pd.DataFrame, target: Target) -> pd.DataFrame:
-    """One row a method: ``family``, ``made_for``, ``macs_speedup``, ``fd``, and PSNR (dB) by each of ``MEASURES``."""
-    errors = _errors(table, target)
-    columns = ["family", "made_for", "macs_speedup", "fd"]
-    facts = table.reindex(columns=["method", *columns]).groupby("method", sort=False)[columns].first()
+def standings(table: pd.DataFrame, target: Target, facts: Sequence[str] = FACTS) -> pd.DataFrame:
+    """One row a method: ``method``, its ``facts`` (columns of ``table``), and PSNR (dB) by each of ``MEASURES``."""
+    errors, columns = _errors(table, target), list(facts)
+    points = table.reindex(columns=["method", *columns]).groupby("method", sort=False)[columns].first()
     for name, measure in MEASURES.items():
-        facts[name] = measure(errors.to_numpy())
-    return facts.rename_axis("method").reset_index()
+        points[name] = measure(errors.to_numpy())
+    return points.reset_index()
 
 
 def verdicts(table: pd.DataFrame, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:

@@ -91,14 +91,11 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     Returns:
         ``method``, ``family``, ``interval``, ``macs_speedup``, and PSNR (dB) by each of ``arena.MEASURES``.
     """
-    table = table[table.family != FULL.name]
-    wide = table.pivot(index="method", columns="image", values="mse").clip(lower=arena.IDENTICAL)
-    points = table.groupby("method", sort=False)[["family", "interval", "budget", "macs_speedup"]].first()
-    for name, measure in arena.MEASURES.items():
-        points[name] = measure(wide.loc[points.index].to_numpy())
+    facts = ("family", "interval", "budget", "macs_speedup")
+    points = arena.standings(table[table.family != FULL.name], "reference", facts)
     every = points.interval.fillna(points.budget)
     best = points.groupby([points.family, every])["median"].idxmax()
-    return points.loc[best].reset_index()
+    return points.loc[best].reset_index(drop=True)
 
 
 def halves(table: pd.DataFrame) -> tuple[pd.Series, pd.Series, pd.Series]:
