@@ -144,13 +144,17 @@ def solutions(
 ) -> Solutions:
     """``Solutions`` from the recorded tables of these names."""
     last = accumulation[(accumulation.step == accumulation.step.max()) & (accumulation.bits == 8)]
+    between, within = entropy_spreads(labels)
     delta = policy.calibrated_delta(oracle)
+    auc, auc_without_l2 = (policy.study(labels, delta, total_steps, l2=l2).auc() for l2 in (1e-4, 0.0))
     return Solutions(
-        *entropy_spreads(labels),
-        last.set_index("variant").relative_error,
-        *(policy.study(labels, delta, total_steps, l2=l2).auc() for l2 in (1e-4, 0.0)),
-        looking(overhead).median(),
-        shared_runs(sharing).query("target == 'output'").iloc[-1],
+        between=between,
+        within=within,
+        off=last.set_index("variant").relative_error,
+        auc=auc,
+        auc_without_l2=auc_without_l2,
+        looking=looking(overhead).median(),
+        shared=shared_runs(sharing).query("target == 'output'").iloc[-1],
     )
 
 
