@@ -197,7 +197,7 @@ def deciders(
 def runs_of_deciders(table: pd.DataFrame) -> pd.DataFrame:
     """One row a ``target``, ``method`` and share ``wanted`` of ``record_deciders``' table: means, and ``psnr`` (dB)."""
     by = table.groupby(["target", "method", "wanted"], as_index=False)
-    runs = by[["mse", "sites_reused", "macs_speedup"]].mean()
+    runs = by[["mse", "sites_reused"]].mean()
     return runs.assign(psnr=metrics.decibels(runs.mse))
 
 
