@@ -50,13 +50,13 @@ def _saved(macs_speedup: float) -> str:
 def claims(run: Run, gates: pd.DataFrame) -> str:
     """Notebook 00: slide 12's reuses against arithmetic, and the deck's gate."""
     most = claims_study.bounds().set_index(["target", "sites"]).speedup_bound
-    deck, own = (only(gates, family=family, target="output") for family in ("deck's gate", "calibrated"))
+    deck, calibrated = (only(gates, family=family, target="output") for family in ("deck's gate", "calibrated"))
     return (
         f"Slide 12's numbers contradict each other: 47 reuses of 1400 save at most {1 - 1 / most['output', 47]:.1%} of "
         f"the computation, not 23% of the time; reusing the attention of every layer at every step would save "
         f"{1 - 1 / most['output', 1400]:.0%}. On this model the deck's gate reuses {deck.sites_reused:.0%} of the "
-        f"sites. A threshold calibrated on the model reuses {own.sites_reused:.0%} and {_saved(own.macs_speedup)}, "
-        f"with images at {own.psnr:.1f} dB to full compute's."
+        f"sites. A threshold calibrated on the model reuses {calibrated.sites_reused:.0%} and "
+        f"{_saved(calibrated.macs_speedup)}, with images at {calibrated.psnr:.1f} dB to full compute's."
     )
 
 
@@ -130,13 +130,13 @@ def quantized_cache(run: Run, quality: pd.DataFrame) -> str:
 
 def controller(run: Run, gated: pd.DataFrame) -> str:
     """Notebook 05: the commonest answers."""
-    own = gated[(gated.family == "calibrated") & (gated.target == "kv")]
-    shares = own.reason.value_counts(normalize=True)
+    asked = gated[(gated.family == "calibrated") & (gated.target == "kv")]
+    shares = asked.reason.value_counts(normalize=True)
     names = {"reuse": "reused", "entropy": "entropy too high", "snr": "SNR outside its window"}
     names |= {"streak": "reused too often in a row", "no cache": "nothing kept yet", "schedule": "not scheduled"}
     answers = ", ".join(f"{names.get(reason, reason)} {share:.0%}" for reason, share in shares.items())
     return (
-        f"With a gate calibrated on this model the controller answered: {answers} (n = {len(own):,}). The code "
+        f"With a gate calibrated on this model the controller answered: {answers} (n = {len(asked):,}). The code "
         "has slide 10's six parts, and no part imports another that is built on it."
     )
 
@@ -186,14 +186,14 @@ def conclusions(verdicts: pd.DataFrame, hopes: pd.DataFrame) -> str:
     """Notebook 09: the verdicts by name, with the number that each rests on."""
 
     def names(table: pd.DataFrame, reason: str, verdict: str) -> str:
-        own = table[table.verdict == verdict]
-        numbers = own[reason].map(_first_number) if verdict != "not testable here" else [""] * len(own)
-        return "; ".join(f"“{name}”{number}" for name, number in zip(own.iloc[:, 0], numbers, strict=True)) or "none"
+        those = table[table.verdict == verdict]
+        numbers = those[reason].map(_first_number) if verdict != "not testable here" else [""] * len(those)
+        return "; ".join(f"“{name}”{number}" for name, number in zip(those.iloc[:, 0], numbers, strict=True)) or "none"
 
     lines = []
     for what, table, reason in (("claims", verdicts, "reason"), ("hopes", hopes, "measured")):
         count = table.verdict.value_counts()
-        found = (
+        counts = (
             f"{count.get(verdict, 0)} {verb}: {names(table, reason, verdict)}"
             for verdict, verb in (
                 ("holds", "hold here"),
@@ -201,7 +201,7 @@ def conclusions(verdicts: pd.DataFrame, hopes: pd.DataFrame) -> str:
                 ("not testable here", "can't be tested here"),
             )
         )
-        lines.append(f"Of slide {17 if what == 'claims' else 16}'s {len(table)} {what}, {'. '.join(found)}.")
+        lines.append(f"Of slide {17 if what == 'claims' else 16}'s {len(table)} {what}, {'. '.join(counts)}.")
     return " ".join(lines)
 
 
@@ -245,15 +245,17 @@ def benchmarks(tables: Mapping[str, pd.DataFrame], deciding: pd.DataFrame) -> st
 @recorded
 def pareto(run: Run, tables: Mapping[str, pd.DataFrame]) -> str:
     """Notebook 11: plans against every rival, by the verdicts' intervals."""
-    found = pd.concat(arena.shown(arena.verdicts(table)).assign(n=table.image.nunique()) for table in tables.values())
-    if found.empty:
+    verdicts = pd.concat(
+        arena.shown(arena.verdicts(table)).assign(n=table.image.nunique()) for table in tables.values()
+    )
+    if verdicts.empty:
         return f"No plan has been compared yet for the profile {run.profile.name}."
     lines = []
-    for measure, own in found.groupby("measure", sort=False):
-        count, least = own.verdict.value_counts(), own.loc[own.lead.idxmin()]
+    for measure, judged in verdicts.groupby("measure", sort=False):
+        count, least = judged.verdict.value_counts(), judged.loc[judged.lead.idxmin()]
         lines.append(
-            f"In the {measure} of {own.n.min()} images, DQAR's forecast plans are ahead of their rivals in "
-            f"{count.get('ahead', 0)} of {len(own)} comparisons, level in {count.get('level', 0)}, behind in "
+            f"In the {measure} of {judged.n.min()} images, DQAR's forecast plans are ahead of their rivals in "
+            f"{count.get('ahead', 0)} of {len(judged)} comparisons, level in {count.get('level', 0)}, behind in "
             f"{count.get('behind', 0)} (95% intervals); the smallest lead is {least.lead:+.1f} dB, over {least.family} "
             f"at {least.budget:g}×."
         )

@@ -140,10 +140,10 @@ class ForecastPlan:
                 f"the plan was made for {steps_in_words(len(self.timesteps))}, this run takes {len(timesteps)}: "
                 "make one for this number of steps"
             )
-        for step, (wanted, given) in enumerate(zip(self.timesteps, timesteps, strict=True)):
-            if not _close([wanted], [given]):
+        for step, (planned, given) in enumerate(zip(self.timesteps, timesteps, strict=True)):
+            if not _close([planned], [given]):
                 raise ValueError(
-                    f"the plan was made for another spacing of the timesteps: step {step} is at {wanted:g}, "
+                    f"the plan was made for another spacing of the timesteps: step {step} is at {planned:g}, "
                     f"in this run at {float(given):g}"
                 )
 

@@ -131,8 +131,8 @@ def as_weights(
 def _timesteps_of(sigmas: torch.Tensor, alphas_cumprod: torch.Tensor) -> list[float]:
     """The timesteps whose ``signal_and_noise`` have these ratios of noise to signal."""
     alphas = alphas_cumprod.double().numpy()
-    known = np.log((1 - alphas) / alphas) / 2
-    return np.interp(np.log(sigmas.double().numpy()), known, np.arange(len(known))).tolist()
+    log_sigmas = np.log((1 - alphas) / alphas) / 2
+    return np.interp(np.log(sigmas.double().numpy()), log_sigmas, np.arange(len(log_sigmas))).tolist()
 
 
 class LearnedSolver(nn.Module):

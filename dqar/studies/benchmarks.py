@@ -252,16 +252,16 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     the clock shows), and ``peak_bytes``.
     """
     rows = []
-    for part, own in table.groupby("part", sort=False):
-        baseline = own.method.iloc[0]
-        ratios = 1 / metrics.speedups(own, baseline)
+    for part, timed in table.groupby("part", sort=False):
+        baseline = timed.method.iloc[0]
+        ratios = 1 / metrics.speedups(timed, baseline)
         ratios.columns = ["cost_high", "cost", "cost_low"]
-        for method in own.method.unique():
-            mine = own[own.method == method]
+        for method in timed.method.unique():
+            mine = timed[timed.method == method]
             row = {"part": part, "method": method, "family": mine.family.iloc[0], "target": mine.target.iloc[0]}
             row |= {"ms": 1000 * mine.seconds.median(), **ratios.loc[method]}
             if "macs" in mine and mine.macs.notna().all():
-                speedup = own[own.method == baseline].macs.iloc[0] / mine.macs.iloc[0]
+                speedup = timed[timed.method == baseline].macs.iloc[0] / mine.macs.iloc[0]
                 row |= {"macs_speedup": speedup, "peak_bytes": mine.peak_bytes.iloc[0]}
                 if speedup > 1.001:
                     row["realised"] = (1 / row["cost"] - 1) / (speedup - 1)

@@ -196,7 +196,7 @@ def frechet_intervals(images: pd.DataFrame, real: Reference, resamples: int = 20
         spatial features.
     """
     most = images.groupby("method").size().max()
-    images = images.groupby("method").filter(lambda own: len(own) == most)
+    images = images.groupby("method").filter(lambda group: len(group) == most)
     wide = images.pivot(index="image", columns="method", values="features")
     features = {method: torch.tensor(np.stack(wide[method])).double() for method in images.method.unique()}
     if len(real.features.mean) > 256:  # a distance of Inception's features takes seconds

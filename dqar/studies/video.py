@@ -138,16 +138,18 @@ def shown(run: Run, number: int = 10) -> Shown | None:
     path = _plan_path(run.recordings, profile, BUDGETS[0])
     if not path.exists():
         return None
-    found = {FULL.name: Way(FULL), PLAN: Way(Method(PLAN, config=ForecastPlan.load(path)))}
+    ways = {FULL.name: Way(FULL), PLAN: Way(Method(PLAN, config=ForecastPlan.load(path)))}
     for over in OVER:
         sites = functools.partial(reused_sites, over=over, interval=INTERVALS[0], order=0)
-        found[f"reuse over {over}"] = Way(Method(f"reuse over {over}"), over, INTERVALS[0], 0, sites)
-    drawn = {name: way.draw(profile, run.seed, number) for name, way in found.items()}
+        ways[f"reuse over {over}"] = Way(Method(f"reuse over {over}"), over, INTERVALS[0], 0, sites)
+    drawn = {name: way.draw(profile, run.seed, number) for name, way in ways.items()}
     full = drawn[FULL.name]
-    rows = {name: (full.macs / one.macs, metrics.mean_psnr(one.images, full.images)) for name, one in drawn.items()}
+    rows = {
+        name: (full.macs / result.macs, metrics.mean_psnr(result.images, full.images)) for name, result in drawn.items()
+    }
     costs = pd.DataFrame.from_dict(rows, orient="index", columns=["macs_speedup", "psnr"])
     costs.attrs["provenance"] = provenance(profile, run.seed)
-    return Shown(profile, {name: one.images for name, one in drawn.items()}, costs)
+    return Shown(profile, {name: result.images for name, result in drawn.items()}, costs)
 
 
 # --- plans -----------------------------------------------------------------------------------------------------------
@@ -223,15 +225,15 @@ class Way:
 
 def ways(recording: Recording) -> list[Way]:
     """Everything that is compared."""
-    profile, found = recording.profile, [Way(FULL)]
+    profile, chosen = recording.profile, [Way(FULL)]
     for budget in BUDGETS:
         steps = computed_steps(profile, budget)
         fewer = Method(f"{steps} steps", "fewer steps", num_inference_steps=steps, budget=budget)
         plan = ForecastPlan.load(_plan_path(recording.folder, profile, budget))
-        found += [Way(fewer), Way(Method(f"plan, {budget}×", PLAN, config=plan, budget=budget))]
+        chosen += [Way(fewer), Way(Method(f"plan, {budget}×", PLAN, config=plan, budget=budget))]
     for kernel in KERNELS:
         plan = ForecastPlan.load(_plan_path(recording.folder, profile, BUDGETS[-1], kernel))
-        found.append(
+        chosen.append(
             Way(Method(f"plan, {BUDGETS[-1]}×, {kernel}", f"{PLAN}, {kernel}", config=plan, budget=BUDGETS[-1]))
         )
     for interval, order in itertools.product(INTERVALS, (0, 1)):
@@ -241,9 +243,9 @@ def ways(recording: Recording) -> list[Way]:
         attached |= {f"sites over {over}": functools.partial(reused_sites, over=over, **options) for over in OVER}
         for family, attach in attached.items():
             name, whole = f"{family}, every {interval}, order {order}", None if attach else config
-            over = next(one for one in OVER if family.endswith(one))
-            found.append(Way(Method(name, family, config=whole), over, interval, order, attach))
-    return found
+            over = next(level for level in OVER if family.endswith(level))
+            chosen.append(Way(Method(name, family, config=whole), over, interval, order, attach))
+    return chosen
 
 
 def frame_weights(frames: int, interval: int, order: int) -> tuple[list[int], torch.Tensor]:
@@ -333,8 +335,8 @@ def _of_frames(site: Any, frames: int, interval: int, order: int, along_time: bo
 
         if encoder_hidden_states is not None:
             named["encoder_hidden_states"] = rows(encoder_hidden_states)
-        found = original(rows(hidden_states), **named).unflatten(0, (-1, len(computed)))
-        return torch.einsum("fk,bknd->bfnd", by_frame, found).flatten(0, 1)
+        results = original(rows(hidden_states), **named).unflatten(0, (-1, len(computed)))
+        return torch.einsum("fk,bknd->bfnd", by_frame, results).flatten(0, 1)
 
     return handle
 
