@@ -144,7 +144,7 @@ class DQARSession:
         self._transformers = transformers(pipe)
         self.transformer: torch.nn.Module = self._transformers[0]
         self._model = bare(self.transformer)
-        models = [bare(one) for one in self._transformers]
+        models = [bare(transformer) for transformer in self._transformers]
         self._engine: Engine
         if isinstance(config, PlanLadder):
             self._engine = LadderEngine(models, config, self.trace)
@@ -198,7 +198,7 @@ class DQARSession:
         Raises:
             ValueError: DQAR is there already, or an attention processor was exchanged meanwhile.
         """
-        handlers = [*((one, self.forward) for one in self._transformers), *self._engine.handlers()]
+        handlers = [*((transformer, self.forward) for transformer in self._transformers), *self._engine.handlers()]
         if any(handler_of(module) is not None for module, _ in handlers):
             raise ValueError("DQAR is already applied to this transformer: call remove_dqar first")
         for module, handler in handlers:

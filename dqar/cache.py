@@ -136,17 +136,19 @@ def recall(entries: Sequence[CacheEntry], step: int, name: Name) -> torch.Tensor
     for entry in entries:
         chain = (entry, *entry.history)
         stored = [past.part(name) for past in chain]
-        parts.append(_continued([one for one in stored if one is not None], [past.step for past in chain], step))
+        parts.append(
+            _continued([tensor for tensor in stored if tensor is not None], [past.step for past in chain], step)
+        )
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def _together(one: CacheEntry, other: CacheEntry) -> bool:
+def _together(first: CacheEntry, other: CacheEntry) -> bool:
     """Whether two branches' entries and all their history were stored as one, ``one`` first."""
-    if one.stored is not other.stored or len(one.history) != len(other.history):
+    if first.stored is not other.stored or len(first.history) != len(other.history):
         return False
-    if one.rows is None or other.rows is None or one.rows.stop != other.rows.start:
+    if first.rows is None or other.rows is None or first.rows.stop != other.rows.start:
         return False
-    return all(map(_together, one.history, other.history))
+    return all(map(_together, first.history, other.history))
 
 
 def _continued(stored: Sequence[Stored], steps: Sequence[int], step: int) -> torch.Tensor:

@@ -395,10 +395,10 @@ class DQARController:
             if share and branch == "uncond" and self.config.share_below > 0:
                 cond = self._table["cond"]
                 shares = [
-                    own != "reuse" and other != "reuse" and self._may_share(layer_id)
-                    for layer_id, (own, other) in enumerate(zip(row, cond, strict=True))
+                    reason != "reuse" and other != "reuse" and self._may_share(layer_id)
+                    for layer_id, (reason, other) in enumerate(zip(row, cond, strict=True))
                 ]
-                row = ["shared" if shared else own for shared, own in zip(shares, row, strict=True)]
+                row = ["shared" if shared else reason for shared, reason in zip(shares, row, strict=True)]
             self._table[branch] = row
         return row
 

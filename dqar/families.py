@@ -72,8 +72,7 @@ class Family:
     """One family of diffusers transformers.
 
     Attributes:
-        attentions: those of the model, in the order of their calls: blocks of one group take turns, one of each place
-            after the other; groups follow one another.
+        attentions: those of the model, in the order of their calls: one list of blocks after the other, block by block.
         branch_order: how the family's pipelines stack the branches of guidance in one batch.
         last_layer: the linear layer that reads the output from the last hidden states.
         channels: the axis of the latents' channels; of packed tokens ``[B, tokens, C]`` always the last.
@@ -82,7 +81,7 @@ class Family:
         reversed_time: whether the model is given ``1 - t / 1000``, for the scheduler's ``t``.
     """
 
-    attentions: tuple[tuple[Place, ...], ...] = ((Place(),),)
+    attentions: tuple[Place, ...] = (Place(),)
     branch_order: tuple[str, str] = ("uncond", "cond")
     last_layer: str = "proj_out"
     channels: int = 1
@@ -97,14 +96,14 @@ _SD3 = (
     Place(name="attn2", processor="JointAttnProcessor2_0", cross=None),  # of SD3.5 medium's first blocks: image alone
 )
 _FLUX = (
-    (Place(name="attn", processor="FluxAttnProcessor", text="first", cross=None),),
-    (Place("single_transformer_blocks", "attn", "FluxAttnProcessor", "first", cross=None),),
+    Place(name="attn", processor="FluxAttnProcessor", text="first", cross=None),
+    Place("single_transformer_blocks", "attn", "FluxAttnProcessor", "first", cross=None),
 )
 FAMILIES = {
     "DiTTransformer2DModel": Family(branch_order=("cond", "uncond"), last_layer="proj_out_2"),
     "PixArtTransformer2DModel": Family(),
     "LatteTransformer3DModel": Family(),  # its spatial attentions; the temporal ones are always computed
-    "SD3Transformer2DModel": Family((_SD3,)),
+    "SD3Transformer2DModel": Family(_SD3),
     "FluxTransformer2DModel": Family(_FLUX),
     "LuminaNextDiT2DModel": Family(branch_order=("cond", "uncond")),
     "CogVideoXTransformer3DModel": Family(channels=2),
@@ -159,15 +158,17 @@ def last_layer(transformer: torch.nn.Module) -> torch.nn.Linear:
 
 def find_layers(transformer: torch.nn.Module) -> list[Layer]:
     """The model's attentions in the order of their calls, whatever they are: ``None`` where a block has none."""
-    model, found = bare(transformer), []
-    for group in family(model).attentions:
-        for number, together in enumerate(zip(*(getattr(model, place.blocks, ()) for place in group), strict=True)):
-            layers = [
-                Layer(f"{place.blocks}.{number}", block, getattr(block, place.name, None), place)
-                for place, block in zip(group, together, strict=True)
+    model, layers = bare(transformer), []
+    places = family(model).attentions
+    for blocks in dict.fromkeys(place.blocks for place in places):
+        for number, block in enumerate(getattr(model, blocks, ())):
+            inside = [
+                Layer(f"{blocks}.{number}", block, getattr(block, place.name, None), place)
+                for place in places
+                if place.blocks == blocks
             ]
-            found += [layer for i, layer in enumerate(layers) if layer.attention is not None or i == 0]
-    return found
+            layers += [layer for i, layer in enumerate(inside) if layer.attention is not None or i == 0]
+    return layers
 
 
 def taken_layers(transformer: torch.nn.Module) -> list[Layer]:
@@ -199,8 +200,7 @@ def check_processor(layer: Layer, layer_id: int) -> None:
     if present.__name__ != replaced or not present.__module__.startswith("diffusers."):
         raise ValueError(
             f"layer {layer_id} has the attention processor {present.__name__}: DQAR takes the place of diffusers' "
-            f"{replaced} "
-            "only; set that, or remove_dqar first"
+            f"{replaced} only; set that, or remove_dqar first"
         )
 
 
@@ -213,11 +213,6 @@ def conditions(named: dict[str, Any]) -> tuple[torch.Tensor | None, ...]:
     """A call's ``CONDITIONS``, in that order, and the captions that are a list."""
     given = [named.get(name) for name in CONDITIONS] + list(named.get(CAPTION_LISTS, ()))
     return tuple(value if isinstance(value, torch.Tensor) else None for value in given)
-
-
-def leaves_layers_out(named: dict[str, Any]) -> bool:
-    """Whether a call is told to go past some layers: SD3's skip-layer guidance, Latte without temporal attention."""
-    return bool(named.get("skip_layers")) or named.get("enable_temporal_attentions") is False
 
 
 def as_batch(images: Any) -> Any:
@@ -236,8 +231,8 @@ def as_batch(images: Any) -> Any:
 
 def as_output(sample: torch.Tensor, like: Family, return_dict: bool) -> Any:
     """An output ``[B, ...]`` as a model of the family returns it."""
-    own: Any = list(sample.unsqueeze(2).unbind()) if like.lists else sample
-    return Transformer2DModelOutput(sample=own) if return_dict else (own,)
+    output: Any = list(sample.unsqueeze(2).unbind()) if like.lists else sample
+    return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
 
 def describe_models(models: Iterable[Any]) -> str:

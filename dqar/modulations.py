@@ -64,7 +64,7 @@ class Modulations:
         if not self._norms or call.labels is None:
             return None
         if run.number != self._run or any(
-            own[name] is not p or p._version != version for own, name, p, version in self._watched
+            owner[name] is not p or p._version != version for owner, name, p, version in self._watched
         ):
             self._run, self._usable = run.number, self._look_at_weights()
         if not self._usable:
@@ -118,7 +118,7 @@ class Modulations:
         if touched or any(p.device.type == "meta" or p.is_inference() for p in parameters):
             self.clear()
             return False
-        self._watched = [(own, name, p, p._version) for own, name, p in weights]
+        self._watched = [(owner, name, p, p._version) for owner, name, p in weights]
         # Changes through `.data` leave no version: so a few thousand numbers of each are looked at, once a run.
         looks = [p.detach().flatten()[:: max(1, p.numel() // 4096)] for p in parameters]
         hashes = torch.stack([torch.hash_tensor(look) for look in looks]).tolist()
@@ -145,13 +145,13 @@ def _representatives(modules: list[torch.nn.Module]) -> dict[int, int]:
     first: list[torch.nn.Module] = []
     chosen = {}
     for module in modules:
-        same = next((one for one in first if _equal(one, module)), None)
+        same = next((earlier for earlier in first if _equal(earlier, module)), None)
         if same is None:
             first.append(module)
         chosen[id(module)] = id(same or module)
     return chosen
 
 
-def _equal(one: torch.nn.Module, other: torch.nn.Module) -> bool:
-    a, b = dict(one.named_parameters()), dict(other.named_parameters())
+def _equal(first: torch.nn.Module, second: torch.nn.Module) -> bool:
+    a, b = dict(first.named_parameters()), dict(second.named_parameters())
     return a.keys() == b.keys() and all(a[n].shape == b[n].shape and torch.equal(a[n], b[n]) for n in a)

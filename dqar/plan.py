@@ -5,15 +5,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import json
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from dqar.files import reading, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -113,8 +112,7 @@ class ReusePlan:
         if num_inference_steps != self.num_inference_steps:
             raise ValueError(
                 f"the plan was made for {steps_in_words(self.num_inference_steps)}, this run takes "
-                f"{num_inference_steps}: "
-                "make one for this number of steps"
+                f"{num_inference_steps}: make one for this number of steps"
             )
         if None not in (scheduler, self.scheduler) and scheduler != self.scheduler:
             raise ValueError(f"the plan was made with {self.scheduler}, this run uses {scheduler}")
@@ -166,28 +164,6 @@ class ReusePlan:
 def lagrange_weights(steps: Sequence[int], step: int) -> list[float]:
     """``∏_{b ≠ a} (step − b) / (a − b)`` for each of ``steps`` a: what each result weighs in a forecast of ``step``."""
     return [math.prod((step - b) / (a - b) for b in steps if b != a) for a in steps]
-
-
-@contextlib.contextmanager
-def reading(path: str | Path, form: str) -> Iterator[dict[str, Any]]:
-    """The content of a JSON file of this format; whatever is wrong with it is a ``ValueError`` that names the file."""
-    try:
-        content = json.loads(Path(path).read_text())
-        if content.pop("format") != form:
-            raise ValueError(f"format {form} was expected")
-        yield content
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is truncated or no {form} file") from error
-
-
-def write_json(path: str | Path, content: dict[str, Any] | list[Any]) -> None:
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(content) + "\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def is_index(value: Any, size: int | None) -> bool:

@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
+from dqar.files import atomic_path
+
 FEATURES = ("entropy", "log_snr", "log_norm", "step_progress", "prompt_length")
 
 
@@ -51,9 +53,8 @@ class ReusePolicy(nn.Module):
     def save(self, path: str | Path, card: dict | None = None) -> None:
         """Writes weights, feature names and ``card`` (what it was trained on) as one safetensors file."""
         metadata = {"features": ",".join(FEATURES), "card": json.dumps(card or {})}
-        temporary = Path(path).with_suffix(".tmp")
-        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, temporary, metadata)
-        temporary.replace(path)
+        with atomic_path(Path(path)) as temporary:
+            save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, temporary, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> ReusePolicy:

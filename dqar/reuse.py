@@ -15,7 +15,7 @@ from torch import distributed
 from dqar import stats
 from dqar.config import DQARConfig
 from dqar.controller import DQARController
-from dqar.families import Layer, bare, check_processors, conditions, leaves_layers_out, taken_layers
+from dqar.families import Layer, bare, check_processors, conditions, taken_layers
 from dqar.forecast.run import shared_part
 from dqar.joint import JOINT_SITES
 from dqar.modulations import Modulations
@@ -149,7 +149,8 @@ class ReuseEngine:
         if first:
             self._begin_step(run, call, named)
         branches, thread = tuple(call.slices), threading.get_ident()
-        idle = not leaves_layers_out(named) and controller.record_idle(branches)
+        # SD3's skip-layer guidance goes past some layers, which then have no rows.
+        idle = not named.get("skip_layers") and controller.record_idle(branches)
         choices = [] if idle else controller.choices(branches)
         constants = self._modulations.open(run, call, latents)
         before = self._opened.get(thread)
@@ -180,9 +181,9 @@ class ReuseEngine:
         if config.asks_latents:
             noisy = stream.latents if levels is None else levels.latents(run.index, stream.latents)
             norm = stats.latent_norm(stream.latents).mean()
-            own = noisy if state.clean is None else noisy[shared_part(state.clean, noisy)]
-            if state.clean is not None and state.clean.shape == own.shape:
-                snr = stats.snr(state.clean, own).mean()
+            latents = noisy if state.clean is None else noisy[shared_part(state.clean, noisy)]
+            if state.clean is not None and state.clean.shape == latents.shape:
+                snr = stats.snr(state.clean, latents).mean()
             if config.gates_on_snr or config.gates_on_entropy or stream.latents.device.type == "cpu":
                 signals = (norm,) if snr is None else (norm, snr)
                 norm, *rest = self.trace.resolve(*signals, group=self._group)
@@ -229,9 +230,9 @@ class ReuseEngine:
 
 def _check_same_run(run: Run, latents: torch.Tensor, group: ProcessGroup) -> None:
     """Raises ``ValueError`` on every rank if they don't draw alike: later, one would wait for another's step."""
-    own = (run.index, None if run.timesteps is None else run.timesteps.values, tuple(latents.shape))
+    here = (run.index, None if run.timesteps is None else run.timesteps.values, tuple(latents.shape))
     runs: list[Any] = [None] * distributed.get_world_size(group)
-    distributed.all_gather_object(runs, own, group=group)
+    distributed.all_gather_object(runs, here, group=group)
     if any(other != runs[0] for other in runs):
         drawn = "; ".join(
             f"rank {rank}: {'unknown' if values is None else len(values)} steps from {index} on, latents {list(shape)}"

@@ -68,11 +68,11 @@ class Timesteps:
         Flux-like models get the timestep divided by 1000. In bfloat16 it is rounded before and after the division, by
         up to 0.4 % each time, and the first timesteps of a shifted schedule are no further apart than that.
         """
-        exact = [i for i, own in enumerate(self.values) if own == value]
+        exact = [i for i, t in enumerate(self.values) if t == value]
         if exact:
             return exact
         for scaled in (value, 1000 * value):
-            near = [i for i, own in enumerate(self.values) if abs(own - scaled) <= 8e-3 * max(abs(own), 1e-3)]
+            near = [i for i, t in enumerate(self.values) if abs(t - scaled) <= 8e-3 * max(abs(t), 1e-3)]
             if near:
                 return sorted(near, key=lambda i: abs(self.values[i] - scaled))
         return []
@@ -244,10 +244,10 @@ class RunFinder:
 
     def give_up(self, run: Run | None) -> None:
         """Ends a run and frees its cache."""
-        for key, one in list(self._runs.items()):
-            if one is run:
+        for key, kept in list(self._runs.items()):
+            if kept is run:
                 del self._runs[key]
-                self.end_run(one)
+                self.end_run(kept)
 
     def clear(self) -> None:
         """Ends all runs."""
@@ -330,11 +330,11 @@ class RunFinder:
 
     def _locate(self, timestep: Any) -> tuple[Timesteps | None, list[int], float]:
         """The timesteps it belongs to, its possible indices there, and its value (0 if it wasn't read)."""
-        own = self.scheduler()
+        present = self.scheduler()
         here = [ref() for ref in reversed(self._set_here.get(threading.get_ident(), []))]
         candidates: list[Timesteps] = []
-        for scheduler in (own, *here):
-            if scheduler is None or any(scheduler is one.scheduler for one in candidates):
+        for scheduler in (present, *here):
+            if scheduler is None or any(scheduler is candidate.scheduler for candidate in candidates):
                 continue
             # Before set_timesteps a scheduler lists all its training timesteps, which nobody chose.
             if getattr(scheduler, "num_inference_steps", 0) is None and scheduler not in here:
@@ -388,7 +388,7 @@ class RunFinder:
         if len(same) == 1 and free:
             return free[0]
         if free:  # windows of one prompt: the latents tell
-            call = max(free, key=lambda one: _likeness(one, latents))
+            call = max(free, key=lambda candidate: _likeness(candidate, latents))
             return call if _likeness(call, latents) > 0.5 else None
         if len(calls) == 1 and calls[0].claimed != run.count:
             return self._changed(calls[0], latents, condition)

@@ -101,11 +101,11 @@ class RequestQueue:
             ValueError: a number of steps that can't be drawn.
             RuntimeError: the queue is closed.
         """
-        known = None if self.plans is None else sorted(self.plans)
+        numbers = None if self.plans is None else sorted(self.plans)
         most = getattr(self.pipe.scheduler.config, "num_train_timesteps", 1000)
         check_count("num_inference_steps", num_inference_steps, 1)
-        accepted = f"up to the scheduler's {most}" if known is None else f"there are plans for {known}"
-        possible = num_inference_steps <= most if known is None else num_inference_steps in known
+        accepted = f"up to the scheduler's {most}" if numbers is None else f"there are plans for {numbers}"
+        possible = num_inference_steps <= most if numbers is None else num_inference_steps in numbers
         check("num_inference_steps", num_inference_steps, possible, accepted)
         rows = {name: call.pop(name) for name in ROWS if name in call}
         request = _Request(seed, rows, {**self._shared, **call, "num_inference_steps": num_inference_steps})
@@ -143,12 +143,12 @@ class RequestQueue:
             self._changed.wait_for(lambda: self._waiting or self._closed)
             until = time.monotonic() + self.wait
             while True:
-                batch = [one for one in self._waiting if one.joins(self._waiting[0])][: self.batch_size]
+                batch = [request for request in self._waiting if request.joins(self._waiting[0])][: self.batch_size]
                 left = until - time.monotonic()
                 if len(batch) == self.batch_size or self._closed or left <= 0:
                     break
                 self._changed.wait(left)
-            self._waiting = [one for one in self._waiting if all(one is not other for other in batch)]
+            self._waiting = [request for request in self._waiting if all(request is not other for other in batch)]
             return batch
 
     def _draw(self, batch: list[_Request]) -> None:

@@ -213,7 +213,7 @@ class Trace:
             columns["attention"] += map(self.paths.get(module, {}).get, rows.layer)
             for column, name in entropies.items():
                 pairs = zip(rows.branch, rows.entropies, strict=True)
-                columns[column] += (None if one is None else getattr(one, name).get(branch) for branch, one in pairs)
+                columns[column] += (None if e is None else getattr(e, name).get(branch) for branch, e in pairs)
         return pd.DataFrame(columns)
 
     def heads_to_pandas(self) -> pd.DataFrame:

@@ -34,13 +34,13 @@ from traitlets.config import Config
 
 from dqar import __main__ as command
 from dqar.commands.parser import Parser, asked_profile
-from dqar.figures.gallery import publish
+from dqar.figures.gallery import NOTEBOOKS, code_of, publish
 from dqar.figures.notebook import check_parameters, store
 from dqar.figures.style import with_palette
-from dqar.measure.results import Run, atomic_path, code_hash, recorded_hash
+from dqar.files import atomic_path
+from dqar.measure.results import Run, code_hash, recorded_hash
 from dqar.models.profiles import profile_of
 
-NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 ABOUT_TIME = ("10_benchmarks",)
 """Notebooks that score no image."""
 LIVE = "live"
@@ -80,12 +80,12 @@ def choose(only: str | None, folder: Path = NOTEBOOKS, trained: bool = True) -> 
     chosen = []
     for prefix in (part.strip() for part in only.split(",")):
         names = {path: (path.name, path.name.partition("_")[2]) for path in notebooks}
-        found = [path for path in notebooks if prefix and any(name.startswith(prefix) for name in names[path])]
-        if not found:
+        matching = [path for path in notebooks if prefix and any(name.startswith(prefix) for name in names[path])]
+        if not matching:
             there = ", ".join(path.stem for path in notebooks)
             kind = "" if trained else " that makes sense with random weights"
             raise ValueError(f"no notebook {prefix!r}{kind} in {folder}: there are {there}")
-        chosen += found
+        chosen += matching
     return list(dict.fromkeys(chosen))
 
 
@@ -95,12 +95,12 @@ def of_slide(slide: int, notebooks: list[Path]) -> list[Path]:
     Raises:
         ValueError: none does.
     """
-    drawn = {path: {int(number) for number in re.findall(r"\.slide(\d\d)\(", _code(path))} for path in notebooks}
-    found = [path for path in notebooks if slide in drawn[path]]
-    if not found:
+    drawn = {path: {int(number) for number in re.findall(r"\.slide(\d\d)\(", code_of(path))} for path in notebooks}
+    drawing = [path for path in notebooks if slide in drawn[path]]
+    if not drawing:
         there = ", ".join(map(str, sorted(set().union(*drawn.values()))))
         raise ValueError(f"--slide {slide} is not accepted: these notebooks draw slides {there}")
-    return found
+    return drawing
 
 
 def run_notebook(path: Path, profile: str | Mapping[str, Any], seed: int, out: Path) -> Outcome:
@@ -167,7 +167,7 @@ def write_html(notebook: NotebookNode, path: Path) -> None:
 
 def with_mathml(markdown: str) -> str:
     """``markdown`` with its ``$...$`` as MathML, which browsers draw by themselves; code in backticks stays."""
-    return re.sub(r"(`[^`]*`)|\$([^$\n]+)\$", lambda found: found[1] or mathml(found[2]).replace("\n", " "), markdown)
+    return re.sub(r"(`[^`]*`)|\$([^$\n]+)\$", lambda match: match[1] or mathml(match[2]).replace("\n", " "), markdown)
 
 
 def show_results(executed: NotebookNode, path: Path) -> bool:
@@ -223,8 +223,8 @@ def _smaller(png: str) -> str:
     return base64.b64encode(picture).decode() + "\n"
 
 
-def _same_picture(one: str, other: str) -> bool:
-    first, second = (Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB") for png in (one, other))
+def _same_picture(before: str, after: str) -> bool:
+    first, second = (Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB") for png in (before, after))
     return first.size == second.size and ImageChops.difference(first, second).getbbox() is None
 
 
@@ -243,11 +243,6 @@ def _finished(executed: Path) -> NotebookNode:
 def _written(notebook: NotebookNode) -> str:
     """What somebody wrote of a notebook: cells and tags, without outputs, which follow from them."""
     return repr([(cell.cell_type, cell.source, cell.metadata.get("tags")) for cell in notebook.cells])
-
-
-def _code(path: Path) -> str:
-    cells = nbformat.read(path, as_version=4).cells
-    return "\n".join(cell.source for cell in cells if cell.cell_type == "code")
 
 
 def _place(error: Exception) -> str:

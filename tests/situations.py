@@ -11,8 +11,7 @@ import re
 import torch
 from helpers import NULL, draw, draw_text, make_dit, make_pixart
 
-import dqar
-from dqar import DQARConfig, Probe, describe_model, extrapolation
+from dqar import DQARConfig, Probe, apply_dqar, describe_model, extrapolation
 
 OPEN = {"entropy_threshold": math.inf, "snr_range": (0, math.inf), "schedule": "all"}
 CLOSED = DQARConfig(schedule="none")
@@ -70,12 +69,8 @@ def mode(name, pipe, steps=8, guidance=3.0):
     }[name]
 
 
-def attach(pipe, config_or_plan):
-    return dqar.apply_dqar(pipe, config_or_plan)
-
-
 def rows(session, module="self_attention"):
-    return session.trace.to_pandas() if module == "self_attention" else session.trace.to_pandas(module)
+    return session.trace.to_pandas(module)
 
 
 def timesteps_of(session, module="self_attention"):
@@ -130,7 +125,7 @@ def alone(name, kind="dit", **options):
     pipe = make_dit() if kind == "dit" else make_pixart()
     given = {key: options[key] for key in ("steps", "guidance") if key in options}
     given = given if kind == "dit" else {"steps": 6, "guidance": 4.5, **given}
-    with attach(pipe, mode(name, pipe, **given)):
+    with apply_dqar(pipe, mode(name, pipe, **given)):
         return draw(pipe, **options) if kind == "dit" else draw_text(pipe, **options)
 
 

@@ -33,7 +33,6 @@ from situations import (
     TARGETS,
     Naive,
     alone,
-    attach,
     caption,
     check_refusal,
     every,
@@ -54,7 +53,18 @@ from situations import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dqar import CacheFormat, DQARConfig, DQARController, ForecastPlan, Probe, ReusePlan, quantizer, remove_dqar, stats
+from dqar import (
+    CacheFormat,
+    DQARConfig,
+    DQARController,
+    ForecastPlan,
+    Probe,
+    ReusePlan,
+    apply_dqar,
+    quantizer,
+    remove_dqar,
+    stats,
+)
 
 CPU = torch.device("cpu")
 FEW = ("closed", "output", "int8", "plan")
@@ -92,7 +102,7 @@ OFFLOADS = ("model", "sequential", "disk", "group by block", "group by leaf")
 def test_offloaded_runs_are_those_in_memory(dit, how, name, tmp_path):
     config = mode(name, dit)
     offload(dit, how, tmp_path)
-    with attach(dit, config) as session:
+    with apply_dqar(dit, config) as session:
         for labels in BATCHES:
             got = draw(dit, labels)
             assert same(got, alone(name, labels=labels))
@@ -111,7 +121,7 @@ def test_offloaded_runs_are_those_in_memory(dit, how, name, tmp_path):
 )
 def test_offloading_may_begin_while_attached(dit, how, name, tmp_path):
     """accelerate wraps whatever ``forward`` it finds."""
-    with attach(dit, mode(name, dit)):
+    with apply_dqar(dit, mode(name, dit)):
         draw(dit, (7, 8))
         offload(dit, how, tmp_path)
         for labels in BATCHES:
@@ -133,7 +143,7 @@ def test_offloading_may_end_while_attached(dit, how, when, name, tmp_path):
     config = mode(name, dit)
     if when == "before":
         offload(dit, how, tmp_path)
-    with attach(dit, config):
+    with apply_dqar(dit, config):
         if when == "meanwhile":
             offload(dit, how, tmp_path)
         draw(dit, (7, 8))
@@ -156,7 +166,7 @@ def test_offloading_may_end_while_attached(dit, how, when, name, tmp_path):
 def test_an_offloaded_text_pipeline(pixart, how, name, tmp_path):
     config = mode(name, pixart, 6, 4.5)
     offload(pixart, how, tmp_path)
-    with attach(pixart, config):
+    with apply_dqar(pixart, config):
         for prompts in (("a dog",), ("a cat", "the park"), ("a dog",)):
             assert same(draw_text(pixart, prompts), alone(name, "pixart", prompts=prompts))
     assert same(draw_text(pixart, ("a dog",)), untouched("pixart", prompts=("a dog",)))
@@ -164,7 +174,7 @@ def test_an_offloaded_text_pipeline(pixart, how, name, tmp_path):
 
 def test_offloading_stays_after_removal(dit):
     dit.enable_model_cpu_offload(device="cpu")
-    with attach(dit, EVERY):
+    with apply_dqar(dit, EVERY):
         draw(dit)
     assert hasattr(dit.transformer, "_hf_hook")
     assert same(draw(dit), untouched())
@@ -178,7 +188,7 @@ def test_weights_kept_in_another_dtype(dit, name):
         config = mode(name, pipe)
         pipe.transformer.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
     plain = draw(other)
-    with attach(dit, config):
+    with apply_dqar(dit, config):
         first, second = draw(dit), draw(dit)
     assert same(first, second) and same(first, plain) == (name == "closed")
     assert same(draw(dit), plain)
@@ -270,7 +280,7 @@ def test_other_libraries_hooks_come_and_go(dit, place, make, on, off):
     other = Other(PLACES[place](dit.transformer), make)
     if on == "before":
         other.put_on()
-    session = attach(dit, every(target))
+    session = apply_dqar(dit, every(target))
     assert same(draw(dit, steps=4), alone(target, steps=4))
     if on == "mid":
         other.put_on()
@@ -289,13 +299,13 @@ def test_other_libraries_hooks_come_and_go(dit, place, make, on, off):
     calls = other.calls
     assert same(draw(dit, steps=4), untouched(steps=4))
     assert other.calls == calls
-    with attach(dit, every(target)):
+    with apply_dqar(dit, every(target)):
         assert same(draw(dit, steps=4), alone(target, steps=4))
 
 
 def test_hooks_taken_off_recursively_while_attached(dit):
     """``remove_hook_from_module(..., recurse=True)`` is what ``remove_all_hooks`` does."""
-    with attach(dit, every("residual")):
+    with apply_dqar(dit, every("residual")):
         for module in (
             dit.transformer,
             dit.transformer.transformer_blocks[0],
@@ -335,7 +345,7 @@ def test_what_anothers_hook_changes_is_changed(dit, part, when):
         module = module[0]
     if when == "before":
         module.register_forward_hook(change)
-    with attach(dit, CLOSED):
+    with apply_dqar(dit, CLOSED):
         if when == "meanwhile":
             draw(dit)
             module.register_forward_hook(change)
@@ -381,7 +391,7 @@ def make_scheduler(name, **options):
 def test_a_closed_gate_under_every_scheduler(dit, name):
     dit.scheduler = make_scheduler(name)
     plain = loop(dit, steps=5)
-    with attach(dit, CLOSED) as session:
+    with apply_dqar(dit, CLOSED) as session:
         for _ in range(2):
             assert same(loop(dit, steps=5), plain)
     wanted = dit.scheduler.timesteps.tolist()
@@ -397,7 +407,7 @@ def test_reuse_under_every_scheduler_is_a_naive_one(dit, name):
     dit.scheduler = make_scheduler(name)
     with Naive(dit.transformer) as naive:
         want = loop(dit, steps=6, naive=naive)
-    with attach(dit, EVERY) as session:
+    with apply_dqar(dit, EVERY) as session:
         for _ in range(2):
             assert near(loop(dit, steps=6), want)
     assert timesteps_of(session) == pytest.approx(2 * dit.scheduler.timesteps.tolist())
@@ -422,7 +432,7 @@ def test_a_forecast_under_any_scheduler_is_one_by_hand(dit, name, order):
     dit.scheduler.set_timesteps(8)
     plan = plan_for(dit.transformer, dit.scheduler.timesteps, computed, order=order)
     want = loop(dit, forecast=(computed, order))
-    with attach(dit, plan) as session:
+    with apply_dqar(dit, plan) as session:
         for _ in range(2):
             assert near(loop(dit), want, 1e-3)
     table = rows(session, "model").query("run == 1 and branch == 'cond'")
@@ -434,7 +444,7 @@ def test_the_decks_gate_looks_under_every_scheduler(dit, name):
     """It asks for the SNR: from each scheduler in its own way, as a number that rises as noise goes."""
     dit.scheduler = make_scheduler(name)
     plain = loop(dit, steps=5)
-    with attach(dit, LOOKING) as session:
+    with apply_dqar(dit, LOOKING) as session:
         assert same(loop(dit, steps=5), plain)
     found = rows(session).groupby("step", sort=True).snr_schedule.first()
     assert found.notna().all() and (found >= 0).all() and found.is_monotonic_increasing
@@ -466,7 +476,7 @@ def test_the_snr_of_a_flow(dit, flow):
         schedule.append(((1 - sigma) / sigma) ** 2)
 
     loop(dit, see=see)
-    with attach(dit, LOOKING) as session:
+    with apply_dqar(dit, LOOKING) as session:
         loop(dit)
     table = rows(session).groupby("step", sort=True)
     assert table.snr_schedule.first().tolist() == pytest.approx(schedule, rel=1e-3, abs=1e-6)
@@ -491,7 +501,7 @@ def test_the_snr_of_edm(dit, name):
         model.append(stats.snr(clean, x / (1 + sigma**2).sqrt()).item())
 
     loop(dit, see=see)
-    with attach(dit, LOOKING) as session:
+    with apply_dqar(dit, LOOKING) as session:
         loop(dit)
     table = rows(session).groupby("step", sort=True)
     schedule, found = table.snr_schedule.first().tolist(), table.snr.first().tolist()
@@ -529,7 +539,7 @@ def test_the_snr_of_variance_preserving_schedulers(dit, name, kind):
         schedule.append((bar / (1 - bar)).item())
 
     loop(dit, see=see)
-    with attach(dit, LOOKING) as session:
+    with apply_dqar(dit, LOOKING) as session:
         loop(dit)
     table = rows(session).groupby("step", sort=True)
     assert table.snr_schedule.first().tolist() == pytest.approx(schedule, rel=2e-3)
@@ -540,7 +550,7 @@ def test_the_snr_of_variance_preserving_schedulers(dit, name, kind):
 def test_the_signature_of_step_is_the_same_all_the_while(dit, name):
     dit.scheduler = make_scheduler(name)
     before, documentation = inspect.signature(dit.scheduler.step), dit.scheduler.step.__doc__
-    session = attach(dit, EVERY if name == "IPNDMScheduler" else LOOKING)  # which tells no noise levels
+    session = apply_dqar(dit, EVERY if name == "IPNDMScheduler" else LOOKING)  # which tells no noise levels
     assert inspect.signature(dit.scheduler.step) == before
     for _ in range(2):
         loop(dit, steps=4)
@@ -566,12 +576,12 @@ def test_generators_and_eta_reach_the_scheduler_in_every_run(scheduler, name):
         return make_pixart(scheduler=make_scheduler(scheduler, **options))
 
     pipe = fresh()
-    with attach(pipe, mode(name, pipe, 6, 4.5)):
+    with apply_dqar(pipe, mode(name, pipe, 6, 4.5)):
         want = draw_text(pipe, eta=0.7)
     pipe = fresh()
     plain = draw_text(pipe, eta=0.7)
     assert same(want, plain) == (name in ("closed", "looking"))
-    with attach(pipe, mode(name, pipe, 6, 4.5)):
+    with apply_dqar(pipe, mode(name, pipe, 6, 4.5)):
         for _ in range(2):
             torch.rand(3)  # the global generator's state must not matter
             assert same(draw_text(pipe, eta=0.7), want)
@@ -592,10 +602,10 @@ def test_step_called_by_keywords_alone(dit):
 
     plain = run()
     for config in (CLOSED, LOOKING):
-        with attach(dit, config) as session:
+        with apply_dqar(dit, config) as session:
             assert same(run(), plain) and same(run(), plain)
         assert rows(session).run.nunique() == 2
-    with attach(dit, EVERY):
+    with apply_dqar(dit, EVERY):
         assert same(run(), run())
 
 
@@ -621,7 +631,7 @@ def test_a_copied_scheduler_with_a_state_is_on_its_own(name, how):
     """Their step index and history show on whom a copy's ``step`` acts, while dqar is there and after."""
     dit, other = make_dit(scheduler=make_scheduler(name)), make_dit(5, scheduler=make_scheduler(name))
     want, plain = loop(other, steps=5), loop(dit)
-    session = attach(dit, LOOKING)
+    session = apply_dqar(dit, LOOKING)
     loop(dit)
     length = len(session.trace)
     copied = twin(dit.scheduler, how)
@@ -638,7 +648,7 @@ def test_a_copied_scheduler_with_a_state_is_on_its_own(name, how):
 def test_a_scheduler_copied_in_mid_run_goes_on_by_itself(how):
     dit = make_dit(scheduler=DPMSolverMultistepScheduler())
     want = loop(dit)
-    with attach(dit, CLOSED), torch.no_grad():
+    with apply_dqar(dit, CLOSED), torch.no_grad():
         dit.scheduler.set_timesteps(8)
         x = noise(0)
         for i, t in enumerate(dit.scheduler.timesteps):
@@ -656,7 +666,7 @@ def test_another_scheduler_between_runs(dit, name):
     others = ["DDIMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler"]
     first = dit.scheduler
     config = mode(name, dit)
-    with attach(dit, config) as session:
+    with apply_dqar(dit, config) as session:
         draw(dit)
         for other in others:
             dit.scheduler = getattr(diffusers, other).from_config(first.config)
@@ -669,7 +679,7 @@ def test_another_scheduler_between_runs(dit, name):
             if name == "plan":  # allowed where the timesteps are the plan's own
                 assert got.isfinite().all()
                 continue
-            with attach(fresh, config):
+            with apply_dqar(fresh, config):
                 assert same(got, draw(fresh))
             assert timesteps_of(session)[-8:] == pytest.approx(dit.scheduler.timesteps.tolist())
         dit.scheduler = first
@@ -684,12 +694,12 @@ def test_a_schedulers_subclass_with_a_step_of_its_own(dit):
 
     dit.scheduler = Louder.from_config(dit.scheduler.config)
     signature, plain = inspect.signature(dit.scheduler.step), loop(dit)
-    with attach(dit, CLOSED):
+    with apply_dqar(dit, CLOSED):
         assert same(loop(dit), plain) and same(loop(dit), plain)
         assert inspect.signature(dit.scheduler.step) == signature
     with Naive(dit.transformer) as naive:
         want = loop(dit, naive=naive)
-    with attach(dit, EVERY):
+    with apply_dqar(dit, EVERY):
         assert near(loop(dit), want)
 
 
@@ -704,7 +714,7 @@ def test_a_step_wrapped_by_someone_else_meanwhile(dit):
 
         return step
 
-    session = attach(dit, LOOKING)
+    session = apply_dqar(dit, LOOKING)
     draw(dit)
     own = dit.scheduler.step = logged(dit.scheduler.step)
     assert same(draw(dit), plain) and len(calls) == 8
@@ -717,7 +727,7 @@ def test_a_step_wrapped_by_someone_else_meanwhile(dit):
 def test_a_pipeline_per_request(dit, name):
     """A server's way: the components shared, the scheduler copied, a pipeline object a request."""
     want = alone(name)
-    with attach(dit, mode(name, dit)):
+    with apply_dqar(dit, mode(name, dit)):
         for labels in ((5, 6), (1, 2), (1, 2)):
             request = DiTPipeline(dit.transformer, dit.vae, copy.deepcopy(dit.scheduler))
             request.set_progress_bar_config(disable=True)
@@ -732,7 +742,7 @@ def test_a_pipeline_per_request(dit, name):
 
 def test_pipelines_made_from_one_another(dit):
     """``from_pipe`` shares the components, the scheduler object too."""
-    with attach(dit, EVERY):
+    with apply_dqar(dit, EVERY):
         want = draw(dit)
         other = DiTPipeline(**dit.components)
         other.set_progress_bar_config(disable=True)
@@ -747,7 +757,7 @@ def test_reuse_in_a_run_that_starts_late(dit, start, target):
     """Image to image: the first call computes, its step is the schedule's own."""
     with Naive(dit.transformer, target) as naive:
         want = loop(dit, start=start, naive=naive)
-    with attach(dit, every(target)) as session:
+    with apply_dqar(dit, every(target)) as session:
         draw(dit)
         assert near(loop(dit, start=start), want)
         assert same(draw(dit), alone(target))
@@ -761,14 +771,14 @@ def test_the_schedule_of_a_run_that_starts_late_is_that_of_its_steps(dit):
     """``static``: every second step of the schedule computes, not every second call."""
     with Naive(dit.transformer, reused={5, 7}) as naive:
         want = loop(dit, start=3, naive=naive)
-    with attach(dit, every(schedule="static")):
+    with apply_dqar(dit, every(schedule="static")):
         assert near(loop(dit, start=3), want)
 
 
 @pytest.mark.parametrize("start", [2, 3, 5])
 def test_a_forecast_in_a_run_that_starts_late(dit, start):
     """Step 2 of (0, 2, 3, 7) computes; at 5 there is nothing to forecast from."""
-    with attach(dit, make_plan(dit)) as session, or_refused() as outcome:
+    with apply_dqar(dit, make_plan(dit)) as session, or_refused() as outcome:
         got = loop(dit, start=start)
     if not outcome.refused:
         decisions = rows(session, "model").query("branch == 'cond'").set_index("step").decision
@@ -792,9 +802,9 @@ def test_a_forecast_in_a_run_that_starts_late(dit, start):
     ],
 )
 def test_a_run_stopped_early_leaves_nothing_to_the_next(dit, name, then):
-    with attach(dit, mode(name, dit)):
+    with apply_dqar(dit, mode(name, dit)):
         want = loop(dit, **then)
-    with attach(dit, mode(name, dit)) as session:
+    with apply_dqar(dit, mode(name, dit)) as session:
         for stop in (1, 3):
             loop(dit, seed=9, stop=stop)
             assert same(loop(dit, **then), want)
@@ -804,9 +814,9 @@ def test_a_run_stopped_early_leaves_nothing_to_the_next(dit, name, then):
 @pytest.mark.parametrize("then", [{}, {"labels": lambda i: 2}, {"seed": 4}])
 def test_a_planned_run_stopped_early_leaves_nothing_to_the_next(dit, then):
     plan = with_readouts(make_plan(dit), dit.transformer)
-    with attach(dit, plan):
+    with apply_dqar(dit, plan):
         want = loop(dit, **then)
-    with attach(dit, plan):
+    with apply_dqar(dit, plan):
         for stop in (1, 2, 3, 5):
             loop(dit, seed=9, stop=stop)
             assert same(loop(dit, **then), want)
@@ -822,7 +832,7 @@ def test_the_same_labels_object_and_latents_shape_after_a_stop_by_the_pipeline(p
         if i == 2:
             raise Stop
 
-    with attach(pixart, EVERY):
+    with apply_dqar(pixart, EVERY):
         with pytest.raises(Stop):
             draw_text(pixart, seed=3, callback=stop)
         assert same(draw_text(pixart), alone("output", "pixart"))
@@ -831,11 +841,11 @@ def test_the_same_labels_object_and_latents_shape_after_a_stop_by_the_pipeline(p
 @pytest.mark.parametrize("name", ["closed", "output", "plan"])
 def test_several_runs_on_one_list_of_timesteps(dit, name):
     """``set_timesteps`` once, then many images; a stopped one among them."""
-    with attach(dit, mode(name, dit)):
+    with apply_dqar(dit, mode(name, dit)):
         want = [loop(dit, seed=seed) for seed in (0, 1)]
     dit.scheduler.set_timesteps(8)
     timesteps = dit.scheduler.timesteps
-    with attach(dit, mode(name, dit)) as session:
+    with apply_dqar(dit, mode(name, dit)) as session:
         assert same(loop(dit, timesteps=timesteps, seed=0), want[0])
         assert same(loop(dit, timesteps=timesteps, seed=1), want[1])
         loop(dit, timesteps=timesteps[:3], seed=2)
@@ -852,7 +862,7 @@ def test_custom_timesteps(name):
         return make_pixart(scheduler=DPMSolverMultistepScheduler())
 
     plain, pipe = draw_text(fresh(), timesteps=given), fresh()
-    with attach(pipe, mode(name, pipe)) as session:
+    with apply_dqar(pipe, mode(name, pipe)) as session:
         first = draw_text(pipe, timesteps=given)
         assert same(draw_text(pipe, timesteps=given), first)
     assert same(first, plain) == (name == "closed")
@@ -871,10 +881,10 @@ def test_timesteps_assigned_to_the_scheduler(dit):
     with Naive(dit.transformer) as naive:
         dit.scheduler.set_timesteps(8)
         want = loop(dit, timesteps=dit.scheduler.timesteps[4:], naive=naive)
-    with attach(dit, CLOSED) as session:
+    with apply_dqar(dit, CLOSED) as session:
         assert same(run(), plain) and same(run(), plain)
     assert timesteps_of(session) == 2 * dit.scheduler.timesteps.tolist()
-    with attach(dit, EVERY):
+    with apply_dqar(dit, EVERY):
         assert near(run(), want) and near(run(), want)
 
 
@@ -887,7 +897,7 @@ def test_timesteps_that_the_scheduler_does_not_have(dit, name):
     plain = loop(dit, timesteps=foreign)
     with Naive(dit.transformer, reused={2, 3, 4}) as naive:  # the first two tell how many there are
         reused = loop(dit, timesteps=foreign, naive=naive)
-    with attach(dit, plan) as session:
+    with apply_dqar(dit, plan) as session:
         for _ in range(2):
             dit.scheduler.set_timesteps(8)
             with or_refused() as outcome:
@@ -916,16 +926,16 @@ def test_timesteps_given_as_numbers_floats_and_other_dtypes(dit):
         plain = run()
         with Naive(dit.transformer):
             want = run()
-        with attach(dit, CLOSED) as session:
+        with apply_dqar(dit, CLOSED) as session:
             assert same(run(), plain)
         assert timesteps_of(session) == dit.scheduler.timesteps.tolist()
-        with attach(dit, EVERY):
+        with apply_dqar(dit, EVERY):
             assert near(run(), want)
 
 
 @pytest.mark.parametrize("name", ["closed", "kv", "int8", "readouts"])
 def test_batches_and_numbers_of_steps_change_between_runs(dit, name):
-    with attach(dit, mode(name, dit)):
+    with apply_dqar(dit, mode(name, dit)):
         for labels in ((1,), (1, 2, 3), (1, 2), (1,)):
             assert same(draw(dit, labels), alone(name, labels=labels))
         if name not in ("plan", "readouts"):
@@ -937,11 +947,11 @@ def test_batches_and_numbers_of_steps_change_between_runs(dit, name):
 
 @pytest.mark.parametrize("name", ["closed", *TARGETS])
 def test_sizes_change_between_runs(pixart, name):
-    with attach(pixart, mode(name, pixart)):
+    with apply_dqar(pixart, mode(name, pixart)):
         for size in (8, 16, 8):
             got = draw_text(pixart, height=size, width=size)
             assert same(got, alone(name, "pixart", height=size, width=size))
-    with attach(pixart, mode(name, pixart)):
+    with apply_dqar(pixart, mode(name, pixart)):
         for shape in ((8, 16), (16, 8)):
             assert same(
                 draw_text(pixart, height=shape[0], width=shape[1]),
@@ -967,12 +977,12 @@ def test_reuse_goes_on_at_its_step_when_the_class_changes(dit, target, change):
 
             naive.at = at
             wanted.append(loop(dit, labels, naive=naive))
-    with attach(dit, every(target)) as session, or_refused() as outcome:
+    with apply_dqar(dit, every(target)) as session, or_refused() as outcome:
         got = loop(dit, labels)
     if not outcome.refused:
         assert any(near(got, want) for want in wanted)
         assert timesteps_of(session) == dit.scheduler.timesteps.tolist()
-    with attach(dit, CLOSED) as session:
+    with apply_dqar(dit, CLOSED) as session:
         assert same(loop(dit, labels), plain)
     assert timesteps_of(session) == dit.scheduler.timesteps.tolist()
 
@@ -986,7 +996,7 @@ def test_a_forecast_follows_guidance_that_changes_or_refuses(dit, ramp):
         "last step": lambda i: 3.0 if i < 7 else 6.0,
     }[ramp]
     full, flat = loop(dit, guidance=scale), loop(dit)
-    with attach(dit, make_plan(dit, (0, 1, 2, 3, 4, 6))), or_refused() as outcome:
+    with apply_dqar(dit, make_plan(dit, (0, 1, 2, 3, 4, 6))), or_refused() as outcome:
         got = loop(dit, guidance=scale)
     if not outcome.refused:
         assert (got - full).norm() < 0.5 * (got - flat).norm()
@@ -1001,7 +1011,7 @@ def test_reuse_minds_no_scale(dit, target):
 
     with Naive(dit.transformer, target) as naive:
         want = loop(dit, guidance=ramp, naive=naive)
-    with attach(dit, every(target)) as session:
+    with apply_dqar(dit, every(target)) as session:
         assert near(loop(dit, guidance=ramp), want)
     assert rows(session).run.nunique() == 1
 
@@ -1019,7 +1029,7 @@ INTERVALS = {
 def test_guidance_in_an_interval_through_a_closed_gate(dit, interval):
     plain = loop(dit, guidance=INTERVALS[interval])
     for config in (CLOSED, LOOKING):
-        with attach(dit, config) as session:
+        with apply_dqar(dit, config) as session:
             for _ in range(2):
                 assert same(loop(dit, guidance=INTERVALS[interval]), plain)
         table = rows(session)
@@ -1050,7 +1060,7 @@ def test_guidance_in_an_interval_reuses_each_branch_by_itself(dit, target, inter
 
             naive.at = at
             wanted.append(loop(dit, guidance=scale, calls="cond first", naive=naive))
-    with attach(dit, every(target)), or_refused() as outcome:
+    with apply_dqar(dit, every(target)), or_refused() as outcome:
         got = loop(dit, guidance=scale)
     if not outcome.refused:
         assert any(near(got, want) for want in wanted)
@@ -1061,7 +1071,7 @@ def test_a_forecast_refuses_guidance_that_comes_and_goes_or_is_right(dit, interv
     """The plan's weights make guided outputs of two branches."""
     scale = INTERVALS[interval]
     full = loop(dit, guidance=scale)
-    with attach(dit, make_plan(dit, (0, 1, 2, 3, 4, 6))), or_refused() as outcome:
+    with apply_dqar(dit, make_plan(dit, (0, 1, 2, 3, 4, 6))), or_refused() as outcome:
         got = loop(dit, guidance=scale)
     if not outcome.refused:
         assert (got - full).norm() < 0.5 * (got - loop(dit)).norm()
@@ -1115,7 +1125,7 @@ WINDOWS = {
 def test_several_calls_a_step_through_a_closed_gate(dit, kind):
     plain = windows(dit, **WINDOWS[kind])
     for config in (CLOSED, LOOKING):
-        with attach(dit, config) as session:
+        with apply_dqar(dit, config) as session:
             for _ in range(2):
                 assert all(map(same, windows(dit, **WINDOWS[kind]), plain))
         assert rows(session).run.nunique() == 2 and set(rows(session).step) == set(range(8))
@@ -1130,7 +1140,7 @@ def test_each_of_several_calls_a_step_gets_its_own_result(dit, kind, target):
     with Naive(dit.transformer, target) as naive:
         want = windows(dit, **WINDOWS[kind], naive=naive)
     plain = windows(dit, **WINDOWS[kind])
-    with attach(dit, every(target)):
+    with apply_dqar(dit, every(target)):
         for _ in range(2):
             with or_refused() as outcome:
                 got = windows(dit, **WINDOWS[kind])
@@ -1144,7 +1154,7 @@ def test_a_forecast_of_several_calls_a_step_is_each_ones_own(dit, kind):
     options = WINDOWS[kind]
     plan = make_plan(dit, (0, 2, 4, 6), guidance=3.0 if options.get("guided") else 1.0, order=0)
     plain = windows(dit, **options)
-    with attach(dit, plan), or_refused() as outcome:
+    with apply_dqar(dit, plan), or_refused() as outcome:
         got = windows(dit, **options)
     if not outcome.refused:
         for k, (mine, truth) in enumerate(zip(got, plain, strict=True)):
@@ -1166,9 +1176,9 @@ def test_windows_whose_order_changes_get_their_own_results_or_are_refused(dit, k
         return numbers if i % 2 else reversed(numbers)
 
     plain = windows(dit, **options)
-    with attach(dit, CLOSED):
+    with apply_dqar(dit, CLOSED):
         assert all(map(same, windows(dit, **options, order=back_and_forth), plain))
-    with attach(dit, config), or_refused() as outcome:
+    with apply_dqar(dit, config), or_refused() as outcome:
         got = windows(dit, **options, order=back_and_forth)
     if not outcome.refused:
         for k, mine in enumerate(got):
@@ -1190,9 +1200,9 @@ def test_windows_whose_number_changes(dit):
         return torch.cat(x)
 
     plain = run()
-    with attach(dit, CLOSED):
+    with apply_dqar(dit, CLOSED):
         assert same(run(), plain)
-    with attach(dit, EVERY):
+    with apply_dqar(dit, EVERY):
         with or_refused():
             assert run().isfinite().all()
         assert same(draw(dit), alone("output"))
@@ -1204,7 +1214,7 @@ def test_windows_whose_number_changes(dit):
 )
 def test_guidance_by_two_calls_is_guidance_in_a_batch(dit, target, calls):
     plain = loop(dit, calls=calls)
-    with attach(dit, CLOSED) as session:
+    with apply_dqar(dit, CLOSED) as session:
         for _ in range(2):
             assert same(loop(dit, calls=calls), plain)
     table = rows(session)
@@ -1212,7 +1222,7 @@ def test_guidance_by_two_calls_is_guidance_in_a_batch(dit, target, calls):
     assert timesteps_of(session) == 2 * dit.scheduler.timesteps.tolist()
     with Naive(dit.transformer, target) as naive:
         want = loop(dit, naive=naive)
-    with attach(dit, every(target)) as session:
+    with apply_dqar(dit, every(target)) as session:
         for _ in range(2):
             assert near(loop(dit, calls=calls), want)
     table = rows(session)
@@ -1224,7 +1234,7 @@ def test_the_branches_of_two_calls_are_told_by_the_null_class(dit):
     """The entropy traced for each branch is the same whichever call comes first."""
     tables = []
     for calls in ("both", "cond first", "uncond first"):
-        with attach(dit, DQARConfig(schedule="none", probe=Probe(record=True))) as session:
+        with apply_dqar(dit, DQARConfig(schedule="none", probe=Probe(record=True))) as session:
             loop(dit, calls=calls)
         tables.append(rows(session).set_index(["step", "layer", "branch"]).entropy.sort_index())
     for other in tables[1:]:
@@ -1235,7 +1245,7 @@ def test_the_branches_of_two_calls_are_told_by_the_null_class(dit):
 @pytest.mark.parametrize("calls", ["cond first", "uncond first"])
 def test_a_forecast_of_guidance_by_two_calls(dit, calls):
     want = loop(dit, forecast=((0, 2, 3, 7), 1))
-    with attach(dit, make_plan(dit)) as session, or_refused() as outcome:
+    with apply_dqar(dit, make_plan(dit)) as session, or_refused() as outcome:
         assert near(loop(dit, calls=calls), want, 1e-3)
         assert near(loop(dit, calls=calls), want, 1e-3)
     if not outcome.refused:
@@ -1256,13 +1266,13 @@ def test_captions_guided_by_two_calls(pixart, target, negative, calls):
     """There is no null class: nothing but the captions tells the branches apart."""
     given = {"cond": caption(pixart, "two red dog"), "uncond": caption(pixart, negative)}
     plain = text_loop(pixart, lambda i: given, calls=calls)
-    with attach(pixart, CLOSED) as session:
+    with apply_dqar(pixart, CLOSED) as session:
         for _ in range(2):
             assert same(text_loop(pixart, lambda i: given, calls=calls), plain)
     assert timesteps_of(session) == 2 * pixart.scheduler.timesteps.tolist()
     with Naive(pixart.transformer, target) as naive:
         want = text_loop(pixart, lambda i: given, naive=naive)
-    with attach(pixart, every(target)) as session:
+    with apply_dqar(pixart, every(target)) as session:
         for _ in range(2):
             assert near(text_loop(pixart, lambda i: given, calls=calls), want)
     assert rows(session).run.nunique() == 2 and (rows(session).decision == "reuse").mean() == 4 / 6
@@ -1296,12 +1306,12 @@ def test_guidance_by_three_predictions(dit, target, layout):
         return x
 
     plain = run()
-    with attach(dit, CLOSED) as session:
+    with apply_dqar(dit, CLOSED) as session:
         assert same(run(), plain) and same(run(), plain)
     assert timesteps_of(session) == 2 * dit.scheduler.timesteps.tolist()
     with Naive(dit.transformer, target) as naive:
         want = run(naive)
-    with attach(dit, every(target)), or_refused():
+    with apply_dqar(dit, every(target)), or_refused():
         got = run()
         assert near(got, want) or same(got, plain)
 
@@ -1326,7 +1336,7 @@ def test_two_pictures_denoised_in_turn_are_independent(dit, name, own_scheduler)
         return x
 
     plain = run(1, 1)
-    with attach(dit, mode(name, dit)):
+    with apply_dqar(dit, mode(name, dit)):
         with or_refused() as outcome:
             seen = [run(seed, label)[1] for seed, label in ((1, 1), (1, 2), (8, 3))]
             if name == "closed":
@@ -1343,10 +1353,10 @@ def test_two_pipelines_with_schedulers_of_their_own_on_one_transformer(dit, name
     other = DiTPipeline(dit.transformer, dit.vae, DPMSolverMultistepScheduler())
     other.set_progress_bar_config(disable=True)
     plain = draw(other, (3,), steps=5)
-    with attach(dit, mode(name, dit)):
+    with apply_dqar(dit, mode(name, dit)):
         want = draw(other, (3,), steps=5)
         assert same(want, plain) or name != "closed"
-    with attach(dit, mode(name, dit)) as session:
+    with apply_dqar(dit, mode(name, dit)) as session:
         for _ in range(2):
             assert same(draw(dit), alone(name))
             assert same(draw(other, (3,), steps=5), want)
@@ -1358,7 +1368,7 @@ def test_two_pipelines_with_schedulers_of_their_own_on_one_transformer(dit, name
 def test_a_plan_is_for_its_own_pipeline_and_steps(dit):
     other = DiTPipeline(dit.transformer, dit.vae, copy.deepcopy(dit.scheduler))
     other.set_progress_bar_config(disable=True)
-    with attach(dit, make_plan(dit)):
+    with apply_dqar(dit, make_plan(dit)):
         with pytest.raises(ValueError) as refused:
             draw(other, steps=5)
         check_refusal(refused.value)
@@ -1383,7 +1393,7 @@ def test_a_plan_is_for_its_own_pipeline_and_steps(dit):
 )
 def test_a_bare_transformer_guided_either_way(dit, name, kind):
     plain = loop(dit, calls=kind)
-    with attach(dit.transformer, mode(name, dit)) as session:
+    with apply_dqar(dit.transformer, mode(name, dit)) as session:
         first = loop(dit, calls=kind)
         for _ in range(2):
             loop(dit, calls=kind, seed=4, stop=3)  # left off, the next begins at a higher timestep
@@ -1400,9 +1410,9 @@ def test_a_bare_transformer_under_any_scheduler(dit, scheduler):
     """Repeated timesteps, fractions of one, and rising ones."""
     dit.scheduler = make_scheduler(scheduler)
     plain = loop(dit)
-    with attach(dit.transformer, CLOSED):
+    with apply_dqar(dit.transformer, CLOSED):
         assert same(loop(dit), plain) and same(loop(dit), plain)
-    with attach(dit.transformer, EVERY), or_refused():
+    with apply_dqar(dit.transformer, EVERY), or_refused():
         first = loop(dit)
         loop(dit, seed=4, labels=lambda i: 3)
         assert same(loop(dit), first)
@@ -1411,9 +1421,9 @@ def test_a_bare_transformer_under_any_scheduler(dit, scheduler):
 @pytest.mark.parametrize("kind", WINDOWS)
 def test_several_calls_a_step_of_a_bare_transformer(dit, kind):
     plain = windows(dit, **WINDOWS[kind])
-    with attach(dit.transformer, CLOSED):
+    with apply_dqar(dit.transformer, CLOSED):
         assert all(map(same, windows(dit, **WINDOWS[kind]), plain))
-    with attach(dit.transformer, EVERY), or_refused():
+    with apply_dqar(dit.transformer, EVERY), or_refused():
         got = windows(dit, **WINDOWS[kind])
         for k, mine in enumerate(got):
             others = [other for j, other in enumerate(plain) if j != k and other.shape == mine.shape]
@@ -1437,9 +1447,9 @@ def test_a_model_called_once_outside_of_any_run(dit):
     plain = run(False)
     with Naive(dit.transformer):
         want = run(False)
-    with attach(dit, CLOSED):
+    with apply_dqar(dit, CLOSED):
         assert same(run(True), plain)
-    with attach(dit, EVERY), or_refused():
+    with apply_dqar(dit, EVERY), or_refused():
         got = run(True)
         anew = (got - plain).norm() < (want - plain).norm()  # a probe may cost some reuse
         assert near(got, want) or anew
@@ -1476,7 +1486,7 @@ def copied(pipe, how):
     ],
 )
 def test_a_copy_of_the_model_is_a_model_of_its_own(dit, how, name):
-    session = attach(dit, mode(name, dit))
+    session = apply_dqar(dit, mode(name, dit))
     draw(dit, steps=8)
     loop(dit, seed=3, stop=2)  # a run is open
     other = make_dit()
@@ -1492,7 +1502,7 @@ def test_a_copy_of_the_model_is_a_model_of_its_own(dit, how, name):
     assert same(loop(other), loop(fresh)), "the copy answers with the original's weights"
     remove_dqar(other.transformer)
     assert same(draw(dit), alone(name))
-    with attach(other, EVERY), attach(fresh, EVERY):
+    with apply_dqar(other, EVERY), apply_dqar(fresh, EVERY):
         assert same(loop(other), loop(fresh))
     session.remove()
     assert same(draw(dit), untouched()) and same(loop(other), loop(fresh))
@@ -1500,7 +1510,7 @@ def test_a_copy_of_the_model_is_a_model_of_its_own(dit, how, name):
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_a_copy_of_the_pipeline_draws_by_itself(dit, how):
-    session = attach(dit, LOOKING)
+    session = apply_dqar(dit, LOOKING)
     draw(dit)
     other = copy.deepcopy(dit) if how == "deepcopy" else pickle.loads(pickle.dumps(dit))
     length = len(session.trace)
@@ -1515,7 +1525,7 @@ def test_a_copy_of_the_pipeline_draws_by_itself(dit, how):
 @pytest.mark.parametrize("target", ["kv", "residual"])
 def test_saving_meanwhile_saves_the_model_alone(pixart, target, tmp_path):
     keys = list(pixart.transformer.state_dict())
-    with attach(pixart, every(target)):
+    with apply_dqar(pixart, every(target)):
         draw_text(pixart)
         assert list(pixart.transformer.state_dict()) == keys
         pixart.save_pretrained(tmp_path)
@@ -1536,9 +1546,9 @@ def test_a_model_moved_to_another_dtype_meanwhile(dit, name, when):
     fresh = make_dit()
     config = mode(name, dit)
     fresh.to(torch.bfloat16)
-    with attach(fresh, config):
+    with apply_dqar(fresh, config):
         want = draw(fresh)
-    with attach(dit, config):
+    with apply_dqar(dit, config):
         if when == "between runs":
             draw(dit)
         dit.to(torch.bfloat16)
@@ -1566,11 +1576,11 @@ def test_compiled_models(dit, how, when, name):
     config = mode(name, dit, 3)
     with contextlib.ExitStack() as stack:
         if when == "meanwhile":
-            stack.enter_context(attach(dit, config))
+            stack.enter_context(apply_dqar(dit, config))
         COMPILED[how](dit)
         if when == "before":
             with or_refused() as outcome:
-                stack.enter_context(attach(dit, config))
+                stack.enter_context(apply_dqar(dit, config))
             if outcome.refused:
                 assert name != "closed"
                 return
@@ -1607,7 +1617,7 @@ def test_a_wrapped_model(kind, name):
     config = mode(name, pipe) if kind == "dit" else mode(name, pipe, 6, 4.5)
     pipe.transformer = Wrapper(pipe.transformer)
     with or_refused() as outcome:
-        session = attach(pipe, config)
+        session = apply_dqar(pipe, config)
     if not outcome.refused:
         for _ in range(2):
             assert same(take(pipe), alone(name, kind))
@@ -1623,7 +1633,10 @@ def test_branches_of_a_wrapped_model_are_not_swapped():
         torch._dynamo.reset()
         pipe = make_pixart()
         pipe.transformer = wrap(pipe.transformer)
-        with or_refused() as outcome, attach(pipe, DQARConfig(schedule="none", probe=Probe(record=True))) as session:
+        with (
+            or_refused() as outcome,
+            apply_dqar(pipe, DQARConfig(schedule="none", probe=Probe(record=True))) as session,
+        ):
             draw_text(pipe)
         if not outcome.refused:
             tables.append(rows(session).set_index(["step", "layer", "branch"]).entropy.sort_index())
@@ -1638,7 +1651,7 @@ def test_peft_wrappers():
     pipe.transformer = peft.get_peft_model(pipe.transformer, lora)
     plain = draw_text(pipe)
     for config in (CLOSED, EVERY):
-        with or_refused(), attach(pipe, config) as session:
+        with or_refused(), apply_dqar(pipe, config) as session:
             assert same(draw_text(pipe), plain) == (config is CLOSED)
             assert set(rows(session).branch) == {"cond", "uncond"}
     assert same(draw_text(pipe), plain)
@@ -1726,10 +1739,10 @@ def test_weights_that_change_are_seen_at_once(dit, how, path):
     want = loop(fresh, steps=5)
     for config in (CLOSED, EVERY) if how == "in place" else (CLOSED,):
         other = make_dit()
-        with attach(fresh, config):
+        with apply_dqar(fresh, config):
             changed = loop(fresh, steps=5)
         assert same(changed, want) == (config is CLOSED)
-        with attach(other, config):
+        with apply_dqar(other, config):
             before = loop(other, steps=5)
             assert same(loop(other, steps=5), before)
             change(other.transformer, how, path)
@@ -1744,7 +1757,7 @@ def test_weights_of_the_first_block_alone(dit):
     fresh = make_dit()
     fresh.transformer.load_state_dict(dit.transformer.state_dict())
     want = loop(fresh)
-    with attach(dit, CLOSED):
+    with apply_dqar(dit, CLOSED):
         assert same(loop(dit), want)
         change(dit.transformer, "through .data", "norm1.emb.timestep_embedder.linear_1", 0)
         change(fresh.transformer, "in place", "norm1.emb.timestep_embedder.linear_1", 0)
@@ -1759,7 +1772,7 @@ def test_embedders_that_are_equal_until_one_changes(dit):
         for block in pipe.transformer.transformer_blocks:
             block.norm1.emb.load_state_dict(first)
     plain = loop(fresh)
-    with attach(dit, CLOSED):
+    with apply_dqar(dit, CLOSED):
         assert same(loop(dit), plain)
         for how in ("in place", "through .data"):
             for pipe in (dit, fresh):
@@ -1778,7 +1791,7 @@ def test_weights_changed_in_mid_run(dit):
         return see
 
     seen.append(loop(fresh, see=alter(fresh.transformer)))
-    with attach(dit, CLOSED):
+    with apply_dqar(dit, CLOSED):
         loop(dit)
         seen.append(loop(dit, see=alter(dit.transformer)))
     assert same(*seen)
@@ -1798,7 +1811,7 @@ def test_labels_and_timesteps_changed_in_place(dit):
         return x
 
     plain = run()
-    with attach(dit, CLOSED):
+    with apply_dqar(dit, CLOSED):
         assert same(run(), plain) and same(run(), plain)
 
 
@@ -1806,7 +1819,7 @@ def test_autocast_for_one_run_only(dit):
     plain = loop(dit)
     with torch.autocast("cpu", torch.bfloat16):
         cast = loop(dit)
-    with attach(dit, CLOSED):
+    with apply_dqar(dit, CLOSED):
         for _ in range(2):
             assert same(loop(dit), plain)
             with torch.autocast("cpu", torch.bfloat16):
@@ -1825,7 +1838,7 @@ def test_functional_calls_with_other_weights(dit):
             return torch.func.functional_call(dit.transformer, other, inputs).sample, own
 
     want = run()
-    with attach(dit, CLOSED):
+    with apply_dqar(dit, CLOSED):
         for _ in range(2):
             assert all(map(same, run(), want))
 
@@ -1833,7 +1846,7 @@ def test_functional_calls_with_other_weights(dit):
 @pytest.mark.parametrize("how", ["session", "remove_dqar"])
 def test_removal_after_the_transformer_was_exchanged(dit, how):
     old, fresh = dit.transformer, make_dit(1)
-    session = attach(dit, EVERY)
+    session = apply_dqar(dit, EVERY)
     draw(dit)
     dit.transformer = copy.deepcopy(fresh.transformer)
     with or_refused():
@@ -1842,7 +1855,7 @@ def test_removal_after_the_transformer_was_exchanged(dit, how):
     assert same(draw(dit), draw(fresh))
     dit.transformer = old
     assert same(draw(dit), untouched()), "the old transformer is still hooked"
-    with attach(dit, EVERY):
+    with apply_dqar(dit, EVERY):
         assert same(draw(dit), alone("output"))
 
 
@@ -1853,9 +1866,9 @@ def test_removal_after_the_transformer_was_exchanged(dit, how):
 def test_applying_twice_is_refused(dit, first, second, name):
     target = {"pipe": dit, "bare": dit.transformer}
     plan = mode(name, dit)
-    with attach(target[first], EVERY):
+    with apply_dqar(target[first], EVERY):
         with pytest.raises(ValueError, match="remove_dqar") as refused:
-            attach(target[second], plan)
+            apply_dqar(target[second], plan)
         check_refusal(refused.value)
         if first == "pipe":
             assert same(draw(dit), alone("output"))
@@ -1864,7 +1877,7 @@ def test_applying_twice_is_refused(dit, first, second, name):
 
 @pytest.mark.parametrize("name", ["closed", "output", "plan"])
 def test_a_session_entered_a_second_time_works_or_says_so(dit, name):
-    session = attach(dit, mode(name, dit))
+    session = apply_dqar(dit, mode(name, dit))
     with session:
         draw(dit)
     with or_refused() as outcome, session:
@@ -1873,7 +1886,7 @@ def test_a_session_entered_a_second_time_works_or_says_so(dit, name):
         assert rows(session, "model" if name == "plan" else "self_attention").run.nunique() == 2
     assert same(draw(dit), untouched())
     if not outcome.refused:
-        with attach(dit, mode(name, dit)):
+        with apply_dqar(dit, mode(name, dit)):
             assert same(draw(dit), alone(name))
 
 
@@ -1896,14 +1909,14 @@ def test_what_is_refused_leaves_no_trace(dit, wrong):
     before = {name: set(vars(module)) for name, module in dit.transformer.named_modules()}
     config, session = REFUSED[wrong](dit), None
     with pytest.raises(ValueError) as refused:
-        session = attach(dit, config)
+        session = apply_dqar(dit, config)
         draw(dit)
     check_refusal(refused.value)
     if session is not None:
         session.remove()
     assert {name: set(vars(module)) for name, module in dit.transformer.named_modules()} == before
     assert same(draw(dit), untouched())
-    with attach(dit, EVERY):
+    with apply_dqar(dit, EVERY):
         assert same(draw(dit), alone("output"))
 
 
@@ -1932,7 +1945,7 @@ def test_a_run_that_breaks_off_leaves_a_clean_next_one(dit, error, name):
             raise error("in the middle")
         return None
 
-    with attach(dit, mode(name, dit)):
+    with apply_dqar(dit, mode(name, dit)):
         for block in (0, 2):
             handle = dit.transformer.transformer_blocks[block].ff.register_forward_hook(fail)
             breaks.clear()
@@ -1945,7 +1958,7 @@ def test_a_run_that_breaks_off_leaves_a_clean_next_one(dit, error, name):
 
 @pytest.mark.parametrize("name", ["output", "plan"])
 def test_nan_latents_are_forgotten(dit, name):
-    with attach(dit, mode(name, dit)):
+    with apply_dqar(dit, mode(name, dit)):
         for _ in range(2):
             with contextlib.suppress(FloatingPointError):
                 loop(dit, guidance=lambda i: 3.0, seed=1, see=lambda i, s, x, p: p.fill_(math.nan) if i == 2 else None)
@@ -1956,7 +1969,7 @@ def test_nan_latents_are_forgotten(dit, name):
 def test_pipelines_in_threads(name):
     """Two at once, each with its own session; and one in another thread than where dqar was applied."""
     pipes, got = [make_dit(), make_dit()], {}
-    sessions = [attach(pipe, mode(name, pipe)) for pipe in pipes]
+    sessions = [apply_dqar(pipe, mode(name, pipe)) for pipe in pipes]
 
     def work(i):
         for _ in range(2):
@@ -2014,11 +2027,11 @@ def test_processors_that_dqar_does_not_know_are_refused_by_name(pixart, place, m
     kind = type(found[1]).__name__
     if place == "attn1":
         with pytest.raises(ValueError, match=rf"\b{kind}\b") as refused:
-            attach(pixart, mode(name, pixart))
+            apply_dqar(pixart, mode(name, pixart))
         check_refusal(refused.value)
     else:
         try:
-            session = attach(pixart, mode(name, pixart))
+            session = apply_dqar(pixart, mode(name, pixart))
         except ValueError as refused:
             assert re.search(rf"\b{kind}\b", str(refused))
             check_refusal(refused)
@@ -2054,7 +2067,7 @@ def test_processors_chosen_meanwhile_are_noticed_and_kept(pixart, choice, when, 
     fresh = make_pixart()
     CHOICES[choice](fresh.transformer)
     own = draw_text(fresh)
-    session = attach(pixart, mode(name, pixart))
+    session = apply_dqar(pixart, mode(name, pixart))
     if when == "after a run":
         draw_text(pixart)
     with or_refused() as outcome:
@@ -2078,7 +2091,7 @@ def test_processors_chosen_meanwhile_are_noticed_and_kept(pixart, choice, when, 
         assert near(draw_text(pixart), own)
     if choice == "fused" and not outcome.refused:
         pixart.transformer.unfuse_qkv_projections()
-        with or_refused(), attach(pixart, CLOSED):
+        with or_refused(), apply_dqar(pixart, CLOSED):
             assert near(draw_text(pixart), untouched("pixart"))
 
 
@@ -2086,12 +2099,12 @@ def test_projections_fused_before(pixart):
     pixart.transformer.fuse_qkv_projections()
     own = draw_text(pixart)
     for config in (CLOSED, EVERY):
-        with or_refused() as outcome, attach(pixart, config):
+        with or_refused() as outcome, apply_dqar(pixart, config):
             got = draw_text(pixart)
             assert same(got, own) or config is EVERY
         assert same(draw_text(pixart), own)
     pixart.transformer.unfuse_qkv_projections()
-    with attach(pixart, EVERY):
+    with apply_dqar(pixart, EVERY):
         assert near(draw_text(pixart), alone("output", "pixart"))
     assert outcome is not None
 
@@ -2101,7 +2114,7 @@ def test_the_same_processor_instance_in_all_layers(pixart):
     one = AttnProcessor2_0()
     pixart.transformer.set_attn_processor(one)
     for target in TARGETS:
-        with attach(pixart, every(target)):
+        with apply_dqar(pixart, every(target)):
             assert same(draw_text(pixart), alone(target, "pixart"))
     assert all(p is one for p in pixart.transformer.attn_processors.values())
 
@@ -2122,7 +2135,7 @@ def test_latte_frame_by_frame(name):
 
     plain = run(model)
     with or_refused() as outcome:
-        session = attach(model, mode(name, model))
+        session = apply_dqar(model, mode(name, model))
         got = run(model)
         session.remove()
     if not outcome.refused:
@@ -2186,7 +2199,7 @@ def test_captions_that_change_are_never_stale(pixart, travel, calls):
 
     plain = text_loop(pixart, captions(), calls=calls)
     for config in (CLOSED, DQARConfig(schedule="none", cache=CacheFormat(cross_attention=False))):
-        with attach(pixart, config) as session:
+        with apply_dqar(pixart, config) as session:
             for _ in range(2):
                 assert same(text_loop(pixart, captions(), calls=calls), plain)
         assert timesteps_of(session) == 2 * pixart.scheduler.timesteps.tolist()
@@ -2199,9 +2212,9 @@ def test_captions_of_one_shape_in_runs_one_after_another(pixart, name):
     texts = [caption(pixart, p) for p in ("a cat", "two big red dog", "the park")]
     want = []
     for embeddings, its_mask in texts:
-        with attach(pixart, mode(name, pixart)):
+        with apply_dqar(pixart, mode(name, pixart)):
             want.append(text_loop(pixart, lambda i, e=embeddings, m=its_mask: {"cond": (e, m)}))
-    with attach(pixart, mode(name, pixart)):
+    with apply_dqar(pixart, mode(name, pixart)):
         for _ in range(2):
             for (embeddings, its_mask), expected in zip(texts, want, strict=True):
                 buffer.copy_(embeddings)
@@ -2214,13 +2227,13 @@ def test_a_caption_without_a_mask(pixart):
     embeddings, mask = caption(pixart, "a cat")
     for given in ((embeddings, None), (embeddings, mask.bool()), (embeddings, mask.float())):
         plain = text_loop(pixart, lambda i, given=given: {"cond": given})
-        with attach(pixart, CLOSED):
+        with apply_dqar(pixart, CLOSED):
             assert same(text_loop(pixart, lambda i, given=given: {"cond": given}), plain)
             assert same(text_loop(pixart, lambda i, given=given: {"cond": given}, seed=0), plain)
 
 
 def test_weights_of_the_captions_projections_change(pixart):
-    with attach(pixart, CLOSED):
+    with apply_dqar(pixart, CLOSED):
         draw_text(pixart)
         fresh = make_pixart()
         for pipe in (pixart, fresh):
@@ -2236,7 +2249,7 @@ def test_sharing_between_branches_by_hand(kind, target):
     pipe = make_dit() if kind == "dit" else make_pixart()
     cond, uncond = (0, 1) if kind == "dit" else (1, 0)
     take = (lambda: draw(pipe)) if kind == "dit" else (lambda: draw_text(pipe))
-    with attach(pipe, DQARConfig(schedule="none", share_below=math.inf, reuse_target=target)) as session:
+    with apply_dqar(pipe, DQARConfig(schedule="none", share_below=math.inf, reuse_target=target)) as session:
         got = take()
     table = rows(session)
     shared = table[table.decision == "share"]
@@ -2267,9 +2280,9 @@ def test_sharing_between_branches_in_calls_of_their_own(dit, target, calls):
     """Cond first: as in a batch. Uncond first: it cannot take what isn't there yet; then nothing is shared."""
     config = DQARConfig(schedule="none", share_below=math.inf, reuse_target=target)
     plain = loop(dit, calls=calls)
-    with attach(dit, config):
+    with apply_dqar(dit, config):
         batched = loop(dit)
-    with attach(dit, config) as session, or_refused() as outcome:
+    with apply_dqar(dit, config) as session, or_refused() as outcome:
         got = loop(dit, calls=calls)
     if not outcome.refused:
         shares = rows(session).query("decision == 'share'")
@@ -2315,7 +2328,7 @@ def test_training_steps_through_a_closed_gate(kind, checkpointing, train):
         if checkpointing:
             pipe.transformer.enable_gradient_checkpointing()
     want = gradients(kind, pipes[0], train=train)
-    with attach(pipes[1], CLOSED):
+    with apply_dqar(pipes[1], CLOSED):
         got = gradients(kind, pipes[1], train=train)
     assert all(map(same, got, want))
     take = loop if kind == "dit" else draw_text
@@ -2338,7 +2351,7 @@ def test_training_between_drawings(kind, before):
         return seen
 
     want = work(pipes[0])
-    with attach(pipes[1], CLOSED):
+    with apply_dqar(pipes[1], CLOSED):
         got = work(pipes[1])
     assert all(map(same, got, want))
 
@@ -2359,14 +2372,14 @@ def test_the_latents_gradient_through_a_closed_gate(dit):
         return x.detach()
 
     plain = run()
-    with attach(dit, CLOSED):
+    with apply_dqar(dit, CLOSED):
         assert same(run(), plain) and same(run(), plain)
 
 
 def test_reuse_keeps_no_graph(dit):
     """With gradients on by oversight, the cache must not hold a run's whole graph."""
     dit.scheduler.set_timesteps(8)
-    with attach(dit, EVERY) as session, or_refused():
+    with apply_dqar(dit, EVERY) as session, or_refused():
         x = noise(0)
         for t in dit.scheduler.timesteps[:3]:
             out = dit.transformer(x, timestep=t.expand(1), class_labels=torch.tensor([1])).sample[:, :4]
@@ -2402,7 +2415,7 @@ def test_no_float64_of_a_models_tensors(kind, name):
     config = mode(name, pipe)
     with Upcasts() as plain:
         take(pipe)
-    with attach(pipe, config), Upcasts() as upcasts:
+    with apply_dqar(pipe, config), Upcasts() as upcasts:
         take(pipe)
     assert len(upcasts.seen) <= len(plain.seen), set(upcasts.seen)
 
@@ -2441,16 +2454,16 @@ def test_a_device_without_float64(kind, name):
         return torch.stack(outputs)
 
     pipe.scheduler.set_timesteps(steps)
-    with attach(pipe, config):
+    with apply_dqar(pipe, config):
         want = run()
-    with attach(pipe, config), WithoutFloat64():
+    with apply_dqar(pipe, config), WithoutFloat64():
         got = run()
     assert near(got, want, 1e-3)
 
 
 def test_a_plan_of_a_trace_with_stopped_runs(dit):
     """Two runs that stopped before a site don't say that it computes."""
-    with attach(dit, EVERY) as session:
+    with apply_dqar(dit, EVERY) as session:
         loop(dit)
         whole = ReusePlan.from_trace(rows(session))
         for _ in range(3):
@@ -2463,7 +2476,7 @@ def test_a_plan_of_a_trace_with_stopped_runs(dit):
 
 def test_a_plan_of_a_trace_that_only_has_stopped_or_late_runs(dit):
     for part in ({"stop": 5}, {"start": 4}):
-        with attach(dit, EVERY) as session:
+        with apply_dqar(dit, EVERY) as session:
             loop(dit, **part)
         with or_refused() as outcome:
             plan = ReusePlan.from_trace(rows(session))
@@ -2482,7 +2495,7 @@ def test_a_plan_for_other_sizes_is_refused(kind, readouts):
         pipe = make_pixart()
         plan, take = make_plan(pipe, (0, 2, 3, 5), 6, 4.5), lambda: draw_text(pipe, height=16, width=16)
     plan = with_readouts(plan, pipe.transformer) if readouts else plan
-    with attach(pipe, plan):
+    with apply_dqar(pipe, plan):
         with pytest.raises(ValueError) as refused:
             take()
         check_refusal(refused.value)
@@ -2492,7 +2505,7 @@ def test_a_plan_for_other_sizes_is_refused(kind, readouts):
 @pytest.mark.parametrize("scale", [2.97, 3.055, 1.5])
 def test_guidance_near_the_plans_is_followed_exactly_or_refused(dit, scale):
     exact = loop(dit, guidance=lambda i: scale, forecast=((0, 2, 3, 7), 1))
-    with attach(dit, make_plan(dit)), or_refused() as outcome:
+    with apply_dqar(dit, make_plan(dit)), or_refused() as outcome:
         got = loop(dit, guidance=lambda i: scale)
     if not outcome.refused:
         assert near(got, exact, 1e-3)
@@ -2506,14 +2519,14 @@ def test_the_plans_own_guidance_is_never_refused(dit, scale, dtype):
     """Rounding of half precision is no other scale."""
     dit.transformer.to(dtype)
     dit.vae.to(dtype)
-    with attach(dit, make_plan(dit, guidance=scale)):
+    with apply_dqar(dit, make_plan(dit, guidance=scale)):
         for labels in ((1,), (1, 2), (7, 8, 9)):
             assert draw(dit, labels, guidance=scale).isfinite().all()
 
 
 def test_unguided_runs_of_a_guided_plan_and_the_other_way_round(dit):
     for planned, given in ((3.0, 1.0), (1.0, 3.0)):
-        with attach(dit, make_plan(dit, guidance=planned)):
+        with apply_dqar(dit, make_plan(dit, guidance=planned)):
             with pytest.raises(ValueError) as refused:
                 draw(dit, guidance=given)
             check_refusal(refused.value)
@@ -2525,14 +2538,14 @@ def test_messages_count_in_words_that_fit(dit):
     """One step, not 1 steps."""
     wrong = []
     for plan, steps in ((ReusePlan(frozenset(), 4, 8), 1), (ReusePlan(frozenset(), 4, 1), 8)):
-        with attach(dit, DQARConfig(plan=plan)), pytest.raises(ValueError) as refused:
+        with apply_dqar(dit, DQARConfig(plan=plan)), pytest.raises(ValueError) as refused:
             draw(dit, steps=steps)
         wrong.append(refused.value)
-    with attach(dit, make_plan(dit)), pytest.raises(ValueError) as refused:
+    with apply_dqar(dit, make_plan(dit)), pytest.raises(ValueError) as refused:
         draw(dit, steps=1)
     wrong.append(refused.value)
     with pytest.raises(ValueError) as refused:
-        attach(dit, DQARConfig(plan=ReusePlan(frozenset(), 1, 8)))
+        apply_dqar(dit, DQARConfig(plan=ReusePlan(frozenset(), 1, 8)))
     for error in (*wrong, refused.value):
         check_refusal(error)
 
@@ -2543,12 +2556,12 @@ def test_a_plan_under_another_sampler_is_said_or_measured(dit):
     other = DPMSolverMultistepScheduler.from_config(dit.scheduler.config)
     dit.scheduler = other
     dit.scheduler.set_timesteps(8)
-    with attach(dit, plan), or_refused():
+    with apply_dqar(dit, plan), or_refused():
         assert draw(dit).isfinite().all()
 
 
 def test_the_trace_can_be_cleared_at_any_time(dit):
-    with attach(dit, DQARConfig(**OPEN, probe=Probe(record=True))) as session:
+    with apply_dqar(dit, DQARConfig(**OPEN, probe=Probe(record=True))) as session:
         want = draw(dit)
         session.trace.clear()
         assert len(session.trace) == 0 and len(rows(session)) == 0
@@ -2565,7 +2578,7 @@ def test_the_trace_can_be_cleared_at_any_time(dit):
 
 def test_the_trace_does_not_grow_for_ever(dit):
     """Bounded, or cleared by the user; one of the two is said. A bound must not tear a run in two."""
-    with attach(dit, CLOSED) as session:
+    with apply_dqar(dit, CLOSED) as session:
         for _ in range(4):
             draw(dit, steps=3)
         table = rows(session)
@@ -2583,7 +2596,7 @@ def test_nothing_is_cached_while_the_vae_decodes(kind, name):
     pipe = make_dit() if kind == "dit" else make_pixart()
     held = []
     decode = pipe.vae.decode
-    with attach(pipe, mode(name, pipe)) as session:
+    with apply_dqar(pipe, mode(name, pipe)) as session:
         pipe.vae.decode = lambda *args, **kwargs: (
             held.append(session.controller.cache.nbytes),
             decode(*args, **kwargs),
@@ -2608,7 +2621,7 @@ def test_reuse_plans_are_for_one_scheduler_name_and_number_of_steps(dit):
     plan = ReusePlan({(3, 1, "cond"), (3, 1, "uncond")}, 4, 8, "DDIMScheduler")
     with Naive(dit.transformer, "kv", reused=()) as naive:
         plain = loop(dit, naive=naive)
-    with attach(dit, DQARConfig(**OPEN, plan=plan)) as session:
+    with apply_dqar(dit, DQARConfig(**OPEN, plan=plan)) as session:
         assert not same(loop(dit), plain)
         assert rows(session).query("decision == 'reuse'").step.tolist() == [3, 3]
         for wrong in ({"steps": 5}, {"scheduler": DPMSolverMultistepScheduler()}):
@@ -2624,7 +2637,7 @@ def test_a_reuse_plan_in_a_run_that_starts_late(dit):
     plan = ReusePlan({(s, layer, b) for s in (3, 5, 7) for layer in range(4) for b in ("cond", "uncond")}, 4, 8)
     with Naive(dit.transformer, reused={5, 7}) as naive:
         want = loop(dit, start=3, naive=naive)
-    with attach(dit, every(plan=plan)) as session, or_refused() as outcome:
+    with apply_dqar(dit, every(plan=plan)) as session, or_refused() as outcome:
         assert near(loop(dit, start=3), want)
     if not outcome.refused:
         assert set(rows(session).query("decision == 'reuse'").step) == {5, 7}
@@ -2746,7 +2759,7 @@ def test_an_image_of_a_batch_is_the_image_alone(kind, target, bits, quantizing):
     options = {"reuse_target": target, "quantize_bits": bits, "quantize_mode": quantizing}
     tolerance = 1e-4 if bits == 16 else 5e-3 if kind == "dit" else 1e-3
     batch = (1, 2, 500) if kind == "dit" else ("a cat", "two big red dog runs in the park", "the mat")
-    with attach(pipe, DQARConfig(**OPEN, **options)):
+    with apply_dqar(pipe, DQARConfig(**OPEN, **options)):
         if kind == "dit":
             together = draw(pipe, batch)
             single = [draw(pipe, (label,), seed=i) for i, label in enumerate(batch)]
@@ -2782,6 +2795,6 @@ def test_images_of_a_batch_share_no_scale(dit, mode_of, options, bits):
 @pytest.mark.parametrize("name", [*TARGETS, "int8", "readouts"])
 def test_an_image_does_not_depend_on_who_else_is_in_its_batch(dit, name):
     """Bit by bit: the same rows of the same matrix products, beside other neighbours."""
-    with attach(dit, mode(name, dit)):
+    with apply_dqar(dit, mode(name, dit)):
         first, second = draw(dit, (1, 2, 3)), draw(dit, (1, 7, 900))
     assert near(first[0], second[0], 1e-5)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from dqar import workbook
 from dqar.figures import notebook as start
+from dqar.figures.gallery import code_of
 from dqar.measure.results import PACKAGE
 
 PARAMETERS = 'profile = "smoke"\nseed = 0\nout = None'
@@ -202,7 +203,7 @@ def test_every_notebook_asks_offers_something_to_try_and_answers():
         cells = nbformat.read(path, as_version=4).cells
         text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
         assert "**Question:**" in text and "## Try this" in text and "**How to read this.**" in text, path
-        assert "begin(profile, seed, out)" in workbook._code(path), path
+        assert "begin(profile, seed, out)" in code_of(path), path
 
 
 def test_jupyterlab_is_told_from_a_headless_run(monkeypatch):

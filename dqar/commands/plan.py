@@ -78,7 +78,7 @@ def run(arguments: list[str]) -> int:
     plan.save(options.out)
     if isinstance(plan, PlanLadder):
         print(
-            f"{options.out}: {', '.join(str(len(own.computed)) for own in plan.plans)} computed steps; {plan.promise}"
+            f"{options.out}: {', '.join(str(len(rung.computed)) for rung in plan.plans)} computed steps; {plan.promise}"
         )
         return 0
     # Latents in [-1, 1] have four times the squared error of images in [0, 1].

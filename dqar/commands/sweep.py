@@ -67,8 +67,8 @@ def _families(recording: Recording, asked: str, settings: int | None) -> list[Me
         raise ValueError(
             f"--families is for samplers {', '.join(pareto.SAMPLERS)}, not {profile.scheduler}: use --grid"
         )
-    known = pareto.contenders(profile, profile.scheduler, recording.folder)
-    names, families = asked.split(","), list(dict.fromkeys(method.family for method in known))
+    methods = pareto.contenders(profile, profile.scheduler, recording.folder)
+    names, families = asked.split(","), list(dict.fromkeys(method.family for method in methods))
     if unknown := [name for name in names if name not in families]:
         raise ValueError(f"family {unknown[0]!r} is unknown: choose from {', '.join(families)}")
     if settings is not None and settings < 1:
@@ -76,7 +76,7 @@ def _families(recording: Recording, asked: str, settings: int | None) -> list[Me
     return [
         method
         for name in names
-        for method in [method for method in known if method.family == name][:settings]
+        for method in [method for method in methods if method.family == name][:settings]
     ]  # fmt: skip
 
 

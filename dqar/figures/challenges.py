@@ -22,7 +22,7 @@ from dqar.figures.style import (
     save_table,
 )
 from dqar.measure.results import Run
-from dqar.studies import policy
+from dqar.studies import challenges, policy
 from dqar.studies.recording import Sizes
 
 LOOKING = {
@@ -43,29 +43,26 @@ def slide15(
     sharing: pd.DataFrame,
 ) -> Figure:
     """Slide 15: each challenge, the deck's solution, and what was measured of it."""
-    between, within = entropy_spreads(labels)
-    last = accumulation[accumulation.step == accumulation.step.max()].set_index(["bits", "variant"]).relative_error
-    delta, steps = policy.calibrated_delta(oracle), run.profile.num_inference_steps
-    with_l2, without = (policy.study(labels, delta, steps, l2=l2).auc() for l2 in (1e-4, 0.0))
-    cost = looking(overhead).median()
-    shared = shared_runs(sharing).query("target == 'output'").iloc[-1]
+    measured = challenges.solutions(labels, oracle, accumulation, overhead, sharing, run.profile.num_inference_steps)
+    off, cost, shared = measured.off, measured.looking, measured.shared
     rows = [
         (
             "1. Threshold calibration",
             "τ(p) = τ √(p/64)",
-            f"entropy varies by {within:.2f} nats from site to site, by {between:.2f} from class to class; other "
-            "prompt lengths: not testable here",
+            f"entropy varies by {measured.within:.2f} nats from site to site, by {measured.between:.2f} from class to "
+            "class; other prompt lengths: not testable here",
         ),
         (
             "2. Quantization error",
             "channel-wise salience balancing, top-k channels",
-            f"latents end {last[8, 'per tensor']:.2%} off in INT8, {last[8, 'per tensor + CSB']:.2%} with "
-            f"balancing, {last[8, 'per channel']:.2%} with a scale for each channel",
+            f"latents end {off['per tensor']:.2%} off in INT8, {off['per tensor + CSB']:.2%} with balancing, "
+            f"{off['per channel']:.2%} with a scale for each channel",
         ),
         (
             "3. Policy overfitting",
             "diverse data, L2, two layers",
-            f"area under the ROC curve on unseen classes: {with_l2:.3f} with the deck's L2, {without:.3f} without",
+            f"area under the ROC curve on unseen classes: {measured.auc:.3f} with the deck's L2, "
+            f"{measured.auc_without_l2:.3f} without",
         ),
         (
             "4. Metric overhead",
@@ -81,7 +78,7 @@ def slide15(
         ),
     ]
     table = pd.DataFrame(rows, columns=["Problem", "The deck's solution", "Measured"])
-    best = last[8, "per channel"] < last[8, "per tensor + CSB"]
+    best = off["per channel"] < off["per tensor + CSB"]
     title = "A scale for each channel beats balancing" if best else "Balancing channels helps"
     title = (
         f"{title}; measuring exact entropy adds at least {min(cost['fused'], cost['maps']):.0%} to a step; sharing "
@@ -106,7 +103,7 @@ def slide15_thresholds(run: Run, labels: pd.DataFrame) -> Figure:
         alpha=0.5,
         legend=False,
     )
-    between, within = entropy_spreads(labels)
+    between, within = challenges.entropy_spreads(labels)
     axes.set(xlabel="entropy of a site (nats)", ylabel="share of sites with less")
     axes.yaxis.set_major_formatter("{x:.0%}")
     axes.set_title(f"A line for each of {labels.label.nunique()} classes (every label is one word long: p = 1)")
@@ -163,11 +160,11 @@ def slide15_overfitting(run: Run, labels: pd.DataFrame, oracle: pd.DataFrame) ->
         ax.set_title(f"{name}:\narea {study.auc():.3f}")
     axes[0].set_ylabel("cross-entropy (nats)")
     axes[0].legend()
-    without, own, more = (study.auc() for study in studies.values())
+    without, with_l2, more = (study.auc() for study in studies.values())
     headline(
         figure,
-        f"The deck's L2 moves the area under the ROC curve by {own - without:+.3f} on {pictures(run)} that the network "
-        f"has not seen, a hundred times as much by {more - without:+.3f}",
+        f"The deck's L2 moves the area under the ROC curve by {with_l2 - without:+.3f} on {pictures(run)} that the "
+        f"network has not seen, a hundred times as much by {more - without:+.3f}",
     )
     classes = f"{labels.label.nunique()} classes, {len(policy.TEST)} held out"
     note = f"n = {len(labels):,} single reuses of {classes}; not stopped early, as slide 15's"
@@ -177,7 +174,7 @@ def slide15_overfitting(run: Run, labels: pd.DataFrame, oracle: pd.DataFrame) ->
 @recorded("whole steps with the entropy in different ways")
 def slide15_looking(run: Run, overhead: pd.DataFrame) -> Figure:
     """Challenge 4: what the entropy costs, as a share of a whole step of this profile's model."""
-    share = looking(overhead).drop(columns="none")
+    share = challenges.looking(overhead).drop(columns="none")
     few = next(name for name in share if name.endswith("queries"))
     names = {"fused": LOOKING["fused"], few: few.removeprefix("fused, "), **LOOKING}
     share = share[list(names)]
@@ -207,7 +204,7 @@ def slide15_looking(run: Run, overhead: pd.DataFrame) -> Figure:
 @recorded("branches that share")
 def slide15_sharing(run: Run, sharing: pd.DataFrame) -> Figure:
     """Challenge 5: one branch takes the other's attention where entropies differ by less than ε."""
-    runs = shared_runs(sharing)
+    runs = challenges.shared_runs(sharing)
     figure, axes = plt.subplots()
     for target, label, color in (("kv", "K and V shared", BLUE), ("output", "output shared", ACCENT)):
         part = runs[runs.target == target]
@@ -224,21 +221,3 @@ def slide15_sharing(run: Run, sharing: pd.DataFrame) -> Figure:
         f"at {best.psnr:.0f} dB",
     )
     return save(run, "slide15_sharing", figure, sharing, f"n = {sharing.image.nunique()} images")
-
-
-def entropy_spreads(labels: pd.DataFrame) -> tuple[float, float]:
-    """Standard deviation (nats) of the classes' mean entropies, and that of the sites within a class."""
-    by_class = labels.groupby("label").entropy
-    return by_class.mean().std(), by_class.std().mean()
-
-
-def looking(overhead: pd.DataFrame) -> pd.DataFrame:
-    """Time that measuring entropy adds to a step, as a share of it: a column a method, a row a repeat."""
-    wide = overhead.pivot(index="repeat", columns="method", values="seconds")
-    return wide.div(wide["none"], axis=0) - 1
-
-
-def shared_runs(sharing: pd.DataFrame) -> pd.DataFrame:
-    """Mean quality and cost of each target and ε; ``psnr`` in dB to full compute."""
-    runs = sharing.groupby(["target", "epsilon"], as_index=False)[["mse", "macs_speedup", "sites_reused"]].mean()
-    return runs.assign(psnr=-10 * np.log10(runs.mse.replace(0, np.nan)))

@@ -89,13 +89,13 @@ def slide16_batches(run: Run, batches: pd.DataFrame) -> Figure:
     points, colors = batch_study.points(batches), {batch_study.GATE: ACCENT, batch_study.PLAN: BLUE, FULL.name: GREY}
     names = {batch_study.GATE: "a gate, one for all", batch_study.PLAN: f"a plan, {batch_study.BUDGET}× fewer MACs"}
     figure, (left, right) = plt.subplots(1, 2)
-    for method, own in points.groupby("method", sort=False):
+    for method, line in points.groupby("method", sort=False):
         look = {"color": colors[method], "lw": 3, "marker": "o", "ms": 10, "label": names.get(method, method)}
-        spread = [own.speed - own.speed_low, own.speed_high - own.speed]
-        left.errorbar(own.together, own.speed, yerr=spread, capsize=6, **look)
-        if own["median"].notna().any():
-            right.plot(own.together, own["median"], **{**look, "label": "_"})
-            right.plot(own.together, own.worst, **{**look, "ls": ":", "label": "_"})
+        spread = [line.speed - line.speed_low, line.speed_high - line.speed]
+        left.errorbar(line.together, line.speed, yerr=spread, capsize=6, **look)
+        if line["median"].notna().any():
+            right.plot(line.together, line["median"], **{**look, "label": "_"})
+            right.plot(line.together, line.worst, **{**look, "ls": ":", "label": "_"})
     gate = points[points.method == batch_study.GATE].set_index("together")
     right.axhline(gate["median"][1], color=ACCENT, lw=1.5, ls="--", label="a gate of each image's own")
     right.plot([], [], color=GREY, lw=3, label="the median image")

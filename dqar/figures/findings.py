@@ -10,12 +10,11 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import pandas as pd
 
-from dqar.figures.challenges import entropy_spreads, looking, shared_runs
 from dqar.figures.style import SLIDE14
-from dqar.measure import metrics
 from dqar.measure.results import Run
 from dqar.studies import arena
 from dqar.studies import benchmarks as benchmark_tables
+from dqar.studies import challenges as challenges_study
 from dqar.studies import claims as claims_study
 from dqar.studies import pareto as pareto_study
 from dqar.studies import policy as policy_study
@@ -51,13 +50,13 @@ def _saved(macs_speedup: float) -> str:
 def claims(run: Run, gates: pd.DataFrame) -> str:
     """Notebook 00: slide 12's reuses against arithmetic, and the deck's gate."""
     most = claims_study.bounds().set_index(["target", "sites"]).speedup_bound
-    deck, own = (only(gates, family=family, target="output") for family in ("deck's gate", "calibrated"))
+    deck, calibrated = (only(gates, family=family, target="output") for family in ("deck's gate", "calibrated"))
     return (
         f"Slide 12's numbers contradict each other: 47 reuses of 1400 save at most {1 - 1 / most['output', 47]:.1%} of "
         f"the computation, not 23% of the time; reusing the attention of every layer at every step would save "
         f"{1 - 1 / most['output', 1400]:.0%}. On this model the deck's gate reuses {deck.sites_reused:.0%} of the "
-        f"sites. A threshold calibrated on the model reuses {own.sites_reused:.0%} and {_saved(own.macs_speedup)}, "
-        f"with images at {own.psnr:.1f} dB to full compute's."
+        f"sites. A threshold calibrated on the model reuses {calibrated.sites_reused:.0%} and "
+        f"{_saved(calibrated.macs_speedup)}, with images at {calibrated.psnr:.1f} dB to full compute's."
     )
 
 
@@ -131,13 +130,13 @@ def quantized_cache(run: Run, quality: pd.DataFrame) -> str:
 
 def controller(run: Run, gated: pd.DataFrame) -> str:
     """Notebook 05: the commonest answers."""
-    own = gated[(gated.family == "calibrated") & (gated.target == "kv")]
-    shares = own.reason.value_counts(normalize=True)
+    asked = gated[(gated.family == "calibrated") & (gated.target == "kv")]
+    shares = asked.reason.value_counts(normalize=True)
     names = {"reuse": "reused", "entropy": "entropy too high", "snr": "SNR outside its window"}
     names |= {"streak": "reused too often in a row", "no cache": "nothing kept yet", "schedule": "not scheduled"}
     answers = ", ".join(f"{names.get(reason, reason)} {share:.0%}" for reason, share in shares.items())
     return (
-        f"With a gate calibrated on this model the controller answered: {answers} (n = {len(own):,}). The code "
+        f"With a gate calibrated on this model the controller answered: {answers} (n = {len(asked):,}). The code "
         "has slide 10's six parts, and no part imports another that is built on it."
     )
 
@@ -145,17 +144,11 @@ def controller(run: Run, gated: pd.DataFrame) -> str:
 @recorded
 def policy(run: Run, deciders: pd.DataFrame, labels: pd.DataFrame, oracle: pd.DataFrame) -> str:
     """Notebook 06: the deciders at equal reuse, and the network with and without entropy (means of 3 trainings)."""
-    own = (
-        deciders[deciders.target == "output"]
-        .groupby(["method", "wanted"], as_index=False)[["mse", "sites_reused"]]
-        .mean()
-    )
-    at = {
-        name: float(np.interp(0.2, part.sites_reused, metrics.decibels(part.mse)))
-        for name, part in own.sort_values("sites_reused").groupby("method")
-    }
-    found = ", ".join(f"{DECIDERS[name].lower()} {at[name]:.1f} dB" for name in DECIDERS if name in at)
-    lead = at["rule"] - at["chance"]
+    runs = policy_study.runs_of_deciders(deciders)
+    at = policy_study.psnr_at_share(runs[runs.target == "output"])
+    images = ", ".join(f"{DECIDERS[name].lower()} {at[name]:.1f} dB" for name in DECIDERS if name in at)
+    best = DECIDERS[max(at, key=lambda name: at[name])] if at else "None"
+    lead = at.get("rule", math.nan) - at.get("chance", math.nan)
     delta, steps = policy_study.calibrated_delta(oracle), run.profile.num_inference_steps
     whole, without = (
         np.mean([policy_study.study(labels, delta, steps, omit=omit, seed=seed).auc() for seed in range(3)])
@@ -164,10 +157,11 @@ def policy(run: Run, deciders: pd.DataFrame, labels: pd.DataFrame, oracle: pd.Da
     gain = whole - without
     helps = "does not help the network" if gain <= 0 else "helps the network" + " little" * bool(gain < 0.02)
     rule = "as good as" if abs(lead) < 1 else f"{abs(lead):.1f} dB {'better' if lead > 0 else 'worse'} than"
+    rule = "not comparable with" if math.isnan(lead) else rule
     return (
-        f"{DECIDERS[max(at, key=lambda name: at[name])]}. With 20% of the attention outputs reused, images come to: "
-        f"{found}. The deck's rule, low entropy inside an SNR window, is {rule} chance here. Entropy {helps}: the area "
-        f"under the network's ROC curve on unseen classes is {whole:.2f} with it and {without:.2f} without."
+        f"{best}. With 20% of the attention outputs reused, images come to: "
+        f"{images}. The deck's rule, low entropy inside an SNR window, is {rule} chance here. Entropy {helps}: the "
+        f"area under the network's ROC curve on unseen classes is {whole:.2f} with it and {without:.2f} without."
     )
 
 
@@ -192,14 +186,14 @@ def conclusions(verdicts: pd.DataFrame, hopes: pd.DataFrame) -> str:
     """Notebook 09: the verdicts by name, with the number that each rests on."""
 
     def names(table: pd.DataFrame, reason: str, verdict: str) -> str:
-        own = table[table.verdict == verdict]
-        numbers = own[reason].map(_first_number) if verdict != "not testable here" else [""] * len(own)
-        return "; ".join(f"“{name}”{number}" for name, number in zip(own.iloc[:, 0], numbers, strict=True)) or "none"
+        those = table[table.verdict == verdict]
+        numbers = those[reason].map(_first_number) if verdict != "not testable here" else [""] * len(those)
+        return "; ".join(f"“{name}”{number}" for name, number in zip(those.iloc[:, 0], numbers, strict=True)) or "none"
 
     lines = []
     for what, table, reason in (("claims", verdicts, "reason"), ("hopes", hopes, "measured")):
         count = table.verdict.value_counts()
-        found = (
+        counts = (
             f"{count.get(verdict, 0)} {verb}: {names(table, reason, verdict)}"
             for verdict, verb in (
                 ("holds", "hold here"),
@@ -207,7 +201,7 @@ def conclusions(verdicts: pd.DataFrame, hopes: pd.DataFrame) -> str:
                 ("not testable here", "can't be tested here"),
             )
         )
-        lines.append(f"Of slide {17 if what == 'claims' else 16}'s {len(table)} {what}, {'. '.join(found)}.")
+        lines.append(f"Of slide {17 if what == 'claims' else 16}'s {len(table)} {what}, {'. '.join(counts)}.")
     return " ".join(lines)
 
 
@@ -251,15 +245,17 @@ def benchmarks(tables: Mapping[str, pd.DataFrame], deciding: pd.DataFrame) -> st
 @recorded
 def pareto(run: Run, tables: Mapping[str, pd.DataFrame]) -> str:
     """Notebook 11: plans against every rival, by the verdicts' intervals."""
-    found = pd.concat(arena.shown(arena.verdicts(table)).assign(n=table.image.nunique()) for table in tables.values())
-    if found.empty:
+    verdicts = pd.concat(
+        arena.shown(arena.verdicts(table)).assign(n=table.image.nunique()) for table in tables.values()
+    )
+    if verdicts.empty:
         return f"No plan has been compared yet for the profile {run.profile.name}."
     lines = []
-    for measure, own in found.groupby("measure", sort=False):
-        count, least = own.verdict.value_counts(), own.loc[own.lead.idxmin()]
+    for measure, judged in verdicts.groupby("measure", sort=False):
+        count, least = judged.verdict.value_counts(), judged.loc[judged.lead.idxmin()]
         lines.append(
-            f"In the {measure} of {own.n.min()} images, DQAR's forecast plans are ahead of their rivals in "
-            f"{count.get('ahead', 0)} of {len(own)} comparisons, level in {count.get('level', 0)}, behind in "
+            f"In the {measure} of {judged.n.min()} images, DQAR's forecast plans are ahead of their rivals in "
+            f"{count.get('ahead', 0)} of {len(judged)} comparisons, level in {count.get('level', 0)}, behind in "
             f"{count.get('behind', 0)} (95% intervals); the smallest lead is {least.lead:+.1f} dB, over {least.family} "
             f"at {least.budget:g}×."
         )
@@ -286,29 +282,28 @@ def challenges(
     sharing: pd.DataFrame,
 ) -> str:
     """Notebook 08: a verdict on each of the deck's five solutions, from the tables of slide 15's figure."""
-    _, within = entropy_spreads(labels)
-    last = accumulation[accumulation.step == accumulation.step.max()].set_index(["bits", "variant"]).relative_error
-    one, balanced, channel = (last[8, name] for name in ("per tensor", "per tensor + CSB", "per channel"))
-    delta, steps = policy_study.calibrated_delta(oracle), run.profile.num_inference_steps
-    with_l2, without = (policy_study.study(labels, delta, steps, l2=l2).auc() for l2 in (1e-4, 0.0))
-    gain, better = with_l2 - without, "helps here, but a scale a channel helps more"
-    cost = looking(overhead).median()
-    most = shared_runs(sharing).query("target == 'output'").iloc[-1]
+    measured = challenges_study.solutions(
+        labels, oracle, accumulation, overhead, sharing, run.profile.num_inference_steps
+    )
+    plain, balanced, channel = (measured.off[name] for name in ("per tensor", "per tensor + CSB", "per channel"))
+    gain, better = measured.auc - measured.auc_without_l2, "helps here, but a scale a channel helps more"
+    cost, shared = measured.looking, measured.shared
     rows = (
         (
             "threshold calibration",
             "can't be tested here",
-            f"τ(p) needs prompts of many lengths; entropy varies by {within:.2f} nats from site to site",
+            f"τ(p) needs prompts of many lengths; entropy varies by {measured.within:.2f} nats from site to site",
         ),
         (
             "balancing of channels",
-            WORKS if balanced < min(one, channel) else better if balanced < one else "does not help here",
-            f"in INT8 the latents end {balanced:.2%} off, {one:.2%} without it; with a scale a channel {channel:.2%}",
+            WORKS if balanced < min(plain, channel) else better if balanced < plain else "does not help here",
+            f"in INT8 the latents end {balanced:.2%} off, {plain:.2%} without it; with a scale a channel {channel:.2%}",
         ),
         (
             "L2 against overfitting",
             WORKS if gain > 0.005 else "does harm here" if gain < -0.005 else "makes no difference here",
-            f"area under the ROC curve on unseen classes {with_l2:.3f} with it, {without:.3f} without",
+            f"area under the ROC curve on unseen classes {measured.auc:.3f} with it, "
+            f"{measured.auc_without_l2:.3f} without",
         ),
         (
             "entropy in one pass",
@@ -318,13 +313,13 @@ def challenges(
         ),
         (
             "sharing of branches",
-            WORKS if most.psnr >= 40 else "costs too much quality here",
-            f"at most it {_saved(most.macs_speedup)}, with images at {most.psnr:.0f} dB",
+            WORKS if shared.psnr >= 40 else "costs too much quality here",
+            f"at most it {_saved(shared.macs_speedup)}, with images at {shared.psnr:.0f} dB",
         ),
     )
     good = ", ".join(name for name, verdict, _ in rows if verdict == WORKS)
-    found = " ".join(
+    answers = " ".join(
         f"{number}. {name[0].upper()}{name[1:]} {verdict}: {why}."
         for number, (name, verdict, why) in enumerate(rows, 1)
     )
-    return f"Of the deck's five solutions, these work here: {good or 'none'}. {found}"
+    return f"Of the deck's five solutions, these work here: {good or 'none'}. {answers}"

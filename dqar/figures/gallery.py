@@ -46,6 +46,7 @@ def publish(drawn: Path, committed: Path) -> list[str]:
 
 def gallery(folder: Path) -> str:
     """Markdown: each slide's picture, what the deck claims, what was measured, and the command that draws it."""
+    commands = _commands()
     lines = [
         "# Figures",
         "",
@@ -61,11 +62,13 @@ def gallery(folder: Path) -> str:
         if path.exists():
             said = words_of(path)
             picture = f"[<img src='deck/{path.name}' width='320' alt='{_quoted(said['alt'])}'>](deck/{path.name})"
-            lines.append(f"| {slide}: {subject} | {picture} | {claim} | {said['title']} | {_command(path.stem)} |")
+            lines.append(
+                f"| {slide}: {subject} | {picture} | {claim} | {said['title']} | {_command(path.stem, commands)} |"
+            )
     lines += ["", "## Appendix", "", "| picture | finding | command |", "| --- | --- | --- |"]
     for path in _listed(folder / "appendix"):
         link = f"[{path.stem}](appendix/{path.name})"
-        lines.append(f"| {link} | {words_of(path)['title']} | {_command(path.stem)} |")
+        lines.append(f"| {link} | {words_of(path)['title']} | {_command(path.stem, commands)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -75,16 +78,25 @@ def _listed(folder: Path) -> list[Path]:
     return [paths[name] for name in sorted(paths) if (folder / f"{name}.json").exists()]
 
 
-def _command(name: str) -> str:
-    """The command of the notebook that draws ``name``; where several do, of the first."""
+def _commands() -> dict[str, str]:
+    """By figure that a notebook draws, the command; where several notebooks do, of the first."""
+    commands: dict[str, str] = {}
     for path in sorted(NOTEBOOKS.glob("[0-9]*.ipynb")):
-        code = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
-        drawn = re.findall(r"\.(slide\d\d\w*|samples|denoising)\(", code)
-        if name in drawn or any(
-            name.startswith(f"{function}_") and len(function) > len("slide00") for function in drawn
-        ):
-            return f"`dqar workbook --only {path.name[:2]}`"
-    return ""
+        for figure in re.findall(r"\.(slide\d\d\w*|samples|denoising)\(", code_of(path)):
+            commands.setdefault(figure, f"`dqar workbook --only {path.name[:2]}`")
+    return commands
+
+
+def _command(name: str, commands: dict[str, str]) -> str:
+    """The command that draws ``name``, which may be one of several pictures of a figure: ``<figure>_<which>``."""
+    several = (figure for figure in commands if name.startswith(f"{figure}_") and len(figure) > len("slide00"))
+    return commands.get(name) or commands.get(next(several, ""), "")
+
+
+def code_of(notebook: Path) -> str:
+    """The source of its code cells."""
+    cells = nbformat.read(notebook, as_version=4).cells
+    return "\n".join(cell.source for cell in cells if cell.cell_type == "code")
 
 
 def _quoted(text: str) -> str:

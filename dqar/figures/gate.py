@@ -132,8 +132,8 @@ def samples(run: Run, images: dict[str, torch.Tensor]) -> Figure:
             ax.set(xticks=[], yticks=[])
         label = "5 × difference" if is_difference else method.replace("kv", "K and V").replace(", ", ",\n", 1)
         line[0].set_ylabel(label, rotation=0, ha="right", va="center", size=16)
-    shown = {name.replace("kv", "K and V"): own[: len(reference)] for name, own in images.items()}
-    found = "; ".join(f"{name}: {mean_psnr(own, reference):.0f} dB" for name, own in list(shown.items())[1:])
-    headline(figure, f"How near the same {pictures(run)} come to full compute's: {found}")
+    shown = {name.replace("kv", "K and V"): drawn[: len(reference)] for name, drawn in images.items()}
+    decibels = "; ".join(f"{name}: {mean_psnr(drawn, reference):.0f} dB" for name, drawn in list(shown.items())[1:])
+    headline(figure, f"How near the same {pictures(run)} come to full compute's: {decibels}")
     note = f"n = {len(reference)} images of the same seeds; dB: PSNR of the mean squared error"
     return save(run, "samples", figure, pd.DataFrame(), note)

@@ -77,5 +77,7 @@ def is_watched() -> bool:
 
 def shows(answer: str, *figures: Figure) -> Markdown:
     """A notebook's last lines: the answer to its question, and the findings that stand above its ``figures``."""
-    found = [" ".join(figure.get_suptitle().split()) for figure in figures if figure.get_suptitle()]
-    return Markdown(f"## What this shows\n\n**{with_minus(answer)}**\n\n" + "\n".join(f"- {text}." for text in found))
+    findings = [" ".join(figure.get_suptitle().split()) for figure in figures if figure.get_suptitle()]
+    return Markdown(
+        f"## What this shows\n\n**{with_minus(answer)}**\n\n" + "\n".join(f"- {text}." for text in findings)
+    )

@@ -63,10 +63,10 @@ def controls(config: DQARConfig) -> dict[str, widgets.Widget]:
 def decision_map(trial: Trial) -> Figure:
     """What was decided at every step and layer, with its reason, and what it saved and did to the images."""
     table = trial.decisions[(trial.decisions.branch == "cond") & (trial.decisions.run == trial.decisions.run.min())]
-    known = {**REASONS, "streak": ("streak limit reached", REASONS["streak"][1])}
-    present = [reason for reason in known if (table.reason == reason).any()]
-    present += [reason for reason in table.reason.unique() if reason not in known]
-    looks = [known.get(reason, (reason, GREY)) for reason in present]
+    reasons = {**REASONS, "streak": ("streak limit reached", REASONS["streak"][1])}
+    present = [reason for reason in reasons if (table.reason == reason).any()]
+    present += [reason for reason in table.reason.unique() if reason not in reasons]
+    looks = [reasons.get(reason, (reason, GREY)) for reason in present]
     figure, axes = plt.subplots(figsize=(12.8, 6))
     grid = table.pivot(index="layer", columns="step", values="reason").map(present.index)
     colors = ListedColormap([color for _, color in looks])

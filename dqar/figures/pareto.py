@@ -81,12 +81,12 @@ def _draw_kinds(axes: Axes, points: pd.DataFrame) -> None:
     budgets = sorted(points.budget.unique()) if len(points) else []
     kinds = {kind: look for kind, look in KINDS.items() if len(points) and kind in set(points.kind)}
     for number, (kind, (color, marker)) in enumerate(kinds.items()):
-        own = points[points.kind == kind].set_index("budget").reindex(budgets)
+        line = points[points.kind == kind].set_index("budget").reindex(budgets)
         where = np.arange(len(budgets)) + 0.14 * (number - (len(kinds) - 1) / 2)
-        axes.vlines(where, own["5th percentile"], own["median"], color=color, lw=3)
-        axes.plot(where, own["5th percentile"], "_", color=color, ms=12, mew=3)
-        axes.plot(where, own["mean"], "o", mfc="white", mec=color, ms=7, mew=2)
-        axes.plot(where, own["median"], marker, color=color, ms=12, ls="none", label=kind)
+        axes.vlines(where, line["5th percentile"], line["median"], color=color, lw=3)
+        axes.plot(where, line["5th percentile"], "_", color=color, ms=12, mew=3)
+        axes.plot(where, line["mean"], "o", mfc="white", mec=color, ms=7, mew=2)
+        axes.plot(where, line["median"], marker, color=color, ms=12, ls="none", label=kind)
     axes.set_xticks(range(len(budgets)), [f"{budget:g}×" for budget in budgets])
     axes.set(xlabel="fewer MACs than full compute", xlim=(-0.5, max(len(budgets), 1) - 0.5))
 
@@ -97,11 +97,11 @@ def _drawn(tables: Iterable[pd.DataFrame]) -> str:
     Nothing where all have been.
     """
     solvers = set(pareto.SOLVERS.values())
-    known = {"fewer steps", "output extrapolation", *solvers, *RIVALS}
-    drawn = known & {family for table in tables for family in table.family}
-    if drawn == known:
+    rivals = {"fewer steps", "output extrapolation", *solvers, *RIVALS}
+    drawn = rivals & {family for table in tables for family in table.family}
+    if drawn == rivals:
         return ""
-    return f" ({len(drawn)} of {len(known)} rivals drawn so far{'' if drawn & solvers else ', no learned solver'})"
+    return f" ({len(drawn)} of {len(rivals)} rivals drawn so far{'' if drawn & solvers else ', no learned solver'})"
 
 
 def _lead(verdicts: pd.DataFrame) -> str:
@@ -121,12 +121,12 @@ def _lead(verdicts: pd.DataFrame) -> str:
 
 def slide12_pareto(run: Run, tables: dict[str, pd.DataFrame]) -> Figure:
     """At each budget: DQAR's plan, the strongest rival, and who is ahead; every rival stands in the Markdown."""
-    found = [arena.verdicts(table).assign(sampler=name) for name, table in tables.items()]
-    if not any(map(len, found)):
+    judged = [arena.verdicts(table).assign(sampler=name) for name, table in tables.items()]
+    if not any(map(len, judged)):
         return missing(run, "slide12_pareto", "many images of every method at its best")
-    verdicts = pd.concat(found)
+    verdicts = pd.concat(judged)
     verdicts["sampler"], verdicts["target"] = verdicts.sampler.map(SAMPLER_NAMES), verdicts.target.map(COMPARED)
-    facing = pd.concat(arena.strongest(arena.shown(own)) for _, own in verdicts.groupby("sampler", sort=False))
+    facing = pd.concat(arena.strongest(arena.shown(part)) for _, part in verdicts.groupby("sampler", sort=False))
     facing["cell"] = [f"{row.ours:.1f} / {row.theirs:.1f} {SIGNS[row.verdict]}" for row in facing.itertuples()]
     wide = facing.pivot(index=["sampler", "target", "measure"], columns="budget", values="cell")
     wide = wide.reindex(facing.set_index(["sampler", "target", "measure"]).index.unique()).fillna("–").reset_index()
@@ -166,13 +166,13 @@ def slide13_plan_distances(run: Run, table: pd.DataFrame) -> Figure:
     names = {"best other cache": f"best of {len(caches)} caches"}  # of those that were screened before these were drawn
     box = {"fc": "white", "ec": "none", "pad": 1}
     for number, (kind, (color, marker)) in enumerate(kinds.items()):
-        own = table[table.kind == kind].set_index("budget").reindex(budgets)
-        spread = [own.fd_growth - own.fd_growth_low, own.fd_growth_high - own.fd_growth]
-        where = np.arange(len(own)) + 0.23 * (number - 1.5)
+        line = table[table.kind == kind].set_index("budget").reindex(budgets)
+        spread = [line.fd_growth - line.fd_growth_low, line.fd_growth_high - line.fd_growth]
+        where = np.arange(len(line)) + 0.23 * (number - 1.5)
         axes.errorbar(
-            where, own.fd_growth, spread, fmt=marker, ms=12, color=color, capsize=6, lw=3, label=names.get(kind, kind)
+            where, line.fd_growth, spread, fmt=marker, ms=12, color=color, capsize=6, lw=3, label=names.get(kind, kind)
         )
-        for x, row in zip(where, own.itertuples(), strict=True):
+        for x, row in zip(where, line.itertuples(), strict=True):
             top = (x, row.fd_growth_high)
             axes.annotate(f"{row.psnr:.0f} dB", top, (0, 6), textcoords="offset points", ha="center", bbox=box)
     axes.axhline(0, color=DARK, ls="--", lw=2)
@@ -236,10 +236,10 @@ def slide12_promise(run: Run, judged: pd.DataFrame | None) -> Figure:
     figure, panels = plt.subplots(1, 2, width_ratios=(3, 2))
     speedups = plans.typical(judged)
     for place, (decibels, share) in enumerate(speedups.index):
-        own = judged[(judged.decibels == decibels) & (judged.share == share)]
+        splits = judged[(judged.decibels == decibels) & (judged.share == share)]
         for number, (way, (color, marker)) in enumerate(WAYS.items()):
-            for axes, values in zip(panels, (own.macs_speedup, 100 * own.kept), strict=True):
-                low, middle, high = np.quantile(values[own.way == way], [0.05, 0.5, 0.95])
+            for axes, values in zip(panels, (splits.macs_speedup, 100 * splits.kept), strict=True):
+                low, middle, high = np.quantile(values[splits.way == way], [0.05, 0.5, 0.95])
                 where = place + 0.24 * (number - 1)
                 axes.vlines(where, low, high, color=color, lw=3)
                 axes.plot(where, middle, marker, color=color, ms=12, ls="none", label=None if place else way)
@@ -262,11 +262,11 @@ def _promised(judged: pd.DataFrame) -> str:
     speedups = plans.typical(judged)
     ahead = int((speedups[plans.LADDER] > speedups[plans.MIX]).sum())
     decibels, share = speedups.index[len(speedups) // 2]
-    own = speedups.loc[decibels, share]
+    typical = speedups.loc[decibels, share]
     return (
         f"A plan for each image saves more than a random mix in {ahead} of {len(speedups)} promises: {decibels:g} dB "
-        f"in {share:.0%} of images takes {own[plans.LADDER]:.2f}× fewer MACs, the mix {own[plans.MIX]:.2f}×, one plan "
-        f"for all {own[plans.FIXED]:.2f}×"
+        f"in {share:.0%} of images takes {typical[plans.LADDER]:.2f}× fewer MACs, the mix {typical[plans.MIX]:.2f}×, "
+        f"one plan for all {typical[plans.FIXED]:.2f}×"
     )
 
 
@@ -305,7 +305,7 @@ def denoising(run: Run, drawn: pareto.Denoising | None) -> Figure | DisplayedIma
             picture.set_data(mosaic(states[step]))
             if step:
                 cells[step - 1].set_facecolor(color if step - 1 in computed else COMPUTE)
-            above.set_title(f"{name}: {sum(own < step for own in computed)} steps computed")
+            above.set_title(f"{name}: {sum(done < step for done in computed)} steps computed")
         figure.canvas.draw()
         frames.append(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3]))  # type: ignore[attr-defined]
     plt.close(figure)

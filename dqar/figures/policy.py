@@ -125,10 +125,7 @@ def slide07_entropy_by_layer(run: Run, labels: pd.DataFrame) -> Figure:
 def slide07_deciders(run: Run, deciders: pd.DataFrame) -> Figure:
     """Rule, policy, oracle and chance at equal reuse: the image's error."""
     figure, axes = plt.subplots(1, 2, sharey=True)
-    runs = deciders.groupby(["target", "method", "wanted"], as_index=False)[
-        ["mse", "sites_reused", "macs_speedup"]
-    ].mean()
-    runs["psnr"] = -10 * np.log10(runs.mse)
+    runs = policy.runs_of_deciders(deciders)
     for ax, target in zip(axes, ("output", "kv"), strict=True):
         for name, color in DECIDERS.items():
             part = runs[(runs.target == target) & (runs.method == name)].sort_values("sites_reused")
@@ -139,8 +136,8 @@ def slide07_deciders(run: Run, deciders: pd.DataFrame) -> Figure:
         ax.set_title(f"reuse of {'K and V' if target == 'kv' else 'the attention output'}")
     axes[0].set_ylabel("PSNR to full compute (dB)")
     axes[0].legend()
-    wide = _at_equal_share(runs[runs.target == "output"])
-    kept = ", ".join(f"{wide[name]:.0f} dB by {NAMES[name]}" for name in DECIDERS if name in wide)
+    at = policy.psnr_at_share(runs[runs.target == "output"])
+    kept = ", ".join(f"{at[name]:.0f} dB by {NAMES[name]}" for name in DECIDERS if name in at)
     headline(figure, f"Reusing 20% of the attention outputs keeps {kept}")
     note = f"n = {deciders.image.nunique()} images; no site twice in a row"
     return save(run, "slide07_deciders", figure, deciders, note)
@@ -175,13 +172,3 @@ def slide07_delta(run: Run, oracle: pd.DataFrame) -> Figure:
     )
     judged = f"distance: {run.profile.distance}" if by_distance else "too few for a Fréchet distance"
     return save(run, "slide07_delta", figure, oracle, f"n = {oracle.image.nunique()} images; {judged}")
-
-
-def _at_equal_share(runs: pd.DataFrame, share: float = 0.2) -> dict[str, float]:
-    """PSNR of each decider at ``share`` of the sites, between the runs on either side of it."""
-    found = {}
-    for name, part in runs.groupby("method"):
-        part = part.sort_values("sites_reused")
-        if part.sites_reused.min() <= share <= part.sites_reused.max():
-            found[name] = float(np.interp(share, part.sites_reused, part.psnr))
-    return found

@@ -73,8 +73,8 @@ def slide06_errors(run: Run, error: pd.DataFrame, quality: pd.DataFrame) -> Figu
     means = means[["relative_error", "bytes_per_value"]].mean()
     for scale, color in (("tensor", GREY), ("channel", ACCENT), ("token", BLUE)):
         for fitted, line in ((False, "-"), (True, "--")):
-            own = means[(means.scale == scale) & (means.fitted == fitted)].groupby("bits")
-            left.plot(own.bytes_per_value.mean(), own.relative_error.median(), color=color, lw=3, ls=line, marker="o",
+            part = means[(means.scale == scale) & (means.fitted == fitted)].groupby("bits")
+            left.plot(part.bytes_per_value.mean(), part.relative_error.median(), color=color, lw=3, ls=line, marker="o",
                       ms=10, mfc="white" if fitted else color, mew=2.5, label=None if fitted else scale)  # fmt: skip
     left.set(xscale="log", yscale="log", xlabel="bytes a value, scales included", ylabel="relative error")
     left.set_xticks([0.25, 0.5, 1.0], ["0.25", "0.5", "1"])
@@ -85,10 +85,10 @@ def slide06_errors(run: Run, error: pd.DataFrame, quality: pd.DataFrame) -> Figu
     left.legend(title="one scale a", loc="lower left")
     shown = _by_levels(quality[(quality.bits < 16) & (quality["mode"] != "mixed")])
     rows = {8: 0, 4: 1, 2: 2}
-    for (target, fitted), own in shown.groupby(["target", "fitted"]):
+    for (target, fitted), part in shown.groupby(["target", "fitted"]):
         color, shift = {"kv": (BLUE, -0.15), "output": (ACCENT, 0.15)}[target]
         name = {"kv": "K and V", "output": "output"}[target] + ", fitted" * fitted
-        right.scatter(own.psnr_cache, own.bits.map(rows) + shift, s=150, marker="D" if fitted else "o", lw=2.5,
+        right.scatter(part.psnr_cache, part.bits.map(rows) + shift, s=150, marker="D" if fitted else "o", lw=2.5,
                       color="white" if fitted else color, ec=color, label=name)  # fmt: skip
     right.set(xlabel="PSNR to the unquantized cache (dB)", ylim=(2.5, -0.9))
     right.set_yticks(list(rows.values()), [f"INT{bits}" for bits in rows])

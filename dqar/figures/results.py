@@ -130,19 +130,19 @@ def slide13(run: Run, summary: pd.DataFrame, gated: pd.DataFrame) -> Figure:
     here = measured(summary)
     figure, panels = plt.subplot_mosaic([["claimed", "measured"], ["events", "events"]], height_ratios=(1.25, 1))
     colors = [ACCENT if name == "DQAR" else GREY for name in CLAIMED.name]
-    claimed, found, early = panels.values()
+    claimed, right, early = panels.values()
     bars = claimed.barh(CLAIMED.name, CLAIMED.fd, color=colors)
     claimed.bar_label(bars, [f"{fd}" for fd in CLAIMED.fd], padding=4)
     claimed.set(xlim=(0, 13))
     claimed.set_title("Claimed: FID")
     spread = np.nan_to_num([here.fd - here.fd_low, here.fd_high - here.fd]).clip(min=0)
-    found.barh(here.name, here.fd, xerr=spread, color=colors, capsize=5)
+    right.barh(here.name, here.fd, xerr=spread, color=colors, capsize=5)
     for y, row in enumerate(here.itertuples()):
-        found.annotate(_number(row.fd, ".2f"), (np.nanmax([row.fd_high, row.fd, 0]), y), (8, 0),
+        right.annotate(_number(row.fd, ".2f"), (np.nanmax([row.fd_high, row.fd, 0]), y), (8, 0),
                        textcoords="offset points", va="center")  # fmt: skip
-    found.set(yticks=range(len(here)), yticklabels=[], xlim=(0, 1.5 * np.nanmax([*here.fd_high, *here.fd, 1e-9])))
-    found.set_title("Measured: " + run.profile.distance + (" (not FID)" if run.profile.embedded else ""))
-    for ax in (claimed, found):
+    right.set(yticks=range(len(here)), yticklabels=[], xlim=(0, 1.5 * np.nanmax([*here.fd_high, *here.fd, 1e-9])))
+    right.set_title("Measured: " + run.profile.distance + (" (not FID)" if run.profile.embedded else ""))
+    for ax in (claimed, right):
         ax.invert_yaxis()
         ax.grid(visible=False)
     reuse = events(gated, "calibrated")

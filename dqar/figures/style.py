@@ -23,7 +23,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.text import Text
 from PIL import Image, ImageChops, UnidentifiedImageError
 
-from dqar.measure.results import Run, atomic_path, provenance
+from dqar.files import atomic_path
+from dqar.measure.results import Run, provenance
 
 ACCENT = "#D55E00"
 """DQAR, in every figure."""

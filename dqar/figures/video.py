@@ -53,9 +53,9 @@ def slide16_video(run: Run, table: pd.DataFrame) -> Figure:
     points, images = video.summary(table), table.image.nunique()
     figure, axes = plt.subplots()
     for family, (words, color, marker, line) in LOOKS.items():
-        own = points[points.family == family].sort_values("macs_speedup")
-        axes.plot(own.macs_speedup, own["median"], line, marker=marker, ms=11, lw=2.5, color=color, label=words)
-        axes.vlines(own.macs_speedup, own["5th percentile"], own["median"], color=color, lw=1.2)
+        part = points[points.family == family].sort_values("macs_speedup")
+        axes.plot(part.macs_speedup, part["median"], line, marker=marker, ms=11, lw=2.5, color=color, label=words)
+        axes.vlines(part.macs_speedup, part["5th percentile"], part["median"], color=color, lw=1.2)
     axes.set(xscale="log", xlabel="times fewer MACs, counted", ylabel="PSNR to full compute (dB)")
     axes.set_xticks([1.5, 2, 3, 4])
     axes.minorticks_off()

@@ -22,7 +22,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -37,13 +36,13 @@ from tqdm.auto import tqdm
 
 from dqar.config import check, check_choice
 from dqar.families import bare, describe_models, family, transformers
+from dqar.files import atomic_path, write_json
 from dqar.forecast.ladder import PlanLadder
 from dqar.forecast.lockstep import Answer, CallRun, Lockstep, Moment
 from dqar.forecast.plan import ForecastPlan, check_history_bits
 from dqar.forecast.promise import check_enough, check_promise, fit_ladder, rungs
 from dqar.forecast.run import channels_back, channels_first, from_patches, stored, to_patches, weighted_sum
 from dqar.forecast.steps import RIDGE, Jumps, choose_steps, gram, least_squares
-from dqar.plan import write_json
 
 Target = Literal["reference", "converged"]
 
@@ -200,7 +199,7 @@ class Calibration:
         with Lockstep(pipe, num_inference_steps):  # refuses pipelines of another kind
             models = transformers(pipe)
         self._model = describe_models(models)
-        weights = [p.flatten()[:8].float() for one in models for p in bare(one).parameters() if not p.is_meta]
+        weights = [p.flatten()[:8].float() for model in models for p in bare(model).parameters() if not p.is_meta]
         # Diffusers notes there which values were given, in an order that differs from process to process.
         config = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
         scheduler = type(pipe.scheduler).__name__, config
@@ -222,7 +221,7 @@ class Calibration:
             for name in ("timesteps", "branches", "latents"):
                 if getattr(other, name) != getattr(first, name):
                     raise ValueError(f"calibration call {number} has other {name} than call 0: make a plan for each")
-        images = sum(one.images for one in self.trajectories)
+        images = sum(trajectory.images for trajectory in self.trajectories)
         check("calls", f"{len(calls)} of {images} images", images >= 2, "two images or more, better 60 to 120")
         self.num_steps, self.images = len(first.timesteps), images
 
@@ -239,8 +238,8 @@ class Calibration:
         mean squared error: the latter of finished latents that the weights had not been fitted on.
         """
         check("refinements", refinements, isinstance(refinements, int) and refinements >= 0, "an int of 0 or more")
-        size = sum(math.prod(one.previous.shape[1:]) for one in self.trajectories)
-        jumps = Jumps(torch.stack([one.gram for one in self.trajectories]).sum(0), size, self.num_steps)
+        size = sum(math.prod(trajectory.previous.shape[1:]) for trajectory in self.trajectories)
+        jumps = Jumps(torch.stack([trajectory.gram for trajectory in self.trajectories]).sum(0), size, self.num_steps)
         half = self.images // 2
         best: Fitted | None = None
         fits = f"trials-{self._digest()}-{num_computed}-{self.history_bits}.json"
@@ -270,7 +269,7 @@ class Calibration:
     def plan_of(self, fitted: Fitted, trials: Sequence[Mapping[str, Any]] = ()) -> ForecastPlan:
         """The plan of a fit; its provenance has the ``trials`` that led to it."""
         first = self.trajectories[0]
-        scales = [scale for one in self.trajectories for scale in one.scales]
+        scales = [scale for trajectory in self.trajectories for scale in trajectory.scales]
         source = {
             "target": self.target,
             "calibration_images": fitted.fitted_on,
@@ -317,7 +316,7 @@ class Calibration:
         if like is not None and start:
             # The last computed step before is computed anew, for its hidden states.
             again = max((step for step in computed if step < start), default=0)
-            replayed = [{step: raw for step, raw in own.items() if step < again} for own in like.raw]
+            replayed = [{step: raw for step, raw in by_step.items() if step < again} for by_step in like.raw]
             rows, readouts, earlier = list(like.weights[:start]), list(like.readouts[:start]), like.guided
         guided: list[dict[int, torch.Tensor]] = [{} for _ in self.calls]
         raw: list[dict[int, list[torch.Tensor]]] = [{} for _ in self.calls]
@@ -343,17 +342,17 @@ class Calibration:
                     read = [] if matrices is None else matrices.flatten().tolist()
                     readouts.append(tuple(float(f"{w:.5g}") for w in read))
                     answers = [_forecast(moment, weights, matrices, self.kernel, channels, bits) for moment in moments]
-                for own, answer in zip(guided, answers, strict=True):
+                for by_step, answer in zip(guided, answers, strict=True):
                     if answer is not None:
-                        own[step] = answer.cpu()
+                        by_step[step] = answer.cpu()
                 lockstep.answers = [Answer(answer) for answer in answers]
                 step += 1
         errors = [
-            (self._finished(run.previous.float()) - self._finished(one.previous[-1].float()))
+            (self._finished(run.previous.float()) - self._finished(trajectory.previous[-1].float()))
             .square()
             .flatten(1)
             .mean(1)
-            for run, one in zip(runs, self.trajectories, strict=True)
+            for run, trajectory in zip(runs, self.trajectories, strict=True)
         ]
         return Fitted(computed, fitted_on, tuple(rows), tuple(readouts), torch.cat(errors), guided, raw)
 
@@ -364,12 +363,8 @@ class Calibration:
             return self._record(number, call, bar)
         path = self._work / f"call-{number}-{_digest(self._key, call)}.pt"
         if not path.exists():
-            temporary = path.with_name(f".{path.name}.{os.getpid()}")
-            try:
+            with atomic_path(path) as temporary:
                 torch.save(vars(self._record(number, call, bar)), temporary)
-                temporary.replace(path)
-            finally:
-                temporary.unlink(missing_ok=True)
         return Trajectory(**torch.load(path, weights_only=True, mmap=True))
 
     def _record(self, number: int, call: Mapping[str, Any], bar: tqdm) -> Trajectory:
@@ -421,8 +416,8 @@ class Calibration:
                     latents.append(moment.of_images(moment.sample).cpu())
                     timesteps.append(moment.timestep)
                     scales.append(moment.scale)
-                    for branch, own in moment.outputs.items():
-                        outputs.setdefault(branch, []).append(own[0][moment.part])
+                    for branch, tensors in moment.outputs.items():
+                        outputs.setdefault(branch, []).append(tensors[0][moment.part])
                     bar.update()
         assert kept is not None  # a run has steps
         latents.append(run.previous)
@@ -434,7 +429,7 @@ class Calibration:
                 )
         return Trajectory(
             stacked[1:],
-            gram(stacked, {branch: torch.stack(own) for branch, own in outputs.items()}),
+            gram(stacked, {branch: torch.stack(tensors) for branch, tensors in outputs.items()}),
             tuple(timesteps),
             tuple(outputs),
             (min(scales), max(scales)),
@@ -444,16 +439,16 @@ class Calibration:
 
     def _memory(self) -> int:
         """The most bytes that the fit takes beside the pipeline, if all calls are as the first."""
-        one, calls = self.trajectories[0], len(self.calls)
-        branches, latents, numbers = len(one.branches), one.previous[0].nbytes, one.previous[0].numel()
-        (tokens, width), steps = one.hidden_states, len(one.timesteps)
+        first, calls = self.trajectories[0], len(self.calls)
+        branches, latents, numbers = len(first.branches), first.previous[0].nbytes, first.previous[0].numel()
+        (tokens, width), steps = first.hidden_states, len(first.timesteps)
         trajectories = 0 if self._work is not None else calls * steps * latents
         # What each call shows, and what this fit and the best one so far keep: outputs, at half the steps at most.
-        hidden = branches * one.images * tokens * width * latents // numbers
+        hidden = branches * first.images * tokens * width * latents // numbers
         followed = calls * (hidden + (HISTORY + 1) * branches * latents)
         kept = 2 * calls * (steps + steps * branches // 2) * latents
         kernels = branches * (HISTORY + 1) * math.prod(self.kernel)
-        patch = numbers // one.images // tokens if tokens else 0
+        patch = numbers // first.images // tokens if tokens else 0
         system = 8 * (2 * (branches * width) ** 2 + 3 * branches * width * patch * kernels + 3 * numbers * kernels)
         return trajectories + followed + kept + system
 
@@ -480,7 +475,10 @@ class Calibration:
         usual length, and the run is finished in full compute; between the points, interpolated.
         """
         number = 1
-        while number < len(self.calls) and sum(one.images for one in self.trajectories[:number]) < GAIN_IMAGES:
+        while (
+            number < len(self.calls)
+            and sum(trajectory.images for trajectory in self.trajectories[:number]) < GAIN_IMAGES
+        ):
             number += 1
         calls, steps = self.calls[:number], self.num_steps
         jump = max(1, steps // 16)
@@ -490,9 +488,9 @@ class Calibration:
         with Lockstep(self.pipe, self.num_inference_steps, self.seed) as lockstep:
             for step, (runs, moments) in enumerate(lockstep.follow(calls)):  # noqa: B007
                 latents.append([moment.of_images(moment.sample).cpu() for moment in moments])
-                outputs.append([[own[0][m.part] for own in m.outputs.values()] for m in moments])
-                for own, moment in zip(raw, moments, strict=True):
-                    own[step] = moment.raw
+                outputs.append([[kept[0][m.part] for kept in m.outputs.values()] for m in moments])
+                for kept, moment in zip(raw, moments, strict=True):
+                    kept[step] = moment.raw
             final = [self._finished(run.previous.float()) for run in runs]
         measured = []
         for point in tqdm(where.tolist(), desc="gains", leave=False):
@@ -507,12 +505,12 @@ class Calibration:
             target = torch.cat([x.flatten() for x in latents[point]]).double()
             displaced = (columns @ least_squares(columns, target) - target).split([x.numel() for x in latents[point]])
             displacements = [d.view_as(x).to(x.dtype) for d, x in zip(displaced, latents[point], strict=True)]
-            replayed = [{step: own[step] for step in range(point)} for own in raw]
+            replayed = [{step: kept[step] for step in range(point)} for kept in raw]
             with Lockstep(self.pipe, self.num_inference_steps, self.seed) as lockstep:
                 for step, (runs, _) in enumerate(lockstep.follow(calls, replayed=replayed)):  # noqa: B007
                     if step == point - 1:
                         lockstep.answers = [Answer(displacement=d) for d in displacements]
-                moved = [self._finished(run.previous.float()) - own for run, own in zip(runs, final, strict=True)]
+                moved = [self._finished(run.previous.float()) - kept for run, kept in zip(runs, final, strict=True)]
             error = torch.cat([x.flatten() for x in moved]).square().mean()
             measured.append(float(error / torch.cat([x.flatten() for x in displacements]).float().square().mean()))
         return np.interp(np.arange(steps + 1), where, measured)
@@ -587,7 +585,6 @@ class StepSystem:
         self._ridge = torch.full((side,), NEIGHBOURS_RIDGE, dtype=torch.float64)
         self._ridge[side // 2] = RIDGE
         self._sums: dict[str, torch.Tensor] = {}
-        self._width = 0
 
     def add(self, maps: torch.Tensor, states: torch.Tensor | None, goal: torch.Tensor) -> None:
         """Adds images.
@@ -705,12 +702,12 @@ def _rounded(scale: float) -> float:
 
 def _digest(*parts: Any) -> str:
     """Twelve letters that stand for any arguments of calls, by what they hold."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
 
     def add(part: Any) -> None:
-        found.update(type(part).__name__.encode())
+        digest.update(type(part).__name__.encode())
         if isinstance(part, torch.Tensor):
-            found.update(str(part.shape).encode() + part.detach().cpu().float().numpy().tobytes())
+            digest.update(str(part.shape).encode() + part.detach().cpu().float().numpy().tobytes())
         elif isinstance(part, torch.Generator):
             add(part.get_state())
         elif isinstance(part, Mapping):
@@ -718,14 +715,14 @@ def _digest(*parts: Any) -> str:
                 add(str(name))
                 add(part[name])
         elif isinstance(part, (list, tuple)):
-            for one in part:
-                add(one)
+            for member in part:
+                add(member)
         elif hasattr(part, "tobytes"):  # NumPy's arrays, PIL's images
-            found.update(part.tobytes())
+            digest.update(part.tobytes())
         elif isinstance(part, (str, int, float, bool, type(None))):
-            found.update(repr(part).encode())
+            digest.update(repr(part).encode())
         else:
-            found.update(repr(type(part)).encode())
+            digest.update(repr(type(part)).encode())
 
     add(parts)
-    return found.hexdigest()[:12]
+    return digest.hexdigest()[:12]

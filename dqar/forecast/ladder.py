@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from dqar.families import CONDITIONS, as_batch, as_output, conditions
+from dqar.files import reading, write_json
 from dqar.forecast.plan import ForecastPlan
 from dqar.forecast.run import FinalHiddenStates, ForecastEngine, OutputForecast, shared_part
-from dqar.plan import BRANCHES, reading, write_json
+from dqar.plan import BRANCHES
 from dqar.run import Call, Run
 from dqar.trace import Trace
 
@@ -195,8 +196,8 @@ class LadderForecast(OutputForecast):
     def returned(self, step: int, output: torch.Tensor, rows: Mapping[str, slice], latents: torch.Tensor) -> None:
         """Notes what the model returned, which ``guidance`` compares with what guidance made of it."""
         part = shared_part(output, latents)
-        for branch, own in rows.items():
-            self._returned[branch] = step, output[part][own]
+        for branch, place in rows.items():
+            self._returned[branch] = step, output[part][place]
 
 
 class LadderEngine(ForecastEngine):
@@ -261,11 +262,11 @@ class LadderEngine(ForecastEngine):
         """Gives each image its plan, by what the first step told, and each plan what it needs of that step."""
         seen, state.first = state.first, []
         outputs = {
-            branch: one.output[shared_part(one.output, one.latents)][rows]
-            for one in seen
-            for branch, rows in one.call.slices.items()
+            branch: told.output[shared_part(told.output, told.latents)][rows]
+            for told in seen
+            for branch, rows in told.call.slices.items()
         }
-        [cond] = [one for one in seen if "cond" in one.call.slices]
+        [cond] = [told for told in seen if "cond" in told.call.slices]
         states, captions = (
             None if x is None else x[cond.call.slices["cond"]] for x in (cond.hidden_states, cond.captions)
         )
@@ -274,16 +275,16 @@ class LadderEngine(ForecastEngine):
         self.chosen += zip(features.unbind(), rungs, strict=True)
         for rung in sorted(set(rungs)):
             plan = self.ladder.plans[rung]
-            images = torch.tensor([i for i, own in enumerate(rungs) if own == rung], device=cond.latents.device)
+            images = torch.tensor([i for i, chosen in enumerate(rungs) if chosen == rung], device=cond.latents.device)
             group = Group(images, plan, OutputForecast(plan, self._family.channels))
             state.groups.append(group)
-            for one in seen:
-                rows, slices = group.rows(one.call.slices), group.slices(one.call.slices)
-                group.forecast.keep(0, one.output[rows], slices, one.latents[rows])
-                if any(plan.readouts) and one.hidden_states is not None:
-                    group.forecast.read_out(0, one.hidden_states[rows], slices)
-        for one in seen:
-            one.call.output = one.output.clone()
+            for told in seen:
+                rows, slices = group.rows(told.call.slices), group.slices(told.call.slices)
+                group.forecast.keep(0, told.output[rows], slices, told.latents[rows])
+                if any(plan.readouts) and told.hidden_states is not None:
+                    group.forecast.read_out(0, told.hidden_states[rows], slices)
+        for told in seen:
+            told.call.output = told.output.clone()
 
     def _answer(
         self,
@@ -313,20 +314,20 @@ class LadderEngine(ForecastEngine):
                 states = states if part else states[rows]
         output, done = call.output.clone(), 0
         for group in state.groups:
-            own, slices = group.rows(call.slices), group.slices(call.slices)
-            newest, given, plan = call.output[own], latents[own], group.plan
+            places, slices = group.rows(call.slices), group.slices(call.slices)
+            newest, given, plan = call.output[places], latents[places], group.plan
             if group in fresh:
                 group.forecast.keep(step, newest, slices, given)
                 if any(plan.readouts) and states is not None:
-                    group.forecast.read_out(step, states[done : done + len(own)], slices)
-                done += len(own)
+                    group.forecast.read_out(step, states[done : done + len(places)], slices)
+                done += len(places)
             if not group.forecast.usable(step, tuple(slices)):
                 raise ValueError(
                     f"at step {step} the plan draws on what steps {plan.drawn_on(step)} computed, which isn't there: "
                     "the run began late, or changed what it draws"
                 )
             if plan.weights[step]:
-                output[own] = group.forecast.output(step, given, newest, slices)
+                output[places] = group.forecast.output(step, given, newest, slices)
             nbytes = group.forecast.nbytes(newest) // len(slices)
             self._record(run, step, tuple(slices), group in fresh, nbytes)
         return output
@@ -337,7 +338,7 @@ def rows_of(value: Any, rows: torch.Tensor, batch: int) -> Any:
     if isinstance(value, torch.Tensor):
         return value[rows.to(value.device)] if value.ndim and len(value) == batch else value
     if isinstance(value, Mapping):
-        return {name: rows_of(own, rows, batch) for name, own in value.items()}
+        return {name: rows_of(member, rows, batch) for name, member in value.items()}
     if isinstance(value, list) and len(value) == batch:
         return [value[row] for row in rows.tolist()]
     return value

@@ -245,7 +245,6 @@ class Lockstep:
         pipe: a pipeline with a ``transformer`` and a ``scheduler``.
         num_inference_steps: of every call.
         seed: of the calls that bring neither generators nor latents.
-        computed_one: is told of each forward pass that was computed.
         history_bits: in which outputs are kept for later steps, see ``ForecastPlan``.
 
     Raises:
@@ -257,14 +256,13 @@ class Lockstep:
         pipe: Any,
         num_inference_steps: int,
         seed: int = 0,
-        computed_one: Callable[[], Any] = lambda: None,
         history_bits: int = 16,
     ):
         self._transformers = transformers(pipe)
         if self._transformers[0] is pipe or not hasattr(pipe, "scheduler"):
             raise ValueError(f"{type(pipe).__name__} has no transformer and scheduler: a plan needs a pipeline of both")
         self.pipe, self.num_inference_steps, self.seed = pipe, num_inference_steps, seed
-        self._computed_one, self._history_bits = computed_one, history_bits
+        self._history_bits = history_bits
         self._runs: dict[int, CallRun] = {}
         self._schedulers: dict[int, Any] = {}
         self._model = bare(self._transformers[0])
@@ -279,7 +277,7 @@ class Lockstep:
             lambda run: None,
         )
         try:
-            self._states: FinalHiddenStates | None = FinalHiddenStates([bare(one) for one in self._transformers])
+            self._states: FinalHiddenStates | None = FinalHiddenStates([bare(model) for model in self._transformers])
         except ValueError:
             self._states = None
 
@@ -348,12 +346,12 @@ class Lockstep:
     # --- a call's own thread -----------------------------------------------------------------------------------------
 
     def _begin(self, run: CallRun, call: Mapping[str, Any]) -> None:
-        own = copy.copy(self.pipe)
-        own.scheduler = copy.deepcopy(self.pipe.scheduler)
-        if hasattr(own, "set_progress_bar_config"):
-            own.set_progress_bar_config(disable=True)
-        original = type(own.scheduler).step
-        signature, scheduler = inspect.signature(original), own.scheduler
+        pipe = copy.copy(self.pipe)
+        pipe.scheduler = copy.deepcopy(self.pipe.scheduler)
+        if hasattr(pipe, "set_progress_bar_config"):
+            pipe.set_progress_bar_config(disable=True)
+        original = type(pipe.scheduler).step
+        signature, scheduler = inspect.signature(original), pipe.scheduler
 
         def step(*args: Any, **kwargs: Any) -> Any:
             bound = signature.bind(scheduler, *args, **kwargs)
@@ -367,7 +365,7 @@ class Lockstep:
             thread = threading.get_ident()
             self._runs[thread], self._schedulers[thread] = run, scheduler
             try:
-                own(**named)
+                pipe(**named)
             finally:
                 del self._runs[thread], self._schedulers[thread]
 
@@ -386,8 +384,8 @@ class Lockstep:
             reached.add_(answer.displacement.to(reached).repeat(copies, *[1] * (reached.ndim - 1)))
         run.previous = moment.of_images(reached).cpu()
         if run.fresh and self._history_bits < 16:
-            for own in run.outputs.values():
-                own[:1] = map(self._as_kept, own[:1])
+            for kept in run.outputs.values():
+                kept[:1] = map(self._as_kept, kept[:1])
         run.fresh = False
         run.steps.append(moment.timestep)
         run.open.clear()
@@ -405,7 +403,7 @@ class Lockstep:
                 "was computed by pipe.transformer: a plan needs the same calls of one model at every step"
             )
         outputs = {branch: run.outputs[branch] for branch in run.branches}
-        newest = {branch: own[0].to(guided) for branch, own in outputs.items()}
+        newest = {branch: kept[0].to(guided) for branch, kept in outputs.items()}
         if guided.ndim != newest["cond"].ndim or len(guided) % len(newest["cond"]):
             raise ValueError(
                 f"the model makes {tuple(newest['cond'].shape)}, the scheduler is given {tuple(guided.shape)}: "
@@ -463,13 +461,13 @@ class Lockstep:
             raise ValueError(
                 f"{type(self._model).__name__} takes no tensor `{self._family.latents}`: plans can't follow it"
             )
-        found, call, _ = self._finder.find(latents, named.get(self._family.timestep), conditions(named))
-        if found.timesteps is None:
+        followed, call, _ = self._finder.find(latents, named.get(self._family.timestep), conditions(named))
+        if followed.timesteps is None:
             raise ValueError("the model is given a timestep that isn't the scheduler's")
-        if len(found.streams) > 1:
+        if len(followed.streams) > 1:
             raise ValueError("the pipeline denoises tiles or windows side by side: plans follow one stream of latents")
-        run.last = found.last
-        run.upcoming = run.upcoming or tuple(found.timesteps.values[found.index :])
+        run.last = followed.last
+        run.upcoming = run.upcoming or tuple(followed.timesteps.values[followed.index :])
         key, step = call.stream.calls.index(call), len(run.steps)
         if step in run.replayed:
             output = None
@@ -478,7 +476,6 @@ class Lockstep:
             output = original(*args, **kwargs)
             states = self._states.take() if self._states is not None else None
             self._keep(run, call, key, as_batch(output[0]), latents, states)
-            self._computed_one()
         else:
             output = None
             self._look(run, call, run.raw[key], latents)
@@ -565,15 +562,15 @@ def _rest(guided: torch.Tensor, shares: Sequence[Any], shown: Sequence[torch.Ten
 
 def _generator_states(generator: Any) -> list[torch.Tensor]:
     generators = generator if isinstance(generator, (list, tuple)) else [generator]
-    return [one.get_state() for one in generators if isinstance(one, torch.Generator)]
+    return [item.get_state() for item in generators if isinstance(item, torch.Generator)]
 
 
 def _copied(value: Any) -> Any:
     """A call's argument for one of its runs: generators advance as they are used, so each run gets its own."""
     if isinstance(value, torch.Generator):
         return torch.Generator(value.device).set_state(value.get_state())
-    if isinstance(value, (list, tuple)) and any(isinstance(one, torch.Generator) for one in value):
-        return [_copied(one) for one in value]
+    if isinstance(value, (list, tuple)) and any(isinstance(item, torch.Generator) for item in value):
+        return [_copied(item) for item in value]
     return value
 
 
@@ -589,7 +586,7 @@ def call_arguments(pipe: Any, call: Mapping[str, Any], num_inference_steps: int,
     if "num_inference_steps" in call:
         raise ValueError("a calibration call holds num_inference_steps: give it once, for all calls")
     unknown = set(call) - set(accepted)
-    if unknown and not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in accepted.values()):
+    if unknown and not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in accepted.values()):
         raise ValueError(f"{type(pipe).__name__} takes no argument {sorted(unknown)[0]!r}")
     named = {name: _copied(value) for name, value in call.items()}
     if "generator" in accepted and named.get("generator") is None:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dqar.plan import BRANCHES, FORECAST_FORMAT, is_index, lagrange_weights, reading, steps_in_words, write_json
+from dqar.files import reading, write_json
+from dqar.plan import BRANCHES, FORECAST_FORMAT, is_index, lagrange_weights, steps_in_words
 
 HISTORY_BITS = (16, 8, 4)
 """In which a run keeps what it forecasts from; 16: as it is, outputs in the model's dtype, readouts in float64."""
@@ -139,10 +140,10 @@ class ForecastPlan:
                 f"the plan was made for {steps_in_words(len(self.timesteps))}, this run takes {len(timesteps)}: "
                 "make one for this number of steps"
             )
-        for step, (wanted, given) in enumerate(zip(self.timesteps, timesteps, strict=True)):
-            if not _close([wanted], [given]):
+        for step, (planned, given) in enumerate(zip(self.timesteps, timesteps, strict=True)):
+            if not _close([planned], [given]):
                 raise ValueError(
-                    f"the plan was made for another spacing of the timesteps: step {step} is at {wanted:g}, "
+                    f"the plan was made for another spacing of the timesteps: step {step} is at {planned:g}, "
                     f"in this run at {float(given):g}"
                 )
 

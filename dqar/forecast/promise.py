@@ -109,7 +109,7 @@ def fit_ladder(
                 values += [_psnr(ours, theirs) for ours, theirs in zip(drawn, reference[i], strict=True)]
         quality[:, rung] = values
         assert isinstance(session.engine, LadderEngine)
-        features = [own for own, _ in session.engine.chosen]
+        features = [told for told, _ in session.engine.chosen]
     check("calls", f"{len(features)} streams of {images} images", len(features) == images, "one stream of latents each")
     return ladder_from(plans, torch.stack(features), quality, alone.promise)
 
@@ -130,8 +130,8 @@ def ladder_from(
     """
     first = int(RULE_SHARE * len(features))
     weights = tuple(
-        tuple(float(f"{w:.7g}") for w in ridge(features[:first].numpy(), np.minimum(own[:first], BEST)))
-        for own in quality.T
+        tuple(float(f"{w:.7g}") for w in ridge(features[:first].numpy(), np.minimum(decibels[:first], BEST)))
+        for decibels in quality.T
     )
     return calibrated(PlanLadder(tuple(plans), weights, math.inf, promise), features[first:], quality[first:])
 

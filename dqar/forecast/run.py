@@ -357,17 +357,17 @@ class OutputForecast:
             rows: the branches' rows of the batch.
         """
         output, part = newest.clone(), shared_part(newest, latents)
-        for branch, own in rows.items():
+        for branch, place in rows.items():
             drawn_on = self.outputs[branch][: len(self.plan.drawn_on(step))]
             if step in self.plan.computed:
-                drawn_on = [newest[part][own], *drawn_on[1:]]
-            parts = [self._kept(x) for x in (*drawn_on, latents[part][own])]
+                drawn_on = [newest[part][place], *drawn_on[1:]]
+            parts = [self._kept(x) for x in (*drawn_on, latents[part][place])]
             forecast = weighted_sum(parts, self._kernel(step, branch, latents.device))
             if step in self.read[branch]:
                 read = self.read[branch][step]
                 forecast = forecast + (read.dequantize() if isinstance(read, QuantizedTensor) else read)
             forecast = channels_back(forecast, self.channels).to(output.dtype)
-            output[part][own] = forecast
+            output[part][place] = forecast
             self._returned[branch] = step, forecast
         return output
 

@@ -74,11 +74,11 @@ class Inception:
 
     def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """``{"features": [N, 2048], "spatial": [N, 2023]}``, on the CPU."""
-        device, found = next(self.network.parameters()).device, []
+        device, columns = next(self.network.parameters()).device, []
         for part in images.split(AT_ONCE):
             pooled = self.network((part * 255).round().to(device, torch.uint8))
-            found.append((pooled.cpu(), self._seen.cpu()))
-        return dict(zip(self.widths, map(torch.cat, zip(*found, strict=True)), strict=True))
+            columns.append((pooled.cpu(), self._seen.cpu()))
+        return dict(zip(self.widths, map(torch.cat, zip(*columns, strict=True)), strict=True))
 
 
 @functools.cache
@@ -113,17 +113,17 @@ def scores(
     if profile.embedded:
         predicted, features = metrics.classify(classifier(profile.model), images)
         return {"predicted": predicted.numpy(), "features": list(features.half().numpy())}
-    extractor, found = extractor_of(profile), dict[str, Any]()
+    extractor, columns = extractor_of(profile), dict[str, Any]()
     if extractor is not None:
-        found = {name: list(x.half().numpy()) for name, x in extractor(images).items()}
+        columns = {name: list(x.half().numpy()) for name, x in extractor(images).items()}
     if profile.rehearsal:
-        return found
+        return columns
     if (lpips := _lpips(profile.device)) is not None:
-        found["lpips"] = lpips(images, reference).numpy()
+        columns["lpips"] = lpips(images, reference).numpy()
     if profile.model == "pixart" and (clip := _clip(profile.device)) is not None:
         captions = coco_captions()
-        found["clip"] = clip(images, [captions[label] for label in labels.tolist()]).numpy()
-    return found
+        columns["clip"] = clip(images, [captions[label] for label in labels.tolist()]).numpy()
+    return columns
 
 
 def _at_hand(what: str, load: Callable[[], Any]) -> Any:
@@ -170,7 +170,7 @@ def clip_scores(model: Any, processor: Any, images: torch.Tensor, captions: list
         images: ``[N, 3, H, W]`` in [0, 1].
         captions: one an image; cut to the model's 77 tokens.
     """
-    found = []
+    scores = []
     for first in range(0, len(images), AT_ONCE):
         part = slice(first, first + AT_ONCE)
         pictures = list((images[part] * 255).round().to(torch.uint8))
@@ -178,8 +178,8 @@ def clip_scores(model: Any, processor: Any, images: torch.Tensor, captions: list
         options = {"padding": True, "truncation": True, "max_length": length, "return_tensors": "pt"}
         output = model(**processor(text=captions[part], images=pictures, **options).to(model.device))
         cosine = torch.cosine_similarity(output.image_embeds, output.text_embeds)
-        found.append(100 * cosine.clamp_min(0).cpu())
-    return torch.cat(found)
+        scores.append(100 * cosine.clamp_min(0).cpu())
+    return torch.cat(scores)
 
 
 @functools.cache
@@ -253,7 +253,7 @@ def load_reference(path: Path, widths: dict[str, int] | None = None) -> Referenc
             arrays = {name: torch.from_numpy(file[name]).double() for name in file.files if name[:2] in ("mu", "si")}
     except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:
         raise OSError(f"the statistics in {path} can't be read: {error}") from error
-    found = {}
+    gaussians = {}
     for column, end in (("features", ""), ("spatial", "_s")):
         mean, covariance = arrays.get(f"mu{end}"), arrays.get(f"sigma{end}")
         if mean is None or covariance is None:
@@ -262,10 +262,10 @@ def load_reference(path: Path, widths: dict[str, int] | None = None) -> Referenc
         if mean.shape != (width,) or covariance.shape != (width, width):
             shapes = f"mu{end} {tuple(mean.shape)} and sigma{end} {tuple(covariance.shape)}"
             raise ValueError(f"{path} has {shapes}: those of {width} features are needed")
-        found[column] = Gaussian(mean, covariance)
-    if "features" not in found:
+        gaussians[column] = Gaussian(mean, covariance)
+    if "features" not in gaussians:
         raise ValueError(f"{path} has the arrays {', '.join(sorted(arrays)) or 'of none'}: needs mu and sigma")
-    return Reference(**found)
+    return Reference(**gaussians)
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -296,5 +296,5 @@ def features_of_files(extractor: Extractor, files: list[Path], size: int) -> dic
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
     parts = [files[first : first + AT_ONCE] for first in range(0, len(files), AT_ONCE)]
-    found = [extractor(torch.stack([read(path) for path in part])) for part in parts]
-    return {name: torch.cat([columns[name] for columns in found]) for name in extractor.widths}
+    scored = [extractor(torch.stack([read(path) for path in part])) for part in parts]
+    return {name: torch.cat([columns[name] for columns in scored]) for name in extractor.widths}

@@ -10,8 +10,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from dqar.files import atomic_path
 from dqar.models.profiles import WEIGHTS, Profile, profile_of
 
 PACKAGE = Path(__file__).parent.parent
@@ -132,17 +132,6 @@ def load_table(path: Path) -> pd.DataFrame:
     table = arrow.to_pandas()
     table.attrs = {"provenance": source, "folder": str(path.parent)}
     return table
-
-
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place when the block ends without an error."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _fingerprint(profile: Profile, seed: int) -> str:

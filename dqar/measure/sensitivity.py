@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from dqar.config import ReuseTarget
 from dqar.families import CONDITIONS, family
 from dqar.measure.sampling import LOOK, class_labels, conditions, first_latents, sample, within_memory
-from dqar.models.guidance import guide
+from dqar.models.guidance import guided_prediction
 from dqar.models.pipelines import to_images
 from dqar.models.profiles import Profile
 from dqar.plan import BRANCHES
@@ -50,8 +50,8 @@ def site_errors(
     """
 
     def trials(at_once: int) -> pd.DataFrame:
-        images = torch.arange(first_image, first_image + num_images).split(at_once)
-        parts = [_trials(pipe, profile, seed, target, int(part[0]), len(part), sites_per_step) for part in images]
+        images = torch.arange(first_image, first_image + num_images)
+        parts = [_trials(pipe, profile, seed, target, part, sites_per_step) for part in images.split(at_once)]
         return pd.concat(parts, ignore_index=True)
 
     return within_memory(trials, num_images, f"{profile.label}, {sites_per_step} reuses of each image")
@@ -62,27 +62,24 @@ def _trials(
     profile: Profile,
     seed: int,
     target: ReuseTarget,
-    first_image: int,
-    num_images: int,
+    numbers: torch.Tensor,
     sites_per_step: int,
 ) -> pd.DataFrame:
-    steps = profile.num_inference_steps
-    features = _features(pipe, profile, seed, first_image, num_images)
-    numbers = torch.arange(first_image, first_image + num_images)
-    labels = class_labels(pipe, numbers)
-    asked = _Asked.of(pipe, numbers)
+    """``site_errors`` of the images with these ``numbers``, all at once."""
+    steps, labels = profile.num_inference_steps, class_labels(pipe, numbers)
+    features, asked = _features(pipe, profile, seed, numbers.tolist()), _Asked.of(pipe, numbers)
     scheduler = copy.deepcopy(pipe.scheduler)
     scheduler.set_timesteps(steps)
     states = [_State(first_latents(pipe, scheduler, seed, numbers), scheduler)]
     for _ in tqdm(range(steps), desc="reference", leave=False):
         states.append(states[-1].advance(pipe, asked, profile.guidance_scale))
     finished = to_images(pipe, states[-1].latents).cpu()
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + first_image)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + int(numbers[0]))
     blocks = pipe.transformer.transformer_blocks
     rows = []
     for step in tqdm(range(1, steps), desc=f"{target} sites, by step", leave=False):
-        sites = [torch.randperm(2 * len(blocks), generator=generator)[:sites_per_step] for _ in range(num_images)]
-        images = torch.arange(num_images).repeat_interleave(sites_per_step)
+        sites = [torch.randperm(2 * len(blocks), generator=generator)[:sites_per_step] for _ in numbers]
+        images = torch.arange(len(numbers)).repeat_interleave(sites_per_step)
         layers, branches = torch.cat(sites) % len(blocks), torch.cat(sites) // len(blocks)
         with _replaced(blocks, target) as swap:
             states[step - 1].advance(pipe, asked, profile.guidance_scale)
@@ -93,17 +90,17 @@ def _trials(
         for _ in range(step + 1, steps):
             state = state.advance(pipe, chosen, profile.guidance_scale)
         errors = (to_images(pipe, state.latents).cpu() - finished[images]).square().flatten(1).mean(1)
-        table = pd.DataFrame({"image": images + first_image, "label": labels[images], "step": step, "layer": layers})
+        table = pd.DataFrame({"image": numbers[images], "label": labels[images], "step": step, "layer": layers})
         if asked.prompt_lengths is not None:
             table["prompt_length"] = asked.prompt_lengths[images].numpy()
         rows.append(table.assign(branch=[BRANCHES[b] for b in branches], change=changes.numpy(), error=errors.numpy()))
     return pd.concat(rows, ignore_index=True).merge(features, on=["image", "step", "layer", "branch"])
 
 
-def _features(pipe: DiffusionPipeline, profile: Profile, seed: int, first_image: int, num_images: int) -> pd.DataFrame:
+def _features(pipe: DiffusionPipeline, profile: Profile, seed: int, images: list[int]) -> pd.DataFrame:
     """The policy's features at every site: what a trace of the image alone, nothing reused, says before the site."""
     tables = []
-    for image in tqdm(range(first_image, first_image + num_images), desc="traces", leave=False):
+    for image in tqdm(images, desc="traces", leave=False):
         trace = sample(pipe, profile, seed, LOOK, first_image=image, num_samples=1).traced.to_pandas()
         by_site = trace.sort_values("step").groupby(["layer", "branch"])
         trace["entropy"] = by_site.entropy.shift(1)  # of the result that would be reused
@@ -174,12 +171,7 @@ class _State:
         """The state one step later; this one stays as it is."""
         scheduler = copy.deepcopy(self.scheduler)
         t = scheduler.timesteps[self.step]
-        latents = scheduler.scale_model_input(self.latents, t)
-        both = torch.cat([latents, latents])
-        timesteps = t.to(both.device).expand(len(both))
-        noise = pipe.transformer(both, timestep=timesteps, **asked.arguments).sample[:, : both.shape[1]]
-        cond, uncond = noise.chunk(2)
-        noise = guide(cond, uncond, guidance_scale)
+        noise = guided_prediction(pipe.transformer, scheduler, self.latents, t, guidance_scale, **asked.arguments)
         return _State(scheduler.step(noise, t, self.latents).prev_sample, scheduler, self.step + 1)
 
     def select(self, images: torch.Tensor) -> _State:

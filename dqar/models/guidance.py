@@ -1,41 +1,43 @@
-"""Classifier-free guidance: the two predictions of a class-conditional model, and one of both."""
+"""Classifier-free guidance: the two predictions of a conditional model, and one of both."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from diffusers import (
-    DiTTransformer2DModel,
-    SchedulerMixin,
-)
+from diffusers import ModelMixin, SchedulerMixin
 
 
 def guided_prediction(
-    transformer: DiTTransformer2DModel,
+    transformer: ModelMixin,
     scheduler: SchedulerMixin,
     latents: torch.Tensor,
     t: torch.Tensor,
-    labels: torch.Tensor,
     guidance_scale: float,
+    **asked: Any,
 ) -> torch.Tensor:
-    """The noise ``[B, C, H, W]`` predicted in ``latents``, guided if there are twice as many ``labels``."""
-    model_input = scheduler.scale_model_input(latents, t)
-    return guide(*branch_predictions(transformer, model_input, t, labels), guidance_scale)
+    """The noise ``[B, C, H, W]`` predicted in ``latents``; guided if what is ``asked`` for has twice as many rows.
 
+    Guidance computes both branches in one batch, the conditional one first.
 
-def guide(cond: torch.Tensor, uncond: torch.Tensor | None, guidance_scale: float) -> torch.Tensor:
-    """Classifier-free guidance: both branches' predictions as one; without a second one, the first."""
-    return cond if uncond is None else uncond + guidance_scale * (cond - uncond)
-
-
-def branch_predictions(
-    transformer: DiTTransformer2DModel, model_input: torch.Tensor, t: torch.Tensor, labels: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The noise ``[B, C, H, W]`` predicted in each branch; without guidance, ``None`` for the second.
-
-    Guidance computes both branches in one batch: the first half of ``labels`` conditional, the second the null class.
+    Args:
+        transformer, scheduler: of a pipeline.
+        latents: ``[B, C, H, W]``.
+        t: the timestep ``[]``.
+        guidance_scale: of guidance.
+        asked: the transformer's other arguments, such as ``class_labels`` ``[B]`` or ``[2B]``.
     """
-    guided = len(labels) == 2 * len(model_input)
-    batch = torch.cat([model_input, model_input]) if guided else model_input
-    noise = transformer(batch, timestep=t.to(batch.device).expand(len(batch)), class_labels=labels).sample
+    latents = scheduler.scale_model_input(latents, t)
+    rows = next(len(x) for x in asked.values() if isinstance(x, torch.Tensor))
+    batch = latents.repeat(rows // len(latents), 1, 1, 1)
+    noise = transformer(batch, timestep=t.to(batch.device).expand(rows), **asked).sample
     noise = noise[:, : batch.shape[1]]  # DiT-XL/2 predicts variances too
-    return noise.chunk(2) if guided else (noise, None)
+    if rows == len(latents):
+        return noise
+    cond, uncond = noise.chunk(2)
+    return guide(cond, uncond, guidance_scale)
+
+
+def guide(cond: torch.Tensor, uncond: torch.Tensor, guidance_scale: float) -> torch.Tensor:
+    """Classifier-free guidance: both branches' predictions as one."""
+    return uncond + guidance_scale * (cond - uncond)

@@ -16,7 +16,7 @@ from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
     ImagePipelineOutput,
-    LatteTransformer3DModel,
+    ModelMixin,
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
     SchedulerMixin,
@@ -41,19 +41,10 @@ DIT_XL_2_CONFIG = {
 """DiT-XL/2 at 256², as its checkpoint has it; the rest are ``DiTTransformer2DModel``'s defaults."""
 
 
-class EmbeddedDiTPipeline(DiffusionPipeline):
-    """Samples a pixel-space ``DiTTransformer2DModel``, called like ``DiTPipeline``.
+class _EmbeddedPipeline(DiffusionPipeline):
+    """A pixel-space transformer with a scheduler, asked for classes by number: its latents are what it draws."""
 
-    ``DiTPipeline`` itself takes 1000 for the null class and decodes with a VAE; the null class here is the model's own,
-    ``num_embeds_ada_norm``, and the latents are the image.
-    """
-
-    def __init__(
-        self,
-        transformer: DiTTransformer2DModel,
-        scheduler: SchedulerMixin,
-        id2label: dict[str, str] | None = None,
-    ):
+    def __init__(self, transformer: ModelMixin, scheduler: SchedulerMixin, id2label: dict[str, str] | None = None):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler)
         self.register_to_config(id2label=id2label)
@@ -62,6 +53,14 @@ class EmbeddedDiTPipeline(DiffusionPipeline):
     def labels(self) -> dict[str, int]:
         """Class ids by name."""
         return {name: int(label) for label, name in (self.config.id2label or {}).items()}
+
+
+class EmbeddedDiTPipeline(_EmbeddedPipeline):
+    """Samples a pixel-space ``DiTTransformer2DModel``, called like ``DiTPipeline``.
+
+    ``DiTPipeline`` itself takes 1000 for the null class and decodes with a VAE; the null class here is the model's own,
+    ``num_embeds_ada_norm``, and the latents are the image.
+    """
 
     @torch.no_grad()
     def __call__(
@@ -84,7 +83,7 @@ class EmbeddedDiTPipeline(DiffusionPipeline):
         self.scheduler.set_timesteps(num_inference_steps)
         latents = latents * self.scheduler.init_noise_sigma
         for t in self.progress_bar(self.scheduler.timesteps):
-            noise = guided_prediction(self.transformer, self.scheduler, latents, t, labels, guidance_scale)
+            noise = guided_prediction(self.transformer, self.scheduler, latents, t, guidance_scale, class_labels=labels)
             latents = self.scheduler.step(noise, t, latents).prev_sample
         images = latents
         if output_type != "latent":
@@ -101,26 +100,11 @@ def class_captions(labels: torch.Tensor, num_classes: int) -> torch.Tensor:
     return F.one_hot(labels, num_classes + 1)[:, None, :num_classes].float()
 
 
-class EmbeddedLattePipeline(DiffusionPipeline):
+class EmbeddedLattePipeline(_EmbeddedPipeline):
     """Samples videos of a pixel-space ``LatteTransformer3DModel``, called like ``EmbeddedDiTPipeline``.
 
     ``LattePipeline`` itself needs T5 and a VAE; the caption here is the class, and the latents are the video.
     """
-
-    def __init__(
-        self,
-        transformer: LatteTransformer3DModel,
-        scheduler: SchedulerMixin,
-        id2label: dict[str, str] | None = None,
-    ):
-        super().__init__()
-        self.register_modules(transformer=transformer, scheduler=scheduler)
-        self.register_to_config(id2label=id2label)
-
-    @property
-    def labels(self) -> dict[str, int]:
-        """Class ids by name."""
-        return {name: int(label) for label, name in (self.config.id2label or {}).items()}
 
     @torch.no_grad()
     def __call__(

@@ -131,12 +131,14 @@ def as_weights(
 def _timesteps_of(sigmas: torch.Tensor, alphas_cumprod: torch.Tensor) -> list[float]:
     """The timesteps whose ``signal_and_noise`` have these ratios of noise to signal."""
     alphas = alphas_cumprod.double().numpy()
-    known = np.log((1 - alphas) / alphas) / 2
-    return np.interp(np.log(sigmas.double().numpy()), known, np.arange(len(known))).tolist()
+    log_sigmas = np.log((1 - alphas) / alphas) / 2
+    return np.interp(np.log(sigmas.double().numpy()), log_sigmas, np.arange(len(log_sigmas))).tolist()
 
 
 class LearnedSolver(nn.Module):
     """A solver while it is learned; ``gaps`` are logarithms of the distances between timesteps, the last to 0."""
+
+    learning_rate: float
 
     def __init__(self, timesteps: list[float], alphas_cumprod: torch.Tensor):
         super().__init__()
@@ -172,7 +174,16 @@ class LearnedSolver(nn.Module):
         return BespokeScheduler(self.alphas_cumprod.tolist(), self.timesteps().tolist(), noise_weights.tolist(), rows)
 
 
-class _Bespoke(LearnedSolver):
+class BespokeSolver(LearnedSolver):
+    """Learns timesteps and weights.
+
+    Args:
+        start: the solver that it begins as; its ``alphas_cumprod`` are the model's.
+        num_inference_steps: model calls.
+    """
+
+    learning_rate = 5e-3
+
     def __init__(self, start: SchedulerMixin, num_inference_steps: int):
         timesteps, noise_weights, clean_weights = as_weights(start, num_inference_steps)
         super().__init__(timesteps, start.alphas_cumprod)
@@ -186,31 +197,6 @@ class _Bespoke(LearnedSolver):
         return self.noise_weights, self.clean_weights
 
 
-def fit_bespoke(
-    predict: Prediction,
-    start: SchedulerMixin,
-    num_inference_steps: int,
-    noise: torch.Tensor,
-    target: torch.Tensor,
-    *,
-    iterations: int,
-    batch_size: int = 8,
-    learning_rate: float = 5e-3,
-    seed: int = 0,
-) -> BespokeScheduler:
-    """Learns timesteps and weights; see ``learn``.
-
-    Args:
-        predict: differentiable in latents and timestep.
-        start: the solver that it begins as; its ``alphas_cumprod`` are the model's.
-        num_inference_steps: model calls.
-        noise, target: ``[N, ...]``: x_T, and the converged solution or the reference for it.
-        iterations, batch_size, learning_rate, seed: as for ``learn``.
-    """
-    solver = _Bespoke(start, num_inference_steps)
-    return learn(solver, predict, noise, target, iterations, batch_size, learning_rate, seed)
-
-
 @torch.no_grad()
 def best_start(
     predict: Prediction,
@@ -220,10 +206,10 @@ def best_start(
     target: torch.Tensor,
     batch_size: int = 16,
 ) -> SchedulerMixin:
-    """The one of ``starts`` with the least ``log_error`` on all pairs; arguments as for ``fit_bespoke``."""
+    """The one of ``starts`` with the least ``log_error`` on all pairs; the others as for ``learn``."""
     errors = []
     for start in starts:
-        solver = _Bespoke(start, num_inference_steps)
+        solver = BespokeSolver(start, num_inference_steps)
         parts = torch.arange(len(noise)).split(batch_size)
         drawn = torch.cat([solver(predict, noise[images], images) for images in parts])
         errors.append(log_error(drawn, target).item())
@@ -235,10 +221,10 @@ def learn(
     predict: Prediction,
     noise: torch.Tensor,
     target: torch.Tensor,
+    *,
     iterations: int,
-    batch_size: int,
-    learning_rate: float,
-    seed: int,
+    batch_size: int = 8,
+    seed: int = 0,
 ) -> BespokeScheduler:
     """Learns a solver end to end, through all model calls, from pairs of noise and what it should become.
 
@@ -246,11 +232,12 @@ def learn(
 
     Args:
         solver: as it begins.
-        predict, noise, target: as for ``fit_bespoke``.
-        iterations, batch_size, learning_rate: of Adam, with a cosine to zero.
+        predict: differentiable in latents and timestep.
+        noise, target: ``[N, ...]``: x_T, and the converged solution or the reference for it.
+        iterations, batch_size: of Adam, with a cosine to zero.
         seed: of the order of the images.
     """
-    optimizer = torch.optim.Adam(solver.parameters(), lr=learning_rate, betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam(solver.parameters(), lr=solver.learning_rate, betas=(0.9, 0.99))
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,7 +74,12 @@ def flow_sigma(scheduler: Any, timestep: float) -> float:
 
 @contextmanager
 def diffusers_taylorseer(
-    pipe: DiffusionPipeline, num_inference_steps: int, interval: int = 5, order: int = 1, warmup: int = 3
+    pipe: DiffusionPipeline,
+    num_inference_steps: int,
+    interval: int = 5,
+    order: int = 1,
+    warmup: int = 3,
+    lite: bool = False,
 ) -> Iterator[None]:
     """diffusers' own TaylorSeer, ``TaylorSeerCacheConfig``, with its own schedule.
 
@@ -81,41 +87,25 @@ def diffusers_taylorseer(
     cache context at every step, its hooks reset between runs, and the factors in the model's dtype (BF16 by default).
     It computes steps 0 to ``warmup - 1``, forecasts the next one, then computes every ``interval``-th.
 
-    Raises:
-        ValueError: a setting out of range.
-    """
-    check_range(interval=(interval, 1, math.inf), order=(order, 0, 16), warmup=(warmup, 1, math.inf))
-    config = TaylorSeerCacheConfig(
-        cache_interval=interval,
-        max_order=order,
-        disable_cache_before_step=warmup,
-        taylor_factors_dtype=pipe.transformer.dtype,
-        cache_identifiers=[rf"transformer_blocks\.\d+\.({'|'.join(COMPONENTS)})"],
-    )
-    with _diffusers_cache(pipe, num_inference_steps, apply_taylorseer_cache, lambda _: config):
-        yield
-
-
-@contextmanager
-def diffusers_taylorseer_lite(
-    pipe: DiffusionPipeline, num_inference_steps: int, interval: int = 5, order: int = 1, warmup: int = 3
-) -> Iterator[None]:
-    """diffusers' TaylorSeer-Lite: forecasts the model's last layer only, with the schedule of ``diffusers_taylorseer``.
-
-    It needed, besides what that needed: patterns for DiT, since ``use_lite_mode`` would look for ``proj_out``, which is
-    ``proj_out_2`` there, find none, and still let every block return zeros at the steps in between.
+    Args:
+        interval, order, warmup: of ``TaylorSeerCacheConfig``, in other words.
+        lite: forecasts the model's last layer only. It needed patterns, too: ``use_lite_mode`` would look for
+            ``proj_out``, which is ``proj_out_2`` in DiT, find none, and still let every block return zeros at the
+            steps in between.
 
     Raises:
         ValueError: a setting out of range.
     """
     check_range(interval=(interval, 1, math.inf), order=(order, 0, 16), warmup=(warmup, 1, math.inf))
+    blocks = r"transformer_blocks\.\d+"
+    last_layer = rf"^{family(pipe.transformer).last_layer}$"
     config = TaylorSeerCacheConfig(
         cache_interval=interval,
         max_order=order,
         disable_cache_before_step=warmup,
         taylor_factors_dtype=pipe.transformer.dtype,
-        cache_identifiers=[rf"^{family(pipe.transformer).last_layer}$"],
-        skip_predict_identifiers=[r"transformer_blocks\.\d+"],
+        cache_identifiers=[last_layer if lite else rf"{blocks}\.({'|'.join(COMPONENTS)})"],
+        skip_predict_identifiers=[blocks] if lite else None,
     )
     with _diffusers_cache(pipe, num_inference_steps, apply_taylorseer_cache, lambda _: config):
         yield
@@ -354,7 +344,7 @@ RIVALS = (
         "TaylorSeer-Lite, diffusers",
         keeps="the model's last layer",
         source="diffusers' TaylorSeerCacheConfig",
-        adapter=diffusers_taylorseer_lite,
+        adapter=partial(diffusers_taylorseer, lite=True),
         sweep=_INTERVALS,
     ),
     Rival(

@@ -11,53 +11,33 @@ from __future__ import annotations
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
-from dqar.peers.bespoke import (
-    BespokeScheduler,
-    LearnedSolver,
-    Prediction,
-    as_weights,
-    learn,
-    signal_and_noise,
-)
+from dqar.peers.bespoke import LearnedSolver, as_weights, signal_and_noise
 
 
-class _Timesteps(LearnedSolver):
-    def weights(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return dpm_solver_weights(self.alphas_cumprod, self.timesteps())
-
-
-def fit_timesteps(
-    predict: Prediction,
-    start: DPMSolverMultistepScheduler,
-    num_inference_steps: int,
-    noise: torch.Tensor,
-    target: torch.Tensor,
-    *,
-    iterations: int,
-    batch_size: int = 8,
-    learning_rate: float = 2e-2,
-    seed: int = 0,
-) -> BespokeScheduler:
-    """Learns the timesteps, and gives them with the weights that DPM-Solver++ 2M has at them.
+class TimestepsSolver(LearnedSolver):
+    """Learns the timesteps, with the weights that DPM-Solver++ 2M has at them.
 
     Args:
-        predict: differentiable in latents and timestep.
         start: DPM-Solver++ 2M at the spacing that it begins with; its ``alphas_cumprod`` are the model's.
         num_inference_steps: model calls.
-        noise, target: ``[N, ...]``: x_T, and the converged solution or the reference for it.
-        iterations, batch_size, learning_rate, seed: as for ``bespoke.learn``.
 
     Raises:
         ValueError: another solver.
     """
-    config = start.config
-    if config.algorithm_type != "dpmsolver++" or config.solver_order != 2 or config.final_sigmas_type != "zero":
-        raise ValueError(
-            f"algorithm_type={config.algorithm_type!r}, solver_order={config.solver_order}, "
-            f"final_sigmas_type={config.final_sigmas_type!r} is not accepted: needs 'dpmsolver++', 2 and 'zero'"
-        )
-    solver = _Timesteps(as_weights(start, num_inference_steps)[0], start.alphas_cumprod)
-    return learn(solver, predict, noise, target, iterations, batch_size, learning_rate, seed)
+
+    learning_rate = 2e-2
+
+    def __init__(self, start: DPMSolverMultistepScheduler, num_inference_steps: int):
+        config = start.config
+        if config.algorithm_type != "dpmsolver++" or config.solver_order != 2 or config.final_sigmas_type != "zero":
+            raise ValueError(
+                f"algorithm_type={config.algorithm_type!r}, solver_order={config.solver_order}, "
+                f"final_sigmas_type={config.final_sigmas_type!r} is not accepted: needs 'dpmsolver++', 2 and 'zero'"
+            )
+        super().__init__(as_weights(start, num_inference_steps)[0], start.alphas_cumprod)
+
+    def weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return dpm_solver_weights(self.alphas_cumprod, self.timesteps())
 
 
 def dpm_solver_weights(alphas_cumprod: torch.Tensor, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

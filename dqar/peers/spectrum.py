@@ -78,8 +78,8 @@ def spectrum_weights(
         # All steps of a run span [-1, 1], as in their code: the polynomials leave the interval they are fitted in.
         times = np.array([*before, step]) * 2 / num_inference_steps - 1
         basis = np.polynomial.chebyshev.chebvander(times, degree)
-        seen, wanted = basis[:-1], basis[-1]
-        fitted = mix * wanted @ np.linalg.solve(seen.T @ seen + ridge * np.eye(degree + 1), seen.T)
+        seen, ahead = basis[:-1], basis[-1]
+        fitted = mix * ahead @ np.linalg.solve(seen.T @ seen + ridge * np.eye(degree + 1), seen.T)
         weights[step] = dict(zip(before, (fitted + (1 - mix) * _line(before, step)).tolist(), strict=True))
     return weights
 

@@ -64,14 +64,14 @@ def levels(graph: dict[str, set[str]]) -> dict[str, int]:
     Raises:
         ValueError: the imports go in a circle.
     """
-    found: dict[str, int] = {}
+    depths: dict[str, int] = {}
 
     def level(name: str, above: tuple[str, ...] = ()) -> int:
         if name in above:
             raise ValueError(f"circular imports: {' → '.join([*above, name])}")
-        if name not in found:
-            found[name] = 1 + max((level(other, (*above, name)) for other in graph[name]), default=-1)
-        return found[name]
+        if name not in depths:
+            depths[name] = 1 + max((level(other, (*above, name)) for other in graph[name]), default=-1)
+        return depths[name]
 
     return {name: level(name) for name in graph}
 

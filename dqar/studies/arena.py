@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import get_args
 
 import numpy as np
@@ -36,6 +36,8 @@ KINDS |= {"output extrapolation": "output extrapolation", **dict.fromkeys(pareto
 """Of families; all others are caches."""
 ERRORS: dict[Target, str] = {"reference": "mse", "converged": "mse_converged"}
 """Columns of ``compare`` by what a plan is made for."""
+FACTS = ("family", "made_for", "macs_speedup", "fd")
+"""Columns of ``compare`` that ``standings`` keep."""
 IDENTICAL = 1e-12
 """A squared error that counts as none: 120 dB."""
 
@@ -56,8 +58,8 @@ def finalists(methods: list[Method], screened: pd.DataFrame) -> list[Method]:
     best = dict[str, float]()
     for target, budget in itertools.product(get_args(Target), BUDGETS):
         rivals = pareto.within(pareto.made_for(points[~points.family.isin((pareto.PLAN, FULL.name))], target), budget)
-        for _, own in rivals.groupby("family"):
-            point = pareto.best_at(own, target, budget)
+        for _, settings in rivals.groupby("family"):
+            point = pareto.best_at(settings, target, budget)
             assert point is not None
             behind = point[f"psnr_{target}"] - rivals[f"psnr_{target}"].max()
             best[point.method] = max(best.get(point.method, -math.inf), behind)
@@ -81,14 +83,13 @@ def recorded(run: Run, sampler: str) -> pd.DataFrame | None:
     return run.recorded(f"arena-{slug(sampler)}")
 
 
-def standings(table: pd.DataFrame, target: Target) -> pd.DataFrame:
-    """One row a method: ``family``, ``made_for``, ``macs_speedup``, ``fd``, and PSNR (dB) by each of ``MEASURES``."""
-    errors = _errors(table, target)
-    columns = ["family", "made_for", "macs_speedup", "fd"]
-    facts = table.reindex(columns=["method", *columns]).groupby("method", sort=False)[columns].first()
+def standings(table: pd.DataFrame, target: Target, facts: Sequence[str] = FACTS) -> pd.DataFrame:
+    """One row a method: ``method``, its ``facts`` (columns of ``table``), and PSNR (dB) by each of ``MEASURES``."""
+    errors, columns = _errors(table, target), list(facts)
+    points = table.reindex(columns=["method", *columns]).groupby("method", sort=False)[columns].first()
     for name, measure in MEASURES.items():
-        facts[name] = measure(errors.to_numpy())
-    return facts.rename_axis("method").reset_index()
+        points[name] = measure(errors.to_numpy())
+    return points.reset_index()
 
 
 def verdicts(table: pd.DataFrame, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
@@ -117,8 +118,8 @@ def verdicts(table: pd.DataFrame, resamples: int = 2000, seed: int = 0) -> pd.Da
                 continue
             plan = plans.loc[plans.macs_speedup.idxmin()]
             trials = MEASURES[measure](errors.loc[plan.method].to_numpy()[chosen])
-            for family, own in within[~within.family.isin((pareto.PLAN, FULL.name))].groupby("family", sort=False):
-                best = own.loc[own[measure].idxmax()]
+            for family, settings in within[~within.family.isin((pareto.PLAN, FULL.name))].groupby("family", sort=False):
+                best = settings.loc[settings[measure].idxmax()]
                 leads = trials - MEASURES[measure](errors.loc[best.method].to_numpy()[chosen])
                 low, high = np.quantile(leads, [0.025, 0.975])
                 verdict = "ahead" if low > 0 else "behind" if high < 0 else "level"
@@ -150,9 +151,9 @@ def best_of_kinds(table: pd.DataFrame, target: Target) -> pd.DataFrame:
     points = pareto.made_for(points[points.family != FULL.name], target)
     points["kind"] = points.family.map(KINDS).fillna("best cache")
     for budget in BUDGETS:
-        for kind, own in pareto.within(points, budget).groupby("kind", sort=False):
-            best = own.macs_speedup.idxmin() if kind == KINDS[pareto.PLAN] else own["median"].idxmax()
-            rows.append({"budget": budget, "kind": kind, **own.loc[best].drop("kind")})
+        for kind, settings in pareto.within(points, budget).groupby("kind", sort=False):
+            best = settings.macs_speedup.idxmin() if kind == KINDS[pareto.PLAN] else settings["median"].idxmax()
+            rows.append({"budget": budget, "kind": kind, **settings.loc[best].drop("kind")})
     return pd.DataFrame(rows)
 
 

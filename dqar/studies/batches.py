@@ -53,15 +53,17 @@ def record_batches(recording: Recording) -> pd.DataFrame:
 
     def quality(together: int) -> pd.DataFrame:
         reference = recording.drawn(FULL, RESULT_SEED, 0, sizes.batch_images)
-        rows = [compare(own, reference, at_once(together), RESULT_SEED) for own in methods(recording)[1:]]
+        rows = [compare(method, reference, at_once(together), RESULT_SEED) for method in methods(recording)[1:]]
         kept = ["method", "image", "mse", "macs_speedup", "sites_reused"]
         return pd.concat(rows)[kept].assign(together=together)
 
     def seconds() -> pd.DataFrame:
         calls = {
-            (own.name, together): functools.partial(own.draw, at_once(together), RESULT_SEED, num_samples=together)
+            (method.name, together): functools.partial(
+                method.draw, at_once(together), RESULT_SEED, num_samples=together
+            )
             for together in SIZES
-            for own in methods(recording)
+            for method in methods(recording)
         }
         named = {f"{name}|{together}": call for (name, together), call in calls.items()}
         table = metrics.interleaved_times(named, sizes.batch_repeats, profile.device, clock)
@@ -82,8 +84,8 @@ def points(table: pd.DataFrame) -> pd.DataFrame:
         of the middle and of the worst image; ``sites_reused``, ``macs_speedup``. NaN where nothing was measured.
     """
     timed = table[table.repeat.notna()]
-    one = timed[(timed.method == FULL.name) & (timed.together == 1)].set_index("repeat").seconds
-    ratio = timed.assign(ratio=timed.repeat.map(one) / timed.seconds).groupby(["together", "method"]).ratio
+    alone = timed[(timed.method == FULL.name) & (timed.together == 1)].set_index("repeat").seconds
+    ratio = timed.assign(ratio=timed.repeat.map(alone) / timed.seconds).groupby(["together", "method"]).ratio
     speed = ratio.quantile([0.25, 0.5, 0.75]).unstack().set_axis(["speed_low", "speed", "speed_high"], axis=1)
     drawn = table[table.image.notna()]
     psnr = drawn.assign(psnr=metrics.decibels(drawn.mse.clip(lower=1e-12))).groupby(["together", "method"])
@@ -102,6 +104,6 @@ def sharing(table: pd.DataFrame) -> tuple[float, float, float]:
     mse = table[(table.method == GATE) & table.image.notna()].pivot(index="image", columns="together", values="mse")
     psnr = metrics.decibels(mse.clip(lower=1e-12)).to_numpy()[:, [0, -1]]
     drawn = np.random.default_rng(0).integers(0, len(psnr), (5000, len(psnr)))
-    own, shared = np.median(psnr[drawn], axis=1).T
-    low, high = np.quantile(shared - own, (0.025, 0.975))
+    alone, shared = np.median(psnr[drawn], axis=1).T
+    low, high = np.quantile(shared - alone, (0.025, 0.975))
     return float(np.subtract(*np.median(psnr, axis=0)[::-1])), float(low), float(high)

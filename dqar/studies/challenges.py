@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -20,7 +21,9 @@ from dqar.measure import metrics
 from dqar.measure.recorders import StateRecorder
 from dqar.measure.results import slug
 from dqar.measure.sampling import LOOK, OPEN
+from dqar.studies import policy
 from dqar.studies.compare import FULL, Method
+from dqar.studies.layers import attended, attention_map
 from dqar.studies.recording import RESULT_SEED, SWEEP_SEED, Recording
 
 
@@ -107,6 +110,75 @@ def record_overhead(recording: Recording) -> pd.DataFrame:
     return recording.table("overhead", {"all": measure}, RESULT_SEED)
 
 
+# --- what came out ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Solutions:
+    """What was measured of each of slide 15's five solutions.
+
+    Attributes:
+        between, within: standard deviations of entropy (nats): of the classes' means, and of the sites within a class.
+        off: by kind of cache in INT8, the relative error of the finished latents.
+        auc, auc_without_l2: of a trained policy on unseen classes.
+        looking: by way of measuring the entropy, the share of a step that it adds (median).
+        shared: of the cheapest run with shared outputs, ``macs_speedup`` and ``psnr`` (dB to full compute).
+    """
+
+    between: float
+    within: float
+    off: pd.Series
+    auc: float
+    auc_without_l2: float
+    looking: pd.Series
+    shared: pd.Series
+
+
+def solutions(
+    labels: pd.DataFrame,
+    oracle: pd.DataFrame,
+    accumulation: pd.DataFrame,
+    overhead: pd.DataFrame,
+    sharing: pd.DataFrame,
+    total_steps: int,
+) -> Solutions:
+    """``Solutions`` from the recorded tables of these names."""
+    last = accumulation[(accumulation.step == accumulation.step.max()) & (accumulation.bits == 8)]
+    between, within = entropy_spreads(labels)
+    delta = policy.calibrated_delta(oracle)
+    auc, auc_without_l2 = (policy.study(labels, delta, total_steps, l2=l2).auc() for l2 in (1e-4, 0.0))
+    return Solutions(
+        between=between,
+        within=within,
+        off=last.set_index("variant").relative_error,
+        auc=auc,
+        auc_without_l2=auc_without_l2,
+        looking=looking(overhead).median(),
+        shared=shared_runs(sharing).query("target == 'output'").iloc[-1],
+    )
+
+
+def entropy_spreads(labels: pd.DataFrame) -> tuple[float, float]:
+    """Standard deviation (nats) of the classes' mean entropies, and that of the sites within a class."""
+    by_class = labels.groupby("label").entropy
+    return by_class.mean().std(), by_class.std().mean()
+
+
+def looking(overhead: pd.DataFrame) -> pd.DataFrame:
+    """Time that measuring entropy adds to a step, as a share of it: a column a method, a row a repeat."""
+    wide = overhead.pivot(index="repeat", columns="method", values="seconds")
+    return wide.div(wide["none"], axis=0) - 1
+
+
+def shared_runs(sharing: pd.DataFrame) -> pd.DataFrame:
+    """Mean quality and cost of each target and ε; ``psnr`` in dB to full compute."""
+    runs = sharing.groupby(["target", "epsilon"], as_index=False)[["mse", "macs_speedup", "sites_reused"]].mean()
+    return runs.assign(psnr=metrics.decibels(runs.mse.replace(0, math.nan)))
+
+
+# --- whole maps ------------------------------------------------------------------------------------------------------
+
+
 class MapProcessor:
     """An attention processor of diffusers' kind that makes the whole map ``[B, H, N, N]`` and measures its entropy.
 
@@ -122,13 +194,9 @@ class MapProcessor:
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        query, key, value = (
-            layer(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-            for layer in (attn.to_q, attn.to_k, attn.to_v)
-        )
-        weights = (query @ key.transpose(-1, -2) * attn.scale).softmax(-1)
+        weights = attention_map(attn, hidden_states)
         self.entropy = stats.attention_entropy(weights, reduction="none")
-        return attn.to_out[0]((weights @ value).transpose(1, 2).flatten(2))
+        return attended(attn, weights, hidden_states)
 
 
 @contextlib.contextmanager

@@ -72,14 +72,14 @@ def _pairs(seen: list[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[dict[str, 
     for (i, (map_i, out_i)), (j, (map_j, out_j)) in itertools.combinations(enumerate(seen), 2):
         overlaps = torch.minimum(map_i[:, :, None], map_j[:, None]).sum(-1).mean((0, 3))  # [heads of i, heads of j]
         distance = (out_i - out_j).norm().item()
-        for layer, other, by_head, own in ((i, j, overlaps, out_i), (j, i, overlaps.T, out_j)):
+        for layer, other, by_head, output in ((i, j, overlaps, out_i), (j, i, overlaps.T, out_j)):
             best = by_head.max(1)
             yield {
                 "layer": layer,
                 "other": other,
                 "overlap": best.values.mean().item(),
                 "heads": best.indices.tolist(),
-                "output_change": distance / own.norm().item(),
+                "output_change": distance / output.norm().item(),
             }
 
 
@@ -87,6 +87,11 @@ def attention_map(attn: Attention, hidden_states: torch.Tensor) -> torch.Tensor:
     """The whole map ``[B, H, N, N]`` of a self-attention given ``[B, N, C]``."""
     query, key = (_heads(attn, layer(hidden_states)) for layer in (attn.to_q, attn.to_k))
     return (query @ key.transpose(-1, -2) * attn.scale).softmax(-1)
+
+
+def attended(attn: Any, weights: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+    """The self-attention's output ``[B, N, C]``, by a map ``[B, H, N, N]`` of whatever origin."""
+    return attn.to_out[0]((weights @ _heads(attn, attn.to_v(hidden_states))).transpose(1, 2).flatten(2))
 
 
 def _heads(attn: Attention, x: torch.Tensor) -> torch.Tensor:
@@ -105,12 +110,12 @@ def shared_maps(table: pd.DataFrame, theta: float) -> dict[tuple[int, int], list
         table: of ``measure_similarity``.
         theta: the least overlap.
     """
-    found: dict[tuple[int, int], list[int]] = {}
+    taken: dict[tuple[int, int], list[int]] = {}
     below = table[table.other == table.layer - 1].sort_values(["step", "layer"])
     for row in below.itertuples():
-        if row.overlap >= theta and (row.step, row.layer - 1) not in found:
-            found[row.step, row.layer] = list(row.heads)
-    return found
+        if row.overlap >= theta and (row.step, row.layer - 1) not in taken:
+            taken[row.step, row.layer] = list(row.heads)
+    return taken
 
 
 @contextmanager
@@ -140,8 +145,7 @@ def sharing(pipe: DiffusionPipeline, sites: dict[tuple[int, int], list[int]], in
         else:
             kept[layer_id] = original(hidden_states, *args, **named)
             return kept[layer_id]
-        mixed = (weights @ _heads(attn, attn.to_v(hidden_states))).transpose(1, 2).flatten(2)
-        kept[layer_id] = attn.to_out[0](mixed)
+        kept[layer_id] = attended(attn, weights, hidden_states)
         return kept[layer_id]
 
     with taken_over({pipe.transformer: counter, **{x: functools.partial(attend, i) for i, x in enumerate(layers)}}):
@@ -183,12 +187,7 @@ def record_layers(recording: Recording) -> pd.DataFrame:
 def summary(table: pd.DataFrame) -> pd.DataFrame:
     """One row a method of ``record_layers``: ``method``, ``family``, ``theta``, ``interval``, ``shared``,
     ``macs_speedup``, and PSNR (dB) by each of ``arena.MEASURES``."""
-    facts = ["family", "theta", "interval", "shared", "macs_speedup"]
-    points = table.groupby("method", sort=False)[facts].first()
-    wide = table.pivot(index="method", columns="image", values="mse").clip(lower=arena.IDENTICAL)
-    for name, measure in arena.MEASURES.items():
-        points[name] = measure(wide.loc[points.index].to_numpy())
-    return points.reset_index()
+    return arena.standings(table, "reference", ("family", "theta", "interval", "shared", "macs_speedup"))
 
 
 def in_words(table: pd.DataFrame) -> str:

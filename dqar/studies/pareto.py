@@ -285,8 +285,8 @@ def made_plans(run: Run) -> dict[str, list[ForecastPlan]]:
     for sampler, target in itertools.product(SAMPLERS, get_args(Target)):
         numbers = dict.fromkeys(computed_steps(run.profile, budget) for budget in PLAN_BUDGETS)
         paths = [plan_path(run.recordings, sampler, target, number) for number in numbers]
-        if own := [ForecastPlan.load(path) for path in paths if path.exists()]:
-            made[f"{sampler}, {target}"] = own
+        if plans := [ForecastPlan.load(path) for path in paths if path.exists()]:
+            made[f"{sampler}, {target}"] = plans
     return made
 
 

@@ -102,9 +102,9 @@ def judged(table: pd.DataFrame, plans: Sequence[ForecastPlan], splits: int = 40,
                 kept, cost = (1.0, 1.0) if taken is None else _outcome(taken, good[others], costs)
                 rows.append((split, target, share, way, kept, 1 / cost, taken is not None))
     columns = ["split", "decibels", "share", "way", "kept", "macs_speedup", "promised"]
-    found = pd.DataFrame(rows, columns=columns)
-    found.attrs = {**table.attrs, "images": len(wide)}
-    return found
+    outcomes = pd.DataFrame(rows, columns=columns)
+    outcomes.attrs = {**table.attrs, "images": len(wide)}
+    return outcomes
 
 
 def typical(judged: pd.DataFrame, column: str = "macs_speedup") -> pd.DataFrame:
@@ -293,7 +293,7 @@ def _first_steps(profile: Profile, seed: int, number: int) -> torch.Tensor:
         for call in profile_calls(pipe, profile, number, seed):
             with contextlib.closing(lockstep.follow([call])) as steps:
                 _, [moment] = next(steps)
-            outputs = {branch: own[0][moment.part] for branch, own in moment.outputs.items()}
+            outputs = {branch: newest[0][moment.part] for branch, newest in moment.outputs.items()}
             told.append(first_step_features(outputs, moment.hidden_states.get("cond"), None))
     return torch.cat(told)
 

@@ -194,6 +194,23 @@ def deciders(
     return {key: Method(key[0], config=config) for key, config in configs.items()}
 
 
+def runs_of_deciders(table: pd.DataFrame) -> pd.DataFrame:
+    """One row a ``target``, ``method`` and share ``wanted`` of ``record_deciders``' table: means, and ``psnr`` (dB)."""
+    by = table.groupby(["target", "method", "wanted"], as_index=False)
+    runs = by[["mse", "sites_reused"]].mean()
+    return runs.assign(psnr=metrics.decibels(runs.mse))
+
+
+def psnr_at_share(runs: pd.DataFrame, share: float = 0.2) -> dict[str, float]:
+    """PSNR (dB) of each decider at ``share`` of the sites, between the runs on either side of it."""
+    at = {}
+    for name, part in runs.groupby("method"):
+        part = part.sort_values("sites_reused")
+        if part.sites_reused.min() <= share <= part.sites_reused.max():
+            at[str(name)] = float(np.interp(share, part.sites_reused, part.psnr))
+    return at
+
+
 def calibrated_delta(oracle: pd.DataFrame) -> float:
     """δ of the labels: the largest error that may be accepted while the set of images stays as good.
 

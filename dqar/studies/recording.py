@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,8 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from dqar.measure.results import atomic_path, load_table, provenance, save_table, settings, slug
+from dqar.files import atomic_path
+from dqar.measure.results import load_table, provenance, save_table, settings, slug
 from dqar.models.profiles import Profile
 from dqar.studies.compare import FULL, Drawn, Method, compare, draw
 
@@ -59,28 +61,20 @@ class Sizes:
     @classmethod
     def of(cls, profile: Profile) -> Sizes:
         """Of a profile; its ``images`` limit every part, but labels, which have to be ten for a policy."""
-        few = profile.rehearsal or profile.name == "smoke"
-        most = profile.images
-        return cls(
-            label_images=10 if most < 20 else 20,
-            sites_per_step=2 if few else 3,
-            sweep_images=2 if few else min(20, most),
-            samples=most,
-            part=min(3 if few else 100, most),
-            plan_images=10 if few else min(120, max(2, most)),
-            refinements=1 if few else 24,
-            solver_pairs=4 if few else 64,
-            solver_iterations=2 if few else 300,
-            pareto_images=2 if few else min(20, most),
-            pareto_settings=1 if few else None,
-            arena_images=2 if few else min(200, most),
-            search_trials=3 if few else 60,
-            search_images=2 if few else min(24, most),
-            front_points=1 if few else 6,
-            front_images=2 if few else min(48, most),
-            batch_images=2 if few else min(16, most),
-            batch_repeats=1 if few else 3,
-        )
+        few, most = profile.rehearsal or profile.name == "smoke", profile.images
+        sizes = cls(**FEW) if few else cls(plan_images=min(cls.plan_images, max(2, most)))
+        limited = {name: min(getattr(sizes, name), most) for name in LIMITED}
+        return dataclasses.replace(sizes, label_images=10 if most < 20 else 20, samples=most, **limited)
+
+
+FEW: dict[str, Any] = {
+    **{"sites_per_step": 2, "sweep_images": 2, "part": 3, "plan_images": 10, "refinements": 1, "solver_pairs": 4},
+    **{"solver_iterations": 2, "pareto_images": 2, "pareto_settings": 1, "arena_images": 2, "search_trials": 3},
+    **{"search_images": 2, "front_points": 1, "front_images": 2, "batch_images": 2, "batch_repeats": 1},
+}
+"""``Sizes`` that show whether all works."""
+LIMITED = ("sweep_images", "part", "pareto_images", "arena_images", "search_images", "front_images", "batch_images")
+"""``Sizes`` that are a profile's ``images`` at most."""
 
 
 def check_recordable(profile: Profile) -> None:
@@ -204,6 +198,15 @@ class Recording:
         """``compare`` with full compute, whose images are kept beside the parts."""
         reference = self.drawn(FULL, seed, first_image, number)
         return compare(method, reference, self.many_at_once, seed, first_image, networks=True)
+
+    def compared(self, name: str, method: Method, seed: int, number: int) -> pd.DataFrame:
+        """The table ``name`` of ``compare`` for the first ``number`` images of a seed, ``sizes.part`` at a time."""
+        size = self.sizes.part
+        parts = {
+            first: functools.partial(self.compare, method, seed, first, min(size, number - first))
+            for first in range(0, number, size)
+        }
+        return self.table(name, parts, seed)
 
     def drawn(self, method: Method, seed: int, first_image: int, number: int) -> Drawn:
         """Images that others are compared with: drawn once, and kept beside the parts."""

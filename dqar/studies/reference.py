@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from dqar.files import atomic_path
 from dqar.measure.metrics import Gaussian
 from dqar.measure.quality import Reference, extractor_of, features_of_files, image_files, load_reference
-from dqar.measure.results import atomic_path
 from dqar.models.profiles import Profile
 from dqar.studies.compare import FULL
 from dqar.studies.recording import REFERENCE_SEED, Recording
@@ -61,12 +60,7 @@ def record_reference(recording: Recording) -> None:
 
 
 def _full_compute(recording: Recording) -> dict[str, torch.Tensor]:
-    number, size = recording.sizes.samples, recording.sizes.part
-    parts = {
-        first: functools.partial(recording.compare, FULL, REFERENCE_SEED, first, min(size, number - first))
-        for first in range(0, number, size)
-    }
-    table = recording.table("reference", parts, REFERENCE_SEED)
+    table = recording.compared("reference", FULL, REFERENCE_SEED, recording.sizes.samples)
     return {
         name: torch.tensor(np.stack(list(table[name]))).float() for name in ("features", "spatial") if name in table
     }

@@ -196,7 +196,7 @@ def frechet_intervals(images: pd.DataFrame, real: Reference, resamples: int = 20
         spatial features.
     """
     most = images.groupby("method").size().max()
-    images = images.groupby("method").filter(lambda own: len(own) == most)
+    images = images.groupby("method").filter(lambda group: len(group) == most)
     wide = images.pivot(index="image", columns="method", values="features")
     features = {method: torch.tensor(np.stack(wide[method])).double() for method in images.method.unique()}
     if len(real.features.mean) > 256:  # a distance of Inception's features takes seconds
@@ -245,14 +245,9 @@ def record_samples(recording: Recording) -> None:
 
 def recorded_samples(recording: Recording, method: Method) -> pd.DataFrame:
     """A method's images, recorded where they aren't yet: the columns of ``compare``."""
-    size = recording.sizes.part
     # Another dtype changes next to nothing, and FP16 is slow on a CPU: no Fréchet distance of its own.
-    number = recording.sizes.samples if method.dtype is None else size
-    parts = {
-        first: functools.partial(recording.compare, method, RESULT_SEED, first, min(size, number - first))
-        for first in range(0, number, size)
-    }
-    return recording.table(f"samples-{slug(method.name)}", parts, RESULT_SEED)
+    number = recording.sizes.samples if method.dtype is None else recording.sizes.part
+    return recording.compared(f"samples-{slug(method.name)}", method, RESULT_SEED, number)
 
 
 def record_speed(recording: Recording) -> pd.DataFrame:

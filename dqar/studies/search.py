@@ -109,17 +109,17 @@ class Trials:
         """Writes what the study is about, or refuses another one; puts back trials that were cut off."""
         from optuna.trial import TrialState
 
-        own = facts(self.recording)
+        now = facts(self.recording)
         before = study.user_attrs.get("facts")
         if before is None:
-            study.set_user_attr("facts", own)
-            for known in KNOWN:
-                study.enqueue_trial({**OPEN, **known})
-        elif (differs := [name for name in own if before.get(name) != own[name]]) or before.keys() != own.keys():
-            name = differs[0] if differs else next(iter(before.keys() - own.keys()))
+            study.set_user_attr("facts", now)
+            for values in KNOWN:
+                study.enqueue_trial({**OPEN, **values})
+        elif (differs := [name for name in now if before.get(name) != now[name]]) or before.keys() != now.keys():
+            name = differs[0] if differs else next(iter(before.keys() - now.keys()))
             raise ValueError(
                 f"{self.path} is a study of another search space: {name} is {before.get(name)} there and "
-                f"{own.get(name)} here: choose another --work, or remove it"
+                f"{now.get(name)} here: choose another --work, or remove it"
             )
         for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             study.tell(trial.number, state=TrialState.FAIL)
@@ -141,8 +141,8 @@ class Trials:
         """Share of full compute's MACs, and dB at the 5th percentile, of the settings that Optuna proposes."""
         recording = self.recording
         reference = recording.drawn(FULL, SEARCH_SEED, 0, recording.sizes.search_images)
-        own = method_of(trial.number, suggest(trial), recording.profile)
-        rows = compare(own, reference, recording.many_at_once, SEARCH_SEED)
+        method = method_of(trial.number, suggest(trial), recording.profile)
+        rows = compare(method, reference, recording.many_at_once, SEARCH_SEED)
         trial.set_user_attr("mse", rows.mse.tolist())
         return 1 / float(rows.macs_speedup[0]), tail(rows.mse)
 
@@ -171,23 +171,23 @@ class Trials:
         rows = []
         targets = {"MACs": lambda trial: trial.values[0], "dB": lambda trial: trial.values[1]}
         for objective, target in targets.items():
-            found = dict.fromkeys(SPACE, 0.0)
+            shares = dict.fromkeys(SPACE, 0.0)
             if len(set(map(target, self.finished()))) > 1:
                 evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                    found |= optuna.importance.get_param_importances(
+                    shares |= optuna.importance.get_param_importances(
                         self.study, evaluator=evaluator, target=target, normalize=False
                     )
-            rows += [{"objective": objective, "setting": name, "importance": value} for name, value in found.items()]
+            rows += [{"objective": objective, "setting": name, "importance": value} for name, value in shares.items()]
         return pd.DataFrame(rows)
 
 
 def facts(recording: Recording) -> dict[str, Any]:
     """What makes two studies the same: space, images, and what changes the profile's results."""
-    own = settings(recording.profile)
+    fields = settings(recording.profile)
     same = {"space": SPACE, "images": recording.sizes.search_images, "seed": SEARCH_SEED}
-    return json.loads(json.dumps({**same, **{name: own[name] for name in RESULT_FIELDS}}, default=str))
+    return json.loads(json.dumps({**same, **{name: fields[name] for name in RESULT_FIELDS}}, default=str))
 
 
 def suggest(trial: optuna.Trial) -> dict[str, Any]:

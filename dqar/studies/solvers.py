@@ -12,15 +12,16 @@ from typing import get_args
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 
+from dqar.files import atomic_path
 from dqar.forecast.fit import FINER, Target
-from dqar.measure.results import atomic_path, provenance
+from dqar.measure.results import provenance
 from dqar.measure.sampling import class_labels, first_latents
 from dqar.models.frozen_dit import FrozenDiT
 from dqar.models.guidance import guide
 from dqar.models.pipelines import make_scheduler
 from dqar.models.profiles import Profile
-from dqar.peers.bespoke import BespokeScheduler, Prediction, best_start, fit_bespoke
-from dqar.peers.learned_timesteps import fit_timesteps
+from dqar.peers.bespoke import BespokeSolver, LearnedSolver, Prediction, best_start, learn
+from dqar.peers.learned_timesteps import TimestepsSolver
 from dqar.studies.compare import FULL
 from dqar.studies.pareto import solver_path, solver_steps
 from dqar.studies.recording import Recording
@@ -29,7 +30,7 @@ SOLVER_SEED = 900
 """Of the pairs: of none that is compared."""
 BATCH = 16
 """Pairs that are drawn at once."""
-FITS: dict[str, Callable[..., BespokeScheduler]] = {"bespoke": fit_bespoke, "timesteps": fit_timesteps}
+SOLVERS: dict[str, Callable[..., LearnedSolver]] = {"bespoke": BespokeSolver, "timesteps": TimestepsSolver}
 SPACED = ("dpm-solver++", "dpm-solver++-lu", "dpm-solver++-karras")
 STARTS = {"bespoke": (*SPACED, "unipc2-exponential", "unipc3-exponential"), "timesteps": SPACED}
 """Where each kind may begin: the one that is best on the pairs."""
@@ -61,7 +62,7 @@ def record_solvers(recording: Recording) -> None:
         missing = {
             solver_path(recording.folder, kind, target, number): (kind, number)
             for number in solver_steps(profile)
-            for kind in FITS
+            for kind in SOLVERS
             if not solver_path(recording.folder, kind, target, number).exists()
         }
         if missing:
@@ -110,11 +111,11 @@ def save_solver(profile: Profile, pairs: Pairs, kind: str, number: int, iteratio
     like, started = FULL.pipeline(profile).scheduler, time.monotonic()
     starts = {name: make_scheduler(name, like) for name in STARTS[kind]}
     start = best_start(pairs.predict, list(starts.values()), number, pairs.noise, pairs.target)
-    scheduler = FITS[kind](pairs.predict, start, number, pairs.noise, pairs.target, iterations=iterations)
+    scheduler = learn(SOLVERS[kind](start, number), pairs.predict, pairs.noise, pairs.target, iterations=iterations)
     path.parent.mkdir(parents=True, exist_ok=True)
     facts = {
         **provenance(profile, SOLVER_SEED),
-        "start": next(name for name, one in starts.items() if one is start),
+        "start": next(name for name, scheduler in starts.items() if scheduler is start),
         "pairs": len(pairs.noise),
         "iterations": iterations,
         "seconds": time.monotonic() - started,

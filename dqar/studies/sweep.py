@@ -108,8 +108,8 @@ class Sweep:
         # One process lists what is missing: another one might already see what the first has finished.
         [missing] = broadcast_object_list([[unit.file for unit in self.missing()]])
         state.destroy_process_group()
-        own = [unit for unit in self.units() if unit.file in set(missing)]
-        with state.split_between_processes(own) as share:
+        units = [unit for unit in self.units() if unit.file in set(missing)]
+        with state.split_between_processes(units) as share:
             for unit in share:
                 self.measure(unit)
         return len(share)
@@ -141,12 +141,12 @@ def grid(fields: Mapping[str, Any]) -> list[Method]:
         check(name, values, isinstance(values, list) and len(values) > 0, "a list of values")
     methods = []
     for values in itertools.product(*fields.values()):
-        own: dict[str, dict[str, Any]] = {"": {}, "cache": {}, "probe": {}}
+        options: dict[str, dict[str, Any]] = {"": {}, "cache": {}, "probe": {}}
         for name, value in zip(fields, values, strict=True):
             group, _, rest = name.rpartition(".")
-            own.get(group, own[""])[rest if group in own else name] = value
+            options.get(group, options[""])[rest if group in options else name] = value
         try:
-            config = DQARConfig(**own[""], cache=CacheFormat(**own["cache"]), probe=Probe(**own["probe"]))
+            config = DQARConfig(**options[""], cache=CacheFormat(**options["cache"]), probe=Probe(**options["probe"]))
         except TypeError as error:
             text = f"{error}: the fields are DQARConfig's, such as reuse_target or cache.forecast_order"
             raise ValueError(text) from error

@@ -90,14 +90,11 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     Returns:
         ``method``, ``family``, ``interval``, ``order``, ``macs_speedup``, and PSNR (dB) by each of ``arena.MEASURES``.
     """
-    table = table[table.family != FULL.name]
-    wide = table.pivot(index="method", columns="image", values="mse").clip(lower=arena.IDENTICAL)
-    points = table.groupby("method", sort=False)[["family", "interval", "order", "budget", "macs_speedup"]].first()
-    for name, measure in arena.MEASURES.items():
-        points[name] = measure(wide.loc[points.index].to_numpy())
+    facts = ("family", "interval", "order", "budget", "macs_speedup")
+    points = arena.standings(table[table.family != FULL.name], "reference", facts)
     every = points.interval.fillna(points.budget)
     best = points.groupby([points.family, every])["median"].idxmax()
-    return points.loc[best].reset_index()
+    return points.loc[best].reset_index(drop=True)
 
 
 def halves(table: pd.DataFrame) -> tuple[pd.Series, pd.Series, pd.Series]:
@@ -142,11 +139,11 @@ def shown(run: Run, table: pd.DataFrame | None, number: int = 10) -> Shown | Non
     profile = dataclasses.replace(profile_for(run.profile), batch_size=number)
     *reuse, plan = halves(table)
     config = ForecastPlan.load(_plan_path(run.recordings, profile, BUDGETS[0]))
-    found = {FULL.name: Way(FULL), PLAN: Way(Method(PLAN, config=config))}
+    ways = {FULL.name: Way(FULL), PLAN: Way(Method(PLAN, config=config))}
     for over, row in zip(OVER, reuse, strict=True):
         sites = functools.partial(reused_sites, over=over, interval=INTERVALS[0], order=int(row["order"]))
-        found[f"reuse over {over}"] = Way(Method(f"reuse over {over}"), attach=sites)
-    videos = {name: way.draw(profile, run.seed, number).images for name, way in found.items()}
+        ways[f"reuse over {over}"] = Way(Method(f"reuse over {over}"), attach=sites)
+    videos = {name: way.draw(profile, run.seed, number).images for name, way in ways.items()}
     costs = pd.DataFrame([plan, *reuse]).set_index(pd.Index(list(videos)[1:]))
     costs.attrs = table.attrs
     return Shown(videos, costs)
@@ -225,15 +222,15 @@ class Way:
 
 def ways(recording: Recording) -> list[Way]:
     """Everything that is compared."""
-    profile, found = recording.profile, [Way(FULL)]
+    profile, chosen = recording.profile, [Way(FULL)]
     for budget in BUDGETS:
         steps = computed_steps(profile, budget)
         fewer = Method(f"{steps} steps", "fewer steps", num_inference_steps=steps, budget=budget)
         plan = ForecastPlan.load(_plan_path(recording.folder, profile, budget))
-        found += [Way(fewer), Way(Method(f"plan, {budget}×", PLAN, config=plan, budget=budget))]
+        chosen += [Way(fewer), Way(Method(f"plan, {budget}×", PLAN, config=plan, budget=budget))]
     for kernel in KERNELS:
         plan = ForecastPlan.load(_plan_path(recording.folder, profile, BUDGETS[-1], kernel))
-        found.append(
+        chosen.append(
             Way(Method(f"plan, {BUDGETS[-1]}×, {kernel}", f"{PLAN}, {kernel}", config=plan, budget=BUDGETS[-1]))
         )
     for interval, order in itertools.product(INTERVALS, (0, 1)):
@@ -243,9 +240,9 @@ def ways(recording: Recording) -> list[Way]:
         attached |= {f"sites over {over}": functools.partial(reused_sites, over=over, **options) for over in OVER}
         for family, attach in attached.items():
             name, whole = f"{family}, every {interval}, order {order}", None if attach else config
-            over = next(one for one in OVER if family.endswith(one))
-            found.append(Way(Method(name, family, config=whole), over, interval, order, attach))
-    return found
+            over = next(level for level in OVER if family.endswith(level))
+            chosen.append(Way(Method(name, family, config=whole), over, interval, order, attach))
+    return chosen
 
 
 def frame_weights(frames: int, interval: int, order: int) -> tuple[list[int], torch.Tensor]:
@@ -335,8 +332,8 @@ def _of_frames(site: Any, frames: int, interval: int, order: int, along_time: bo
 
         if encoder_hidden_states is not None:
             named["encoder_hidden_states"] = rows(encoder_hidden_states)
-        found = original(rows(hidden_states), **named).unflatten(0, (-1, len(computed)))
-        return torch.einsum("fk,bknd->bfnd", by_frame, found).flatten(0, 1)
+        results = original(rows(hidden_states), **named).unflatten(0, (-1, len(computed)))
+        return torch.einsum("fk,bknd->bfnd", by_frame, results).flatten(0, 1)
 
     return handle
 

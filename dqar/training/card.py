@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from torch.nn import functional as F
 
 from dqar.measure import metrics
-from dqar.measure.sampling import noise_generators
+from dqar.measure.sampling import sample
 from dqar.models.classifier import Classifier, load_classifier
 from dqar.models.data import load_split
 from dqar.models.pipelines import load_embedded, make_scheduler
@@ -58,23 +58,6 @@ def saved_pipeline(profile: Profile, weights: Path) -> DiffusionPipeline:
     return pipe.to(profile.device)
 
 
-def draw(
-    pipe: DiffusionPipeline, profile: Profile, number: int, seed: int, steps: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images ``[N, C, S, S]`` in [0, 1] and their classes ``[N]``: all classes in turn, as ``sample`` draws them."""
-    images, classes = [], torch.arange(number) % len(CLASS_NAMES[profile.model])
-    for part in torch.arange(number).split(profile.batch_size):
-        drawn = pipe(
-            classes[part].tolist(),
-            guidance_scale=profile.guidance_scale,
-            num_inference_steps=steps or profile.num_inference_steps,
-            generator=noise_generators(seed, part),
-            output_type="pt",
-        )
-        images.append(drawn.images.float().cpu())
-    return torch.cat(images), classes
-
-
 def quality(
     images: torch.Tensor, labels: torch.Tensor, name: Literal["digits", "cifar10"], classifier: Classifier
 ) -> dict[str, float]:
@@ -103,14 +86,16 @@ def quality(
 
 def convergence(pipe: DiffusionPipeline, profile: Profile, number: int = 20) -> dict[str, float]:
     """PSNR in dB between images of the profile's steps and of five times as many, under DPM-Solver++ and DDIM."""
-    found, own = {}, pipe.scheduler
+    decibels, scheduler, steps = {}, pipe.scheduler, profile.num_inference_steps
     for name in ("dpm-solver++", "ddim"):
-        pipe.scheduler = make_scheduler(name, own)
-        steps = profile.num_inference_steps
-        coarse, fine = (draw(pipe, profile, number, 0, n)[0] for n in (steps, 5 * steps))
-        found[name] = metrics.mean_psnr(coarse, fine)
-    pipe.scheduler = own
-    return found
+        pipe.scheduler = make_scheduler(name, scheduler)
+        coarse, fine = (
+            sample(pipe, profile, 0, num_samples=number, num_inference_steps=count).images
+            for count in (steps, 5 * steps)
+        )
+        decibels[name] = metrics.mean_psnr(coarse, fine)
+    pipe.scheduler = scheduler
+    return decibels
 
 
 def own_classifier(name: str, weights: Path) -> Classifier:
@@ -121,10 +106,10 @@ def own_classifier(name: str, weights: Path) -> Classifier:
 def evaluate_digits(weights: Path, profile: Profile, num_samples: int = 500) -> dict[str, float]:
     """Measures guided samples of the exported digits model; writes ``evaluation.json``, grid and model card."""
     folder = weights / "digits"
-    images, labels = draw(saved_pipeline(profile, weights), profile, num_samples, seed=1)
-    results = quality(images, labels, "digits", own_classifier("digits", weights))
+    drawn = sample(saved_pipeline(profile, weights), profile, seed=1, num_samples=num_samples)
+    results = quality(drawn.images, drawn.labels, "digits", own_classifier("digits", weights))
     write_json(folder / "evaluation.json", results)
-    save_grid(images[:100], folder / "samples.png")
+    save_grid(drawn.images[:100], folder / "samples.png")
     facts = json.loads((folder / "training.json").read_text())
     recipe = facts["recipe"]
     about = (

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 from pathlib import Path
 
 import torch
 
+from dqar.files import atomic_path
+
 
 def save_checkpoint(path: Path, state: dict) -> None:
     """Writes ``state`` so that a kill at any moment leaves the old checkpoint or the new one, never half of one."""
-    partial = path.with_suffix(".tmp")
-    torch.save(state, partial)
-    os.replace(partial, path)
+    with atomic_path(path) as temporary:
+        torch.save(state, temporary)
 
 
 def load_checkpoint(path: Path, recipe: dict, device: str = "cpu") -> dict | None:

@@ -15,12 +15,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dqar.measure import metrics
+from dqar.measure.sampling import sample
 from dqar.models.classifier import Classifier, load_classifier
 from dqar.models.data import load_split
 from dqar.models.profiles import Profile, get_profile
 from dqar.training.card import (
     convergence,
-    draw,
     pipeline_parts,
     quality,
     quality_items,
@@ -240,14 +240,14 @@ def evaluate(model: StackedDiT, weights: Path, profile: Profile, num_samples: in
             "FD-cifar10": metrics.frechet_distance(features, real_features),
             "class_accuracy": (predicted == labels).double().mean().item(),
         }
-    images, labels = draw(pipe, profile, num_samples, seed=1)
+    drawn = sample(pipe, profile, seed=1, num_samples=num_samples)
     results = {
-        **quality(images, labels, "cifar10", classifier),
+        **quality(drawn.images, drawn.labels, "cifar10", classifier),
         "guidance scales": {"samples": len(latents), "steps": 20, **scales},
         "PSNR to five times the steps": convergence(pipe, profile),
     }
     write_json(folder / "evaluation.json", results)
-    save_grid(images[:100], folder / "samples.png")
+    save_grid(drawn.images[:100], folder / "samples.png")
     facts = json.loads((folder / "training.json").read_text())
     save_curves(facts, folder / "training.png")
     card = json.loads((weights / "cifar10-classifier/card.json").read_text())

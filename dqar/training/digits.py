@@ -67,11 +67,7 @@ def build_transformer(recipe: Recipe) -> DiTTransformer2DModel:
         patch_size=recipe.patch_size,
         num_embeds_ada_norm=recipe.num_classes,
     )
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+    init_linears(model)
     for block in model.transformer_blocks:
         nn.init.normal_(block.norm1.emb.class_embedder.embedding_table.weight, std=0.02)
         nn.init.zeros_(block.norm1.linear.weight)
@@ -80,6 +76,15 @@ def build_transformer(recipe: Recipe) -> DiTTransformer2DModel:
     # diffusers' LabelEmbedding drops labels in train mode, in every block by itself, so that no sample ever sees the
     # null class in all of them. The recipe drops them once per sample, and the model has no other mode-dependent part.
     return model.eval()
+
+
+def init_linears(model: nn.Module) -> None:
+    """Xavier weights and no biases in every linear layer (Peebles & Xie 2023)."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 def training_loss(model, noise_scheduler, images, labels, recipe: Recipe, generator: torch.Generator) -> torch.Tensor:
@@ -92,9 +97,20 @@ def training_loss(model, noise_scheduler, images, labels, recipe: Recipe, genera
     noisy = noise_scheduler.add_noise(images, noise, timesteps)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         predicted = model(noisy, timestep=timesteps, class_labels=labels, return_dict=False)[0].float()
+    return min_snr_loss(noise_scheduler, timesteps, predicted, noise, recipe.min_snr_gamma)
+
+
+def min_snr_loss(
+    noise_scheduler: DDPMScheduler,
+    timesteps: torch.Tensor,
+    predicted: torch.Tensor,
+    noise: torch.Tensor,
+    gamma: float,
+) -> torch.Tensor:
+    """Mean squared error of the ``predicted`` noise ``[B, ...]``, weighted by min-SNR at ``timesteps`` ``[B]``."""
     snr = compute_snr(noise_scheduler, timesteps)
-    weight = snr.clamp(max=recipe.min_snr_gamma) / snr
-    return (weight * (predicted - noise).pow(2).mean(dim=(1, 2, 3))).mean()
+    weight = snr.clamp(max=gamma) / snr
+    return (weight * (predicted - noise).square().mean(dim=tuple(range(1, noise.ndim)))).mean()
 
 
 def train_transformer(recipe: Recipe, out: Path, checkpoint_every: int = 100) -> DiTTransformer2DModel:
@@ -153,7 +169,7 @@ def train_steps(
     steps = recipe["num_steps"]
     ema = EMAModel(model.parameters(), decay=recipe["ema_decay"], use_ema_warmup=False)
     rate = learning_rate(recipe["warmup_steps"], recipe.get("cycle_steps", steps))
-    schedules = [torch.optim.lr_scheduler.LambdaLR(one, rate) for one in optimizers]
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
     parts = {"model": model, "ema": ema}
     for number, (optimizer, schedule) in enumerate(zip(optimizers, schedules, strict=True)):
         suffix = "" if number == 0 else f"_{number}"

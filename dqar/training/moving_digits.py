@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, LatteTransformer3DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
-from diffusers.training_utils import compute_snr
 from torch import nn
 
 from dqar.measure.sampling import sample
@@ -24,36 +23,28 @@ from dqar.models.data import load_split, moving_digits
 from dqar.models.pipelines import EmbeddedLattePipeline, class_captions
 from dqar.models.profiles import CLASS_NAMES, Profile
 from dqar.training.card import pipeline_parts, quality, save_grid, saved_pipeline, wrapped, write_card, write_json
-from dqar.training.digits import export_pipeline, train_steps
+from dqar.training.digits import Recipe, export_pipeline, init_linears, min_snr_loss, train_steps
 from dqar.training.latent_dit import NOISE_SCHEDULE
 from dqar.training.muon import StackedMuon
 
 
 @dataclass(frozen=True)
-class VideoRecipe:
+class VideoRecipe(Recipe):
     """Everything that decides the video model's training; changing a field makes a different model."""
 
     num_layers: int = 3
     """Pairs of a block within frames and a block along time."""
-    num_attention_heads: int = 4
-    attention_head_dim: int = 24
     sample_size: int = 12
-    in_channels: int = 1
     patch_size: int = 3
     video_length: int = 8
-    num_classes: int = 10
     batch_size: int = 24
-    num_steps: int = 2400
     cycle_steps: int = 1200
     """After which the learning rate, fallen to 0, starts anew."""
     learning_rate: float = 2e-3
     muon_learning_rate: float = 0.02
     """Of the matrices inside the blocks, which Muon trains; AdamW all others."""
     warmup_steps: int = 50
-    label_dropout: float = 0.1
-    min_snr_gamma: float = 5.0
     ema_decay: float = 0.99
-    seed: int = 0
 
 
 def build_transformer(recipe: VideoRecipe) -> LatteTransformer3DModel:
@@ -81,11 +72,7 @@ def build_transformer(recipe: VideoRecipe) -> LatteTransformer3DModel:
         caption_channels=recipe.num_classes,
         video_length=recipe.video_length,
     )
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+    init_linears(model)
     nn.init.zeros_(model.proj_out.weight)
     nn.init.zeros_(model.scale_shift_table)
     nn.init.zeros_(model.adaln_single.linear.weight)
@@ -132,9 +119,7 @@ def batch_loss(
     noisy = scheduler.add_noise(videos, noise, timesteps)
     with torch.autocast("cpu", torch.bfloat16):
         predicted = model(noisy, timesteps, captions, return_dict=False)[0].float()
-    snr = compute_snr(scheduler, timesteps)
-    weight = snr.clamp(max=recipe.min_snr_gamma) / snr
-    return (weight * (predicted - noise).square().mean(dim=(1, 2, 3, 4))).mean()
+    return min_snr_loss(scheduler, timesteps, predicted, noise, recipe.min_snr_gamma)
 
 
 def train_video(recipe: VideoRecipe, out: Path, checkpoint_every: int = 100) -> LatteTransformer3DModel:
@@ -188,7 +173,7 @@ def unexplained(videos: torch.Tensor) -> float:
     padded = F.pad(before, (1, 1, 1, 1))
     size = before.shape[-1]
     moved = [padded[:, y : y + size, x : x + size] for y in range(3) for x in range(3)]
-    errors = torch.stack([(one - after).square().sum((1, 2)) for one in moved]).amin(0)
+    errors = torch.stack([(frame - after).square().sum((1, 2)) for frame in moved]).amin(0)
     return float((errors / after.square().sum((1, 2))).mean())
 
 
@@ -207,9 +192,9 @@ def evaluate_video(weights: Path, profile: Profile, num_samples: int = 60) -> di
     results = dict[str, float]()
     for name, videos, asked in (("", drawn.images, drawn.labels), ("held-out: ", real, labels)):
         digits = cut_out(videos.flatten(0, 1), held_out.shape[-1])
-        found = quality(digits, asked.repeat_interleave(recipe.video_length), "digits", load_classifier("digits"))
-        found |= {"samples": len(videos), "unexplained by a move of a pixel": unexplained(videos)}
-        results |= {name + key: value for key, value in found.items()}
+        judged = quality(digits, asked.repeat_interleave(recipe.video_length), "digits", load_classifier("digits"))
+        judged |= {"samples": len(videos), "unexplained by a move of a pixel": unexplained(videos)}
+        results |= {name + key: value for key, value in judged.items()}
     write_json(folder / "evaluation.json", results)
     shown = drawn.images[: len(CLASS_NAMES["digits"])]
     save_grid(shown.flatten(0, 1), folder / "samples.png", recipe.video_length)

@@ -9,7 +9,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from dqar.peers.bespoke import BespokeScheduler, as_weights, fit_bespoke, signal_and_noise
+from dqar.peers.bespoke import BespokeScheduler, BespokeSolver, as_weights, learn, signal_and_noise
 
 SPREAD = torch.tensor([0.3, 1.0, 2.5, 0.7], dtype=torch.float64).view(4, 1, 1)
 """Standard deviations of Gaussian data, whose score and whose solution are known."""
@@ -57,7 +57,8 @@ def test_it_begins_as_the_solver_it_is_given(name):
 
 def test_learning_brings_it_nearer_to_the_exact_solution_on_noise_it_has_not_seen():
     noise = torch.randn(96, 4, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    learned = fit_bespoke(predict, SOLVERS["dpm-solver++"], 5, noise[:64], solution(noise[:64]), iterations=150)
+    solver = BespokeSolver(SOLVERS["dpm-solver++"], 5)
+    learned = learn(solver, predict, noise[:64], solution(noise[:64]), iterations=150)
     errors = [
         (drawn(solver, noise[64:], 5) - solution(noise[64:])).square().mean().item()
         for solver in (learned, *SOLVERS.values())

@@ -3,8 +3,8 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from peers.test_bespoke import ALPHAS, drawn, predict, solution
 
-from dqar.peers.bespoke import as_weights
-from dqar.peers.learned_timesteps import dpm_solver_weights, fit_timesteps
+from dqar.peers.bespoke import as_weights, learn
+from dqar.peers.learned_timesteps import TimestepsSolver, dpm_solver_weights
 
 SPACINGS = {
     "even timesteps": DPMSolverMultistepScheduler(timestep_spacing="trailing"),
@@ -25,8 +25,8 @@ def test_the_weights_are_those_that_diffusers_steps_with(name):
 
 def test_learning_brings_it_nearer_to_the_exact_solution_on_noise_it_has_not_seen():
     noise = torch.randn(96, 4, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    start = SPACINGS["even log-SNR"]
-    learned = fit_timesteps(predict, start, 6, noise[:64], solution(noise[:64]), iterations=150)
+    solver = TimestepsSolver(SPACINGS["even log-SNR"], 6)
+    learned = learn(solver, predict, noise[:64], solution(noise[:64]), iterations=150)
     errors = [
         (drawn(solver, noise[64:], 6) - solution(noise[64:])).square().mean().item()
         for solver in (learned, *SPACINGS.values())
@@ -37,5 +37,4 @@ def test_learning_brings_it_nearer_to_the_exact_solution_on_noise_it_has_not_see
 
 def test_another_solver_is_refused():
     with pytest.raises(ValueError, match="solver_order=3.* is not accepted"):
-        third = DPMSolverMultistepScheduler(solver_order=3)
-        fit_timesteps(predict, third, 4, torch.zeros(1), torch.zeros(1), iterations=1)
+        TimestepsSolver(DPMSolverMultistepScheduler(solver_order=3), 4)
