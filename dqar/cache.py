@@ -143,7 +143,7 @@ def recall(entries: Sequence[CacheEntry], step: int, name: Name) -> torch.Tensor
 
 
 def _together(first: CacheEntry, other: CacheEntry) -> bool:
-    """Whether two branches' entries and all their history were stored as one, ``one`` first."""
+    """Whether two branches' entries and all their history were stored as one, ``first`` before ``other``."""
     if first.stored is not other.stored or len(first.history) != len(other.history):
         return False
     if first.rows is None or other.rows is None or first.rows.stop != other.rows.start:
