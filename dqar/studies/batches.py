@@ -10,13 +10,12 @@ import dataclasses
 import functools
 import time
 
-import numpy as np
 import pandas as pd
 
 from dqar.forecast.plan import ForecastPlan
 from dqar.measure import metrics
 from dqar.models.profiles import Profile
-from dqar.studies import policy
+from dqar.studies import arena, policy
 from dqar.studies.compare import FULL, Method, compare
 from dqar.studies.pareto import PLAN, computed_steps, plan_path
 from dqar.studies.recording import RESULT_SEED, Recording
@@ -102,8 +101,4 @@ def sharing(table: pd.DataFrame) -> tuple[float, float, float]:
         The change, and its 95% interval: paired bootstrap over the images.
     """
     mse = table[(table.method == GATE) & table.image.notna()].pivot(index="image", columns="together", values="mse")
-    psnr = metrics.decibels(mse.clip(lower=1e-12)).to_numpy()[:, [0, -1]]
-    drawn = np.random.default_rng(0).integers(0, len(psnr), (5000, len(psnr)))
-    alone, shared = np.median(psnr[drawn], axis=1).T
-    low, high = np.quantile(shared - alone, (0.025, 0.975))
-    return float(np.subtract(*np.median(psnr, axis=0)[::-1])), float(low), float(high)
+    return arena.median_gain(mse.iloc[:, 0].to_numpy(), mse.iloc[:, -1].to_numpy())
