@@ -15,7 +15,7 @@ BELOW = {
     "forecast": {"core", "models", "measure"},
     "training": {"core", "models", "measure"},
     "peers": {"core", "models", "measure"},
-    "studies": {"core", "models", "measure", "forecast", "peers"},
+    "studies": {"core", "models", "measure", "forecast", "peers", "training"},
     "figures": {"core", "models", "measure", "forecast", "peers", "studies"},
     "commands": {"core", "models", "measure", "forecast", "peers", "studies", "figures", "training"},
 }

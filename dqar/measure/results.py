@@ -143,7 +143,8 @@ _NOT_MEASURING = {
     *("studies/architecture.py", "studies/arena.py", "studies/batches.py", "studies/cache_memory.py"),
     "studies/challenges.py",
     *("studies/claims.py", "studies/conclusions.py", "studies/controller.py", "studies/overhead.py"),
-    *("studies/pareto.py", "studies/plans.py", "studies/policy.py", "studies/record.py", "studies/recording.py"),
+    *("studies/pareto.py", "studies/plans.py", "studies/policy.py", "studies/qat.py"),
+    *("studies/record.py", "studies/recording.py"),
     *("studies/results.py", "studies/search.py", "studies/solvers.py", "studies/sweep.py", "studies/video.py"),
 }
 """Modules that no table of ``Run.table`` depends on: they arrange, draw or record what is kept until it is removed."""

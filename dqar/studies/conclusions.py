@@ -14,6 +14,7 @@ from dqar.studies import (
     layers,
     pareto,
     policy,
+    qat,
     quantized_cache,
     results,
     search,
@@ -116,7 +117,11 @@ def future_work(run: Run) -> pd.DataFrame:
         ),
         ("Cross-layer sharing", "2–3× more speed", *across_layers(distance, run.recorded("layers"))),
         ("Video DiTs", "reuse across frames", *across_frames(run.recorded("video"))),
-        ("Quantization-aware training", "compensate INT8's errors", _verdict(None), "nothing is retrained here"),
+        (
+            "Quantization-aware training",
+            "compensate INT8's errors",
+            *by_tuning(run.recorded("qat"), run.recorded("history")),
+        ),
         (
             "Architecture search",
             "layers, thresholds, bits",
@@ -198,6 +203,18 @@ def across_frames(table: pd.DataFrame | None) -> tuple[str, str]:
         f"every other result in the blocks: {frames['median']:.1f} dB over frames, {steps['median']:.1f} over steps; a "
         f"plan {plan['median']:.1f} dB (medians, n = {table.image.nunique()} videos)"
     )
+
+
+def by_tuning(table: pd.DataFrame | None, history: pd.DataFrame | None) -> tuple[str, str]:
+    """Verdict and measurement of tuning with the quantizer in the loop: ``qat.compensates``.
+
+    Args:
+        table: of ``qat.record_qat``.
+        history: of ``plans.record_history``, its cheaper rival.
+    """
+    if table is None:
+        return _verdict(None), "not measured yet: make results"
+    return _verdict(qat.compensates(table)), f"{qat.in_short(table, history)}; n = {table.image.nunique()}"
 
 
 def by_search(trials: pd.DataFrame | None, front: pd.DataFrame | None, plan: str) -> tuple[str, str]:

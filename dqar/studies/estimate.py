@@ -16,7 +16,7 @@ from dqar.measure.quality import extractor_of, scores
 from dqar.measure.sampling import LOOK
 from dqar.models.profiles import Profile
 from dqar.peers.registry import RIVALS
-from dqar.studies import arena, batches, pareto, plans, policy, results
+from dqar.studies import arena, batches, pareto, plans, policy, qat, results
 from dqar.studies.compare import FULL, Method
 from dqar.studies.recording import Sizes
 
@@ -72,6 +72,9 @@ def works(profile: Profile, folder: Path) -> dict[str, Work]:
     own_reference = not profile.embedded and profile.reference is None
     searched = (sizes.search_trials + 1) * sizes.search_images
     again = (sizes.front_points + 1) * sizes.front_images
+    # A tuning computes an image once with gradients, as much as three passes, and twice without: two passes are a step.
+    tuned, tunings = profile.model == "digits", len(qat.MODELS) - 1
+    qat_images = tuned * len(qat.MODELS) * len(qat.CACHES) * sizes.tuned_images
     return {
         "reference": Work(*(own_reference * x for x in (sizes.samples * steps, 0, 0, *3 * (sizes.samples,)))),
         "labels": Work(
@@ -105,6 +108,10 @@ def works(profile: Profile, folder: Path) -> dict[str, Work]:
             (2 * len(batches.SIZES) + 1) * sizes.batch_images * steps,
             small=3 * (sizes.batch_repeats + 1) * sum(batches.SIZES) * steps,
             images=2 * len(batches.SIZES) * sizes.batch_images + 3 * (sizes.batch_repeats + 1) * sum(batches.SIZES),
+        ),
+        "qat": Work(
+            qat_images * steps + tuned * tunings * sizes.tuning_steps * sizes.tuning_batch * 3,
+            **dict.fromkeys(("images", "scored"), qat_images),
         ),
         "search": Work((searched + again) * steps, images=searched + again, scored=again),
     }

@@ -16,6 +16,7 @@ from dqar.studies import (
     pareto,
     plans,
     policy,
+    qat,
     reference,
     results,
     search,
@@ -47,6 +48,7 @@ TABLES: dict[str, Callable[[Recording], object]] = {
     "video": video.record_video,
     "batches": batches.record_batches,
     "search": search.record_search,
+    "qat": qat.record_qat,
 }
 """In the order in which they are recorded. Labels, oracle and policies are recorded where another table needs them;
 methods by plans, and what is compared beside them, are left out of the others until plans and pareto are recorded."""

@@ -54,6 +54,11 @@ class Sizes:
     front_points: int = 6
     front_images: int = 48
     """Of each point of the front, which aren't searched on."""
+    tuning_steps: int = 100
+    """Of the optimizer, for each fine-tuned model; ``tuning_batch``: images of each."""
+    tuning_batch: int = 16
+    tuned_images: int = 64
+    """That each of these models draws with each cache: as many as a Fréchet distance has features."""
     batch_images: int = 16
     batch_repeats: int = 3
     """Timings of each method in each batch size."""
@@ -71,9 +76,13 @@ FEW: dict[str, Any] = {
     **{"sites_per_step": 2, "sweep_images": 2, "part": 3, "plan_images": 10, "refinements": 1, "solver_pairs": 4},
     **{"solver_iterations": 2, "pareto_images": 2, "pareto_settings": 1, "arena_images": 2, "search_trials": 3},
     **{"search_images": 2, "front_points": 1, "front_images": 2, "batch_images": 2, "batch_repeats": 1},
+    **{"tuning_steps": 2, "tuning_batch": 4, "tuned_images": 2},
 }
 """``Sizes`` that show whether all works."""
-LIMITED = ("sweep_images", "part", "pareto_images", "arena_images", "search_images", "front_images", "batch_images")
+LIMITED = (
+    *("sweep_images", "part", "pareto_images", "arena_images", "search_images", "front_images", "batch_images"),
+    "tuned_images",
+)
 """``Sizes`` that are a profile's ``images`` at most."""
 
 
