@@ -214,7 +214,7 @@ def by_tuning(table: pd.DataFrame | None, history: pd.DataFrame | None) -> tuple
     """
     if table is None:
         return _verdict(None), "not measured yet: make results"
-    return _verdict(qat.compensates(table)), f"{qat.in_short(table, history)}; n = {table.image.nunique()}"
+    return _verdict(qat.compensates(table)), qat.in_short(table, history)
 
 
 def by_search(trials: pd.DataFrame | None, front: pd.DataFrame | None, plan: str) -> tuple[str, str]:

@@ -173,9 +173,11 @@ def in_short(table: pd.DataFrame, history: pd.DataFrame | None) -> str:
     for bits in QUANTIZED.values():
         total, quantizer = (only(changes, what=TUNED, over=over, bits=bits) for over in (SHIPPED, WITHOUT))
         parts.append(f"INT{bits} {total.gain:+.1f} dB, of which the quantizer {_change(quantizer)}")
-    if history is not None:
-        parts.append(f"a plan's weights fitted through INT4 {_change(only(changes, what=FITTED, bits=4))}")
-    return "; ".join(parts)
+    words = f"tuning: {'; '.join(parts)}; n = {total.images}"
+    if history is None:
+        return words
+    fit = only(changes, what=FITTED, bits=4)
+    return f"{words}. A plan's weights fitted through INT4: {_change(fit)}; n = {fit.images}"
 
 
 def _change(row: pd.Series) -> str:
