@@ -78,7 +78,7 @@ def noise_levels(scheduler: Any, timesteps: list[float]) -> NoiseLevels | None:
     config = getattr(scheduler, "config", {})
     name, prediction = type(scheduler).__name__, config.get("prediction_type", "epsilon")
     sigmas = getattr(scheduler, "sigmas", None)
-    sigmas = sigmas.tolist() if isinstance(sigmas, torch.Tensor) and len(sigmas) in _lengths(timesteps) else None
+    sigmas = sigmas.tolist() if isinstance(sigmas, torch.Tensor) and len(sigmas) - len(timesteps) in (0, 1) else None
     flow = name.startswith("FlowMatch") or config.get("use_flow_sigmas") or prediction == "flow_prediction"
     if flow or name.startswith("EDM"):
         if sigmas is None:
@@ -99,7 +99,3 @@ def noise_levels(scheduler: Any, timesteps: list[float]) -> NoiseLevels | None:
     else:
         return None
     return NoiseLevels(tuple(map(math.sqrt, alpha_bars)), tuple(math.sqrt(1 - a) for a in alpha_bars), prediction)
-
-
-def _lengths(timesteps: list[float]) -> tuple[int, int]:
-    return len(timesteps), len(timesteps) + 1

@@ -3,12 +3,10 @@ import math
 
 import pytest
 import torch
+from situations import OPEN
 
 from dqar import DQARConfig, DQARController, Probe, ReusePlan
 from dqar.policy import ReusePolicy
-
-OPEN = {"entropy_threshold": math.inf, "snr_range": (0, math.inf), "schedule": "all"}
-
 
 BY_SCHEDULE = {"probe": Probe(snr_source="schedule")}
 NORMALIZED = {"probe": Probe(entropy_unit="normalized"), "entropy_threshold": 0.7}

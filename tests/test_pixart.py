@@ -6,11 +6,11 @@ import pytest
 import torch
 from helpers import PROMPTS, make_pixart, state
 from helpers import draw_text as draw
+from situations import OPEN, Naive
 
 from dqar import CacheFormat, DQARConfig, Probe, ReusePlan, apply_dqar, remove_dqar, stats
 from dqar.measure import metrics
 
-OPEN = {"entropy_threshold": math.inf, "snr_range": (0, math.inf), "schedule": "all"}
 LOOK = DQARConfig(schedule="none", probe=Probe(record=True))
 
 
@@ -104,19 +104,8 @@ def test_reuse_equals_a_naive_one(pipe, target):
     with apply_dqar(pipe, config):
         got, again = draw(pipe), draw(pipe)
     assert torch.equal(got, again) and not torch.equal(got, plain)
-    kept, calls = {}, {}
-
-    def hook(module, _args, output):
-        step = calls[module] = calls.get(module, -1) + 1
-        if step % 2:
-            return kept[module]
-        kept[module] = output
-        return None
-
-    for block in pipe.transformer.transformer_blocks:
-        for module in (block.attn1,) if target == "output" else (block.attn1.to_k, block.attn1.to_v):
-            module.register_forward_hook(hook)
-    torch.testing.assert_close(got, draw(pipe), rtol=1e-4, atol=1e-4)
+    with Naive(pipe.transformer, target, streak=1):
+        torch.testing.assert_close(got, draw(pipe), rtol=1e-4, atol=1e-4)
 
 
 def test_removal_leaves_the_model_as_before(pipe):

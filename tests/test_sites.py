@@ -1,6 +1,7 @@
 """Sites of attention and feed-forward, and forecasts of them from a cached history."""
 
 import gc
+import itertools
 import math
 import weakref
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from helpers import draw, draw_text, embedded_pipeline, entries_of, sites_of, state
+from situations import OPEN
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dqar import CacheFormat, DQARConfig, DQARController, Probe, ReusePlan, apply_dqar, remove_dqar
@@ -17,7 +19,6 @@ from dqar.models.pipelines import make_scheduler
 from dqar.models.profiles import SCHEDULERS
 from dqar.plan import lagrange_weights
 
-OPEN = {"entropy_threshold": math.inf, "snr_range": (0, math.inf), "schedule": "all"}
 BLOCK = {**OPEN, "reuse_target": "block"}
 LINE, PARABOLA = ({"cache": CacheFormat(forecast_order=order)} for order in (1, 2))
 STATIC = {**BLOCK, "schedule": "static"}
@@ -320,18 +321,24 @@ def test_a_run_can_be_planned_after_another(pipe, order):
     assert session.trace.to_pandas().decision.tolist() == table.decision.tolist()
 
 
-@pytest.mark.parametrize("weight", ["attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2"])
+PROJECTIONS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "ff.net.2")
+LAYERS = ("attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")
+WITH_FEED_FORWARD = (("block", 8, 0), ("block", 16, 1), ("residual", 8, 1), ("residual", 16, 0))
+
+
 @pytest.mark.parametrize(
-    "target, bits, order", [("block", 8, 0), ("block", 16, 1), ("residual", 8, 1), ("residual", 16, 0)]
+    "target, bits, order, weight",
+    [
+        *itertools.product(("kv", "output"), (8, 16), (0,), PROJECTIONS),
+        *((target, bits, order, w) for target, bits, order in WITH_FEED_FORWARD for w in LAYERS),
+    ],
 )
-def test_nan_weights_name_step_and_layer(pipe, weight, bits, order, target):
+def test_nan_weights_name_step_and_layer(pipe, target, bits, order, weight):
     plain = draw(pipe, steps=2)
     weights = pipe.transformer.transformer_blocks[1].get_submodule(weight).weight.data
     good = weights[0, 0].item()
-    config = DQARConfig(
-        **{**BLOCK, "reuse_target": target}, quantize_bits=bits, cache=CacheFormat(forecast_order=order)
-    )
-    with apply_dqar(pipe, config):
+    cache = CacheFormat(forecast_order=order)
+    with apply_dqar(pipe, DQARConfig(**OPEN, reuse_target=target, quantize_bits=bits, cache=cache)):
         weights[0, 0] = math.nan
         with pytest.raises(FloatingPointError, match="NaN or inf at step 0, first in layer 1"):
             draw(pipe, steps=2)

@@ -54,9 +54,7 @@ def overhead_of_looking(run: Run, shape: tuple[int, int, int, int] | None = None
         few = next(name for name in calls if name.endswith("queries"))
         exact, estimate = calls["fused entropy"]()[1], calls[few]()[1]
         error = ((estimate - exact).abs() / exact).max().item()
-        ratios = 1 / metrics.speedups(times, "plain")
-        ratios.columns = ["cost_high", "cost", "cost_low"]
-        return ratios.assign(max_error=[error if name == few else 0.0 for name in ratios.index]).reset_index()
+        return costs(times, "plain").assign(max_error=lambda table: (table.index == few) * error).reset_index()
 
     return run.table("overhead_of_looking", measure) if shape is None else measure()
 
@@ -245,6 +243,12 @@ def _costs(call: Callable[[], object], device: str) -> dict[str, float]:
     return {"macs": metrics.count_macs(call), "peak_bytes": metrics.peak_memory_bytes(device)}
 
 
+def costs(times: pd.DataFrame, baseline: str) -> pd.DataFrame:
+    """Of each method of ``metrics.interleaved_times``: ``cost``, its time over the baseline's, with quartiles."""
+    ratios = 1 / metrics.speedups(times, baseline)
+    return ratios.set_axis(["cost_high", "cost", "cost_low"], axis=1)
+
+
 def summary(table: pd.DataFrame) -> pd.DataFrame:
     """Each method beside its part's first: ``cost`` (time, relative) with quartiles, and ``ms``.
 
@@ -254,8 +258,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for part, timed in table.groupby("part", sort=False):
         baseline = timed.method.iloc[0]
-        ratios = 1 / metrics.speedups(timed, baseline)
-        ratios.columns = ["cost_high", "cost", "cost_low"]
+        ratios = costs(timed, baseline)
         for method in timed.method.unique():
             mine = timed[timed.method == method]
             row = {"part": part, "method": method, "family": mine.family.iloc[0], "target": mine.target.iloc[0]}

@@ -45,8 +45,8 @@ def _double_single(double: int, single: int, image: int, text: int, width: int) 
 
 
 # Width is heads × head_dim. Image tokens are (pixels / VAE factor / patch)², the VAE factor 8. Configurations are the
-# defaults of diffusers 0.42.1's classes unless a config.json is named. `tests/test_memory.py` builds every model on the
-# meta device, runs it, and compares sites, parameters and outputs.
+# defaults of diffusers 0.42.1's classes unless a config.json is named. `tests/studies/test_cache_memory.py` builds
+# every model on the meta device, runs it, and compares sites, parameters and outputs.
 MODELS = (
     # DIT_XL_2_CONFIG of dqar.models: 28 blocks, 16 × 72 wide, patch 2, 8 channels out (noise, variance). 675 M in the
     # paper (arXiv 2212.09748); diffusers repeats the timestep and label embedding, 2.8 M, in each of the blocks.

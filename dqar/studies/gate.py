@@ -122,8 +122,7 @@ def sample_methods(run: Run) -> list[Method]:
     ]
 
 
-def reuse_samples(run: Run, methods: Sequence[Method] | None = None) -> dict[str, torch.Tensor]:
-    """Images ``[10, C, H, W]`` of the same seeds by each method (``sample_methods`` if left out), by its name."""
+def reuse_samples(run: Run) -> dict[str, torch.Tensor]:
+    """Images ``[10, C, H, W]`` of the same seeds by each of ``sample_methods``, by its name."""
     number = min(10, run.profile.num_samples)
-    chosen = sample_methods(run) if methods is None else methods
-    return {method.name: method.draw(run.profile, run.seed, num_samples=number).images for method in chosen}
+    return {m.name: m.draw(run.profile, run.seed, num_samples=number).images for m in sample_methods(run)}

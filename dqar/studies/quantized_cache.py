@@ -21,15 +21,10 @@ FORMATS = tuple(itertools.product((8, 4, 2), get_args(QuantizeMode), (False, Tru
 """Bits, mode, and whether the levels are fitted."""
 
 
-def quantization_error(run: Run, formats: Sequence[tuple[int, QuantizeMode, bool]] | None = None) -> pd.DataFrame:
-    """Relative error of this model's own K, V and attention outputs in few bits: tensor, bits, mode, layer, step.
+def quantization_error(run: Run) -> pd.DataFrame:
+    """Relative error of this model's own K, V and attention outputs in few bits: tensor, bits, mode, layer, step."""
 
-    Args:
-        formats: bits, mode and whether the levels are fitted, of each format to measure anew; by default all, whose
-            table is kept.
-    """
-
-    def measure(formats: Sequence[tuple[int, QuantizeMode, bool]]) -> pd.DataFrame:
+    def measure() -> pd.DataFrame:
         pipe, rows = cached_pipeline(run.profile), []
         every = max(1, run.profile.num_inference_steps // 5)
         calls = 0
@@ -40,7 +35,7 @@ def quantization_error(run: Run, formats: Sequence[tuple[int, QuantizeMode, bool
                 calls += tensor == "K" and layer == 0
                 if (calls - 1) % every:
                     return
-                for bits, mode, fitted in formats:
+                for bits, mode, fitted in FORMATS:
                     scales = torch.float16 if fitted else torch.float32  # as the cache keeps them
                     kept = quantize(x, bits, mode, batch_dims=1, fitted=fitted, scale_dtype=scales)
                     error = ((kept.dequantize() - x).norm() / x.norm()).item()
@@ -61,9 +56,7 @@ def quantization_error(run: Run, formats: Sequence[tuple[int, QuantizeMode, bool
                 handle.remove()
         return pd.DataFrame(rows)
 
-    if formats is not None:
-        return measure(formats)
-    return run.table("quantization_error", lambda: measure(FORMATS))
+    return run.table("quantization_error", measure)
 
 
 def cached(target: ReuseTarget, bits: int, **options: Any) -> DQARConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -197,6 +198,15 @@ class Recording:
         """``compare`` with full compute, whose images are kept beside the parts."""
         reference = self.drawn(FULL, seed, first_image, number)
         return compare(method, reference, self.many_at_once, seed, first_image, networks=True)
+
+    def compared(self, name: str, method: Method, seed: int, number: int) -> pd.DataFrame:
+        """The table ``name`` of ``compare`` for the first ``number`` images of a seed, ``sizes.part`` at a time."""
+        size = self.sizes.part
+        parts = {
+            first: functools.partial(self.compare, method, seed, first, min(size, number - first))
+            for first in range(0, number, size)
+        }
+        return self.table(name, parts, seed)
 
     def drawn(self, method: Method, seed: int, first_image: int, number: int) -> Drawn:
         """Images that others are compared with: drawn once, and kept beside the parts."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
 import numpy as np
@@ -61,12 +60,7 @@ def record_reference(recording: Recording) -> None:
 
 
 def _full_compute(recording: Recording) -> dict[str, torch.Tensor]:
-    number, size = recording.sizes.samples, recording.sizes.part
-    parts = {
-        first: functools.partial(recording.compare, FULL, REFERENCE_SEED, first, min(size, number - first))
-        for first in range(0, number, size)
-    }
-    table = recording.table("reference", parts, REFERENCE_SEED)
+    table = recording.compared("reference", FULL, REFERENCE_SEED, recording.sizes.samples)
     return {
         name: torch.tensor(np.stack(list(table[name]))).float() for name in ("features", "spatial") if name in table
     }

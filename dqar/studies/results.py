@@ -245,14 +245,9 @@ def record_samples(recording: Recording) -> None:
 
 def recorded_samples(recording: Recording, method: Method) -> pd.DataFrame:
     """A method's images, recorded where they aren't yet: the columns of ``compare``."""
-    size = recording.sizes.part
     # Another dtype changes next to nothing, and FP16 is slow on a CPU: no Fréchet distance of its own.
-    number = recording.sizes.samples if method.dtype is None else size
-    parts = {
-        first: functools.partial(recording.compare, method, RESULT_SEED, first, min(size, number - first))
-        for first in range(0, number, size)
-    }
-    return recording.table(f"samples-{slug(method.name)}", parts, RESULT_SEED)
+    number = recording.sizes.samples if method.dtype is None else recording.sizes.part
+    return recording.compared(f"samples-{slug(method.name)}", method, RESULT_SEED, number)
 
 
 def record_speed(recording: Recording) -> pd.DataFrame:

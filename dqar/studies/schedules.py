@@ -74,21 +74,19 @@ def schedules(run: Run, methods: Sequence[Method] | None = None) -> pd.DataFrame
     return run.table("schedules", measure)
 
 
-def schedule_maps(run: Run, methods: Sequence[Method] | None = None) -> pd.DataFrame:
-    """What each schedule did at each step and layer of one image: ``family``, step, layer, decision, reason.
+def schedule_maps(run: Run) -> pd.DataFrame:
+    """What each schedule did at each step and layer of one image, with the attention output reused.
 
-    Args:
-        methods: to trace anew, in place of all schedules with the attention output reused, whose table is kept.
+    Returns:
+        ``family``, ``step``, ``layer``, ``decision``, ``reason``.
     """
 
-    def measure(traced: Sequence[Method]) -> pd.DataFrame:
+    def measure() -> pd.DataFrame:
         tables = []
-        for method in traced:
-            table = method.draw(run.profile, run.seed, num_samples=1).traced.to_pandas()
-            tables.append(table[table.branch == "cond"].assign(family=method.family))
+        for method in schedule_methods():
+            if method.columns()["target"] == "output":
+                table = method.draw(run.profile, run.seed, num_samples=1).traced.to_pandas()
+                tables.append(table[table.branch == "cond"].assign(family=method.family))
         return pd.concat(tables)[["family", "step", "layer", "decision", "reason"]]
 
-    if methods is not None:
-        return measure(methods)
-    kept = [method for method in schedule_methods() if method.columns()["target"] == "output"]
-    return run.table("schedule_maps", lambda: measure(kept))
+    return run.table("schedule_maps", measure)
