@@ -55,9 +55,10 @@ def silent(pipe):
     return pipe
 
 
-def make_vae():
+def make_vae(channels=4):
     torch.manual_seed(0)
-    return AutoencoderKL(block_out_channels=(8,), latent_channels=4, norm_num_groups=4, sample_size=8)
+    sizes = {"latent_channels": channels, "norm_num_groups": 4, "sample_size": 8, "shift_factor": 0.0}
+    return AutoencoderKL(block_out_channels=(8,), **sizes)
 
 
 def make_dit(seed=0, scheduler=None, **options):

@@ -166,8 +166,12 @@ def check_device(profile: Profile) -> None:
         )
 
 
-def load_pipeline(profile: Profile) -> DiffusionPipeline:
+def load_pipeline(profile: Profile, folder: Path | None = None) -> DiffusionPipeline:
     """The profile's pipeline on its device, in its dtype, with its scheduler.
+
+    Args:
+        profile: a model, its sampler and where it runs.
+        folder: of an embedded model's weights, as for ``load_embedded``.
 
     Raises:
         OSError: weights that can't be found or read, saying which.
@@ -175,7 +179,7 @@ def load_pipeline(profile: Profile) -> DiffusionPipeline:
     """
     check_device(profile)
     if profile.model in PIPELINES:
-        pipe = load_embedded(profile.model, profile.dtype)
+        pipe = load_embedded(profile.model, profile.dtype, folder)
     elif profile.model == "dit-xl-2-random":
         pipe = random_dit_xl_2(dtype=profile.dtype)
     else:

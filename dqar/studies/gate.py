@@ -40,14 +40,8 @@ def gate_methods(run: Run) -> list[Method]:
     ]
 
 
-def gates(run: Run, methods: Sequence[Method] | None = None) -> pd.DataFrame:
-    """Quality and MACs of each gate: ``compare.summarize``.
-
-    Args:
-        methods: to measure anew, in place of ``gate_methods``, whose table is kept.
-    """
-    if methods is not None:
-        return compare_all(methods, run.profile, run.seed)
+def gates(run: Run) -> pd.DataFrame:
+    """Quality and MACs of each gate: ``compare.summarize``."""
     return run.table("gates", lambda: compare_all(gate_methods(run), run.profile, run.seed))
 
 
