@@ -10,7 +10,8 @@ import torch
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
-from dqar.config import DQARConfig, check
+from dqar.checks import check
+from dqar.config import DQARConfig
 from dqar.families import family
 from dqar.measure import metrics
 from dqar.measure.recorders import ChangeRecorder

@@ -25,6 +25,7 @@ from diffusers.pipelines.latte.pipeline_latte import LattePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from safetensors import SafetensorError
 
+from dqar.checks import check
 from dqar.models.guidance import guide, guided_prediction
 from dqar.models.profiles import SCHEDULERS, SD_VAE_CONFIG, WEIGHTS, Profile
 
@@ -130,8 +131,8 @@ class EmbeddedLattePipeline(_EmbeddedPipeline):
             ValueError: another number of frames.
         """
         config, batch = self.transformer.config, len(class_labels)
-        if num_frames not in (None, config.video_length):
-            raise ValueError(f"num_frames={num_frames!r} is not accepted: this model draws {config.video_length}")
+        fits = num_frames in (None, config.video_length)
+        check("num_frames", num_frames, fits, f"this model draws {config.video_length}")
         shape = (batch, config.in_channels, config.video_length, config.sample_size, config.sample_size)
         device, dtype = self._execution_device, self.transformer.dtype
         latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 
-from dqar.config import DQARConfig, check_count
+from dqar.checks import check_count
+from dqar.config import DQARConfig
 from dqar.measure import metrics
 from dqar.measure.calibrate import propose_gate
 from dqar.measure.results import Run
