@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from dqar.models.pipelines import EmbeddedDiTPipeline, make_scheduler
+from dqar.training import checkpoints
 
 # --- models -----------------------------------------------------------------------------------------------------------
 
@@ -85,6 +86,17 @@ def make_pixart(seed=0, scheduler=None, num_layers=3):
     text_encoder = randomize(T5EncoderModel(sizes))
     scheduler = scheduler or DPMSolverMultistepScheduler()
     return silent(PixArtAlphaPipeline(tokenizer, text_encoder, make_vae(), transformer, scheduler))
+
+
+def killed_at(step):
+    """``save_checkpoint`` for a training that is killed once this step is saved."""
+
+    def save(path, state):
+        checkpoints.save_checkpoint(path, state)
+        if state["step"] == step:
+            raise KeyboardInterrupt
+
+    return save
 
 
 def make_latte(seed=0):
