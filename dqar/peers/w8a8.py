@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import re
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -95,13 +96,11 @@ def measure_salience(
 
         return hook
 
-    handles = [pipe.transformer.register_forward_pre_hook(begin_step, with_kwargs=True)]
-    handles += [site.readers[0].register_forward_pre_hook(see(name)) for name, site in sites.items()]
-    try:
+    with ExitStack() as hooks:
+        hooks.enter_context(pipe.transformer.register_forward_pre_hook(begin_step, with_kwargs=True))
+        for name, site in sites.items():
+            hooks.enter_context(site.readers[0].register_forward_pre_hook(see(name)))
         sample(pipe, profile, seed, num_samples=num_samples, description="salience")
-    finally:
-        for handle in handles:
-            handle.remove()
     salience = {}
     for name, site in sites.items():
         steps = torch.stack(list(peaks[name].values())).double().cpu()
