@@ -222,9 +222,7 @@ def _sites(transformer: nn.Module) -> dict[str, _Site]:
         attn, name = block.attn1, f"transformer_blocks.{layer_id}"
         values = _Rows(attn.to_v, 0, attn.to_v.out_features)
         sites[f"{name}.attn1.to_out.0"] = _Site((attn.to_out[0],), (values,))
-        if kinds == {
-            "ada_norm_single"
-        }:  # its shift and scale are made for all blocks by one layer: nothing to fold into
+        if "ada_norm_single" in kinds:  # shift and scale are made for all blocks by one layer: nothing to fold into
             continue
         modulation, up = block.norm1.linear, block.ff.net[0].proj
         width = modulation.out_features // 6

@@ -93,8 +93,8 @@ def try_gate(run: Run, config: DQARConfig, images: int = 2) -> Trial:
         ValueError: ``images`` is below 1.
     """
     check_count("images", images, 1)
-    full, drawn = _full_compute(run.profile, run.seed, images), draw(Method("trial", config=config), run.profile,
-                                                                     run.seed, num_samples=images)  # fmt: skip
+    full = _full_compute(run.profile, run.seed, images)
+    drawn = draw(Method("trial", config=config), run.profile, run.seed, num_samples=images)
     assert drawn.trace is not None  # with a configuration there is one
     psnr = metrics.mean_psnr(drawn.images, full.images)
     return Trial(config, drawn.trace, drawn.sites_reused, full.macs / drawn.macs, psnr, images)
