@@ -6,6 +6,7 @@ are, and schedulers are watched without being touched.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import math
@@ -346,12 +347,8 @@ class DQARSession:
 
             return hook
 
-        layers = enumerate(find_layers(self._model))
-        handles = [layer.block.register_forward_hook(look(layer_id)) for layer_id, layer in layers]
-        try:
-            with torch.no_grad():
-                again()
-        finally:
-            for handle in handles:
-                handle.remove()
+        with contextlib.ExitStack() as hooks, torch.no_grad():
+            for layer_id, layer in enumerate(find_layers(self._model)):
+                hooks.enter_context(layer.block.register_forward_hook(look(layer_id)))
+            again()
         return f"first in layer {bad[0]}" if bad else "after the last layer, or in a reused one"

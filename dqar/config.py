@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 
+from dqar.checks import check, check_choice, check_count, is_count, is_number
 from dqar.plan import ReusePlan
 from dqar.quantizer import QuantizeMode
 from dqar.scheduler import ScheduleKind
@@ -16,31 +17,6 @@ from dqar.scheduler import ScheduleKind
 ReuseTarget = Literal["kv", "output", "block", "residual"]
 EntropyUnit = Literal["nats", "normalized"]
 SNRSource = Literal["predicted", "schedule"]
-
-
-def check(field: str, value: Any, ok: bool, accepted: str) -> None:
-    """Raises the project's one kind of ``ValueError``: field, value, what is accepted."""
-    if not ok:
-        raise ValueError(f"{field}={value!r} is not accepted: {accepted}")
-
-
-def check_choice(field: str, value: Any, choices: tuple) -> None:
-    """``check`` for a value out of a short list."""
-    check(field, value, value in choices, f"choose one of {', '.join(map(repr, choices))}")
-
-
-def check_count(field: str, value: Any, least: int) -> None:
-    """``check`` for an int."""
-    check(field, value, _is_count(value, least), f"an int of {least} or more")
-
-
-def _is_number(value: Any) -> bool:
-    """Whether it is a number of 0 or more, infinity included."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
-
-
-def _is_count(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 @dataclass(frozen=True)
@@ -70,7 +46,7 @@ class CacheFormat:
 
     def __post_init__(self) -> None:
         order = self.forecast_order
-        check("cache.forecast_order", order, _is_count(order, 0) and order <= 2, "an int from 0 to 2")
+        check("cache.forecast_order", order, is_count(order, 0) and order <= 2, "an int from 0 to 2")
         check_count("cache.keep_channels", self.keep_channels, 0)
         for flag in ("fitted", "cross_attention", "modulations"):
             check_choice(f"cache.{flag}", getattr(self, flag), (True, False))
@@ -103,7 +79,7 @@ class Probe:
         check_choice("probe.snr_source", self.snr_source, get_args(SNRSource))
         check_count("probe.interval", self.interval, 1)
         queries = self.queries
-        check("probe.queries", queries, queries is None or _is_count(queries, 1), "None or an int of 1 or more")
+        check("probe.queries", queries, queries is None or is_count(queries, 1), "None or an int of 1 or more")
         check_choice("probe.record", self.record, (True, False))
 
 
@@ -164,10 +140,10 @@ class DQARConfig:
 
     def __post_init__(self) -> None:
         threshold, bounds = self.entropy_threshold, self.snr_range
-        asked = threshold is None or _is_number(threshold)
+        asked = threshold is None or is_number(threshold)
         check("entropy_threshold", threshold, asked, "None or a number of 0 or more")
         if bounds is not None:
-            pair = isinstance(bounds, (tuple, list)) and len(bounds) == 2 and all(map(_is_number, bounds))
+            pair = isinstance(bounds, (tuple, list)) and len(bounds) == 2 and all(map(is_number, bounds))
             check("snr_range", bounds, pair and bounds[0] <= bounds[1], "None or two numbers, 0 <= low <= high")
             object.__setattr__(self, "snr_range", tuple(bounds))
         check_choice("quantize_bits", self.quantize_bits, (16, 8, 4, 2))
@@ -178,10 +154,10 @@ class DQARConfig:
         check_count("max_reuse_streak", self.max_reuse_streak, 1)
         check_count("warmup", self.warmup, 0)
         check_count("cooldown", self.cooldown, 0)
-        check("share_below", self.share_below, _is_number(self.share_below), "a number of 0 or more")
+        check("share_below", self.share_below, is_number(self.share_below), "a number of 0 or more")
         check("policy", self.policy, self.policy is None or callable(self.policy), "None or a ReusePolicy")
         least = self.policy_threshold
-        check("policy_threshold", least, _is_number(least) and least <= 1, "a number from 0 to 1")
+        check("policy_threshold", least, is_number(least) and least <= 1, "a number from 0 to 1")
         planned = self.plan is None or isinstance(self.plan, ReusePlan)
         check("plan", self.plan, planned, "None or a ReusePlan; apply_dqar(pipe, plan) takes a ForecastPlan")
         for name, group in (("cache", CacheFormat), ("probe", Probe)):

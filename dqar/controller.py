@@ -12,7 +12,8 @@ import torch
 
 from dqar import stats
 from dqar.cache import CacheEntry, Name, QuantizedCache, Tensors
-from dqar.config import DQARConfig, check, check_choice, check_count
+from dqar.checks import check, check_choice, check_count
+from dqar.config import DQARConfig
 from dqar.gate import Step, make_gate
 from dqar.plan import BRANCHES
 from dqar.scheduler import eligible_layers
@@ -124,8 +125,8 @@ class DQARController:
         Raises:
             ValueError: a step outside the run, or a run that the plan wasn't made for.
         """
-        if not 0 <= step_index < total_steps:
-            raise ValueError(f"step_index={step_index} is not accepted: from 0 to total_steps - 1 = {total_steps - 1}")
+        last = total_steps - 1
+        check("step_index", step_index, 0 <= step_index <= last, f"from 0 to total_steps - 1 = {last}")
         config, before = self.config, self._open_step
         if config.plan is not None:
             config.plan.check_run(total_steps)

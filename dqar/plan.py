@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dqar.checks import check_count, is_count
 from dqar.files import reading, write_json
 
 if TYPE_CHECKING:
@@ -49,8 +50,7 @@ class ReusePlan:
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_inference_steps"):
-            if not is_index(getattr(self, name), None) or getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not accepted: an int of 1 or more")
+            check_count(name, getattr(self, name), 1)
         object.__setattr__(self, "sites", frozenset(self.sites))
         for site in self.sites:
             step, layer, branch = site if isinstance(site, tuple) and len(site) == 3 else (None, None, None)
@@ -109,11 +109,7 @@ class ReusePlan:
 
     def check_run(self, num_inference_steps: int, scheduler: str | None = None) -> None:
         """Raises ``ValueError`` for a run that the plan wasn't made for, saying what it was made for."""
-        if num_inference_steps != self.num_inference_steps:
-            raise ValueError(
-                f"the plan was made for {steps_in_words(self.num_inference_steps)}, this run takes "
-                f"{num_inference_steps}: make one for this number of steps"
-            )
+        check_steps(self.num_inference_steps, num_inference_steps)
         if None not in (scheduler, self.scheduler) and scheduler != self.scheduler:
             raise ValueError(f"the plan was made with {self.scheduler}, this run uses {scheduler}")
 
@@ -166,9 +162,15 @@ def lagrange_weights(steps: Sequence[int], step: int) -> list[float]:
     return [math.prod((step - b) / (a - b) for b in steps if b != a) for a in steps]
 
 
-def is_index(value: Any, size: int | None) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0 and (size is None or value < size)
+def is_index(value: Any, size: int) -> bool:
+    """Whether it is an int from 0 to ``size - 1``."""
+    return is_count(value) and value < size
 
 
-def steps_in_words(count: int) -> str:
-    return f"{count} step" + "s" * (count != 1)
+def check_steps(planned: int, given: int) -> None:
+    """Raises ``ValueError`` for a run of another number of steps than a plan was made for."""
+    if given != planned:
+        raise ValueError(
+            f"the plan was made for {planned} step{'s' * (planned != 1)}, this run takes {given}: make one for this "
+            "number of steps"
+        )

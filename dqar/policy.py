@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
+from dqar.checks import check_choice
 from dqar.files import atomic_path
 
 FEATURES = ("entropy", "log_snr", "log_norm", "step_progress", "prompt_length")
@@ -104,8 +105,7 @@ def train_policy(
     Raises:
         ValueError: an unknown feature, or labels that are all equal.
     """
-    if omit is not None and omit not in FEATURES:
-        raise ValueError(f"omit={omit!r} is not accepted: choose one of {', '.join(FEATURES)}")
+    check_choice("omit", omit, (None, *FEATURES))
     if len(labels.unique()) < 2:
         raise ValueError(f"the {len(labels)} labels are all of one kind: needs harmless and harmful reuses")
     torch.manual_seed(seed)

@@ -12,6 +12,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch.nn import functional as F
 
+from dqar.checks import check_choice
+
 QuantizeMode = Literal["per_tensor", "per_channel", "per_token"]
 MODES = get_args(QuantizeMode)
 BITS = (8, 4, 2)
@@ -111,10 +113,8 @@ def quantize(
     Raises:
         ValueError: for other bits or modes, an integer tensor, or NaN or inf in ``x``.
     """
-    if bits not in BITS:
-        raise ValueError(f"bits={bits!r} is not accepted: choose one of {BITS}")
-    if mode not in MODES:
-        raise ValueError(f"mode={mode!r} is not accepted: choose one of {MODES}")
+    check_choice("bits", bits, BITS)
+    check_choice("mode", mode, MODES)
     if not x.is_floating_point():
         raise ValueError(f"a tensor of dtype {x.dtype} is not accepted: needs a floating dtype")
     first = batch_dims if mode != "per_token" else max(x.ndim - 1, batch_dims)

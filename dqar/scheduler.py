@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+from dqar.checks import check_choice
+
 ScheduleKind = Literal["depth_aware", "all", "none", "linear", "linear_reverse", "static"]
 
 # Slide 8 names layers 0-2, 0-12 and all of 28; as fractions of depth the schedule fits any model.
@@ -24,8 +26,7 @@ def eligible_layers(
     Raises:
         ValueError: for an unknown kind, a step outside the run, or counts below 1.
     """
-    if kind not in get_args(ScheduleKind):
-        raise ValueError(f"kind={kind!r} is not accepted: choose one of {', '.join(get_args(ScheduleKind))}")
+    check_choice("kind", kind, get_args(ScheduleKind))
     if num_layers < 1 or total_steps < 1 or not 0 <= step < total_steps:
         raise ValueError(
             f"step={step} of total_steps={total_steps} with num_layers={num_layers} is not accepted: "

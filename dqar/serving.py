@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dqar.attention import apply_dqar
-from dqar.config import check, check_count
+from dqar.checks import check, check_count
 from dqar.forecast.ladder import PlanLadder
 from dqar.forecast.plan import ForecastPlan
 from dqar.plan import ReusePlan

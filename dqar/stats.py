@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
+from dqar.checks import check, check_choice
+
 MAP_TOKENS = 128
 """Up to so many keys a whole attention map is cheaper than tiles of it."""
 
@@ -30,8 +32,7 @@ def attention_entropy(
     """
     if attn_map.ndim != 4:
         raise ValueError(f"attn_map of shape {tuple(attn_map.shape)} is not accepted: needs [B, H, Nq, Nk]")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction={reduction!r} is not accepted: choose one of 'mean', 'sum', 'none'")
+    check_choice("reduction", reduction, ("mean", "sum", "none"))
     weights = attn_map.to(torch.promote_types(attn_map.dtype, torch.float32))
     if reduction == "sum":
         return -(weights * (weights + eps).log()).sum(dim=(2, 3)).mean(dim=1)
@@ -160,6 +161,5 @@ def snr(clean: torch.Tensor, noisy: torch.Tensor, eps: float = 1e-6) -> torch.Te
 
 def tau(base: float, prompt_length: float) -> float:
     """Slide 5's threshold for a prompt of ``prompt_length`` words, ``base · √(p / 64)``."""
-    if prompt_length < 0:
-        raise ValueError(f"prompt_length={prompt_length!r} is not accepted: needs 0 or more")
+    check("prompt_length", prompt_length, prompt_length >= 0, "0 or more")
     return base * math.sqrt(prompt_length / 64)

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from dqar.models.pipelines import EmbeddedDiTPipeline, make_scheduler
+from dqar.training import checkpoints
 
 # --- models -----------------------------------------------------------------------------------------------------------
 
@@ -55,9 +56,10 @@ def silent(pipe):
     return pipe
 
 
-def make_vae():
+def make_vae(channels=4):
     torch.manual_seed(0)
-    return AutoencoderKL(block_out_channels=(8,), latent_channels=4, norm_num_groups=4, sample_size=8)
+    sizes = {"latent_channels": channels, "norm_num_groups": 4, "sample_size": 8, "shift_factor": 0.0}
+    return AutoencoderKL(block_out_channels=(8,), **sizes)
 
 
 def make_dit(seed=0, scheduler=None, **options):
@@ -84,6 +86,17 @@ def make_pixart(seed=0, scheduler=None, num_layers=3):
     text_encoder = randomize(T5EncoderModel(sizes))
     scheduler = scheduler or DPMSolverMultistepScheduler()
     return silent(PixArtAlphaPipeline(tokenizer, text_encoder, make_vae(), transformer, scheduler))
+
+
+def killed_at(step):
+    """``save_checkpoint`` for a training that is killed once this step is saved."""
+
+    def save(path, state):
+        checkpoints.save_checkpoint(path, state)
+        if state["step"] == step:
+            raise KeyboardInterrupt
+
+    return save
 
 
 def make_latte(seed=0):

@@ -4,7 +4,6 @@ import torch
 from diffusers import (
     AuraFlowPipeline,
     AuraFlowTransformer2DModel,
-    AutoencoderKL,
     AutoencoderKLWan,
     CogVideoXDDIMScheduler,
     CogVideoXPipeline,
@@ -41,7 +40,7 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 from diffusers.models import AutoencoderKLCogVideoX
-from helpers import LATENT, TEXT, make_latte, random_transformer, silent
+from helpers import LATENT, TEXT, make_latte, make_vae, random_transformer, silent
 
 STEPS = 8
 
@@ -54,13 +53,6 @@ def randomized(module, seed=0, std=0.1):
     return module.eval()
 
 
-def image_vae(channels):
-    torch.manual_seed(0)
-    return AutoencoderKL(
-        block_out_channels=(8,), latent_channels=channels, norm_num_groups=4, sample_size=8, shift_factor=0.0
-    )
-
-
 def caption(seed, *shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -69,7 +61,7 @@ def dit():
     """Class-conditional, learned variances, latents of both branches in the scheduler."""
     transformer = randomized(random_transformer(in_channels=4, out_channels=8, num_layers=2, num_embeds_ada_norm=1000))
     scheduler = DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
-    pipe = silent(DiTPipeline(transformer, image_vae(4), scheduler))
+    pipe = silent(DiTPipeline(transformer, make_vae(4), scheduler))
     return pipe, lambda i: {"class_labels": [i, i + 1], "guidance_scale": 3.0}
 
 
@@ -87,7 +79,7 @@ def _flux(cls, in_channels, num_layers=1):
         guidance_embeds=True,
         axes_dims_rope=(2, 2, 4),
     )
-    parts = FlowMatchEulerDiscreteScheduler(), image_vae(4), None, None, None, None, randomized(transformer)
+    parts = FlowMatchEulerDiscreteScheduler(), make_vae(4), None, None, None, None, randomized(transformer)
 
     def call(i):
         embeds = {"prompt_embeds": caption(i, 1, 5, 16), "pooled_prompt_embeds": caption(100 + i, 1, 8)}
@@ -122,7 +114,7 @@ def _sd3(cls, **options):
         pos_embed_max_size=16,
         **options,
     )
-    parts = (randomized(transformer), FlowMatchEulerDiscreteScheduler(shift=3.0), image_vae(4), *[None] * 6)
+    parts = (randomized(transformer), FlowMatchEulerDiscreteScheduler(shift=3.0), make_vae(4), *[None] * 6)
     pipe = cls(*parts)
 
     def call(i):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
+from dqar.checks import check
 from dqar.commands.parser import Parser
-from dqar.config import check
 from dqar.measure.results import slug
 from dqar.studies import benchmarks, overhead
 

@@ -12,8 +12,8 @@ from typing import Any, get_args
 import torch
 from diffusers import DiffusionPipeline
 
+from dqar.checks import check
 from dqar.commands.parser import Parser, asked_profile
-from dqar.config import check
 from dqar.forecast.fit import Calibration, Target, fit_plan
 from dqar.forecast.ladder import PlanLadder
 from dqar.forecast.plan import HISTORY_BITS, ForecastPlan

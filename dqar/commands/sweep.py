@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from dqar.checks import check
 from dqar.commands.parser import Parser, asked_profile
 from dqar.measure.results import RECORDED
 from dqar.models.profiles import profile_of
@@ -71,8 +72,7 @@ def _families(recording: Recording, asked: str, settings: int | None) -> list[Me
     names, families = asked.split(","), list(dict.fromkeys(method.family for method in methods))
     if unknown := [name for name in names if name not in families]:
         raise ValueError(f"family {unknown[0]!r} is unknown: choose from {', '.join(families)}")
-    if settings is not None and settings < 1:
-        raise ValueError(f"--settings={settings} is not accepted: 1 or more")
+    check("--settings", settings, settings is None or settings >= 1, "1 or more")
     return [
         method
         for name in names

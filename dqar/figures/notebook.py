@@ -14,6 +14,7 @@ from IPython.core.getipython import get_ipython
 from IPython.display import Markdown
 from matplotlib.figure import Figure
 
+from dqar.checks import check
 from dqar.figures.style import with_minus
 from dqar.measure.results import IN_A_CHECKOUT, PACKAGE, Run
 from dqar.models.profiles import profile_of
@@ -40,8 +41,7 @@ def begin(profile: str | Mapping[str, Any], seed: int = 0, out: str | Path | Non
     """
     shell = get_ipython()
     check_parameters(injected(shell.user_ns.get("In", [])) if shell is not None else [])
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise ValueError(f"seed={seed!r} is not accepted: an int")
+    check("seed", seed, isinstance(seed, int) and not isinstance(seed, bool), "an int")
     if not is_watched():
         tqdm.auto.tqdm.__init__ = functools.partialmethod(tqdm.auto.tqdm.__init__, disable=True)
     return Run(profile, seed, store(profile_of(profile).label) if out is None else out)

@@ -11,7 +11,6 @@ from IPython.display import Image as DisplayedImage
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from PIL import Image
 
 from dqar.figures.style import (
     ACCENT,
@@ -21,7 +20,8 @@ from dqar.figures.style import (
     GREEN,
     GREY,
     REHEARSAL,
-    SMALLEST,
+    add_footer,
+    frame_of,
     headline,
     missing,
     mosaic,
@@ -285,11 +285,10 @@ def denoising(run: Run, drawn: pareto.Denoising | None) -> Figure | DisplayedIma
         f"the same images: PSNR {drawn.psnr:.0f} dB"
     )
     headline(figure, title)
-    figure.set_layout_engine("constrained", rect=(0, 0.045, 1, 0.955))
     note = f"PSNR of the mean squared error over these {number} images · {run.profile.name} · seed {run.seed}"
     if run.profile.rehearsal:
         note = f"{REHEARSAL} · {note}"
-    figure.text(0.008, 0.008, note, size=SMALLEST, color=GREY, va="bottom")
+    add_footer(figure, note)
     sides = {"Full compute": (drawn.full, range(steps), GREY), "DQAR plan": (drawn.planned, drawn.computed, ACCENT)}
     shown = []
     for (above, below), (name, (states, computed, color)) in zip(axes.T, sides.items(), strict=True):
@@ -306,8 +305,7 @@ def denoising(run: Run, drawn: pareto.Denoising | None) -> Figure | DisplayedIma
             if step:
                 cells[step - 1].set_facecolor(color if step - 1 in computed else COMPUTE)
             above.set_title(f"{name}: {sum(done < step for done in computed)} steps computed")
-        figure.canvas.draw()
-        frames.append(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3]))  # type: ignore[attr-defined]
+        frames.append(frame_of(figure))
     plt.close(figure)
     milliseconds = [100] * steps + [4000]
     path = save_animation(run, "denoising", frames, milliseconds, title, provenance(run.profile, run.seed))

@@ -192,6 +192,18 @@ def save_animation(
     return target
 
 
+def add_footer(figure: Figure, note: str) -> None:
+    """Writes a note below what will be drawn, as ``save`` does."""
+    figure.set_layout_engine("constrained", rect=(0, 0.045, 1, 0.955))
+    figure.text(0.008, 0.008, note, size=SMALLEST, color=GREY, va="bottom")
+
+
+def frame_of(figure: Figure) -> Image.Image:
+    """The figure as it is now, in RGB: a frame for ``save_animation``."""
+    figure.canvas.draw()
+    return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3])  # type: ignore[attr-defined]
+
+
 def mosaic(images: torch.Tensor, a_row: int = 5) -> np.ndarray:
     """Images ``[N, C, H, W]``, so many ``a_row``, with white between them: ``[height, width, C]``."""
     padded = torch.nn.functional.pad(images, (1, 1, 1, 1), value=0 if images.shape[1] == 1 else 1)

@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 from IPython.display import Image as DisplayedImage
 from matplotlib.figure import Figure
-from PIL import Image
 
 from dqar.figures.style import (
     ACCENT,
@@ -17,7 +15,8 @@ from dqar.figures.style import (
     DARK,
     GREEN,
     GREY,
-    SMALLEST,
+    add_footer,
+    frame_of,
     headline,
     missing,
     mosaic,
@@ -94,8 +93,7 @@ def slide16_moving_digits(run: Run, drawn: video.Shown | None) -> Figure | Displ
         return missing(run, "slide16_moving_digits", WHAT)
     figure, panels = plt.subplots(2, 2, dpi=75)
     headline(figure, _finding(drawn))
-    figure.set_layout_engine("constrained", rect=(0, 0.045, 1, 0.955))
-    figure.text(0.008, 0.008, NOTE, size=SMALLEST, color=GREY, va="bottom")
+    add_footer(figure, NOTE)
     shown = []
     for axes, (name, videos) in zip(panels.flat, drawn.videos.items(), strict=True):
         axes.axis("off")
@@ -107,8 +105,7 @@ def slide16_moving_digits(run: Run, drawn: video.Shown | None) -> Figure | Displ
     for frame in range(video.FRAMES):
         for picture, videos in shown:
             picture.set_data(mosaic(videos[:, frame]))
-        figure.canvas.draw()
-        frames.append(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3]))  # type: ignore[attr-defined]
+        frames.append(frame_of(figure))
     plt.close(figure)
     source = drawn.costs.attrs["provenance"]
     path: Path = save_animation(run, "slide16_moving_digits", frames, [250] * video.FRAMES, _finding(drawn), source)

@@ -34,12 +34,12 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from dqar.config import check, check_choice
+from dqar.checks import check, check_choice
 from dqar.families import bare, describe_models, family, transformers
 from dqar.files import atomic_path, write_json
 from dqar.forecast.ladder import PlanLadder
 from dqar.forecast.lockstep import Answer, CallRun, Lockstep, Moment
-from dqar.forecast.plan import ForecastPlan, check_history_bits
+from dqar.forecast.plan import HISTORY_BITS, ForecastPlan
 from dqar.forecast.promise import check_enough, check_promise, fit_ladder, rungs
 from dqar.forecast.run import channels_back, channels_first, from_patches, stored, to_patches, weighted_sum
 from dqar.forecast.steps import RIDGE, Jumps, choose_steps, gram, least_squares
@@ -183,7 +183,7 @@ class Calibration:
         max_bytes: float | None = None,
         history_bits: int = 16,
     ):
-        check_history_bits(history_bits)
+        check_choice("history_bits", history_bits, HISTORY_BITS)
         check_choice("target", target, get_args(Target))
         calls = list(calls)
         check(

@@ -251,13 +251,7 @@ class Lockstep:
         ValueError: no pipeline of this kind, or DQAR is applied to it.
     """
 
-    def __init__(
-        self,
-        pipe: Any,
-        num_inference_steps: int,
-        seed: int = 0,
-        history_bits: int = 16,
-    ):
+    def __init__(self, pipe: Any, num_inference_steps: int, seed: int = 0, history_bits: int = 16):
         self._transformers = transformers(pipe)
         if self._transformers[0] is pipe or not hasattr(pipe, "scheduler"):
             raise ValueError(f"{type(pipe).__name__} has no transformer and scheduler: a plan needs a pipeline of both")

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dqar.checks import check, check_choice, check_count, is_count
 from dqar.files import reading, write_json
-from dqar.plan import BRANCHES, FORECAST_FORMAT, is_index, lagrange_weights, steps_in_words
+from dqar.plan import BRANCHES, FORECAST_FORMAT, check_steps, is_index, lagrange_weights
 
 HISTORY_BITS = (16, 8, 4)
 """In which a run keeps what it forecasts from; 16: as it is, outputs in the model's dtype, readouts in float64."""
@@ -73,13 +74,12 @@ class ForecastPlan:
         object.__setattr__(self, "kernel", tuple(self.kernel))
         object.__setattr__(self, "latents", None if self.latents is None else tuple(self.latents))
         steps = len(self.timesteps)
-        if not is_index(self.history, None) or self.history < 1:
-            raise ValueError(f"history={self.history!r} is not accepted: an int of 1 or more")
-        check_history_bits(self.history_bits)
-        if not all(is_index(side, None) and side % 2 for side in self.kernel):
-            raise ValueError(f"kernel={self.kernel!r} is not accepted: odd sides of 1 or more")
-        if len(self.guidance) != 2 or not 1 <= self.guidance[0] <= self.guidance[1] < math.inf:
-            raise ValueError(f"guidance={self.guidance!r} is not accepted: two scales, 1 <= least <= largest")
+        check_count("history", self.history, 1)
+        check_choice("history_bits", self.history_bits, HISTORY_BITS)
+        odd = all(is_count(side) and side % 2 for side in self.kernel)
+        check("kernel", self.kernel, odd, "odd sides of 1 or more")
+        ordered = len(self.guidance) == 2 and 1 <= self.guidance[0] <= self.guidance[1] < math.inf
+        check("guidance", self.guidance, ordered, "two scales, 1 <= least <= largest")
         if len(self.weights) != steps or not all(is_index(step, steps) for step in self.computed):
             raise ValueError(f"{len(self.weights)} rows and computed steps {sorted(self.computed)} for {steps} steps")
         if 0 not in self.computed or self.weights[0]:
@@ -135,11 +135,7 @@ class ForecastPlan:
 
     def check_run(self, timesteps: Sequence[float]) -> None:
         """Raises ``ValueError`` for a run that visits other timesteps, saying how they differ."""
-        if len(timesteps) != len(self.timesteps):
-            raise ValueError(
-                f"the plan was made for {steps_in_words(len(self.timesteps))}, this run takes {len(timesteps)}: "
-                "make one for this number of steps"
-            )
+        check_steps(len(self.timesteps), len(timesteps))
         for step, (planned, given) in enumerate(zip(self.timesteps, timesteps, strict=True)):
             if not _close([planned], [given]):
                 raise ValueError(
@@ -195,12 +191,6 @@ class ForecastPlan:
         """
         with reading(path, FORECAST_FORMAT) as content:
             return cls(**content)
-
-
-def check_history_bits(bits: int) -> None:
-    """Raises ``ValueError`` for a format of the history that there isn't."""
-    if bits not in HISTORY_BITS:
-        raise ValueError(f"history_bits={bits!r} is not accepted: choose one of {HISTORY_BITS}")
 
 
 def _close(ours: Sequence[float], theirs: Sequence[float]) -> bool:

@@ -25,7 +25,7 @@ import torch
 from tqdm.auto import tqdm
 
 from dqar.attention import apply_dqar
-from dqar.config import check
+from dqar.checks import check
 from dqar.forecast.ladder import LadderEngine, PlanLadder, Promise
 from dqar.forecast.lockstep import call_arguments
 from dqar.forecast.plan import ForecastPlan

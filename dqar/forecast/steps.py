@@ -7,7 +7,7 @@ import math
 import numpy as np
 import torch
 
-from dqar.config import check
+from dqar.checks import check
 
 RIDGE = 1e-9
 """Of the least squares, relative to normalised columns: outputs of neighbouring steps are nearly parallel."""

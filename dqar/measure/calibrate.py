@@ -10,7 +10,8 @@ import torch
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
-from dqar.config import DQARConfig, check
+from dqar.checks import check
+from dqar.config import DQARConfig
 from dqar.families import family
 from dqar.measure import metrics
 from dqar.measure.recorders import ChangeRecorder
@@ -33,12 +34,9 @@ def trace_sites(pipe: DiffusionPipeline, profile: Profile, seed: int, num_sample
             half = family(pipe.transformer).branch_order.index("cond")
             lengths.append(mask.chunk(2)[half].sum(1).float().mean().item())
 
-    handle = pipe.transformer.register_forward_pre_hook(look, with_kwargs=True)
-    try:
-        with ChangeRecorder(pipe.transformer, profile.num_inference_steps) as changes:
-            drawn = sample(pipe, profile, seed, LOOK, num_samples=num_samples, description="trace")
-    finally:
-        handle.remove()
+    hook = pipe.transformer.register_forward_pre_hook(look, with_kwargs=True)
+    with hook, ChangeRecorder(pipe.transformer, profile.num_inference_steps) as changes:
+        drawn = sample(pipe, profile, seed, LOOK, num_samples=num_samples, description="trace")
     table = drawn.traced.to_pandas().merge(pd.DataFrame(changes.rows), on=KEYS, how="left")
     if lengths:
         table["prompt_length"] = table.run.map(dict(enumerate(lengths[:: profile.num_inference_steps])))

@@ -8,11 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from diffusers import (
-    DiffusionPipeline,
-    PixArtAlphaPipeline,
-    SchedulerMixin,
-)
+from diffusers import DiffusionPipeline, PixArtAlphaPipeline, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from tqdm.auto import tqdm
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,14 +126,11 @@ class _Asked:
     def of(cls, pipe: DiffusionPipeline, images: torch.Tensor) -> _Asked:
         """Of the images of these numbers, as the pipeline itself asks for them."""
         seen: dict[str, Any] = {}
-        handle = pipe.transformer.register_forward_pre_hook(
+        with pipe.transformer.register_forward_pre_hook(
             lambda _module, _args, kwargs: seen.update(kwargs), with_kwargs=True
-        )
-        try:
+        ):
             # PixArt's pipeline doesn't get through a run of one step.
             pipe(**conditions(pipe, images), guidance_scale=2.0, num_inference_steps=2)
-        finally:
-            handle.remove()
         order = [family(pipe.transformer).branch_order.index(branch) for branch in BRANCHES]
         rows = torch.cat([torch.arange(len(images)) + half * len(images) for half in order])
         kept = {name: seen[name] for name in (*CONDITIONS, "added_cond_kwargs") if name in seen}
@@ -223,14 +220,10 @@ class _Swap:
 @contextmanager
 def _replaced(blocks: Any, target: ReuseTarget) -> Iterator[_Swap]:
     swap = _Swap(len(blocks))
-    handles = []
-    for layer, block in enumerate(blocks):
-        attn = block.attn1
-        modules = {"kv": (attn.to_k, attn.to_v), "output": (attn,), "block": (attn, block.ff), "residual": (block,)}
-        for part, module in enumerate(modules[target]):
-            handles.append(module.register_forward_hook(swap.hook(layer, part, target == "residual")))
-    try:
+    with ExitStack() as hooks:
+        for layer, block in enumerate(blocks):
+            attn = block.attn1
+            modules = {"kv": (attn.to_k, attn.to_v), "output": (attn,), "block": (attn, block.ff), "residual": (block,)}
+            for part, module in enumerate(modules[target]):
+                hooks.enter_context(module.register_forward_hook(swap.hook(layer, part, target == "residual")))
         yield swap
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -15,6 +15,8 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import nn
 from torch.nn import functional as F
 
+from dqar.checks import check_choice
+
 
 class FrozenDiT:
     """What ``model`` predicts, float32, at one timestep for all images; differentiable in latents and timestep.
@@ -28,8 +30,7 @@ class FrozenDiT:
 
     def __init__(self, model: DiTTransformer2DModel):
         config, blocks = model.config, list[Any](model.transformer_blocks)
-        if config.activation_fn != "gelu-approximate":
-            raise ValueError(f"activation_fn={config.activation_fn!r} is not accepted: needs 'gelu-approximate'")
+        check_choice("activation_fn", config.activation_fn, ("gelu-approximate",))
         self.heads, self.patch = config.num_attention_heads, config.patch_size
         self.in_channels, self.out_channels = config.in_channels, model.out_channels
         patches = model.pos_embed

@@ -25,6 +25,7 @@ from diffusers.pipelines.latte.pipeline_latte import LattePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from safetensors import SafetensorError
 
+from dqar.checks import check
 from dqar.models.guidance import guide, guided_prediction
 from dqar.models.profiles import SCHEDULERS, SD_VAE_CONFIG, WEIGHTS, Profile
 
@@ -130,8 +131,8 @@ class EmbeddedLattePipeline(_EmbeddedPipeline):
             ValueError: another number of frames.
         """
         config, batch = self.transformer.config, len(class_labels)
-        if num_frames not in (None, config.video_length):
-            raise ValueError(f"num_frames={num_frames!r} is not accepted: this model draws {config.video_length}")
+        fits = num_frames in (None, config.video_length)
+        check("num_frames", num_frames, fits, f"this model draws {config.video_length}")
         shape = (batch, config.in_channels, config.video_length, config.sample_size, config.sample_size)
         device, dtype = self._execution_device, self.transformer.dtype
         latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
@@ -166,8 +167,12 @@ def check_device(profile: Profile) -> None:
         )
 
 
-def load_pipeline(profile: Profile) -> DiffusionPipeline:
+def load_pipeline(profile: Profile, folder: Path | None = None) -> DiffusionPipeline:
     """The profile's pipeline on its device, in its dtype, with its scheduler.
+
+    Args:
+        profile: a model, its sampler and where it runs.
+        folder: of an embedded model's weights, as for ``load_embedded``.
 
     Raises:
         OSError: weights that can't be found or read, saying which.
@@ -175,7 +180,7 @@ def load_pipeline(profile: Profile) -> DiffusionPipeline:
     """
     check_device(profile)
     if profile.model in PIPELINES:
-        pipe = load_embedded(profile.model, profile.dtype)
+        pipe = load_embedded(profile.model, profile.dtype, folder)
     elif profile.model == "dit-xl-2-random":
         pipe = random_dit_xl_2(dtype=profile.dtype)
     else:

@@ -19,6 +19,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import nn
 from tqdm.auto import tqdm
 
+from dqar.checks import check
+
 Prediction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """The guided noise ``[B, ...]`` in latents ``[B, ...]`` at a timestep ``[]``, of the images numbered ``[B]``."""
 
@@ -63,8 +65,8 @@ class BespokeScheduler(SchedulerMixin, ConfigMixin):
             ValueError: another number of steps than it was made for.
         """
         made_for = len(self.config.timesteps)
-        if num_inference_steps != made_for:
-            raise ValueError(f"num_inference_steps={num_inference_steps} is not accepted: this solver takes {made_for}")
+        fits = num_inference_steps == made_for
+        check("num_inference_steps", num_inference_steps, fits, f"this solver takes {made_for}")
         self.num_inference_steps = num_inference_steps
         self.timesteps = torch.tensor(self.config.timesteps, dtype=torch.float32, device=device)
         self._noise: torch.Tensor | None = None

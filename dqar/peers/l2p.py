@@ -78,12 +78,8 @@ def _guided_outputs(
             noise = guide(cond, uncond, guidance_scale)
         outputs.append(noise.flatten())
 
-    with watched(pipe, num_inference_steps):
-        handle = transformer.register_forward_hook(watch)
-        try:
-            draw()
-        finally:
-            handle.remove()
+    with watched(pipe, num_inference_steps), transformer.register_forward_hook(watch):
+        draw()
     return torch.stack(outputs)
 
 

@@ -40,11 +40,8 @@ class Trials:
     def __init__(self, pipe: DiffusionPipeline, num_inference_steps: int, draw: Callable[[], torch.Tensor]):
         self._pipe, self._steps, self._draw = pipe, num_inference_steps, draw
         self._outputs: list[Any] = []
-        handle = pipe.transformer.register_forward_hook(lambda _module, _args, output: self._outputs.append(output))
-        try:
+        with pipe.transformer.register_forward_hook(lambda _module, _args, output: self._outputs.append(output)):
             self.full = draw()
-        finally:
-            handle.remove()
 
     def images(self, computed: Collection[int]) -> torch.Tensor:
         """Of a run that computes these steps.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import re
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -95,13 +96,11 @@ def measure_salience(
 
         return hook
 
-    handles = [pipe.transformer.register_forward_pre_hook(begin_step, with_kwargs=True)]
-    handles += [site.readers[0].register_forward_pre_hook(see(name)) for name, site in sites.items()]
-    try:
+    with ExitStack() as hooks:
+        hooks.enter_context(pipe.transformer.register_forward_pre_hook(begin_step, with_kwargs=True))
+        for name, site in sites.items():
+            hooks.enter_context(site.readers[0].register_forward_pre_hook(see(name)))
         sample(pipe, profile, seed, num_samples=num_samples, description="salience")
-    finally:
-        for handle in handles:
-            handle.remove()
     salience = {}
     for name, site in sites.items():
         steps = torch.stack(list(peaks[name].values())).double().cpu()
@@ -223,9 +222,7 @@ def _sites(transformer: nn.Module) -> dict[str, _Site]:
         attn, name = block.attn1, f"transformer_blocks.{layer_id}"
         values = _Rows(attn.to_v, 0, attn.to_v.out_features)
         sites[f"{name}.attn1.to_out.0"] = _Site((attn.to_out[0],), (values,))
-        if kinds == {
-            "ada_norm_single"
-        }:  # its shift and scale are made for all blocks by one layer: nothing to fold into
+        if "ada_norm_single" in kinds:  # shift and scale are made for all blocks by one layer: nothing to fold into
             continue
         modulation, up = block.norm1.linear, block.ff.net[0].proj
         width = modulation.out_features // 6

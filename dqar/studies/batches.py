@@ -12,12 +12,11 @@ import time
 
 import pandas as pd
 
-from dqar.forecast.plan import ForecastPlan
 from dqar.measure import metrics
 from dqar.models.profiles import Profile
 from dqar.studies import arena, policy
 from dqar.studies.compare import FULL, Method, compare
-from dqar.studies.pareto import PLAN, computed_steps, plan_path
+from dqar.studies.pareto import PLAN, recorded_plan
 from dqar.studies.recording import RESULT_SEED, Recording
 
 GATE = "DQAR rule"
@@ -30,10 +29,9 @@ BUDGET = 3
 def methods(recording: Recording) -> list[Method]:
     """Full compute, the calibrated gate on the attention's output, and a forecast plan if one is recorded."""
     gate = policy.rule_gate(policy.recorded_labels(recording, "output"))
-    profile = recording.profile
-    path = plan_path(recording.folder, profile.scheduler, "reference", computed_steps(profile, BUDGET))
-    plans = [Method(PLAN, config=ForecastPlan.load(path))] if path.exists() else []
-    return [FULL, Method(GATE, config=dataclasses.replace(gate, reuse_target="output")), *plans]
+    chosen = [FULL, Method(GATE, config=dataclasses.replace(gate, reuse_target="output"))]
+    plan = recorded_plan(recording.folder, recording.profile, BUDGET)
+    return chosen if plan is None else [*chosen, Method(PLAN, config=plan)]
 
 
 def record_batches(recording: Recording) -> pd.DataFrame:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from dqar.config import check_choice, check_count
+from dqar.checks import check_choice, check_count
 from dqar.quantizer import BITS
 
 ORDERS = (0, 1, 2)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 
-from dqar.config import DQARConfig, check_count
+from dqar.checks import check_count
+from dqar.config import DQARConfig
 from dqar.measure import metrics
 from dqar.measure.calibrate import propose_gate
 from dqar.measure.results import Run
@@ -40,14 +41,8 @@ def gate_methods(run: Run) -> list[Method]:
     ]
 
 
-def gates(run: Run, methods: Sequence[Method] | None = None) -> pd.DataFrame:
-    """Quality and MACs of each gate: ``compare.summarize``.
-
-    Args:
-        methods: to measure anew, in place of ``gate_methods``, whose table is kept.
-    """
-    if methods is not None:
-        return compare_all(methods, run.profile, run.seed)
+def gates(run: Run) -> pd.DataFrame:
+    """Quality and MACs of each gate: ``compare.summarize``."""
     return run.table("gates", lambda: compare_all(gate_methods(run), run.profile, run.seed))
 
 
@@ -98,8 +93,8 @@ def try_gate(run: Run, config: DQARConfig, images: int = 2) -> Trial:
         ValueError: ``images`` is below 1.
     """
     check_count("images", images, 1)
-    full, drawn = _full_compute(run.profile, run.seed, images), draw(Method("trial", config=config), run.profile,
-                                                                     run.seed, num_samples=images)  # fmt: skip
+    full = _full_compute(run.profile, run.seed, images)
+    drawn = draw(Method("trial", config=config), run.profile, run.seed, num_samples=images)
     assert drawn.trace is not None  # with a configuration there is one
     psnr = metrics.mean_psnr(drawn.images, full.images)
     return Trial(config, drawn.trace, drawn.sites_reused, full.macs / drawn.macs, psnr, images)

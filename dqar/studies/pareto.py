@@ -72,6 +72,16 @@ def plan_path(folder: Path, sampler: str, target: Target, num_computed: int) -> 
     return folder / "plans" / f"{slug(sampler)}-{target}-{num_computed}.json"
 
 
+def recorded_plan(folder: Path, profile: Profile, budget: float, sampler: str | None = None) -> ForecastPlan | None:
+    """The recorded plan of a budget for full compute's images, by the profile's sampler or another.
+
+    Args:
+        folder: of the profile's recorded tables.
+    """
+    path = plan_path(folder, sampler or profile.scheduler, "reference", computed_steps(profile, budget))
+    return ForecastPlan.load(path) if path.exists() else None
+
+
 def make_plans(
     profile: Profile,
     folder: Path,
@@ -311,10 +321,9 @@ class Denoising:
 def denoising(run: Run, budget: float = 3, number: int = 10) -> Denoising | None:
     """Draws ``number`` images by full compute and by the recorded plan of a budget; ``None`` without that plan."""
     profile = dataclasses.replace(run.profile, batch_size=number)
-    path = plan_path(run.recordings, profile.scheduler, "reference", computed_steps(profile, budget))
-    if not path.exists():
+    plan = recorded_plan(run.recordings, profile, budget)
+    if plan is None:
         return None
-    plan = ForecastPlan.load(path)
     drawn, states = [], []
     for method in (FULL, Method(PLAN, config=plan)):
         pipe = method.pipeline(profile)

@@ -22,6 +22,7 @@ from dqar.measure.metrics import decibels
 from dqar.measure.results import Run
 from dqar.models.profiles import Profile
 from dqar.studies import pareto, results
+from dqar.studies.arena import IDENTICAL
 from dqar.studies.compare import FULL, Method, compare
 from dqar.studies.recording import ARENA_SEED, RESULT_SEED, Recording
 
@@ -38,8 +39,6 @@ BUDGET = 3
 OTHER_SAMPLERS = ("ddim", "dpm-solver++3")
 """On the timesteps of ``dpm-solver++``: of first and of third order."""
 NO_PLAN = "no plan that this is about is recorded: record plans first"
-IDENTICAL = 1e-12
-"""A squared error that counts as none: 120 dB."""
 
 
 def ladder_methods(profile: Profile, folder: Path) -> dict[int, Method]:
@@ -230,16 +229,15 @@ def record_samplers(recording: Recording) -> None:
         ValueError: no plan is recorded.
     """
     profile, number = recording.profile, recording.sizes.part
-    steps = pareto.computed_steps(profile, BUDGET)
 
     def measure() -> pd.DataFrame:
         tables = list[pd.DataFrame]()
         for sampler in dict.fromkeys((profile.scheduler, *OTHER_SAMPLERS)):
             reference = recording.drawn(Method(FULL.name, scheduler=sampler), ARENA_SEED, 0, number)
             for made_under in dict.fromkeys((profile.scheduler, sampler)):
-                path = pareto.plan_path(recording.folder, made_under, "reference", steps)
-                if path.exists():
-                    method = Method(f"plan of {made_under}", config=ForecastPlan.load(path), scheduler=sampler)
+                plan = pareto.recorded_plan(recording.folder, profile, BUDGET, made_under)
+                if plan is not None:
+                    method = Method(f"plan of {made_under}", config=plan, scheduler=sampler)
                     rows = compare(method, reference, recording.many_at_once, ARENA_SEED)
                     tables.append(_numbers(rows).assign(sampler=sampler, made_under=made_under))
         if not tables:
@@ -258,11 +256,9 @@ def record_history(recording: Recording) -> None:
         ValueError: no plan is recorded.
     """
     profile, sizes = recording.profile, recording.sizes
-    number = pareto.computed_steps(profile, BUDGET)
-    path = pareto.plan_path(recording.folder, profile.scheduler, "reference", number)
-    if not path.exists():
+    plan = pareto.recorded_plan(recording.folder, profile, BUDGET)
+    if plan is None:
         raise ValueError(NO_PLAN)
-    plan = ForecastPlan.load(path)
     full = Method(FULL.name, scheduler=profile.scheduler)
 
     @functools.cache

@@ -28,8 +28,6 @@ from dqar.studies.reference import record_reference
 
 LABELLED: tuple[ReuseTarget, ...] = ("kv", "output", "block")
 """What policies are trained for."""
-
-
 GROUPS = 10
 """Labelled images, and with them their classes or captions, are in as many groups in turn; of digits, the classes."""
 # Each image has a noise of its own, so that held-out classes are held-out seeds, too.

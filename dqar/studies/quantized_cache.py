@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any, get_args
 
 import pandas as pd
@@ -45,15 +46,11 @@ def quantization_error(run: Run) -> pd.DataFrame:
 
             return hook
 
-        handles = []
-        for layer, block in enumerate(pipe.transformer.transformer_blocks):
-            for tensor, module in (("K", block.attn1.to_k), ("V", block.attn1.to_v), ("output", block.attn1)):
-                handles.append(module.register_forward_hook(look(tensor, layer)))
-        try:
+        with ExitStack() as hooks:
+            for layer, block in enumerate(pipe.transformer.transformer_blocks):
+                for tensor, module in (("K", block.attn1.to_k), ("V", block.attn1.to_v), ("output", block.attn1)):
+                    hooks.enter_context(module.register_forward_hook(look(tensor, layer)))
             sample(pipe, run.profile, run.seed, num_samples=1, description="quantization error")
-        finally:
-            for handle in handles:
-                handle.remove()
         return pd.DataFrame(rows)
 
     return run.table("quantization_error", measure)

@@ -15,7 +15,6 @@ import torch
 from tqdm.auto import tqdm
 
 from dqar.config import DQARConfig, ReuseTarget
-from dqar.forecast.plan import ForecastPlan
 from dqar.measure import metrics
 from dqar.measure.quality import Reference, reference_of
 from dqar.measure.results import Run, load_table, slug
@@ -63,12 +62,11 @@ def methods(profile: Profile, folder: Path) -> list[Method]:
 
 def plans(profile: Profile, folder: Path) -> list[Method]:
     """The recorded plans for full compute's images, from the densest to the sparsest."""
-    numbers = {budget: pareto.computed_steps(profile, budget) for budget in pareto.BUDGETS}
-    paths = {b: pareto.plan_path(folder, profile.scheduler, "reference", number) for b, number in numbers.items()}
+    made = {budget: pareto.recorded_plan(folder, profile, budget) for budget in pareto.BUDGETS}
     return [
-        Method(f"DQAR plan, {b:g}×", pareto.PLAN, ForecastPlan.load(path), budget=b, made_for="reference")
-        for b, path in paths.items()
-        if path.exists()
+        Method(f"DQAR plan, {budget:g}×", pareto.PLAN, plan, budget=budget, made_for="reference")
+        for budget, plan in made.items()
+        if plan is not None
     ]
 
 

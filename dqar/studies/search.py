@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from dqar.config import CacheFormat, DQARConfig, check_count
+from dqar.checks import check_count
+from dqar.config import CacheFormat, DQARConfig
 from dqar.measure import metrics
 from dqar.measure.results import provenance, save_table, settings
 from dqar.models.profiles import Profile

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from dqar.config import CacheFormat, DQARConfig, Probe, check
+from dqar.checks import check
+from dqar.config import CacheFormat, DQARConfig, Probe
 from dqar.measure.results import slug
 from dqar.studies.compare import Method
 from dqar.studies.recording import Recording

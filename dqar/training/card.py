@@ -17,7 +17,7 @@ from dqar.measure import metrics
 from dqar.measure.sampling import sample
 from dqar.models.classifier import Classifier, load_classifier
 from dqar.models.data import load_split
-from dqar.models.pipelines import load_embedded, make_scheduler
+from dqar.models.pipelines import load_pipeline, make_scheduler
 from dqar.models.profiles import CLASS_NAMES, Profile
 from dqar.training.latent_dit import NOISE_SCHEDULE
 
@@ -48,14 +48,6 @@ def training_facts(recipe: dict, parameters: int, images_seen: int, seconds: flo
 def write_json(path: Path, content: dict) -> None:
     """Indented, with a newline at its end."""
     path.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def saved_pipeline(profile: Profile, weights: Path) -> DiffusionPipeline:
-    """As ``load_pipeline``, but of the weights in another folder than the package's own."""
-    pipe = load_embedded(profile.model, profile.dtype, weights)
-    pipe.scheduler = make_scheduler(profile.scheduler, pipe.scheduler)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(profile.device)
 
 
 def quality(
@@ -106,7 +98,7 @@ def own_classifier(name: str, weights: Path) -> Classifier:
 def evaluate_digits(weights: Path, profile: Profile, num_samples: int = 500) -> dict[str, float]:
     """Measures guided samples of the exported digits model; writes ``evaluation.json``, grid and model card."""
     folder = weights / "digits"
-    drawn = sample(saved_pipeline(profile, weights), profile, seed=1, num_samples=num_samples)
+    drawn = sample(load_pipeline(profile, weights), profile, seed=1, num_samples=num_samples)
     results = quality(drawn.images, drawn.labels, "digits", own_classifier("digits", weights))
     write_json(folder / "evaluation.json", results)
     save_grid(drawn.images[:100], folder / "samples.png")

@@ -18,6 +18,7 @@ from dqar.measure import metrics
 from dqar.measure.sampling import sample
 from dqar.models.classifier import Classifier, load_classifier
 from dqar.models.data import load_split
+from dqar.models.pipelines import load_pipeline
 from dqar.models.profiles import Profile, get_profile
 from dqar.training.card import (
     convergence,
@@ -25,7 +26,6 @@ from dqar.training.card import (
     quality,
     quality_items,
     save_grid,
-    saved_pipeline,
     shape_words,
     training_facts,
     wrapped,
@@ -229,7 +229,7 @@ def evaluate(model: StackedDiT, weights: Path, profile: Profile, num_samples: in
     ``model`` is the same one in the form that is fast: it tries the guidance scales, on fewer samples and steps.
     """
     folder, classifier = weights / "cifar10", load_classifier("cifar10", weights)
-    pipe = saved_pipeline(profile, weights)
+    pipe = load_pipeline(profile, weights)
     real_features = held_out_features(classifier)
     labels = torch.arange(min(512, num_samples) // MICROBATCH * MICROBATCH) % model.num_classes
     scales = {}

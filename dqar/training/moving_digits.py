@@ -20,9 +20,9 @@ from torch import nn
 from dqar.measure.sampling import sample
 from dqar.models.classifier import load_classifier
 from dqar.models.data import load_split, moving_digits
-from dqar.models.pipelines import EmbeddedLattePipeline, class_captions
+from dqar.models.pipelines import EmbeddedLattePipeline, class_captions, load_pipeline
 from dqar.models.profiles import CLASS_NAMES, Profile
-from dqar.training.card import pipeline_parts, quality, save_grid, saved_pipeline, wrapped, write_card, write_json
+from dqar.training.card import pipeline_parts, quality, save_grid, wrapped, write_card, write_json
 from dqar.training.digits import Recipe, export_pipeline, init_linears, min_snr_loss, train_steps
 from dqar.training.latent_dit import NOISE_SCHEDULE
 from dqar.training.muon import StackedMuon
@@ -185,7 +185,7 @@ def evaluate_video(weights: Path, profile: Profile, num_samples: int = 60) -> di
     folder = weights / "moving-digits"
     facts = json.loads((folder / "training.json").read_text())
     recipe = VideoRecipe(**facts["recipe"])
-    drawn = sample(saved_pipeline(profile, weights), profile, seed=1, num_samples=num_samples)
+    drawn = sample(load_pipeline(profile, weights), profile, seed=1, num_samples=num_samples)
     held_out, labels = load_split("digits", "test")
     generator = torch.Generator().manual_seed(1)
     real = moving_digits(held_out, recipe.video_length, recipe.sample_size, generator).transpose(1, 2) / 2 + 0.5

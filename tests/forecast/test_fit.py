@@ -234,7 +234,8 @@ def test_the_command_line_saves_a_plan_and_names_wrong_arguments(tmp_path, capsy
         assert wrong[0] in (error := capsys.readouterr().err) or wrong[1] in error
 
 
-def test_the_command_line_saves_a_ladder(tmp_path, capsys):
+def test_the_command_line_saves_a_ladder(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("dqar.commands.plan.load_pipeline", lambda profile: tame(profile.scheduler))
     path = tmp_path / "ladder.json"
     options = ["--profile", "smoke", "--macs", "2", "--images", "32", "--refinements", "0", "--out", str(path)]
     assert main(["plan", *options, "--promise", "10", "0.5"]) == 0

@@ -7,13 +7,13 @@ from functools import partial
 import pytest
 import torch
 from diffusers.optimization import get_cosine_schedule_with_warmup
+from helpers import killed_at
 
 from dqar.__main__ import main
 from dqar.commands import train
 from dqar.models import pipelines
 from dqar.models.data import load_split, moving_digits
 from dqar.models.pipelines import class_captions
-from dqar.training import checkpoints
 from dqar.training.digits import learning_rate
 from dqar.training.moving_digits import VideoRecipe, batch_loss, build_transformer, cut_out, train_video, unexplained
 
@@ -82,12 +82,7 @@ def test_the_models_first_output_is_zero_and_all_its_parameters_learn():
 def test_the_training_goes_on_as_if_never_interrupted(tmp_path, monkeypatch):
     straight = train_video(TINY, tmp_path / "a")
 
-    def killed(path, state, save=checkpoints.save_checkpoint):
-        save(path, state)
-        if state["step"] == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr("dqar.training.digits.save_checkpoint", killed)
+    monkeypatch.setattr("dqar.training.digits.save_checkpoint", killed_at(2))
     with pytest.raises(KeyboardInterrupt):
         train_video(TINY, tmp_path / "b", checkpoint_every=2)
     monkeypatch.undo()

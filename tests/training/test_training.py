@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from helpers import killed_at
 from PIL import Image
 from torch import nn
 
@@ -118,12 +119,7 @@ def test_the_autoencoders_training_resumes_as_if_never_interrupted(tmp_path, mon
     images = torch.rand(20, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
     straight = train_vae(TINY_VAE, images, tmp_path / "a")
 
-    def killed(path, state, save=checkpoints.save_checkpoint):
-        save(path, state)
-        if state["step"] == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr("dqar.training.vae.save_checkpoint", killed)
+    monkeypatch.setattr("dqar.training.vae.save_checkpoint", killed_at(2))
     with pytest.raises(KeyboardInterrupt):
         train_vae(TINY_VAE, images, tmp_path / "b", checkpoint_seconds=0)
     resumed = train_vae(TINY_VAE, images, tmp_path / "b")
