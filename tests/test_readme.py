@@ -1,5 +1,6 @@
 """README's numbers over 1,000 images are the recorded ones; the others are checked beside their studies."""
 
+import json
 import re
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import pytest
 
 from dqar.measure import metrics
 from dqar.measure.results import RECORDED, load_table
-from dqar.models.profiles import get_profile
+from dqar.models.profiles import WEIGHTS, get_profile
 from dqar.studies import benchmarks, plans
 
 README = (RECORDED.parent / "README.md").read_text()
@@ -79,6 +80,18 @@ def test_the_time_of_a_reuse_plan_at_the_decks_size_is_what_was_recorded():
     [table] = benchmarks.recorded().values()
     cost = benchmarks.summary(table).set_index("method").cost["plan: output, 3 of 4 steps"]
     assert f"reuses three of four attention outputs takes {cost:.2f} of the time" in README
+
+
+def test_what_the_photograph_model_draws_is_what_its_card_says():
+    measured = json.loads((WEIGHTS / "cifar10/evaluation.json").read_text())
+    seen = json.loads((WEIGHTS / "cifar10/training.json").read_text())["images_seen"]
+    accuracies = measured["class_accuracy"], measured["guidance scales"]["3.0"]["class_accuracy"]
+    said = " ".join(README.split())
+    assert (
+        "takes {:.0%} of its pictures for what was asked for at guidance 2, {:.0%} at guidance 3".format(*accuracies)
+        in said
+    )
+    assert f"goes on from the {round(seen, -3):,} images that the shipped model has seen" in said
 
 
 CLASSES = {

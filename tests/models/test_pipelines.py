@@ -235,3 +235,15 @@ def test_no_network_is_said(monkeypatch, served, tmp_path):
     with pytest.raises(OSError, match="can't be downloaded from http://images.cocodataset.org.*no route"):
         coco_captions()
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_the_text_books_pipeline_draws_photographs_of_what_is_asked_for():
+    assert sum(path.stat().st_size for path in profiles.WEIGHTS.rglob("*") if path.is_file()) < 45e6
+    pipe = DiTPipeline.from_pretrained(profiles.WEIGHTS / "cifar10")
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = pipelines.make_scheduler("dpm-solver++", pipe.scheduler)
+    asked = pipe.get_label_ids(["ship", "truck", "automobile", "horse"]) * 3
+    options = {"guidance_scale": 2.0, "num_inference_steps": 10, "output_type": "np"}
+    images = pipe(class_labels=asked, generator=torch.manual_seed(0), **options).images
+    predicted, _ = metrics.classify(load_classifier("cifar10"), torch.tensor(images).permute(0, 3, 1, 2))
+    assert (predicted == torch.tensor(asked)).double().mean() > 0.5  # of ten classes
