@@ -18,7 +18,7 @@ from torch import nn
 from dqar.__main__ import main
 from dqar.commands import train
 from dqar.measure.sampling import sample
-from dqar.models import data, pipelines, profiles
+from dqar.models import classifier, data, pipelines, profiles
 from dqar.models.classifier import CifarClassifier, load_classifier
 from dqar.models.pipelines import load_pipeline, num_classes
 from dqar.models.profiles import get_profile
@@ -55,7 +55,8 @@ def cifar(tmp_path, monkeypatch):
         table = pa.table({"image": jpegs, "label": pa.array(labels, pa.int8())})
         pq.write_table(table, tmp_path / f"cifar10-jpeg-{split}.parquet")
     monkeypatch.setenv("DQAR_DATA", str(tmp_path))
-    monkeypatch.setattr(pipelines, "WEIGHTS", tmp_path / "shipped")
+    for module in (pipelines, classifier):
+        monkeypatch.setattr(module, "WEIGHTS", tmp_path / "shipped")
     return colors
 
 
