@@ -10,7 +10,7 @@ import pytest
 from dqar.measure import metrics
 from dqar.measure.results import RECORDED, load_table
 from dqar.models.profiles import WEIGHTS, get_profile
-from dqar.studies import benchmarks, plans
+from dqar.studies import arena, benchmarks, plans
 
 README = (RECORDED.parent / "README.md").read_text()
 ROWS = {
@@ -80,6 +80,15 @@ def test_the_time_of_a_reuse_plan_at_the_decks_size_is_what_was_recorded():
     [table] = benchmarks.recorded().values()
     cost = benchmarks.summary(table).set_index("method").cost["plan: output, 3 of 4 steps"]
     assert f"reuses three of four attention outputs takes {cost:.2f} of the time" in README
+
+
+def test_what_a_learned_solver_comes_to_is_what_was_recorded():
+    table = arena.standings(load_table(RECORDED / "digits/arena-dpm-solver.parquet"), "reference").set_index("method")
+    solver = table.loc["bespoke solver: 16 steps for the reference"]
+    plan = table.loc["DQAR plan: for the reference, 16 of 50 steps, dpm-solver++"]
+    said = f"comes to {solver['median']:.1f} dB (median) and {solver['5th percentile']:.1f} dB (5th percentile) at 3×, "
+    said += f"where the plan has {plan['median']:.1f} and {plan['5th percentile']:.1f}."
+    assert said in " ".join(README.split())
 
 
 def test_what_the_photograph_model_draws_is_what_its_card_says():
