@@ -22,7 +22,7 @@ from dqar.measure.metrics import Gaussian
 from dqar.models.captions import coco_captions
 from dqar.models.classifier import Classifier, load_classifier
 from dqar.models.data import Dataset, load_split
-from dqar.models.profiles import CLASS_NAMES, Profile
+from dqar.models.profiles import CLASS_NAMES, WEIGHTS, Profile
 
 CLIP = "openai/clip-vit-large-patch14"
 """As torchmetrics' default."""
@@ -223,10 +223,11 @@ def reference_of(model: str, folder: Path) -> Reference | None:
         model: of a profile.
         folder: of the profile's recorded tables.
     """
-    if model in CLASS_NAMES:
-        return Reference(Gaussian.of(held_out_features(model)))
-    path = folder / "reference.npz"
-    return load_reference(path) if path.exists() else None
+    # CIFAR-10 itself is in no package, so the statistics of its features come with the classifier.
+    path = (WEIGHTS / f"{model}-classifier" if model in CLASS_NAMES else folder) / "reference.npz"
+    if path.exists():
+        return load_reference(path)
+    return Reference(Gaussian.of(held_out_features(model))) if model in CLASS_NAMES else None
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from dqar.measure import metrics
 from dqar.measure.sampling import sample
-from dqar.models.classifier import Classifier, load_classifier
+from dqar.models.classifier import load_classifier
 from dqar.models.data import load_split
 from dqar.models.pipelines import load_pipeline
 from dqar.models.profiles import Profile, get_profile
@@ -33,6 +33,7 @@ from dqar.training.card import (
     write_json,
 )
 from dqar.training.checkpoints import check_recipe, load_checkpoint, save_checkpoint
+from dqar.training.classifier import classify_held_out
 from dqar.training.latent_dit import MICROBATCH, LatentRecipe, draw_latents, held_out_loss, train_latent_dit
 from dqar.training.stacked_dit import StackedDiT
 from dqar.training.vae import VaeRecipe, encode, reconstruction_psnr, train_vae
@@ -103,15 +104,9 @@ class Check:
         if (self._work / "weights/cifar10-classifier/card.json").exists():
             classifier = load_classifier("cifar10", self._work / "weights")
             predicted, features = metrics.classify(classifier, drawn)
-            found["FD-cifar10"] = metrics.frechet_distance(features, held_out_features(classifier))
+            found["FD-cifar10"] = metrics.frechet_distance(features, classify_held_out(classifier, "cifar10")[1])
             found["class_accuracy"] = (predicted == labels).double().mean().item()
         return {name: round(value, 5) for name, value in found.items()}
-
-
-def held_out_features(classifier: Classifier) -> torch.Tensor:
-    """Features ``[N, FEATURES]`` of the held-out images."""
-    parts = (load_split("cifar10", "test")[0] / 2 + 0.5).split(500)
-    return torch.cat([metrics.classify(classifier, part)[1] for part in parts])
 
 
 def train(
@@ -230,7 +225,7 @@ def evaluate(model: StackedDiT, weights: Path, profile: Profile, num_samples: in
     """
     folder, classifier = weights / "cifar10", load_classifier("cifar10", weights)
     pipe = load_pipeline(profile, weights)
-    real_features = held_out_features(classifier)
+    real_features = classify_held_out(classifier, "cifar10")[1]
     labels = torch.arange(min(512, num_samples) // MICROBATCH * MICROBATCH) % model.num_classes
     scales = {}
     for scale in GUIDANCE_SCALES:

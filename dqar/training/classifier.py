@@ -6,15 +6,16 @@ import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from torch.nn import functional as F
 
 from dqar.measure import metrics
+from dqar.measure.metrics import Gaussian
+from dqar.measure.quality import Reference
 from dqar.models.classifier import CLASSIFIERS, Classifier
-from dqar.models.data import load_split
+from dqar.models.data import Dataset, load_split
 from dqar.training.checkpoints import load_checkpoint, save_checkpoint
 from dqar.training.muon import StackedMuon
 
@@ -23,7 +24,7 @@ from dqar.training.muon import StackedMuon
 class ClassifierRecipe:
     """Everything that decides a classifier's training."""
 
-    dataset: Literal["digits", "cifar10"]
+    dataset: Dataset
     epochs: int
     batch_size: int
     learning_rate: float
@@ -103,18 +104,28 @@ def train_classifier(
     return model, held_out_accuracy(model, recipe.dataset)
 
 
-def export_classifier(model: Classifier, accuracy: float, name: str, weights: Path) -> None:
-    """Writes the classifier and its card to ``weights/<name>-classifier``."""
+def export_classifier(model: Classifier, accuracy: float, name: Dataset, weights: Path) -> None:
+    """Writes the classifier and its card to ``weights/<name>-classifier``; of CIFAR-10, which isn't in a package, also
+    the held-out images' features, as the mean and covariance that Fréchet distances are to."""
+    folder = weights / f"{name}-classifier"
     data = {"digits": "scikit-learn digits, fixed 80/20 split", "cifar10": "CIFAR-10, its own split"}[name]
-    model.save_pretrained(weights / f"{name}-classifier", held_out_accuracy=accuracy, data=data)
+    model.save_pretrained(folder, held_out_accuracy=accuracy, data=data)
+    if name == "cifar10":
+        Reference(Gaussian.of(classify_held_out(model, name)[1])).save(folder / "reference.npz")
     print(f"held-out accuracy {accuracy:.4f}")
 
 
-def held_out_accuracy(model: Classifier, dataset: Literal["digits", "cifar10"]) -> float:
+def held_out_accuracy(model: Classifier, dataset: Dataset) -> float:
     """The share of the held-out images that a classifier puts into their class."""
-    images, labels = load_split(dataset, "test")
-    predicted = torch.cat([metrics.classify(model, part)[0] for part in (images / 2 + 0.5).split(500)])
-    return (predicted == labels).double().mean().item()
+    predicted, _ = classify_held_out(model, dataset)
+    return (predicted == load_split(dataset, "test")[1]).double().mean().item()
+
+
+def classify_held_out(model: Classifier, dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
+    """Predicted classes ``[N]`` and features ``[N, FEATURES]`` of the held-out images."""
+    parts = (load_split(dataset, "test")[0] / 2 + 0.5).split(500)
+    predicted, features = zip(*(metrics.classify(model, part) for part in parts), strict=True)
+    return torch.cat(predicted), torch.cat(features)
 
 
 def _moved(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -15,6 +15,7 @@ from dqar.__main__ import main
 from dqar.measure import metrics, quality
 from dqar.measure.metrics import Gaussian
 from dqar.measure.quality import Inception, Reference, StandIn, load_reference
+from dqar.models.classifier import load_classifier
 from dqar.models.profiles import get_profile
 from dqar.studies.reference import check_reference
 
@@ -181,3 +182,15 @@ def test_an_embedded_model_keeps_its_classifier():
     found = quality.scores(get_profile("digits"), drawn, torch.arange(2), drawn)
     assert list(found) == ["predicted", "features"] and isinstance(found["predicted"], np.ndarray)
     assert quality.reference_of("digits", types.SimpleNamespace()).features.mean.shape == (64,)
+
+
+def test_the_photograph_model_has_its_reference_without_the_photographs(monkeypatch, tmp_path):
+    try:
+        data = quality.load_split("cifar10", "test")[0]
+    except OSError as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr(quality, "load_split", None)
+    reference = quality.reference_of("cifar10", tmp_path)
+    features = metrics.classify(load_classifier("cifar10"), data[::10] / 2 + 0.5)[1].double()
+    expected = features.mean(0)  # of a tenth of them: they are sorted by class
+    assert ((reference.features.mean - expected).abs() < 5 * features.std(0) / 1000**0.5).all()

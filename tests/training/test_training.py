@@ -17,6 +17,8 @@ from torch import nn
 
 from dqar.__main__ import main
 from dqar.commands import train
+from dqar.measure import metrics
+from dqar.measure.quality import load_reference
 from dqar.measure.sampling import sample
 from dqar.models import classifier, data, pipelines, profiles
 from dqar.models.classifier import CifarClassifier, load_classifier
@@ -317,6 +319,10 @@ def test_from_data_to_card(cifar, tmp_path, capsys, monkeypatch):
     assert main(["train", "cifar10-classifier", "--work", str(tmp_path / "work")]) == 0
     accuracy = float(capsys.readouterr().out.split("held-out accuracy")[1].split()[0])
     assert accuracy > 0.9
+    reference = load_reference(work / "weights/cifar10-classifier/reference.npz")
+    held_out = data.load_split("cifar10", "test")[0] / 2 + 0.5
+    _, features = metrics.classify(load_classifier("cifar10", work / "weights"), held_out)
+    assert metrics.frechet_distance(features, reference.features) == pytest.approx(0, abs=1e-4)
     assert main(["train", *command, "--minutes", "0"]) == 0 and "40 images; the same command" in capsys.readouterr().out
     monkeypatch.setattr(cifar10, "train_vae", None)  # isn't trained twice
     monkeypatch.setattr(cifar10, "export", lambda *a, export=cifar10.export: export(*a, num_samples=100))
