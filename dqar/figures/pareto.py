@@ -193,6 +193,8 @@ def slide13_plan_distances(run: Run, table: pd.DataFrame) -> Figure:
 
 def slide08_plans(run: Run, plans: dict[str, list[ForecastPlan]]) -> Figure:
     """The steps that each plan for full compute's images computes; and the error it was predicted to have."""
+    if not plans:
+        return missing(run, "slide08_plans", "plans")
     figure, (left, right) = plt.subplots(1, 2, width_ratios=(3, 2))
     sampler, shown = next(iter(plans.items()))
     shown = [

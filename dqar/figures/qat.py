@@ -36,9 +36,10 @@ def slide16_qat(run: Run, table: pd.DataFrame, history: pd.DataFrame) -> Figure:
         _draw_models(axes, points, column)
         axes.set_title(title)
     _draw_gains(gained, qat.gains(table, history))
-    shipped.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False).set_in_layout(False)
+    place = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5), "handletextpad": 0.0, "frameon": False}
+    shipped.legend(**place).set_in_layout(False)
     headline(figure, qat.in_words(table, history))
-    distance.set_xlabel(f"{points.class_accuracy.min():.0%} or more classes are right")
+    distance.set_xlabel(f"at least {points.class_accuracy.min():.0%} are classified as asked")
     tuned, number = table.iloc[0], table.image.nunique()
     note = f"medians, 95% intervals, ×: 5th percentile, n = {number}; "
     note += f"tuned: {tuned.tuning_steps} steps of {tuned.tuning_batch} images"

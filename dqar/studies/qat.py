@@ -160,10 +160,10 @@ def compensates(table: pd.DataFrame) -> bool:
 def in_words(table: pd.DataFrame, history: pd.DataFrame) -> str:
     """The finding of ``record_qat``, beside the rival's."""
     changes = gains(table, history)
-    four, two = (_change(only(changes, what=TUNED, over=SHIPPED, bits=bits)) for bits in (4, 2))
+    four, two = (only(changes, what=TUNED, over=SHIPPED, bits=bits).gain for bits in (4, 2))
     return (
-        f"Tuning with the quantizer changes the median PSNR by {four} in INT4 and {two} in INT2; fitting a plan's "
-        f"weights through INT4, by {_change(only(changes, what=FITTED, bits=4))}"
+        f"Tuning through the quantizer changes the median by {four:+.1f} dB in INT4 and {two:+.1f} in INT2; fitting a "
+        f"plan's weights through INT4 by {only(changes, what=FITTED, bits=4).gain:+.1f}"
     )
 
 

@@ -9,6 +9,7 @@ from helpers import image_pipeline
 
 from dqar import DQARConfig, ReusePlan
 from dqar.__main__ import main
+from dqar.figures import pareto as pareto_figures
 from dqar.figures import policy as figures
 from dqar.measure import calibrate, metrics
 from dqar.measure.quality import Reference
@@ -253,6 +254,8 @@ def test_what_was_not_recorded_is_drawn_as_missing(tmp_path):
     figures.slide07_deciders(run, None)
     assert "not measured yet" in (run.figures / "appendix/slide07_deciders.svg").read_text()
     assert json.loads((run.figures / "appendix/slide07_deciders.json").read_text())["figure"] == "slide07_deciders"
+    pareto_figures.slide08_plans(run, {})
+    assert "not measured yet" in (run.figures / "appendix/slide08_plans.svg").read_text()
 
 
 # --- calibration -----------------------------------------------------------------------------------------------------
