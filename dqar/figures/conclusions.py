@@ -129,12 +129,13 @@ def slide16_search(run: Run, trials: pd.DataFrame, front: pd.DataFrame, importan
     Args:
         trials, front, importance: the three tables of ``studies.search.record_search``.
     """
-    tried, again = search_study.points(trials), search_study.points(front).sort_values("macs_speedup")
+    tried, (again, by_hand) = search_study.points(trials), search_study.remeasured(trials, front)
     before = tried.set_index("trial").psnr_5th.reindex(again.trial)
     figure, (left, right) = plt.subplots(1, 2, width_ratios=[3, 2])
     left.scatter(tried.macs_speedup, tried.psnr_5th, s=60, color=COMPUTE, edgecolor=GREY, label="a trial")
     left.plot(again.macs_speedup, before, color=GREY, lw=2, ls="--", marker="o", ms=9, label="front, searched on")
     left.plot(again.macs_speedup, again.psnr_5th, color=ACCENT, lw=3, marker="o", ms=10, label="front, other images")
+    left.plot(by_hand.macs_speedup, by_hand.psnr_5th, "s", color=BLUE, ms=11, label="by hand, other images")
     left.set(xlabel="MACs of full compute / of this", ylabel="PSNR at the 5th percentile (dB)")
     left.legend()
     shares = importance[importance.objective == "dB"].set_index("setting").importance.sort_values()

@@ -220,20 +220,18 @@ def by_tuning(table: pd.DataFrame | None, history: pd.DataFrame | None) -> tuple
 def by_search(trials: pd.DataFrame | None, front: pd.DataFrame | None, plan: str) -> tuple[str, str]:
     """Verdict and measurement of searching layers, thresholds and bits: it holds where it beats settings by hand.
 
-    Both take 2× fewer MACs or more. What was found is judged on images that it wasn't searched on; the settings by hand
-    (``search.KNOWN``, the first trials) on the images of the search.
+    Both take 2× fewer MACs or more, and are judged on the same images, which nothing was searched on.
 
     Args:
-        trials, front: of ``search.record_search``.
+        trials, front: of ``search.record_search``; the settings by hand are ``search.KNOWN``.
         plan: of ``searched``, which finds steps alone.
     """
     if trials is None or front is None:
         return _verdict(None), "; ".join(filter(None, ("layers, thresholds and bits: no search is recorded", plan)))
 
-    def best(rows: pd.DataFrame) -> pd.DataFrame:
-        return search.points(rows).query("macs_speedup.round(2) >= 2").nlargest(1, "psnr_5th")
-
-    found, by_hand = best(front), best(trials[trials.trial < len(search.KNOWN)])
+    found, by_hand = (
+        table.query("macs_speedup.round(2) >= 2").nlargest(1, "psnr_5th") for table in search.remeasured(trials, front)
+    )
     if found.empty or by_hand.empty:
         return _verdict(None), "; ".join(filter(None, ("nothing searched takes half of the MACs", plan)))
     [ours], [theirs] = found.itertuples(), by_hand.itertuples()

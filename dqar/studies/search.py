@@ -245,11 +245,18 @@ def front_of(table: pd.DataFrame, most: int) -> pd.DataFrame:
     return front.iloc[np.unique(ranks.round().astype(int))]
 
 
+def remeasured(trials: pd.DataFrame, rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """``points`` of ``search-front``'s ``rows``: the front of ``trials``, the least saving first, and ``KNOWN``."""
+    table = points(rows).sort_values("macs_speedup", ignore_index=True)
+    return table[table.trial.isin(trials.trial[trials.front])], table[table.trial < len(KNOWN)]
+
+
 def record_search(recording: Recording, trials: int | None = None) -> pd.DataFrame:
-    """Searches until so many trials are finished (``sizes.search_trials`` if left out), then measures the front again.
+    """Searches until so many trials are finished (``sizes.search_trials`` if left out), then measures the front again,
+    and ``KNOWN`` beside it.
 
     Writes ``search`` (``Trials.table``), ``search-importance`` (``Trials.importance``) and ``search-front``: the rows
-    of ``compare`` with ``trial``, on images of ``FRONT_SEED``.
+    of ``compare`` with ``trial``, on images of ``FRONT_SEED``; ``remeasured`` tells the two apart.
 
     Returns:
         ``search-front``.
@@ -265,7 +272,8 @@ def record_search(recording: Recording, trials: int | None = None) -> pd.DataFra
     table, source = study.table(), provenance(recording.profile, SEARCH_SEED)
     save_table(table, recording.folder / "search.parquet", source)
     save_table(study.importance(), recording.folder / "search-importance.parquet", source)
-    front = front_of(table, sizes.front_points)
+    front, tried = front_of(table, sizes.front_points), points(table)
+    chosen = tried[(tried.trial < len(KNOWN)) | tried.trial.isin(front.trial)]
 
     def again(row: Any) -> pd.DataFrame:
         method = method_of(row.trial, row._asdict(), recording.profile)
@@ -273,6 +281,6 @@ def record_search(recording: Recording, trials: int | None = None) -> pd.DataFra
         return rows.drop(columns="features", errors="ignore").assign(trial=row.trial)
 
     parts: dict[str, Callable[[], pd.DataFrame]] = {
-        f"trial {row.trial}": functools.partial(again, row) for row in front.itertuples(index=False)
+        f"trial {row.trial}": functools.partial(again, row) for row in chosen.itertuples(index=False)
     }
     return recording.growing("search-front", parts, FRONT_SEED)

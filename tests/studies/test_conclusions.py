@@ -52,13 +52,15 @@ def test_what_fitting_the_steps_gives_is_said_beside_the_best_rival_at_3_times_f
 
 def searched_rows(*trials):
     rows = [(number, speed, image, 10 ** (-decibels / 10)) for number, speed, decibels in trials for image in (0, 1)]
-    return pd.DataFrame(rows, columns=["trial", "macs_speedup", "image", "mse"])
+    table = pd.DataFrame(rows, columns=["trial", "macs_speedup", "image", "mse"])
+    return table.assign(front=table.trial > 2)
 
 
 @pytest.mark.parametrize("decibels, verdict", [(34.0, "holds"), (30.0, "does not hold")])
 def test_a_search_holds_where_its_settings_beat_those_by_hand_at_2_times_fewer_macs(decibels, verdict):
-    trials = searched_rows((0, 2.5, 31.0), (1, 1.5, 50.0), (2, 2.1, 25.0), (7, 2.2, 60.0))  # 0 to 2 are by hand
-    front = searched_rows((7, 2.2, decibels), (9, 1.4, 55.0))
+    # Trials 0 to 2 are by hand; on the images of the search they were better.
+    trials = searched_rows((0, 2.5, 39.0), (1, 1.5, 50.0), (2, 2.1, 38.0), (7, 2.2, 60.0), (9, 1.4, 55.0))
+    front = searched_rows((7, 2.2, decibels), (9, 1.4, 55.0), (0, 2.5, 31.0), (1, 1.5, 50.0), (2, 2.1, 25.0))
     said = f"5th percentile {decibels:.1f} dB at 2.2× (n = 2), by hand 31.0 at 2.5×"
     assert conclusions.by_search(trials, front, "") == (verdict, said)
     assert conclusions.by_search(trials, front, "fitted steps") == (verdict, f"{said}; fitted steps")
