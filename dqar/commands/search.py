@@ -31,8 +31,7 @@ def run(arguments: list[str]) -> int:
     recording = Recording(profile, options.work, options.out)
     front = points(record_search(recording, options.trials))
     print(front.sort_values("macs_speedup")[["trial", "macs_speedup", "psnr_5th"]].round(2).to_string(index=False))
-    print(
-        f"trials 0 to {len(KNOWN) - 1} are settings by hand; {recording.sizes.front_images} images that weren't searched on"
-    )
+    images = recording.sizes.front_images
+    print(f"trials 0 to {len(KNOWN) - 1} are settings by hand; {images} images that weren't searched on")
     print(f"saved: {recording.folder}/search*.parquet")
     return 0
