@@ -10,7 +10,7 @@ import pytest
 from dqar.measure import metrics
 from dqar.measure.results import RECORDED, load_table
 from dqar.models.profiles import WEIGHTS, get_profile
-from dqar.studies import arena, benchmarks, plans
+from dqar.studies import arena, benchmarks, conclusions, layers, plans, qat, video
 
 README = (RECORDED.parent / "README.md").read_text()
 ROWS = {
@@ -101,6 +101,21 @@ def test_what_the_photograph_model_draws_is_what_its_card_says():
         in said
     )
     assert f"goes on from the {round(seen, -3):,} images that the shipped model has seen" in said
+
+
+def test_what_became_of_the_decks_hopes_is_what_was_recorded():
+    table = {name: load_table(RECORDED / f"digits/{name}.parquet")
+             for name in ("layers", "video", "qat", "history", "search", "search-front", "batches")}  # fmt: skip
+    said = {
+        "sharing between layers": layers.in_words(table["layers"]),
+        "video": video.in_words(table["video"]),
+        "training through the quantizer": qat.in_words(table["qat"], table["history"]),
+        "search": conclusions.by_search(table["search"], table["search-front"], "")[1],
+        "production": conclusions.production(table["batches"]),
+    }
+    for direction, words in said.items():
+        [row] = re.findall(rf"^\| {direction} \| [^|]* \| ([^|]*) \|$", README, re.M)
+        assert row == re.sub(r"(?<![\w])-(?=\d)", "−", words)
 
 
 CLASSES = {
