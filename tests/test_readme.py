@@ -103,6 +103,14 @@ def test_what_the_photograph_model_draws_is_what_its_card_says():
     assert f"goes on from the {round(seen, -3):,} images that the shipped model has seen" in said
 
 
+def test_what_a_quantized_history_costs_is_what_was_recorded():
+    table = load_table(RECORDED / "digits/history.parquet")
+    assert table.image.nunique() == 200
+    fitted = table[table.bits == table.fitted_in].groupby("bits").mse.median()
+    words = "the median is {:.1f} dB in INT8, {:.1f} dB in INT4, and {:.1f} dB unquantized"
+    assert words.format(*(-10 * np.log10(fitted[[8, 4, 16]]))) in " ".join(README.split())
+
+
 def test_what_became_of_the_decks_hopes_is_what_was_recorded():
     table = {name: load_table(RECORDED / f"digits/{name}.parquet")
              for name in ("layers", "video", "qat", "history", "search", "search-front", "batches")}  # fmt: skip
