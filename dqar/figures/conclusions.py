@@ -141,7 +141,7 @@ def slide16_search(run: Run, trials: pd.DataFrame, front: pd.DataFrame, importan
     shares = importance[importance.objective == "dB"].set_index("setting").importance.sort_values()
     right.barh([SETTINGS[name] for name in shares.index], shares, color=ACCENT)
     right.xaxis.set_major_formatter("{x:.0%}")
-    right.set(xlabel="share of the PSNR's variance")
+    right.set(xlabel="share of variance")
     change = (again.psnr_5th.to_numpy() - before.to_numpy()).mean()
     headline(
         figure,
