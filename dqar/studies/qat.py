@@ -168,17 +168,11 @@ def in_words(table: pd.DataFrame, history: pd.DataFrame) -> str:
 
 
 def in_short(table: pd.DataFrame, history: pd.DataFrame | None) -> str:
-    """For slide 16's row: the gains over the shipped model, and over the same tuning without the quantizer."""
-    changes, parts = gains(table, history), []
-    for bits in QUANTIZED.values():
-        total, quantizer = (only(changes, what=TUNED, over=over, bits=bits) for over in (SHIPPED, WITHOUT))
-        parts.append(f"INT{bits} {total.gain:+.1f} dB, of which the quantizer {_change(quantizer)}")
-    words = f"tuning: {'; '.join(parts)}; n = {total.images}"
+    """For slide 16's row: the gains over the shipped model, and of a plan's fit."""
+    changes = gains(table, history)
+    four, two = (only(changes, what=TUNED, over=SHIPPED, bits=bits) for bits in QUANTIZED.values())
+    words = f"tuning: INT4 {four.gain:+.1f} dB, INT2 {two.gain:+.1f} dB; n = {two.images}"
     if history is None:
         return words
     fit = only(changes, what=FITTED, bits=4)
-    return f"{words}. A plan's weights fitted through INT4: {_change(fit)}; n = {fit.images}"
-
-
-def _change(row: pd.Series) -> str:
-    return f"{row.gain:+.1f} dB ({row.low:+.1f} to {row.high:+.1f})"
+    return f"{words}. A plan's weights fitted through INT4: {fit.gain:+.1f} dB; n = {fit.images}"
