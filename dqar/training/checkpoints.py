@@ -35,6 +35,7 @@ def load_checkpoint(path: Path, recipe: dict, device: str = "cpu") -> dict | Non
 
 def check_recipe(made: dict, recipe: dict, path: Path) -> None:
     """Raises ``ValueError`` if what is at ``path`` was made by another recipe, naming the fields that differ."""
+    made, recipe = (json.loads(json.dumps(fields)) for fields in (made, recipe))  # JSON knows lists only, no tuples
     if made != recipe:
         fields = [name for name in {**made, **recipe} if made.get(name) != recipe.get(name)]
         changes = ", ".join(f"{name} {made.get(name)} instead of {recipe.get(name)}" for name in fields)

@@ -49,8 +49,9 @@ class LatentRecipe:
     constant_steps: int = 12000
     kept_tokens: int = 32
     """Of each image, the tokens that go through all blocks in training; the others pass the middle blocks by."""
-    routed_steps: int = 10000
-    """Steps before all tokens go through all blocks, as they do when images are drawn."""
+    routed_steps: tuple[tuple[int, int], ...] = ((0, 10000), (11344, 17600))
+    """Ranges of steps in which that is so. At the end all tokens go through all blocks, as when images are drawn; the
+    second range belongs to a run that went on from the first one's end."""
     label_dropout: float = 0.1
     min_snr_gamma: float = 5.0
     seed: int = 0
@@ -68,6 +69,10 @@ class LatentRecipe:
             self.seed,
             compiled,
         )
+
+    def routes(self, step: int) -> bool:
+        """Whether some tokens pass the middle blocks by at a step."""
+        return any(begin <= step < end for begin, end in self.routed_steps)
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, as a share of the highest one."""
@@ -130,7 +135,7 @@ def draw_batch(recipe: LatentRecipe, latents: torch.Tensor, labels: torch.Tensor
         noise,
         (places * total).long().clamp(max=total - 1),
         torch.where(dropped, recipe.num_classes, labels[chosen]),
-        kept[:, : recipe.kept_tokens] if step < recipe.routed_steps else kept,
+        kept[:, : recipe.kept_tokens] if recipe.routes(step) else kept,
     )
 
 

@@ -67,7 +67,7 @@ def train_vae(
     checkpoint, log = out / "vae-checkpoint.pt", out / "vae-loss.jsonl"
     vae = build_vae(recipe).to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=recipe.learning_rate, weight_decay=0.0, fused=True)
-    state = load_checkpoint(checkpoint, _plain(recipe), device)
+    state = load_checkpoint(checkpoint, asdict(recipe), device)
     first, seconds = 0, 0.0
     if state is not None:
         vae.load_state_dict(state["model"])
@@ -104,7 +104,7 @@ def train_vae(
                 save_checkpoint(
                     checkpoint,
                     {
-                        "recipe": _plain(recipe),
+                        "recipe": asdict(recipe),
                         "step": step + 1,
                         "seconds": seconds + time.monotonic() - started,
                         "model": vae.state_dict(),
@@ -115,10 +115,6 @@ def train_vae(
     vae = vae.eval().to("cpu")
     normalise_latents(vae, images[:: max(1, len(images) // 5000)])
     return vae
-
-
-def _plain(recipe: VaeRecipe) -> dict:
-    return asdict(recipe) | {"block_out_channels": list(recipe.block_out_channels)}
 
 
 def _cosine(step: int, warmup_steps: int, num_steps: int) -> float:

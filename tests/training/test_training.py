@@ -184,7 +184,7 @@ def test_routed_tokens_pass_the_middle_blocks_by():
 
 
 def test_routing_ends_at_its_step(latents):
-    recipe = dataclasses.replace(TINY, kept_tokens=12, routed_steps=3)
+    recipe = dataclasses.replace(TINY, kept_tokens=12, routed_steps=((0, 3),))
     early, late = (draw_batch(recipe, *latents, step).kept for step in (2, 3))
     assert early.shape == (40, 12) and all(len(row.unique()) == 12 for row in early) and len(early.unique()) == 64
     assert torch.equal(late.sort(1).values, torch.arange(64).expand(40, 64))
