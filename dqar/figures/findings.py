@@ -116,15 +116,15 @@ def schedules(run: Run, sites: pd.DataFrame, table: pd.DataFrame) -> str:
 def quantized_cache(run: Run, quality: pd.DataFrame) -> str:
     """Notebook 04: the fewest bits that nobody sees."""
     integers = quality[(quality.bits < 16) & (quality["mode"] != "mixed")]  # which keeps K in FP16
-    best = integers.groupby("bits").psnr_cache.max()
+    best = integers.groupby("bits")["median"].max()
     unseen = [int(bits) for bits in sorted(best.index) if best[bits] >= 40]
     fewest = f"{unseen[0]} bits are enough" if unseen else "no width below 16 bits is enough"
     sizes = quality[quality.target == "output"].set_index(["bits", "mode"]).cache_bytes
     half = sizes[8, "per_channel"] / (sizes[16].iloc[0] * 2 / run.profile.dtype.itemsize)
     return (
-        f"For images at 40 dB or more to an unquantized cache's, {fewest}: at their best, 8, 4 and 2 bits come to "
-        f"{best[8]:.0f}, {best[4]:.0f} and {best[2]:.0f} dB. INT8 does not quite halve FP16's memory, because scales "
-        f"are kept too: an attention output takes {half:.2f} of it."
+        f"For a median image at 40 dB or more to an unquantized cache's, {fewest}: at their best, 8, 4 and 2 bits come "
+        f"to {best[8]:.0f}, {best[4]:.0f} and {best[2]:.0f} dB (n = {quality.images.iloc[0]}). INT8 does not quite "
+        f"halve FP16's memory, because scales are kept too: an attention output takes {half:.2f} of it."
     )
 
 

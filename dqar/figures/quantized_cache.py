@@ -36,9 +36,8 @@ def slide06(run: Run, quality: pd.DataFrame) -> Figure:
     names = list(CACHES.values())
     colors = [GREY if bits == 16 else BLUE if mode == "mixed" else ACCENT for bits, mode in CACHES]
     bars = axes.barh(names, share, color=colors)
-    quality_of = [
-        "" if np.isinf(row.psnr_cache) else f" of FP16; image {row.psnr_cache:.0f} dB" for row in table.itertuples()
-    ]
+    dbs = table[["median", "5th percentile"]].to_numpy()
+    quality_of = ["" if np.isinf(most) else f" of FP16; {most:.0f} dB ({least:.0f})" for most, least in dbs]
     axes.bar_label(bars, [f"{s:.2f}{text}" for s, text in zip(share, quality_of, strict=True)], padding=8,
                    bbox={"fc": "white", "ec": "none", "pad": 1})  # fmt: skip
     axes.invert_yaxis()
@@ -49,15 +48,14 @@ def slide06(run: Run, quality: pd.DataFrame) -> Figure:
     axes.set_title(
         r"$K_q=\mathrm{clip}(\mathrm{round}(K/s_K),\,-127,\,127),\quad s_K=\max|K|\,/\,127$", size=20, pad=14
     )
-    by_name = dict(zip(names, zip(share, table.psnr_cache, strict=True), strict=True))
+    by_name = dict(zip(names, share, strict=True))
     scales, mixed = by_name["INT8, one scale a channel"], by_name["K in FP16, V in INT8"]
     headline(
         figure,
-        f"INT8 with one scale a channel takes {scales[0]:.2f} of FP16's memory; "
-        f"the mixed mode keeps K in FP16 and takes {mixed[0]:.2f}",
+        f"INT8 with one scale a channel takes {scales:.2f} of FP16's memory; "
+        f"the mixed mode keeps K in FP16 and takes {mixed:.2f}",
     )
-    note = f"n = {max(4, run.profile.num_samples // 2)} images, K and V of every 2nd step reused; "
-    note += "dB: PSNR to an unquantized cache"
+    note = f"n = {table.images[0]}, every 2nd step reused; median PSNR to an unquantized cache (5th percentile)"
     return save(run, "slide06", figure, quality, note)
 
 
@@ -88,20 +86,20 @@ def slide06_errors(run: Run, error: pd.DataFrame, quality: pd.DataFrame) -> Figu
     for (target, fitted), part in shown.groupby(["target", "fitted"]):
         color, shift = {"kv": (BLUE, -0.15), "output": (ACCENT, 0.15)}[target]
         name = {"kv": "K and V", "output": "output"}[target] + ", fitted" * fitted
-        right.scatter(part.psnr_cache, part.bits.map(rows) + shift, s=150, marker="D" if fitted else "o", lw=2.5,
+        right.scatter(part["median"], part.bits.map(rows) + shift, s=150, marker="D" if fitted else "o", lw=2.5,
                       color="white" if fitted else color, ec=color, label=name)  # fmt: skip
-    right.set(xlabel="PSNR to the unquantized cache (dB)", ylim=(2.5, -0.9))
+    right.set(xlabel="median PSNR to an unquantized cache (dB)", ylim=(2.5, -0.9))
     right.set_yticks(list(rows.values()), [f"INT{bits}" for bits in rows])
     right.legend(loc="upper left", ncols=2, columnspacing=1, handletextpad=0.3)
     right.set_title("Of the finished image")
-    best = shown.groupby("bits").psnr_cache.max()
-    two = shown[shown.bits == 2].groupby("fitted").psnr_cache.max()
+    best = shown.groupby("bits")["median"].max()
+    two = shown[shown.bits == 2].groupby("fitted")["median"].max()
     headline(
         figure,
         f"The best caches of K and V or the output give {best[8]:.0f}, {best[4]:.0f} and {best[2]:.0f} dB in 8, 4 and "
         f"2 bits; in 2 bits the best image has {two[False]:.0f} dB with even levels, {two[True]:.0f} with fitted ones",
     )
-    note = f"n = {max(4, run.profile.num_samples // 2)} images, every 2nd step reused; errors: median of K, V, output"
+    note = f"n = {quality.images[0]} images, every 2nd step reused; errors: of one image, median of K, V, output"
     return save(run, "slide06_errors", figure, quality, note)
 
 

@@ -133,7 +133,8 @@ def future_work(run: Run) -> pd.DataFrame:
 
 
 def lower_bits(run: Run, quality: pd.DataFrame) -> list[tuple[str, str]]:
-    """Verdict and measurement of INT4 and of INT2, each in its best mode: good is an image 40 dB from FP16's cache.
+    """Verdict and measurement of INT4 and of INT2, each in its best mode: good is a median image 40 dB from FP16's
+    cache.
 
     Args:
         quality: of ``quantized_cache.quantization_quality``.
@@ -141,7 +142,7 @@ def lower_bits(run: Run, quality: pd.DataFrame) -> list[tuple[str, str]]:
     names = {"kv": "K and V", "output": "attention output"}
     unquantized = quality[quality.bits == 16].set_index("target").cache_bytes
     integers = quality[(quality.bits < 16) & (quality["mode"] != "mixed")]  # which keeps K in FP16
-    best = integers.loc[integers.groupby("bits").psnr_cache.idxmax()].set_index("bits").loc[[8, 4, 2]]
+    best = integers.loc[integers.groupby("bits")["median"].idxmax()].set_index("bits").loc[[8, 4, 2]]
     shares = best.cache_bytes / best.target.map(unquantized) * run.profile.dtype.itemsize / 2
     found = []
     for bits in (4, 2):
@@ -149,9 +150,9 @@ def lower_bits(run: Run, quality: pd.DataFrame) -> list[tuple[str, str]]:
         fitted = ", levels fitted" if row["mode"].endswith("fitted") else ""
         found.append(
             (
-                _verdict(row.psnr_cache >= 40),
-                f"{row.psnr_cache:.0f} dB in {shares[bits]:.2f} of FP16's bytes ({names[row.target]}{fitted}); INT8: "
-                f"{best.psnr_cache[8]:.0f} dB in {shares[8]:.2f}",
+                _verdict(row["median"] >= 40),
+                f"{row['median']:.0f} dB in {shares[bits]:.2f} of FP16's bytes ({names[row.target]}{fitted}); INT8: "
+                f"{best['median'][8]:.0f} dB in {shares[8]:.2f}; n = {row.images}",
             )
         )
     return found

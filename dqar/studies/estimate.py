@@ -16,7 +16,7 @@ from dqar.measure.quality import extractor_of, scores
 from dqar.measure.sampling import LOOK
 from dqar.models.profiles import Profile
 from dqar.peers.registry import RIVALS
-from dqar.studies import arena, batches, pareto, plans, policy, qat, results
+from dqar.studies import arena, batches, pareto, plans, policy, qat, quantized_cache, results
 from dqar.studies.compare import FULL, Method
 from dqar.studies.recording import Sizes
 
@@ -75,6 +75,7 @@ def works(profile: Profile, folder: Path) -> dict[str, Work]:
     # A tuning computes an image once with gradients, as much as three passes, and twice without: two passes are a step.
     tuned, tunings = profile.model == "digits", len(qat.MODELS) - 1
     qat_images = tuned * len(qat.MODELS) * len(qat.CACHES) * sizes.tuned_images
+    formats = 1 + 2 * len(quantized_cache.cache_methods("kv"))
     return {
         "reference": Work(*(own_reference * x for x in (sizes.samples * steps, 0, 0, *3 * (sizes.samples,)))),
         "labels": Work(
@@ -102,6 +103,11 @@ def works(profile: Profile, folder: Path) -> dict[str, Work]:
             sizes.plan_images * (steps + 3 * computed) + sizes.arena_images * (steps + 5 * computed),
             **dict.fromkeys(("images", "scored"), 6 * sizes.arena_images),
             kept=sizes.arena_images,
+        ),
+        "formats": Work(
+            formats * sizes.arena_images * steps,
+            **dict.fromkeys(("images", "scored"), formats * sizes.arena_images),
+            kept=3 * sizes.arena_images,
         ),
         "samples": Work((drawn + sizes.samples) * steps, images=drawn, scored=drawn, kept=sizes.samples),
         "batches": Work(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -12,14 +13,18 @@ import pandas as pd
 import torch
 
 from dqar.config import CacheFormat, DQARConfig, ReuseTarget
+from dqar.measure import metrics
 from dqar.measure.results import Run
 from dqar.measure.sampling import OPEN, sample
 from dqar.models.pipelines import cached_pipeline
 from dqar.quantizer import QuantizeMode, quantize
 from dqar.studies.compare import FULL, Method, compare, draw, summarize
+from dqar.studies.recording import RESULT_SEED, Recording
 
 FORMATS = tuple(itertools.product((8, 4, 2), get_args(QuantizeMode), (False, True)))
 """Bits, mode, and whether the levels are fitted."""
+DRAWN = tuple(format for format in FORMATS if format[1] == "per_channel" or format[1:] == ("per_tensor", False))
+"""Of these, the ones that images are drawn with: slide 6's two modes, and the better one with fitted levels."""
 
 
 def quantization_error(run: Run) -> pd.DataFrame:
@@ -62,9 +67,9 @@ def cached(target: ReuseTarget, bits: int, **options: Any) -> DQARConfig:
 
 
 def cache_methods(target: ReuseTarget) -> list[Method]:
-    """A cache in 16, 8, 4 and 2 bits and every mode; the unquantized one first."""
+    """A cache in 16, 8, 4 and 2 bits in the formats of ``DRAWN``; the unquantized one first."""
     methods = [Method(f"{target} 16 bit", config=cached(target, 16))]
-    for bits, mode, fitted in FORMATS:
+    for bits, mode, fitted in DRAWN:
         config = cached(target, bits, quantize_mode=mode, cache=CacheFormat(fitted=fitted))
         methods.append(Method(f"{target} INT{bits} {mode}{' fitted' if fitted else ''}", config=config))
     if target == "kv":
@@ -73,13 +78,14 @@ def cache_methods(target: ReuseTarget) -> list[Method]:
 
 
 def quantization_quality(run: Run, configs: Sequence[DQARConfig] | None = None) -> pd.DataFrame:
-    """Images drawn with the cache in 16, 8, 4 and 2 bits, every second step reused: ``compare.summarize``.
-
-    ``psnr`` is to full compute and holds the error of the reuse too; ``psnr_cache`` is to the same reuse with an
-    unquantized cache, and holds the error of the bits alone.
+    """Images drawn with the cache in 16, 8, 4 and 2 bits, every second step reused: the recorded ones, or a few.
 
     Args:
-        configs: to measure anew, each beside itself in 16 bits; in place of ``cache_methods``, whose table is kept.
+        configs: to measure anew, each beside itself in 16 bits; in place of ``cache_methods``.
+
+    Returns:
+        ``summarized``: ``psnr`` is to full compute and holds the error of the reuse too; ``median`` and ``5th
+        percentile`` are to the same reuse with an unquantized cache, and hold the error of the bits alone.
     """
 
     def measure(groups: Sequence[Sequence[Method]]) -> pd.DataFrame:
@@ -89,9 +95,11 @@ def quantization_quality(run: Run, configs: Sequence[DQARConfig] | None = None) 
         for methods in groups:
             unquantized = {"cache": methods[0].draw(run.profile, run.seed, num_samples=number).images}
             rows += [compare(method, reference, run.profile, run.seed, beside=unquantized) for method in methods]
-        return summarize(pd.concat(rows, ignore_index=True))
+        return summarized(pd.concat(rows, ignore_index=True))
 
     if configs is None:
+        if (recorded := run.recorded("formats")) is not None:
+            return summarized(recorded)
         return run.table("quantization_quality", lambda: measure([cache_methods("kv"), cache_methods("output")]))
 
     def unquantized(config: DQARConfig) -> DQARConfig:
@@ -110,3 +118,30 @@ def quantization_quality(run: Run, configs: Sequence[DQARConfig] | None = None) 
             for number, config in enumerate(configs)
         ]
     )
+
+
+def summarized(rows: pd.DataFrame) -> pd.DataFrame:
+    """``compare.summarize``, with ``median`` and ``5th percentile`` (dB) of the rows' ``mse_cache``."""
+    table = summarize(rows).set_index("method")
+    quality = metrics.decibels(rows.mse_cache).groupby(rows.method)
+    table["median"], table["5th percentile"] = quality.median(), quality.quantile(0.05)
+    table.attrs = rows.attrs
+    return table.reset_index()
+
+
+def record_formats(recording: Recording) -> None:
+    """``formats``: every second step reused from a cache in each of ``cache_methods``, on many images.
+
+    The columns of ``compare``; ``mse_cache`` is to the same reuse from an unquantized cache.
+    """
+    number = recording.sizes.arena_images
+
+    def part(method: Method, unquantized: Method) -> pd.DataFrame:
+        reference, beside = (recording.drawn(drawn, RESULT_SEED, 0, number) for drawn in (FULL, unquantized))
+        images = {"cache": beside.images}
+        return compare(method, reference, recording.many_at_once, RESULT_SEED, beside=images)
+
+    targets: tuple[ReuseTarget, ...] = ("kv", "output")
+    groups = [cache_methods(target) for target in targets]
+    parts = {method.name: functools.partial(part, method, group[0]) for group in groups for method in group}
+    recording.growing("formats", parts, RESULT_SEED)

@@ -125,10 +125,9 @@ def test_the_fewest_bits_are_those_at_40_db(run, quality, fewest):
     for bits, psnr in zip((8, 4, 2), quality, strict=True):
         rows += [("output", bits, "per_channel", psnr - 3, 1100), ("output", bits, "per_channel fitted", psnr, 1200)]
     rows.append(("kv", 8, "mixed", 99, 3000))  # K in FP16: no cache of 8 bits
-    said = findings.quantized_cache(
-        run, pd.DataFrame(rows, columns=["target", "bits", "mode", "psnr_cache", "cache_bytes"])
-    )
-    assert fewest in said and "8, 4 and 2 bits come to {} , {} and {} dB".replace(" ,", ",").format(*quality) in said
+    columns = ["target", "bits", "mode", "median", "cache_bytes"]
+    said = findings.quantized_cache(run, pd.DataFrame(rows, columns=columns).assign(images=9))
+    assert fewest in said and "8, 4 and 2 bits come to {}, {} and {} dB (n = 9)".format(*quality) in said
     assert run.profile.dtype.itemsize == 4 and "takes 0.55 of it" in said  # 1100 of FP16's 2000 bytes
 
 

@@ -27,8 +27,8 @@ def test_lower_bits_are_two_judgements_each_at_its_best_and_40_db_away(run, two_
         ("kv", 2, "per_channel fitted", two_bits, 320),
         ("kv", 8, "mixed", 90.0, 1500),  # not 8 bits: K stays in FP16
     ]
-    quality = pd.DataFrame(rows, columns=["target", "bits", "mode", "psnr_cache", "cache_bytes"])
-    eight = "INT8: 72 dB in 0.52"
+    quality = pd.DataFrame(rows, columns=["target", "bits", "mode", "median", "cache_bytes"]).assign(images=9)
+    eight = "INT8: 72 dB in 0.52; n = 9"
     assert conclusions.lower_bits(run, quality) == [
         ("holds", f"46 dB in 0.28 of FP16's bytes (attention output, levels fitted); {eight}"),
         (verdict, f"{two_bits:.0f} dB in 0.16 of FP16's bytes (K and V, levels fitted); {eight}"),
