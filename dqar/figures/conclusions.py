@@ -51,7 +51,7 @@ def slide16(run: Run, directions: pd.DataFrame) -> Figure:
         }
     )
     title = f"Of {len(table)} hopes for future work, {_counts(directions)}"
-    note = "bits: dB to an unquantized cache, ✓ from 40; more: appendix, slide16_…"
+    note = "bits: dB to an unquantized cache, ✓ from 40; more: appendix"
     return save_table(run, "slide16", title, table, [17, 16, 12, 55], directions, note)
 
 
@@ -69,7 +69,7 @@ def slide17(run: Run, verdicts: pd.DataFrame) -> Figure:
         }
     )
     title = f"Of {len(table)} claims, {_counts(verdicts)}"
-    note = "first reason of each; all of them: appendix, slide17_reasons"
+    note = "first reason of each; all of them: appendix"
     return save_table(run, "slide17", title, table, [28, 12, 60], verdicts, note)
 
 
@@ -86,7 +86,7 @@ def slide16_batches(run: Run, batches: pd.DataFrame) -> Figure:
     Args:
         batches: of ``studies.batches.record_batches``.
     """
-    points, colors = batch_study.points(batches), {batch_study.GATE: ACCENT, batch_study.PLAN: BLUE, FULL.name: GREY}
+    points, colors = batch_study.points(batches), {batch_study.GATE: BLUE, batch_study.PLAN: ACCENT, FULL.name: GREY}
     names = {batch_study.GATE: "a gate, one for all", batch_study.PLAN: f"a plan, {batch_study.BUDGET}× fewer MACs"}
     figure, (left, right) = plt.subplots(1, 2)
     for method, line in points.groupby("method", sort=False):
@@ -97,7 +97,7 @@ def slide16_batches(run: Run, batches: pd.DataFrame) -> Figure:
             right.plot(line.together, line["median"], **{**look, "label": "_"})
             right.plot(line.together, line.worst, **{**look, "ls": ":", "label": "_"})
     gate = points[points.method == batch_study.GATE].set_index("together")
-    right.axhline(gate["median"][1], color=ACCENT, lw=1.5, ls="--", label="a gate of each image's own")
+    right.axhline(gate["median"][1], color=BLUE, lw=1.5, ls="--", label="a gate of each image's own")
     right.plot([], [], color=GREY, lw=3, label="the median image")
     right.plot([], [], color=GREY, lw=3, ls=":", label="the worst image")
     for axes in (left, right):
@@ -149,7 +149,8 @@ def slide16_search(run: Run, trials: pd.DataFrame, front: pd.DataFrame, importan
         f"what matters most to quality is {SETTINGS[shares.index[-1]]} ({shares.iloc[-1]:.0%} of its variance)",
     )
     note = (
-        f"{len(tried)} trials of {trials.image.nunique()} images; front: {len(again)}, {front.image.nunique()} others"
+        f"n = {trials.image.nunique()} images of each of {len(tried)} settings, {front.image.nunique()} others of the "
+        f"{len(again)} best"
     )
     return save(run, "slide16_search", figure, trials, note)
 

@@ -107,11 +107,8 @@ def slide10(run: Run) -> Figure:
         x = BOXES[name][0][0]
         axes.annotate("", (x, 0.585), (x, 0.65), arrowprops=arrow)
     axes.annotate("", (0.875, 0.235), (0.875, 0.35), arrowprops=arrow)
-    rest = [count for name, count in lines.items() if name != "Controller"]
     headline(
-        figure,
-        f"One controller of {lines['Controller']} lines asks four modules, and its cache a fifth, of {min(rest)} to "
-        f"{max(rest)} lines each",
+        figure, "The code has slide 10's six parts: a controller, four modules that it asks, and the cache's quantizer"
     )
     boxes = [f"{name}: {' '.join(purpose.split())}, {lines[name]} lines" for name, (_, purpose, _) in BOXES.items()]
     return save(run, "slide10", figure, pd.DataFrame(), described=". ".join(boxes))

@@ -65,6 +65,7 @@ def trace(run: Run, sites: pd.DataFrame, gated: pd.DataFrame) -> str:
     by_step = sites.groupby("step")[["entropy", "snr"]].mean()
     (first, snr_first), (last, snr_last) = by_step.iloc[0], by_step.iloc[-1]
     above = by_step.snr[by_step.snr > 10]
+    dip = f" after a low of {by_step.snr.min():.1f} at step {by_step.snr.idxmin()}" if by_step.snr.idxmin() else ""
     when = f"first passes 10 at step {above.index[0]} of {len(by_step)}" if len(above) else "never passes 10"
     falling = (by_step.entropy.diff().dropna() <= 0).mean()
     falls = "does not fall" if last >= first else "falls" if falling == 1 else "falls, but not steadily"
@@ -73,8 +74,9 @@ def trace(run: Run, sites: pd.DataFrame, gated: pd.DataFrame) -> str:
         f"Entropy {falls}: it starts at {first:.2f} nats, ends at {last:.2f} and falls in {falling:.0%} of the steps; "
         f"the deck says from {SLIDE14.entropy.iloc[0]} to {SLIDE14.entropy.iloc[-1]}, and in all of them; "
         f"{sites.tokens.iloc[0]} tokens allow at most {math.log(sites.tokens.iloc[0]):.2f}. The SNR "
-        f"{'grows' if snr_last > snr_first else 'does not grow'}, from {snr_first:.1f} to {snr_last:.0f}, and {when}. "
-        f"The lowest entropy of a site is {lowest:.1f} nats, and the deck's gate at 2.0 nats reuses {reused} times."
+        f"{'grows' if snr_last > snr_first else 'does not grow'}, from {snr_first:.1f} to {snr_last:.0f}{dip}, and "
+        f"{when}. The lowest entropy of a site is {lowest:.1f} nats (mean of {run.profile.num_samples} images), and "
+        f"the deck's gate at 2.0 nats reuses {reused} times."
     )
 
 
@@ -82,16 +84,19 @@ def trace(run: Run, sites: pd.DataFrame, gated: pd.DataFrame) -> str:
 def gate(run: Run, sites: pd.DataFrame, labels: pd.DataFrame) -> str:
     """Notebook 02: entropy against the two errors of a reuse."""
     change, error = relations(sites)["entropy"], labels.entropy.corr(labels.error, "spearman")
-    if min(change, error) > CLEAR:
+    held = policy_study.partial_correlation(labels, "entropy", ("step", "snr"))
+    if min(change, error, held) > CLEAR:
         return (
             "Yes, somewhat, on this model: where entropy is low, a site moves less from one step to the next (rank "
             f"correlation ρ(entropy, change) = {change:+.2f}), and a reuse leaves a smaller error in the finished "
-            f"image (ρ(entropy, error) = {error:+.2f})."
+            f"image (ρ(entropy, error) = {error:+.2f}; with step and SNR held fixed {held:+.2f})."
         )
     return (
         "No. Low entropy does not make a reuse safe. The rank correlation of entropy with how far a site moves from "
         f"one step to the next, ρ(entropy, change), is {change:+.2f}; that with the error that a reuse leaves in the "
-        f"image, ρ(entropy, error), is {error:+.2f}. For the rule to work, both would have to be clearly positive."
+        f"image, ρ(entropy, error), is {error:+.2f}, and with step and SNR held fixed {held:+.2f} (n = {len(labels):,} "
+        f"single reuses in {labels.image.nunique()} images). For the rule to work, both of these would have to be "
+        "clearly positive; the one with the change says only which sites move slowly."
     )
 
 
@@ -148,20 +153,22 @@ def policy(run: Run, deciders: pd.DataFrame, labels: pd.DataFrame, oracle: pd.Da
     at = policy_study.psnr_at_share(runs[runs.target == "output"])
     images = ", ".join(f"{DECIDERS[name].lower()} {at[name]:.1f} dB" for name in DECIDERS if name in at)
     best = DECIDERS[max(at, key=lambda name: at[name])] if at else "None"
-    lead = at.get("rule", math.nan) - at.get("chance", math.nan)
+    lead, low, high = policy_study.lead_at_share(deciders, "rule", "chance")
     delta, steps = policy_study.calibrated_delta(oracle), run.profile.num_inference_steps
     whole, without = (
         np.mean([policy_study.study(labels, delta, steps, omit=omit, seed=seed).auc() for seed in range(3)])
         for omit in (None, "entropy")
     )
     gain = whole - without
+    number = deciders.image.nunique()
     helps = "does not help the network" if gain <= 0 else "helps the network" + " little" * bool(gain < 0.02)
-    rule = "as good as" if abs(lead) < 1 else f"{abs(lead):.1f} dB {'better' if lead > 0 else 'worse'} than"
+    rule = "better than" if low > 0 else "worse than" if high < 0 else "no better than"
     rule = "not comparable with" if math.isnan(lead) else rule
+    interval = "" if math.isnan(lead) else f" ({lead:+.1f} dB, {low:+.1f} to {high:+.1f})"
     return (
-        f"{best}. With 20% of the attention outputs reused, images come to: "
-        f"{images}. The deck's rule, low entropy inside an SNR window, is {rule} chance here. Entropy {helps}: the "
-        f"area under the network's ROC curve on unseen classes is {whole:.2f} with it and {without:.2f} without."
+        f"{best}. With 20% of the attention outputs reused, the median of {number} images comes to: {images}. The "
+        f"deck's rule, low entropy inside an SNR window, is {rule} chance here{interval}. Entropy {helps}: the area "
+        f"under the network's ROC curve on unseen classes is {whole:.2f} with it and {without:.2f} without."
     )
 
 
@@ -262,8 +269,8 @@ def pareto(run: Run, tables: Mapping[str, pd.DataFrame]) -> str:
     lossless = max(arena.lossless(table) for table in tables.values())
     if not math.isnan(lossless):
         lines.append(
-            f"By both, a plan that takes {lossless:.1f} times fewer MACs is as near to the converged solution as "
-            "full compute."
+            f"By median and 5th percentile, a plan that takes {lossless:.1f} times fewer MACs is as near to the "
+            "converged solution as full compute."
         )
     lines.append(
         "A plan is a solver with fitted numbers: it has to be fitted for each model and number of steps, as learned "
@@ -287,7 +294,7 @@ def challenges(
     )
     plain, balanced, channel = (measured.off[name] for name in ("per tensor", "per tensor + CSB", "per channel"))
     gain, better = measured.auc - measured.auc_without_l2, "helps here, but a scale a channel helps more"
-    cost, shared = measured.looking, measured.shared
+    cost, shared = measured.looking.loc[0.5], measured.shared
     rows = (
         (
             "threshold calibration",
@@ -314,12 +321,15 @@ def challenges(
         (
             "sharing of branches",
             WORKS if shared.psnr >= 40 else "costs too much quality here",
-            f"at most it {_saved(shared.macs_speedup)}, with images at {shared.psnr:.0f} dB",
+            f"at most it {_saved(shared.macs_speedup)}, with images at {shared.psnr:.0f} dB; separate caches, the "
+            "other half of this solution, are exact",
         ),
     )
     good = ", ".join(name for name, verdict, _ in rows if verdict == WORKS)
-    answers = " ".join(
+    answers = "\n".join(
         f"{number}. {name[0].upper()}{name[1:]} {verdict}: {why}."
         for number, (name, verdict, why) in enumerate(rows, 1)
     )
-    return f"Of the deck's five solutions, these work here: {good or 'none'}. {answers}"
+    if good:
+        return f"Of the deck's five solutions, these work here: {good}.\n\n{answers}"
+    return f"None of the deck's five solutions is the best choice here, and one can't be tested.\n\n{answers}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,10 @@ def is_watched() -> bool:
 
 
 def shows(answer: str, *figures: Figure) -> Markdown:
-    """A notebook's last lines: the answer to its question, and the findings that stand above its ``figures``."""
+    """A notebook's last lines: the answer to its question, its first sentence bold, and the findings that stand above
+    its ``figures``."""
     findings = [" ".join(figure.get_suptitle().split()) for figure in figures if figure.get_suptitle()]
+    first, gap, others = re.split(r"(?<=[.?!])(\s+|$)", with_minus(answer), maxsplit=1)
     return Markdown(
-        f"## What this shows\n\n**{with_minus(answer)}**\n\n" + "\n".join(f"- {text}." for text in findings)
+        f"## What this shows\n\n**{first}**{gap}{others}\n\n" + "\n".join(f"- {text}." for text in findings)
     )

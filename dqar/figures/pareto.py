@@ -70,7 +70,8 @@ def slide13_pareto(run: Run, sampler: str, table: pd.DataFrame | None) -> Figure
     panels[1].axhline(full, color=DARK, ls="--", lw=2, label="full compute itself")
     low, high = panels[1].get_ylim()
     panels[1].set_ylim(low, high + 0.25 * (high - low))  # room for the legend
-    panels[1].legend(loc="upper right", handlelength=1.3, labelspacing=0.3)
+    drawn = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    panels[1].legend(drawn.values(), drawn.keys(), loc="upper right", handlelength=1.3, labelspacing=0.3)
     panels[0].set_ylabel("PSNR (dB)")
     headline(figure, f"With {SAMPLER_NAMES[sampler]}, {_lead(arena.verdicts(table))}{_drawn([table])}")
     note = f"line: median to 5th percentile, ○: of the mean error; n = {table.image.nunique()} images"
@@ -164,7 +165,6 @@ def slide13_plan_distances(run: Run, table: pd.DataFrame) -> Figure:
     screened = pareto.recorded(run, run.profile.scheduler)
     caches = set(RIVALS) if screened is None else set(RIVALS) & set(screened.family)
     names = {"best other cache": f"best of {len(caches)} caches"}  # of those that were screened before these were drawn
-    box = {"fc": "white", "ec": "none", "pad": 1}
     for number, (kind, (color, marker)) in enumerate(kinds.items()):
         line = table[table.kind == kind].set_index("budget").reindex(budgets)
         spread = [line.fd_growth - line.fd_growth_low, line.fd_growth_high - line.fd_growth]
@@ -174,7 +174,7 @@ def slide13_plan_distances(run: Run, table: pd.DataFrame) -> Figure:
         )
         for x, row in zip(where, line.itertuples(), strict=True):
             top = (x, row.fd_growth_high)
-            axes.annotate(f"{row.psnr:.0f} dB", top, (0, 6), textcoords="offset points", ha="center", bbox=box)
+            axes.annotate(f"{row.psnr:.0f} dB", top, (0, 6), textcoords="offset points", ha="center")
     axes.axhline(0, color=DARK, ls="--", lw=2)
     axes.set_xticks(range(len(budgets)), [f"{budget:g}× fewer MACs" for budget in budgets])
     axes.set(xlim=(-0.5, len(budgets) - 0.5), ylabel=f"{run.profile.distance} over full compute's")
@@ -197,9 +197,8 @@ def slide08_plans(run: Run, plans: dict[str, list[ForecastPlan]]) -> Figure:
         return missing(run, "slide08_plans", "plans")
     figure, (left, right) = plt.subplots(1, 2, width_ratios=(3, 2))
     sampler, shown = next(iter(plans.items()))
-    shown = [
-        shown[place] for place in np.unique(np.linspace(0, len(shown) - 1, min(8, len(shown))).round().astype(int))
-    ]
+    shown = sorted(shown, key=lambda plan: min(abs(plan.macs_speedup - x) for x in pareto.BUDGETS))[:8]
+    shown.sort(key=lambda plan: plan.macs_speedup)
     rows = [[step in plan.computed for step in range(plan.num_inference_steps)] for plan in shown]
     colors = ListedColormap([COMPUTE, ACCENT])
     left.pcolormesh(np.array(rows), cmap=colors, vmin=0, vmax=1, ec="white", lw=0.4, rasterized=True)

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_curve
 
-from dqar.figures.style import ACCENT, BLUE, DARK, GREY, headline, pictures, plain_ticks, recorded, save
+from dqar.figures.style import ACCENT, BLUE, COMPUTE, DARK, GREY, headline, pictures, plain_ticks, recorded, save
 from dqar.measure.results import Run
 from dqar.studies import policy
 
@@ -65,7 +65,8 @@ def slide07(run: Run, labels: pd.DataFrame, oracle: pd.DataFrame) -> Figure:
         f"A network of {count:,} parameters tells harmless reuses from harmful ones, the rule {worse}; "
         f"to the network, entropy adds {useful}",
     )
-    note = f"n = {len(study.held_out)} reuses; bars: range of 3 trainings"
+    harmful = int((~study.held_out.harmless.astype(bool)).sum())
+    note = f"n = {len(study.held_out)} reuses, {harmful} of them harmful; bars: range of 3 trainings"
     return save(run, "slide07", figure, labels, note)
 
 
@@ -75,7 +76,7 @@ def slide07_training(run: Run, labels: pd.DataFrame, oracle: pd.DataFrame) -> Fi
     study = policy.study(labels, policy.calibrated_delta(oracle), run.profile.num_inference_steps)
     figure, (losses, roc, calibration) = plt.subplots(1, 3)
     losses.plot(study.history.epoch, study.history.train, color=GREY, lw=3, label="trained on")
-    losses.plot(study.history.epoch, study.history.held_out, color=ACCENT, lw=3, label="stopped by")
+    losses.plot(study.history.epoch, study.history.held_out, color=ACCENT, lw=3, label="validation")
     losses.axvline(study.history.held_out.idxmin(), color=GREY, ls=":")
     losses.set(xlabel="epoch", ylabel="cross-entropy (nats)")
     losses.legend()
@@ -83,16 +84,17 @@ def slide07_training(run: Run, labels: pd.DataFrame, oracle: pd.DataFrame) -> Fi
     for score, color in (("policy", ACCENT), ("rule", BLUE)):
         wrong, right, _ = roc_curve(study.held_out.harmless, study.held_out[score])
         roc.plot(wrong, right, color=color, lw=3)
-        place = (0.97, 0.9) if score == "policy" else (0.97, 0.03)  # above and below the diagonal, off both curves
+        box = {"fc": "white", "ec": "none", "pad": 1}
+        place = (0.97, 0.75) if score == "policy" else (0.97, 0.03)  # off both curves
         roc.text(*place, f"{NAMES[score]}:\narea {study.auc(score):.2f}", color=color, ha="right", weight="bold",
-                 va="top" if score == "policy" else "bottom")  # fmt: skip
+                 va="top" if score == "policy" else "bottom", bbox=box)  # fmt: skip
     roc.plot([0, 1], [0, 1], color=GREY, ls="--")
     roc.set(xlabel="harmful reuses accepted", ylabel="harmless reuses accepted")
     roc.set_title(f"Held-out {pictures(run)}")
     really, said = calibration_curve(study.held_out.harmless, study.held_out.policy, n_bins=8, strategy="quantile")
     calibration.plot([0, 1], [0, 1], color=GREY, ls="--")
     calibration.plot(said, really, color=ACCENT, lw=3, marker="o")
-    calibration.set(xlabel="probability, as said", ylabel="share that is harmless")
+    calibration.set(xlabel="predicted probability", ylabel="share that is harmless")
     calibration.set_title("Calibration")
     worst = np.abs(really - said).max()
     headline(
@@ -110,14 +112,16 @@ def slide07_entropy_by_layer(run: Run, labels: pd.DataFrame) -> Figure:
     axes.plot(table.layer, table.rho, color=GREY, lw=1.5, zorder=1)
     axes.scatter(table.layer, table.rho, s=160, color=[ACCENT if rho > 0 else BLUE for rho in table.rho], zorder=2)
     axes.axhline(0, color=DARK)
+    noise = 1.96 / (len(labels) / len(table)) ** 0.5
+    axes.axhspan(-noise, noise, color=COMPUTE, zorder=0)
     axes.set(xlabel="layer", ylabel="rank correlation, step and SNR held fixed")
-    rising = int((table.rho > 0).sum())
+    rising, falling = int((table.rho > noise).sum()), int((table.rho < -noise).sum())
     headline(
         figure,
-        f"At equal step and SNR, the error of a reuse rises with entropy in {rising} layers and falls "
-        f"in {len(table) - rising}",
+        f"At equal step and SNR, the error of a reuse clearly rises with entropy in {rising} of {len(table)} layers "
+        f"and clearly falls in {falling}",
     )
-    note = f"n = {len(labels):,} single reuses, some {len(labels) // len(table)} a layer"
+    note = f"n = {len(labels):,} single reuses, some {len(labels) // len(table)} a layer; grey: within 95% of chance"
     return save(run, "slide07_entropy_by_layer", figure, labels, note)
 
 
@@ -134,7 +138,7 @@ def slide07_deciders(run: Run, deciders: pd.DataFrame) -> Figure:
         ax.xaxis.set_major_formatter("{x:.0%}")
         ax.set(xlabel="sites reused (share)")
         ax.set_title(f"reuse of {'K and V' if target == 'kv' else 'the attention output'}")
-    axes[0].set_ylabel("PSNR to full compute (dB)")
+    axes[0].set_ylabel("median PSNR to full compute (dB)")
     axes[0].legend()
     at = policy.psnr_at_share(runs[runs.target == "output"])
     kept = ", ".join(f"{at[name]:.0f} dB by {NAMES[name]}" for name in DECIDERS if name in at)
@@ -166,8 +170,8 @@ def slide07_delta(run: Run, oracle: pd.DataFrame) -> Figure:
     chosen = shown[shown.delta == delta].iloc[0]
     headline(
         figure,
-        f"Reusing the {chosen.share:.0%} of the sites that err least, as the largest δ accepted allows, "
-        + ("" if np.isnan(chosen.fd_growth) else f"changes the Fréchet distance by {chosen.fd_growth:+.1%} and ")
+        f"Reusing the {chosen.share:.0%} of the sites with the smallest single errors "
+        + ("" if np.isnan(chosen.fd_growth) else f"moves {run.profile.distance} by {chosen.fd_growth:+.1%}, but ")
         + f"leaves images at {chosen.psnr:.0f} dB",
     )
     judged = f"distance: {run.profile.distance}" if by_distance else "too few for a Fréchet distance"

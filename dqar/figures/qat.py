@@ -27,19 +27,13 @@ def slide16_qat(run: Run, table: pd.DataFrame, history: pd.DataFrame) -> Figure:
     real = reference_of(run.profile.model, run.recordings)
     assert real is not None  # only the digits model is tuned
     points = qat.summary(table, real)
-    figure, ((shipped, reuse), (distance, gained)) = plt.subplots(2, 2)
-    for axes, column, title in (
-        (shipped, "median", "PSNR to the shipped model (dB)"),
-        (reuse, "reuse_median", "PSNR to the same model (dB)"),
-        (distance, "fd_growth", f"Growth of {run.profile.distance}"),  # empty with too few images
-    ):
-        _draw_models(axes, points, column)
-        axes.set_title(title)
+    figure, (shipped, gained) = plt.subplots(1, 2)
+    _draw_models(shipped, points, "median")
+    shipped.set_title("PSNR to the shipped model (dB)")
+    shipped.set_xlabel("the cache")
     _draw_gains(gained, qat.gains(table, history))
-    place = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5), "handletextpad": 0.0, "frameon": False}
-    shipped.legend(**place).set_in_layout(False)
+    shipped.legend(loc="lower left", handletextpad=0.0)
     headline(figure, qat.in_words(table, history))
-    distance.set_xlabel(f"at least {points.class_accuracy.min():.0%} are classified as asked")
     tuned, number = table.iloc[0], table.image.nunique()
     note = f"medians, 95% intervals, ×: 5th percentile, n = {number}; "
     note += f"tuned: {tuned.tuning_steps} steps of {tuned.tuning_batch} images"
@@ -66,7 +60,7 @@ def _draw_gains(axes: Axes, gains: pd.DataFrame) -> None:
     names, colors = [], []
     for row in gains.itertuples():
         fitted = row.what == qat.FITTED
-        cause = f"plan's fit, n = {row.images}" if fitted else "tuning" if row.over == qat.SHIPPED else "its quantizer"
+        cause = f"plan's fit, n = {row.images}" if fitted else "tuning" if row.over == qat.SHIPPED else "rounding in it"
         names.append(f"INT{row.bits}: {cause}")
         colors.append(GREY if fitted else COLORS[f"tuned, INT{row.bits}"])
     axes.barh(names, gains.gain, color=colors)

@@ -110,5 +110,10 @@ def slide08_quality(run: Run, schedules: pd.DataFrame) -> Figure:
     rival = table[table.kind == "fewer steps"].sort_values("macs_speedup")
     ours = table[table.kind != "fewer steps"]
     ahead = int((ours.psnr > np.interp(ours.macs_speedup, rival.macs_speedup, rival.psnr)).sum())
-    headline(figure, f"{ahead} of {len(ours)} schedules of attention reuse beat fewer steps at equal MACs")
+    headline(
+        figure,
+        f"{ahead or 'None'} of {len(ours)} schedules of attention reuse beats fewer steps at equal MACs"
+        if ahead < 2
+        else f"{ahead} of {len(ours)} schedules of attention reuse beat fewer steps at equal MACs",
+    )
     return save(run, "slide08_quality", figure, schedules, f"n = {run.profile.num_samples} images")

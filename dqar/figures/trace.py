@@ -64,10 +64,10 @@ def slide14_curves(run: Run, sites: pd.DataFrame, gated: pd.DataFrame) -> Figure
     change, falls = by_step.entropy.iloc[-1] - by_step.entropy.iloc[0], (by_step.entropy.diff().dropna() <= 0).mean()
     headline(
         figure,
-        f"Entropy does not fall steadily: it changes by {change:+.2f} nats and falls in {falls:.0%} of the steps; "
-        f"the deck's own gate reuses {deck.sum():.0f} times",
+        f"Entropy does not fall steadily: it changes by {change:+.2f} nats in all and falls in {falls:.0%} of the "
+        f"steps; the deck's gate reuses {deck.sum():.0f} times",
     )
-    return save(run, "slide14_curves", figure, sites, _images(run))
+    return save(run, "slide14_curves", figure, sites, f"{_images(run)}; events: of 4 images, which decide together")
 
 
 def slide14(run: Run, sites: pd.DataFrame, gated: pd.DataFrame) -> Figure:
@@ -84,20 +84,20 @@ def slide14(run: Run, sites: pd.DataFrame, gated: pd.DataFrame) -> Figure:
             *(f"{claim.snr}", f"{by_step.snr[step]:.3g}"),
             *(f"{claim.events}", f"{deck[step]:.0f}", f"{calibrated[step]:.0f}"),
         )
-    columns = ["Step", "Entropy claimed", "measured", "SNR claimed", "measured", "Events claimed", "deck's gate",
-               "calibrated gate"]  # fmt: skip
+    columns = ["Step", "Entropy claimed", "entropy measured", "SNR claimed", "SNR measured", "Events claimed",
+               "events: deck's gate", "events: calibrated"]  # fmt: skip
     table = pd.DataFrame(list(rows.values()), columns=columns)
     peak = int(calibrated[list(rows)].idxmax())
     title = (
-        f"Entropy starts at {by_step.entropy.iloc[0]:.2f} nats and ends at {by_step.entropy.iloc[-1]:.2f}; the deck's "
-        f"gate never opens, of these steps a calibrated one reuses most at step {peak}"
+        f"Entropy goes from {by_step.entropy.iloc[0]:.2f} nats to {by_step.entropy.iloc[-1]:.2f}; the deck's gate "
+        f"never opens, and of these steps a calibrated one reuses most at step {peak}"
         if deck.sum() == 0
         else f"The deck's gate reuses {deck.sum():.0f} times, of these steps a calibrated one most at step {peak}"
     )
     counted = gated[(gated.family == "calibrated") & (gated.target == "kv")]
     note = (
-        f"{_images(run)}; events: {calibrated.sum():,.0f} of {len(counted) // counted.run.nunique():,} sites, 4 images "
-        "(slide 12: others)"
+        f"{_images(run)}; events of one run of 4: {calibrated.sum():,.0f} of "
+        f"{len(counted) // counted.run.nunique():,} sites (slide 12: mean of {run.profile.images:,} images)"
     )
     return save_table(run, "slide14", title, table, [9, 12, 12, 11, 12, 12, 12, 14], sites, note)
 

@@ -38,7 +38,6 @@ LOOKS = {
     "sites over frames": ("inside the blocks, over frames", GREEN, "o", "-"),
 }
 """Of families: words, colour, marker and line."""
-NOTE = "×: times fewer MACs; dB: recorded median, as in slide16_video"
 WHAT = "reuse over steps and over frames, and plans, on videos"
 
 
@@ -80,7 +79,7 @@ def slide16_contact_sheet(run: Run, drawn: video.Shown | None) -> Figure:
         axes.grid(visible=False)
         axes.set_ylabel(_label(drawn, name), rotation=0, ha="right", va="center", color=_color(name))
     headline(figure, _finding(drawn))
-    return save(run, "slide16_contact_sheet", figure, drawn.costs, NOTE)
+    return save(run, "slide16_contact_sheet", figure, drawn.costs, _note(drawn))
 
 
 def slide16_moving_digits(run: Run, drawn: video.Shown | None) -> Figure | DisplayedImage:
@@ -93,7 +92,7 @@ def slide16_moving_digits(run: Run, drawn: video.Shown | None) -> Figure | Displ
         return missing(run, "slide16_moving_digits", WHAT)
     figure, panels = plt.subplots(2, 2, dpi=75)
     headline(figure, _finding(drawn))
-    add_footer(figure, NOTE)
+    add_footer(figure, _note(drawn))
     shown = []
     for axes, (name, videos) in zip(panels.flat, drawn.videos.items(), strict=True):
         axes.axis("off")
@@ -115,6 +114,10 @@ def slide16_moving_digits(run: Run, drawn: video.Shown | None) -> Figure | Displ
 def _finding(drawn: video.Shown) -> str:
     plan, steps, frames = drawn.costs["median"]
     return f"The same videos: a plan keeps {plan:.1f} dB, reuse over steps {steps:.1f}, over frames {frames:.1f}"
+
+
+def _note(drawn: video.Shown) -> str:
+    return f"×: times fewer MACs; dB: median of {drawn.recorded} videos"
 
 
 def _label(drawn: video.Shown, name: str) -> str:

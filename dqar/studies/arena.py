@@ -83,17 +83,20 @@ def recorded(run: Run, sampler: str) -> pd.DataFrame | None:
     return run.recorded(f"arena-{slug(sampler)}")
 
 
-def median_gain(before: np.ndarray, after: np.ndarray) -> tuple[float, float, float]:
-    """How many dB the median PSNR of the same images' squared errors ``[N]`` gains from ``before`` to ``after``.
+def gain(before: np.ndarray, after: np.ndarray, measure: str = "median") -> tuple[float, float, float]:
+    """How many dB a measure of the same images' squared errors ``[N]`` gains from ``before`` to ``after``.
+
+    Args:
+        measure: a key of ``MEASURES``.
 
     Returns:
         The gain, and its 95 % interval: paired bootstrap over the images.
     """
     errors = np.stack([before, after]).clip(min=IDENTICAL)
     chosen = np.random.default_rng(0).integers(0, errors.shape[1], (5000, errors.shape[1]))
-    gains = np.diff(MEASURES["median"](errors[:, chosen]), axis=0)[0]
+    gains = np.diff(MEASURES[measure](errors[:, chosen]), axis=0)[0]
     low, high = np.quantile(gains, (0.025, 0.975))
-    return float(np.diff(MEASURES["median"](errors))[0]), float(low), float(high)
+    return float(np.diff(MEASURES[measure](errors))[0]), float(low), float(high)
 
 
 def standings(table: pd.DataFrame, target: Target, facts: Sequence[str] = FACTS) -> pd.DataFrame:

@@ -99,4 +99,4 @@ def sharing(table: pd.DataFrame) -> tuple[float, float, float]:
         The change, and its 95% interval: paired bootstrap over the images.
     """
     mse = table[(table.method == GATE) & table.image.notna()].pivot(index="image", columns="together", values="mse")
-    return arena.median_gain(mse.iloc[:, 0].to_numpy(), mse.iloc[:, -1].to_numpy())
+    return arena.gain(mse.iloc[:, 0].to_numpy(), mse.iloc[:, -1].to_numpy())

@@ -193,10 +193,10 @@ def deciders(
 
 
 def runs_of_deciders(table: pd.DataFrame) -> pd.DataFrame:
-    """One row a ``target``, ``method`` and share ``wanted`` of ``record_deciders``' table: means, and ``psnr`` (dB)."""
-    by = table.groupby(["target", "method", "wanted"], as_index=False)
-    runs = by[["mse", "sites_reused"]].mean()
-    return runs.assign(psnr=metrics.decibels(runs.mse))
+    """One row a ``target``, ``method`` and share ``wanted`` of ``record_deciders``' table: ``psnr``, the median image's
+    (dB), and ``sites_reused``."""
+    by = table.assign(psnr=metrics.decibels(table.mse)).groupby(["target", "method", "wanted"], as_index=False)
+    return by.agg({"psnr": "median", "sites_reused": "mean"})
 
 
 def psnr_at_share(runs: pd.DataFrame, share: float = 0.2) -> dict[str, float]:
@@ -207,6 +207,32 @@ def psnr_at_share(runs: pd.DataFrame, share: float = 0.2) -> dict[str, float]:
         if part.sites_reused.min() <= share <= part.sites_reused.max():
             at[str(name)] = float(np.interp(share, part.sites_reused, part.psnr))
     return at
+
+
+def lead_at_share(table: pd.DataFrame, ours: str, theirs: str, share: float = 0.2) -> tuple[float, float, float]:
+    """How many dB one decider's median image is ahead of another's at ``share`` of the attention outputs.
+
+    Args:
+        table: of ``record_deciders``.
+
+    Returns:
+        The lead, and its 95 % interval: paired bootstrap over the images; NaN where one of them isn't there.
+    """
+    table = table[table.target == "output"]
+    images = table.image.nunique()
+    chosen = np.random.default_rng(0).integers(0, images, (2000, images))
+    at = []
+    for name in (ours, theirs):
+        runs = table[table.method == name].assign(psnr=metrics.decibels(table.mse))
+        reused = runs.groupby("wanted").sites_reused.mean().sort_values()
+        if reused.empty or not reused.min() <= share <= reused.max():
+            return math.nan, math.nan, math.nan
+        errors = runs.pivot(index="wanted", columns="image", values="psnr").loc[reused.index].to_numpy()
+        medians = np.vstack([np.median(errors, 1), np.median(errors[:, chosen], 2).T])  # of all, and of each resample
+        at.append(np.array([np.interp(share, reused, line) for line in medians]))
+    leads = at[0] - at[1]
+    low, high = np.quantile(leads[1:], (0.025, 0.975))
+    return float(leads[0]), float(low), float(high)
 
 
 def calibrated_delta(oracle: pd.DataFrame) -> float:

@@ -141,13 +141,13 @@ def gains(table: pd.DataFrame, history: pd.DataFrame | None) -> pd.DataFrame:
     for model, bits in QUANTIZED.items():
         errors = table[table.bits == bits].pivot(index="image", columns="family", values="mse_shipped")
         for over, baseline in ((SHIPPED, SHIPPED), (WITHOUT, UNQUANTIZED)):
-            gain = arena.median_gain(errors[baseline].to_numpy(), errors[model].to_numpy())
-            rows.append((TUNED, over, bits, *gain, len(errors)))
+            change = arena.gain(errors[baseline].to_numpy(), errors[model].to_numpy())
+            rows.append((TUNED, over, bits, *change, len(errors)))
     formats = [] if history is None else [(bits, drawn) for bits, drawn in history.groupby("bits") if bits != 16]
     for bits, drawn in reversed(formats):
         errors = drawn.pivot(index="image", columns="fitted_in", values="mse")
-        gain = arena.median_gain(errors[16].to_numpy(), errors[bits].to_numpy())
-        rows.append((FITTED, WITHOUT, bits, *gain, len(errors)))
+        change = arena.gain(errors[16].to_numpy(), errors[bits].to_numpy())
+        rows.append((FITTED, WITHOUT, bits, *change, len(errors)))
     return pd.DataFrame(rows, columns=["what", "over", "bits", "gain", "low", "high", "images"])
 
 
@@ -171,7 +171,10 @@ def in_short(table: pd.DataFrame, history: pd.DataFrame | None) -> str:
     """For slide 16's row: the gains over the shipped model, and of a plan's fit."""
     changes = gains(table, history)
     four, two = (only(changes, what=TUNED, over=SHIPPED, bits=bits) for bits in QUANTIZED.values())
-    words = f"tuning: INT4 {four.gain:+.1f} dB, INT2 {two.gain:+.1f} dB; n = {two.images}"
+    tuned = (f"INT{row.bits} {row.gain:+.1f} dB ({row.low:+.1f} to {row.high:+.1f})" for row in (four, two))
+    shipped = table[table.family == SHIPPED].pivot(index="image", columns="bits", values="mse_shipped")
+    cost = -arena.gain(shipped[16].to_numpy(), shipped[8].to_numpy())[0]
+    words = f"INT8 costs {cost:.2f} dB. Tuning: {', '.join(tuned)}; n = {two.images}"
     if history is None:
         return words
     fit = only(changes, what=FITTED, bits=4)

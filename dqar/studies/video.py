@@ -121,10 +121,12 @@ class Shown:
     Attributes:
         videos: ``[N, F, C, H, W]`` in [0, 1], by the way's name; full compute first, then a plan.
         costs: by the others' names, their rows of ``summary``.
+        recorded: number of videos that these stand on.
     """
 
     videos: dict[str, torch.Tensor]
     costs: pd.DataFrame
+    recorded: int
 
 
 def shown(run: Run, table: pd.DataFrame | None, number: int = 10) -> Shown | None:
@@ -146,7 +148,7 @@ def shown(run: Run, table: pd.DataFrame | None, number: int = 10) -> Shown | Non
     videos = {name: way.draw(profile, run.seed, number).images for name, way in ways.items()}
     costs = pd.DataFrame([plan, *reuse]).set_index(pd.Index(list(videos)[1:]))
     costs.attrs = table.attrs
-    return Shown(videos, costs)
+    return Shown(videos, costs, table.image.nunique())
 
 
 # --- plans -----------------------------------------------------------------------------------------------------------

@@ -53,7 +53,10 @@ def test_a_trace_that_falls_and_grows_is_said_to(run):
     )
     assert "64 tokens allow at most 4.16" in said  # ln 64
     assert "The SNR grows, from 0.5 to 200, and first passes 10 at step 1 of 3." in said
-    assert "lowest entropy of a site is 3.0 nats, and the deck's gate at 2.0 nats reuses 0 times" in said
+    assert (
+        "lowest entropy of a site is 3.0 nats (mean of 4 images), and the deck's gate at 2.0 nats reuses 0 times"
+        in said
+    )
 
 
 def test_a_trace_that_rises_in_between_is_not_said_to_fall_steadily(run):
@@ -66,20 +69,30 @@ def test_a_trace_that_does_the_opposite_is_not_said_to_fall_or_grow(run):
     gated = pd.DataFrame({"family": ["deck's gate"] * 3, "decision": ["reuse", "reuse", "compute"]})
     said = findings.trace(run, sites([1.5, 2.0, 3.0], [9, 5, 1]), gated)
     assert said.startswith("Entropy does not fall: it starts at 1.50 nats, ends at 3.00 and falls in 0% of the steps")
-    assert "The SNR does not grow, from 9.0 to 1, and never passes 10." in said
-    assert "lowest entropy of a site is 1.5 nats, and the deck's gate at 2.0 nats reuses 2 times" in said
+    assert "The SNR does not grow, from 9.0 to 1 after a low of 1.0 at step 2, and never passes 10." in said
+    assert (
+        "lowest entropy of a site is 1.5 nats (mean of 4 images), and the deck's gate at 2.0 nats reuses 2 times"
+        in said
+    )
 
 
 @pytest.mark.parametrize(
-    "change, error, starts",
-    [([1, 2, 3], [1, 2, 3], "Yes, somewhat"), ([1, 2, 3], [3, 2, 1], "No."), ([2, 1, 2], [1, 2, 3], "No.")],
+    "change, error, held, starts",
+    [
+        ([1, 2, 3], [1, 2, 3], 0.5, "Yes, somewhat"),
+        ([1, 2, 3], [3, 2, 1], 0.5, "No."),
+        ([2, 1, 2], [1, 2, 3], 0.5, "No."),
+        ([1, 2, 3], [1, 2, 3], -0.5, "No."),
+    ],
 )
-def test_low_entropy_is_called_safe_only_if_both_errors_grow_with_it(run, change, error, starts):
+def test_low_entropy_is_called_safe_only_if_both_errors_grow_with_it(run, change, error, held, starts, monkeypatch):
+    monkeypatch.setattr(policy_study, "partial_correlation", lambda *_: held)
     traced = pd.DataFrame({"step": [1, 1, 1], "layer": [0, 0, 0], "snr": [1, 2, 3], "entropy": [1, 2, 3]})
-    labels = pd.DataFrame({"entropy": [1.0, 2.0, 3.0], "error": error})
+    labels = pd.DataFrame({"entropy": [1.0, 2.0, 3.0], "error": error, "image": [0, 0, 1]})
     said = findings.gate(run, traced.assign(change=change), labels)
     rho = {(1, 2, 3): "+1.00", (3, 2, 1): "-1.00", (2, 1, 2): "+0.00"}  # Spearman's ρ with 1, 2, 3
     assert said.startswith(starts) and rho[tuple(change)] in said and rho[tuple(error)] in said
+    assert f"with step and SNR held fixed {held:+.2f}" in said
 
 
 @pytest.mark.parametrize("psnr, verdict", [(40.0, "pays"), (34.0, "does not pay")])
@@ -142,10 +155,10 @@ def test_the_controllers_answers_are_counted_by_reason(run):
 @pytest.mark.parametrize(
     "rule, chance, policy, best, compared",
     [
-        (1e-4, 1e-4, 1e-5, "The network.", "as good as chance"),
-        (1e-3, 1e-4, 1e-5, "The network.", "10.0 dB worse than chance"),
-        (1e-5, 1e-4, 1e-4, "The deck's rule.", "10.0 dB better than chance"),
-        (1e-3, 1e-4, 1e-3, "Chance.", "10.0 dB worse than chance"),
+        (1e-4, 1e-4, 1e-5, "The network.", "no better than chance here (+0.0 dB, +0.0 to +0.0)"),
+        (1e-3, 1e-4, 1e-5, "The network.", "worse than chance here (-10.0 dB, -10.0 to -10.0)"),
+        (1e-5, 1e-4, 1e-4, "The deck's rule.", "better than chance here (+10.0 dB, +10.0 to +10.0)"),
+        (1e-3, 1e-4, 1e-3, "Chance.", "worse than chance here (-10.0 dB, -10.0 to -10.0)"),
     ],
 )
 @pytest.mark.parametrize(
@@ -161,7 +174,7 @@ def test_the_decider_with_the_best_images_is_named(
     )
     monkeypatch.setattr(policy_study, "calibrated_delta", lambda oracle: 1.0)
     rows = [
-        ("output", method, share, image, mse * 2 * image, share)  # images 0 and 1: the mean is mse
+        ("output", method, share, image, mse * 10 ** (image - 0.5), share)  # images 0 and 1: the median is mse's
         for method, mse in (("rule", rule), ("chance", chance), ("policy", policy))
         for share in (0.1, 0.3)
         for image in (0, 1)
@@ -302,17 +315,18 @@ def test_challenges_have_a_verdict_each(run, balanced, channel, with_l2, fused, 
     )  # fmt: skip
     said = findings.challenges(run, labels, labels, accumulation, overhead, sharing)
     names = ("balancing of channels", "L2 against overfitting", "entropy in one pass", "sharing of branches")
-    works = ", ".join(name for name, word in zip(names, words, strict=True) if word == "works here") or "none"
-    assert said.startswith(
-        f"Of the deck's five solutions, these work here: {works}. 1. Threshold calibration can't be "
-    )
+    works = ", ".join(name for name, word in zip(names, words, strict=True) if word == "works here")
+    none = "None of the deck's five solutions is the best choice here, and one can't be tested."
+    first = f"Of the deck's five solutions, these work here: {works}." if works else none
+    assert said.startswith(f"{first}\n\n1. Threshold calibration can't be ")
     for number, (name, word) in enumerate(zip(names, words, strict=True), 2):
-        assert f". {number}. {name[0].upper()}{name[1:]} {word}: " in said
+        assert f".\n{number}. {name[0].upper()}{name[1:]} {word}: " in said
     assert "entropy varies by 1.41 nats from site to site." in said
     assert f"latents end {balanced:.2%} off, 2.00% without it; with a scale a channel {channel:.2%}." in said
     assert f"unseen classes {with_l2:.3f} with it, 0.900 without." in said
     assert f"adds {fused - 1:.0%} to a step, whole maps 20%; at every 4th step it adds 2%." in said
-    assert said.endswith(f"at most it saves 20% of the MACs, with images at {-10 * math.log10(shared):.0f} dB.")
+    at_most = f"at most it saves 20% of the MACs, with images at {-10 * math.log10(shared):.0f} dB"
+    assert said.endswith(f"{at_most}; separate caches, the other half of this solution, are exact.")
 
 
 @pytest.mark.parametrize("answer", [findings.gate, findings.policy, findings.results, findings.pareto])
@@ -324,6 +338,6 @@ def test_an_answer_whose_table_is_missing_says_so_and_names_the_command(run, ans
 def test_a_notebooks_last_lines_are_its_answer_and_the_findings_of_its_figures():
     figure = plt.figure()
     figure.suptitle("Two\nlines")
-    said = shows("It changes by -20%.", figure, plt.figure()).data
+    said = shows("It changes by -20%. By 3.5 dB, too.\n1. More.", figure, plt.figure()).data
     plt.close("all")
-    assert said == "## What this shows\n\n**It changes by −20%.**\n\n- Two lines."
+    assert said == "## What this shows\n\n**It changes by −20%.** By 3.5 dB, too.\n1. More.\n\n- Two lines."

@@ -1,5 +1,7 @@
 """How δ of the policy's labels is chosen."""
 
+import math
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -43,3 +45,20 @@ def test_fewer_images_than_features_have_no_distance_and_the_images_themselves_d
     assert policy.accepted_runs(few).fd.isna().all()
     assert policy.calibrated_delta(few) == 2e-3  # 50 dB; the third run has 30
     assert policy.accepted_runs(oracle(8, 10.0)).fd.notna().all()
+
+
+def test_a_deciders_lead_is_that_of_its_median_image_at_the_share_asked_for():
+    rows = [
+        ("output", name, wanted, image, 10 ** (-(level + 2 * image) / 10), reused)
+        for name, runs in {"rule": [(0.1, 50), (0.3, 40)], "chance": [(0.15, 44), (0.35, 30)]}.items()
+        for wanted, level in runs
+        for reused in [wanted - 0.02 * (name == "rule")]  # less than was asked for
+        for image in range(3)
+    ]
+    rows += [("kv", "rule", 0.1, image, 1e-9, 0.2) for image in range(3)]
+    table = pd.DataFrame(rows, columns=["target", "method", "wanted", "image", "mse", "sites_reused"])
+    # At 20 %: the rule's median image lies at 52 − 10 · 0.12 / 0.2 = 46 dB, chance's at 42.5; all images lead alike.
+    assert policy.lead_at_share(table, "rule", "chance") == pytest.approx((3.5, 3.5, 3.5))
+    assert policy.lead_at_share(table, "rule", "chance", 0.25) == pytest.approx((4.5, 4.5, 4.5))
+    assert all(map(math.isnan, policy.lead_at_share(table, "rule", "oracle")))
+    assert all(map(math.isnan, policy.lead_at_share(table, "rule", "chance", 0.5)))

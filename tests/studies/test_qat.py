@@ -67,7 +67,7 @@ def test_gains_are_over_the_shipped_model_and_over_the_same_tuning_without_the_q
 def test_an_interval_is_that_of_a_plain_bootstrap():
     generator = np.random.default_rng(1)
     before, after = generator.lognormal(-8, 1, (2, 12))
-    gain, low, high = arena.median_gain(before, after)
+    gain, low, high = arena.gain(before, after)
     psnr, draws = -10 * np.log10([before, after]), np.random.default_rng(0).integers(0, 12, (5000, 12))
     trials = [np.median(psnr[1][row]) - np.median(psnr[0][row]) for row in draws]
     assert gain == pytest.approx(np.median(psnr[1]) - np.median(psnr[0]))
@@ -105,10 +105,17 @@ def test_a_distance_needs_as_many_images_as_features(images):
 )
 def test_slide_16_holds_where_the_quantizer_gains_over_both(model, levels, verdict):
     table = drawn({**DECIBELS, model: levels})
+    whole = [
+        (qat.SHIPPED, bits, image, 10 ** (-level / 10))
+        for bits, level in ((16, 43.02), (8, 42.98))
+        for image in range(IMAGES)
+    ]
+    table = pd.concat([table, pd.DataFrame(whole, columns=table.columns)], ignore_index=True)
     judged, words = conclusions.by_tuning(table, history(0.25, 1.5))
     assert judged == verdict
-    four, _, two, _ = qat.gains(table, None).gain
-    assert words.startswith(f"tuning: INT4 {four:+.1f} dB, INT2 {two:+.1f} dB; n = {IMAGES}. A plan's weights")
+    four, _, two, _ = (f"{gain:+.1f}" for gain in qat.gains(table, None).gain)  # all images gain alike
+    tuned = f"INT4 {four} dB ({four} to {four}), INT2 {two} dB ({two} to {two}); n = {IMAGES}"
+    assert words.startswith(f"INT8 costs 0.04 dB. Tuning: {tuned}. A plan's weights")
     assert words.endswith("fitted through INT4: +1.5 dB; n = 3")
     assert conclusions.by_tuning(table, None)[1] == words.split(". A plan")[0]
 
