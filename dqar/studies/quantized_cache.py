@@ -68,7 +68,7 @@ def cached(target: ReuseTarget, bits: int, **options: Any) -> DQARConfig:
 
 def cache_methods(target: ReuseTarget) -> list[Method]:
     """A cache in 16, 8, 4 and 2 bits in the formats of ``DRAWN``; the unquantized one first."""
-    methods = [Method(f"{target} 16 bit", config=cached(target, 16))]
+    methods = [Method(f"{target} unquantized", config=cached(target, 16))]
     for bits, mode, fitted in DRAWN:
         config = cached(target, bits, quantize_mode=mode, cache=CacheFormat(fitted=fitted))
         methods.append(Method(f"{target} INT{bits} {mode}{' fitted' if fitted else ''}", config=config))
