@@ -29,7 +29,8 @@ class CacheFormat:
             as many as there are). All of them are kept, in ``quantize_bits``. Not with ``reuse_target="kv"``.
         keep_channels: number of most salient channels of a cached tensor that stay in 16 bit (slide 15).
         fitted: quantize to levels of least squared error instead of slide 6's, with scale and offset in float16. In 2
-            bits that keeps 4 levels instead of 3 (slide 16). Storing takes some 30 times as long.
+            bits that keeps 4 levels instead of 3 (slide 16). Of K, it is the error of the product with the queries that
+            counts, unless it is balanced or keeps channels. Storing takes some 30 times as long.
         cross_attention: keep the caption's K and V for the whole run, where there is cross-attention: exact.
         modulations: reuse DiT's modulations in later runs of equal timesteps and labels (64 MB at most), and compute
             them once where blocks have equal weights. Exact.
@@ -173,6 +174,11 @@ class DQARConfig:
         bits = "only with quantize_bits 8, 4 or 2"
         check("cache.keep_channels", kept, kept == 0 or self.quantize_bits < 16, bits)
         check("cache.fitted", self.cache.fitted, not self.cache.fitted or self.quantize_bits < 16, bits)
+
+    @property
+    def weighs_errors(self) -> bool:
+        """Whether K's levels are those of the least error in the product with the queries."""
+        return self.cache.fitted and not self.balance and not self.cache.keep_channels
 
     @property
     def gates(self) -> bool:

@@ -12,13 +12,16 @@ from typing import Any, Literal, get_args
 import torch
 from torch.nn import functional as F
 
-from dqar.checks import check_choice
+from dqar.checks import check, check_choice
 
 QuantizeMode = Literal["per_tensor", "per_channel", "per_token"]
 MODES = get_args(QuantizeMode)
 BITS = (8, 4, 2)
 GAUSSIAN_STEPS = {8: 0.0308, 4: 0.3352, 2: 0.9957}
 """By bits: the distance of evenly spaced levels, in standard deviations, that suits Gaussian data best (Max 1960)."""
+ROUNDS = 8
+"""In which a head's channels are rounded where their errors are weighted; one for each gains 1 dB more, and takes
+longer."""
 
 
 @dataclass(slots=True, eq=False)
@@ -89,6 +92,7 @@ def quantize(
     partner: torch.Tensor | None = None,
     keep_channels: int = 0,
     fitted: bool = False,
+    weight: torch.Tensor | None = None,
 ) -> QuantizedTensor:
     """Slide 6: ``q = clip(round(x / s), ±Q)`` with ``s = max|x| / Q`` and ``Q = 2^(bits − 1) − 1``.
 
@@ -109,12 +113,19 @@ def quantize(
             channel makes it pointless.
         keep_channels: number of channels, those of largest max |x|, that stay unquantized in 16 bit.
         fitted: fits spacing and offset of the levels, for as many values as share a scale.
+        weight: ``[..., heads, d, d]`` of ``heads · d`` channels, positive semidefinite: the errors ``e`` of a token's
+            head count ``e W eᵀ``. Of keys it is the queries' ``QᵀQ``, so that what counts is the error of the product.
+            Takes other levels than the nearest; fitted ones only, without ``partner`` and ``keep_channels``.
 
     Raises:
-        ValueError: for other bits or modes, an integer tensor, or NaN or inf in ``x``.
+        ValueError: for other bits or modes, an integer tensor, NaN or inf in ``x``, or a ``weight`` that doesn't fit.
     """
     check_choice("bits", bits, BITS)
     check_choice("mode", mode, MODES)
+    if weight is not None:
+        alone = fitted and partner is None and not keep_channels
+        fits = min(weight.ndim - 1, x.ndim) > 1 and weight.shape[-3] * weight.shape[-2] == x.shape[-1]
+        check("weight", list(weight.shape), alone and fits, "[..., heads, d, d] of all channels, fitted levels alone")
     if not x.is_floating_point():
         raise ValueError(f"a tensor of dtype {x.dtype} is not accepted: needs a floating dtype")
     first = batch_dims if mode != "per_token" else max(x.ndim - 1, batch_dims)
@@ -143,7 +154,8 @@ def quantize(
     if check_finite and not (salience if keep_channels else peak).isfinite().all():
         raise ValueError(f"x of shape {tuple(x.shape)} holds NaN or inf: needs finite values")
     if fitted:
-        integers, scale, extras["offset"] = _fit(values, tuple(shared), bits, scale_dtype)
+        scale, extras["offset"] = _fit(values, tuple(shared), bits, scale_dtype)
+        integers = _rounded(values, scale.float(), extras["offset"].float(), bits, weight)
         return QuantizedTensor(_packed(integers, bits, batch_dims), scale, bits, x.shape, x.dtype, **extras)
     # An all-zero group keeps its zeros under any scale, and a scale must not round to zero.
     scale = (peak / largest).clamp_min_(torch.finfo(scale_dtype).tiny)
@@ -155,18 +167,16 @@ def quantize(
     return QuantizedTensor(_packed(integers, bits, batch_dims), scale, bits, x.shape, x.dtype, **extras)
 
 
-def _fit(
-    x: torch.Tensor, shared: tuple[int, ...], bits: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Integers, scale and offset with the least squared error of ``q · scale + offset`` that Lloyd's algorithm finds.
+def _fit(x: torch.Tensor, shared: tuple[int, ...], bits: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and offset with the least squared error of ``q · scale + offset`` that Lloyd's algorithm finds.
 
     In turn it rounds to the nearest level and fits the line through ``(q, x)``. The turns only lead to a minimum near
     by. So they begin at several spacings, from the one for Gaussian data to the one that reaches all values, with the
     mean on a level and between two.
     """
     if not (x.numel() and shared):  # each value has a scale of its own
-        return torch.zeros_like(x, dtype=torch.int8), torch.ones_like(x, dtype=dtype), x.to(dtype)
-    lowest, highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+        return torch.ones_like(x, dtype=dtype), x.to(dtype)
+    lowest, highest = _ends(bits)
     tiny = torch.finfo(torch.float16).tiny
     mean = x.mean(shared, keepdim=True)
     centred = x - mean
@@ -188,9 +198,46 @@ def _fit(
         least = torch.where(better, error, least)
         best_scale, best_offset = torch.where(better, scale, best_scale), torch.where(better, offset, best_offset)
     largest = torch.finfo(dtype).max
-    scale, offset = (part.clamp(-largest, largest).to(dtype) for part in (best_scale, mean + best_offset))
-    integers = ((x - offset.float()) / scale.float()).round_().clamp_(lowest, highest)
-    return integers.to(torch.int8), scale, offset
+    return best_scale.clamp(-largest, largest).to(dtype), (mean + best_offset).clamp(-largest, largest).to(dtype)
+
+
+def _rounded(
+    x: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, bits: int, weight: torch.Tensor | None
+) -> torch.Tensor:
+    """int8 ``q`` with ``q · scale + offset ≈ x``: the nearest levels; with ``weight``, those of least ``Σ e W eᵀ``.
+
+    Then a head's channels are rounded in turn, those of most weight first. Each makes up for what the errors before it
+    do to the sum, as if the channels after it weren't to be rounded (LDLQ, Chee et al. 2023, arXiv 2307.13304, which is
+    GPTQ's rule, Frantar et al. 2022, arXiv 2210.17323).
+    """
+    if weight is None:
+        return ((x - offset) / scale).round_().clamp_(*_ends(bits)).to(torch.int8)
+    own = weight.float().diagonal(dim1=-2, dim2=-1)
+    order, width = own.argsort(-1), own.shape[-1]
+    index = order[..., None, :]
+    # A hundredth of the mean on the diagonal keeps directions that no query has looked in from counting nothing.
+    damping = own.mean(-1, keepdim=True).mul(0.01).clamp_min(torch.finfo(torch.float32).tiny)
+    weight = weight.float() + torch.diag_embed(damping.expand_as(own))
+    weight = weight.gather(-2, order[..., None].expand_as(weight)).gather(-1, index.expand_as(weight))
+    # [..., heads, tokens, d], a head's channels in its own order.
+    by_head = [part.expand_as(x).unflatten(-1, (-1, width)).transpose(-2, -3) for part in (x, scale, offset)]
+    x, scale, offset = (part.gather(-1, index.expand_as(part)) for part in by_head)
+    factor = torch.linalg.cholesky_ex(weight).L  # which looks for no error: that would make a GPU wait
+    integers, errors = torch.zeros_like(x), torch.zeros_like(x)
+    size = -(-width // ROUNDS)
+    for first in reversed(range(0, width, size)):
+        now, done = slice(first, first + size), slice(first + size, width)
+        caused = errors[..., done] @ factor[..., done, now]
+        wanted = x[..., now] - torch.linalg.solve_triangular(factor[..., now, now], caused, upper=False, left=False)
+        q = ((wanted - offset[..., now]) / scale[..., now]).round_().clamp_(*_ends(bits))
+        integers[..., now], errors[..., now] = q, q * scale[..., now] + offset[..., now] - x[..., now]
+    integers = torch.empty_like(integers).scatter_(-1, index.expand_as(integers), integers)
+    return integers.transpose(-2, -3).flatten(-2).to(torch.int8)
+
+
+def _ends(bits: int) -> tuple[int, int]:
+    """The least and the greatest of all ``2^bits`` integers."""
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 
 def _packed(integers: torch.Tensor, bits: int, batch_dims: int) -> torch.Tensor:

@@ -325,6 +325,9 @@ class KeysAndValues(Site):
         if self.config.balance and choice.fresh:
             weights = _largest_weights(attn.to_out[0], value).expand(len(value), 1, -1)
             partners = {"k": query.abs().amax(dim=1, keepdim=True), "v": weights}
+        elif self.config.weighs_errors and attn.norm_k is None and choice.fresh:
+            by_head = self._heads(query, attn.norm_q).float()
+            partners = {"k": by_head.mT @ by_head}
         self._keep(opened, choice, rows, entropy, tokens, kept, partners)
         return output
 

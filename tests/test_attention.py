@@ -16,6 +16,7 @@ from situations import OPEN, Naive
 from dqar import CacheFormat, DQARConfig, Probe, ReusePlan, apply_dqar, remove_dqar, stats
 from dqar.models.pipelines import make_scheduler
 from dqar.models.profiles import SCHEDULERS
+from dqar.quantizer import quantize
 
 CLOSED = {
     "by schedule": DQARConfig(schedule="none"),
@@ -633,7 +634,8 @@ def test_what_was_shared_is_cached_for_its_own_branch(pipe, target):
 def test_sharing_and_balancing_in_half_precision(pipe, dtype):
     pipe.transformer.to(dtype)
     plain = draw(pipe)
-    for options in ({"share_below": math.inf}, {"balance": True, "cache": CacheFormat(keep_channels=2)}):
+    others = {"balance": True, "cache": CacheFormat(keep_channels=2)}
+    for options in ({"share_below": math.inf}, others, {"cache": CacheFormat(fitted=True)}):
         with apply_dqar(pipe, DQARConfig(**COARSE, **options)):
             got = draw(pipe)
         assert got.isfinite().all() and not torch.equal(got, plain)
@@ -759,9 +761,29 @@ def test_keys_and_values_are_balanced_against_queries_and_the_next_weights(pipe)
             torch.testing.assert_close(entry.v.balance.double()[:, 0], value.sqrt(), rtol=1e-5, atol=0)
 
 
+def test_fitted_levels_of_keys_save_their_products_with_the_queries(pipe):
+    found, attn = {"q": [], "k": []}, pipe.transformer.transformer_blocks[1].attn1
+    for name, module in {"q": attn.to_q, "k": attn.to_k}.items():
+        module.register_forward_hook(lambda _m, _a, out, name=name: found[name].append(out))
+    with apply_dqar(pipe, DQARConfig(**COARSE, cache=CacheFormat(fitted=True))) as session:
+        entries = entries_of(pipe, session)
+        draw(pipe, steps=2)
+        query = found["q"][0].unflatten(-1, (attn.heads, -1)).transpose(1, 2).double()
+        options = {"batch_dims": 1, "fitted": True, "scale_dtype": torch.float16}
+        for branch, half in (("cond", slice(0, 2)), ("uncond", slice(2, 4))):
+            weight = torch.einsum("bhni,bhnj->bhij", query[half], query[half])
+            key, kept = found["k"][0][half], entries[1, branch].k
+            expected = quantize(key, COARSE["quantize_bits"], COARSE["quantize_mode"], weight=weight, **options)
+            plain = quantize(key, COARSE["quantize_bits"], COARSE["quantize_mode"], **options)
+            assert (kept.dequantize() == expected.dequantize()).double().mean() > 0.99
+            assert not torch.equal(kept.dequantize(), plain.dequantize()) and kept.nbytes == plain.nbytes
+
+
 @pytest.mark.parametrize(
     "options",
     [
+        {**COARSE, "cache": CacheFormat(fitted=True), "share_below": math.inf, "probe": Probe(interval=3)},
+        {"plan": ReusePlan({(2, 0, "cond"), (3, 2, "uncond")}, 4, 8), "cache": CacheFormat(fitted=True)},
         {**COARSE, "balance": True, "cache": CacheFormat(keep_channels=2)},
         {**COARSE, "balance": True, "share_below": math.inf, "probe": Probe(interval=3)},
         {**COARSE, "reuse_target": "output", "cache": CacheFormat(keep_channels=2), "share_below": math.inf},
@@ -786,8 +808,11 @@ def test_every_new_option_is_repeatable_traced_and_taken_off(pipe, options):
 
 
 @pytest.mark.parametrize("weight", ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"])
-def test_nan_weights_are_named_with_balanced_caches_too(pipe, weight):
-    with apply_dqar(pipe, DQARConfig(**COARSE, balance=True, cache=CacheFormat(keep_channels=2))):
+@pytest.mark.parametrize(
+    "options", [{"balance": True, "cache": CacheFormat(keep_channels=2)}, {"cache": CacheFormat(fitted=True)}]
+)
+def test_nan_weights_are_named_whatever_weighs_what_is_cached(pipe, weight, options):
+    with apply_dqar(pipe, DQARConfig(**COARSE, **options)):
         pipe.transformer.transformer_blocks[1].get_submodule(weight).weight.data[0, 0] = math.nan
         with pytest.raises(FloatingPointError, match="NaN or inf at step 0, first in layer 1"):
             draw(pipe)

@@ -1,3 +1,6 @@
+import itertools
+import math
+
 import pytest
 import torch
 
@@ -336,3 +339,105 @@ def test_fitted_levels_cost_an_offset_and_are_cut_by_rows():
     assert torch.equal(part.dequantize(), kept.dequantize()[1:]) and part.nbytes == kept.nbytes * 2 // 3
     alone = quantize(x[1:2], 2, "per_channel", batch_dims=1, fitted=True, scale_dtype=torch.float16)
     assert torch.equal(alone.dequantize(), kept.dequantize()[1:2])
+
+
+# --- weighted errors -------------------------------------------------------------------------------------------------
+
+
+def products(heads=2, width=12, tokens=40, seed=5):
+    """Keys ``[2, tokens, channels]``, and queries that mostly look in one direction, as those of a trained model do."""
+    generator = torch.Generator().manual_seed(seed)
+    keys, queries = torch.randn(2, 2, tokens, heads * width, generator=generator)
+    queries = queries + 3 * torch.randn(2, 1, heads * width, generator=generator)
+    by_head = queries.unflatten(-1, (heads, width)).transpose(1, 2)
+    return keys, queries, by_head.mT @ by_head
+
+
+def error_of_products(kept, keys, queries, heads=2):
+    error, queries = (
+        x.double().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (kept.dequantize() - keys, queries)
+    )
+    return (queries @ error.mT).square().sum().item()
+
+
+def one_by_one(x, scale, offset, weight, bits, rounds):
+    """Levels of one head's tokens ``[N, d]``, group by group: each is the nearest to the best real number for it, if
+    later channels could be any real number. In float64, by eliminating them, without any factorization."""
+    weight = weight.double() + 0.01 * weight.double().diagonal().mean() * torch.eye(len(weight)).double()
+    order, size = weight.diagonal().argsort().tolist(), -(-len(weight) // rounds)
+    groups = [order[first : first + size] for first in range(0, len(order), size)][::-1]
+    q, error = torch.zeros_like(x.double()), torch.zeros_like(x.double())
+    for number, now in enumerate(groups):
+        done, free = sum(groups[:number], []), sum(groups[number + 1 :], [])
+        settled = done + now
+        left = weight[settled][:, settled]
+        if free:
+            mixed = weight[free][:, settled]
+            left = left - mixed.mT @ torch.linalg.solve(weight[free][:, free], mixed)
+        wanted = x[:, now].double()
+        if done:
+            split = len(done)
+            wanted = wanted - torch.linalg.solve(left[split:, split:], left[split:, :split] @ error[:, done].mT).mT
+        q[:, now] = ((wanted - offset[:, now]) / scale[:, now]).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        error[:, now] = q[:, now] * scale[:, now] + offset[:, now] - x[:, now]
+    return q
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("width", [1, 5, 12, 24])
+def test_weighted_levels_are_those_of_a_plain_elimination(bits, mode, width):
+    keys, _, weight = products(width=width)
+    options = {"batch_dims": 1, "fitted": True, "scale_dtype": torch.float16}
+    kept, plain = (quantize(keys, bits, mode, weight=w, **options) for w in (weight, None))
+    assert torch.equal(kept.scale, plain.scale) and torch.equal(kept.offset, plain.offset)
+    assert kept.nbytes == plain.nbytes and kept.data.shape == plain.data.shape
+    scale, offset = (part.double().expand(keys.shape) for part in (kept.scale, kept.offset))
+    own = slice(width, 2 * width)  # the second sample's second head
+    expected = one_by_one(keys[1, :, own], scale[1, :, own], offset[1, :, own], weight[1, 1], bits, 8)
+    found = ((kept.dequantize()[1].double() - offset[1]) / scale[1])[:, own].round()
+    assert (found == expected).double().mean() > 0.995  # float32 may round a tie the other way
+
+
+@pytest.mark.parametrize("bits, gain", [(8, 6), (4, 6), (2, 4)])
+def test_weighted_levels_save_the_product_in_the_same_bytes(bits, gain):
+    keys, queries, weight = products()
+    plain, kept = (
+        error_of_products(quantize(keys, bits, "per_channel", batch_dims=1, fitted=True, weight=w), keys, queries)
+        for w in (None, weight)
+    )
+    assert 10 * math.log10(plain / kept) > gain
+
+
+def test_weighted_levels_come_near_to_the_best_of_all():
+    keys, queries, weight = products(heads=1, width=4, tokens=24)
+    kept = quantize(keys, 2, "per_channel", batch_dims=1, fitted=True, weight=weight)
+    every = torch.tensor(list(itertools.product((-2.0, -1.0, 0.0, 1.0), repeat=4)))
+    levels = every[:, None, None] * kept.scale.transpose(0, 1) + kept.offset.transpose(0, 1)  # [256, 1, 2, 4]
+    errors = levels.transpose(1, 2) - keys  # [256, 2, 24, 4]
+    least = torch.einsum("abnc,bcd,abnd->abn", errors, weight[:, 0], errors).min(0).values.sum().item()
+    assert error_of_products(kept, keys, queries, heads=1) < 1.5 * least
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_batch_mates_do_not_matter_to_weighted_levels(mode):
+    keys, _, weight = products()
+    options = {"batch_dims": 1, "fitted": True}
+    alone = quantize(keys[1:], 4, mode, weight=weight[1:], **options).dequantize()
+    torch.testing.assert_close(quantize(keys, 4, mode, weight=weight, **options).dequantize()[1:], alone)
+
+
+def test_queries_of_zero_leave_the_nearest_levels():
+    keys, _, weight = products()
+    plain, kept = (quantize(keys, 4, "per_channel", batch_dims=1, fitted=True, weight=w) for w in (None, weight * 0))
+    assert torch.equal(plain.dequantize(), kept.dequantize())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"fitted": False}, {"keep_channels": 1}, {"partner": torch.ones(24)}, {"weight": torch.ones(2, 1, 5, 5)}],
+)
+def test_a_weight_that_does_not_fit_is_named(changes):
+    keys, _, weight = products()
+    with pytest.raises(ValueError, match=r"weight=\[2, .* is not accepted: \[..., heads, d, d\] of all channels"):
+        quantize(keys, 4, **{"fitted": True, "weight": weight, **changes})
