@@ -1,8 +1,11 @@
 """The package's structure is what DESIGN says: parts, arrows between them, no circle."""
 
 import ast
+import builtins
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -46,3 +49,60 @@ def test_the_controller_needs_no_diffusers():
 def test_a_module_says_in_its_first_line_what_it_is_for(name):
     docstring = ast.get_docstring(ast.parse(architecture.path_of(name).read_text()))
     assert docstring and docstring.splitlines()[0].endswith((".", ":", "?"))
+
+
+Documented = ast.FunctionDef | ast.ClassDef
+SHAPE = re.compile(r"``[^`]*\[[^`]+\][^`]*``|\b(shapes?|scalars?)\b")
+CHECKS = {"check", "check_choice", "check_count"}
+"""Of ``dqar.checks``: they raise ``ValueError``."""
+
+
+def public(name: str) -> Iterator[tuple[Documented, str]]:
+    """A module's public classes, functions and methods with their docstrings; a constructor's is its class's."""
+
+    def inside(node: ast.AST, docstring: str) -> Iterator[tuple[Documented, str]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, Documented) and child.name == "__init__":
+                yield child, docstring
+            elif isinstance(child, Documented) and not child.name.startswith("_"):
+                yield child, ast.get_docstring(child) or ""
+                if isinstance(child, ast.ClassDef):
+                    yield from inside(child, ast.get_docstring(child) or "")
+
+    return inside(ast.parse(architecture.path_of(name).read_text()), "")
+
+
+def takes_or_returns_a_tensor(node: Documented) -> bool:
+    if isinstance(node, ast.ClassDef):
+        return False
+    given = [argument.annotation for argument in (*node.args.args, *node.args.kwonlyargs)]
+    written = [ast.unparse(each) for each in (*given, node.returns) if each is not None]
+    return any("torch.Tensor" in each and not each.startswith("Callable") for each in written)
+
+
+def errors_of(node: Documented) -> set[str]:
+    """The built-in exceptions that a function raises itself."""
+    if isinstance(node, ast.ClassDef):
+        return set()
+    errors = set()
+    for each in ast.walk(node):
+        if isinstance(each, ast.Raise) and isinstance(each.exc, ast.Call):
+            errors.add(ast.unparse(each.exc.func))
+        elif isinstance(each, ast.Call) and ast.unparse(each.func) in CHECKS:
+            errors.add("ValueError")
+    return errors & set(vars(builtins)) - {"NotImplementedError"}
+
+
+def is_named(error: str, docstring: str) -> bool:
+    """Whether it is named, or what it is a kind of."""
+    return any(kind.__name__ in docstring for kind in vars(builtins)[error].__mro__[:-3])
+
+
+@pytest.mark.parametrize("name", architecture.module_names())
+def test_public_names_are_explained_with_shapes_and_errors(name):
+    for node, docstring in public(name):
+        assert docstring, f"{node.name} has no docstring"
+        if takes_or_returns_a_tensor(node):
+            assert SHAPE.search(docstring), f"{node.name} says of no tensor which shape it has"
+        missing = {error for error in errors_of(node) if not is_named(error, docstring)}
+        assert not missing, f"{node.name} doesn't say when it raises {missing}"

@@ -39,7 +39,7 @@ def psnr(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
 
 def mean_psnr(images: torch.Tensor, reference: torch.Tensor) -> float:
-    """PSNR in dB of the mean squared error over all images, which one identical image can't make infinite."""
+    """PSNR in dB of the mean squared error of all images ``[N, ...]``; one identical image can't make it infinite."""
     _same_shape(images, reference)
     return float(-10 * (images.double() - reference.double()).square().mean().log10())
 
@@ -85,7 +85,7 @@ class Gaussian:
 
     @functools.cached_property
     def root(self) -> torch.Tensor:
-        """The covariance's square root."""
+        """The covariance's square root ``[D, D]``."""
         values, vectors = torch.linalg.eigh(self.covariance)
         return vectors * values.clamp_min(0).sqrt() @ vectors.T
 

@@ -92,7 +92,7 @@ def l2p_weights(products: torch.Tensor, computed: Collection[int]) -> Weights:
     """Of every skipped step, the weights of the computed ones before it with the least squared error.
 
     Args:
-        products: of ``mean_products``, float64.
+        products: ``mean_products`` ``[steps, steps]``, float64.
         computed: steps, the first one among them.
     """
     weights = {}

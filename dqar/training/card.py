@@ -53,7 +53,13 @@ def write_json(path: Path, content: dict) -> None:
 def quality(
     images: torch.Tensor, labels: torch.Tensor, name: Literal["digits", "cifar10"], classifier: Classifier
 ) -> dict[str, float]:
-    """Class accuracy, Fréchet distances and, against memorising, the distances to the nearest training images."""
+    """Class accuracy, Fréchet distances and, against memorising, the distances to the nearest training images.
+
+    Args:
+        images, labels: ``[N, C, H, W]`` in [0, 1], and the classes ``[N]`` that were asked for.
+        name: of the data set.
+        classifier: of the same.
+    """
     predicted, features = metrics.classify(classifier, images)
     real = {split: load_split(name, split)[0] / 2 + 0.5 for split in ("train", "test")}
     real_features = {

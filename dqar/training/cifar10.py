@@ -67,6 +67,9 @@ def prepare_latents(work: Path, vae: AutoencoderKL) -> tuple[torch.Tensor, torch
     """Latents ``[2, N, 4, 16, 16]`` float16 of the training images and their mirror images, and labels ``[N]``.
 
     Encoded once and kept in ``work/latents.safetensors``, which goes with ``work/vae``.
+
+    Raises:
+        OSError: that file can't be read.
     """
     path = work / "latents.safetensors"
     if not path.exists():

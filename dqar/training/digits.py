@@ -158,7 +158,7 @@ def train_steps(
             learning rate falls to 0 several times, ``cycle_steps``.
         model: as training begins with it.
         optimizers: of its parameters.
-        loss_of: the loss of the step with this number.
+        loss_of: the loss, a scalar, of the step with this number.
         out: folder of checkpoint and log.
         checkpoint_every: so many steps.
 

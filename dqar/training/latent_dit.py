@@ -143,7 +143,7 @@ def signal_and_noise(timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 
 
 def batch_loss(model: StackedDiT, batch: Batch, recipe: LatentRecipe, dtype: torch.dtype) -> torch.Tensor:
-    """Mean min-SNR-weighted squared error of the predicted noise (Hang et al. 2023)."""
+    """Mean min-SNR-weighted squared error of the predicted noise (Hang et al. 2023), a scalar."""
     signal, noise = (x[:, None, None, None] for x in signal_and_noise(batch.timesteps))
     predicted = model(signal * batch.latents + noise * batch.noise, batch.timesteps, batch.classes, dtype, batch.kept)
     snr = (signal / noise).square().flatten()
@@ -159,7 +159,7 @@ class Gradients:
     are added up in their order, so the result doesn't depend on who computed which, or on the number of processes.
 
     Args:
-        recipe, latents, labels: of the batches.
+        recipe, latents, labels: of the batches; shapes as for ``draw_batch``.
         model: its parameters move to memory that the processes share, and get the gradients.
         dtype, compiled: how ``model`` computes.
         workers: processes, this one included.
@@ -287,7 +287,7 @@ def train_latent_dit(
 
     Args:
         recipe: how.
-        latents, labels: as for ``draw_batch``.
+        latents, labels: in the shapes that ``draw_batch`` takes.
         out: gets ``checkpoint.pt``, ``loss.jsonl`` with a line a step, and ``checks.jsonl``.
         num_images: stops at the first step that has seen so many, the runs before this one included.
         device, dtype, compiled, workers: where and how it computes; ``workers`` as for ``Gradients``.
