@@ -1,6 +1,5 @@
 import functools
 import math
-import shutil
 
 import pandas as pd
 import pytest
@@ -75,18 +74,16 @@ def test_wrong_arguments_are_named(capsys):
         assert main(["benchmark", "--device", "cuda"]) == 2 and "there is no CUDA GPU" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_blocks_are_reused_around():
-    pipe = embedded_pipeline(num_layers=1)  # each takes long to compile
+    pipe = embedded_pipeline(num_layers=1)  # each takes long to trace
     plan = DQARConfig(plan=ReusePlan({(1, 0, "cond"), (3, 0, "uncond")}, 1, 4), reuse_target="output")
     expected = draw(pipe, steps=4)
     with apply_dqar(pipe, plan):
         planned = draw(pipe, steps=4)
-    # A compiler sums in another order, differently on every kind of processor: errors are in proportion to the largest.
     tolerance = 1e-4 * expected.abs().max().item()
     assert (planned - expected).abs().max() > 100 * tolerance
     for block in pipe.transformer.transformer_blocks:
-        block.compile()
+        block.compile(backend="eager")
     torch.testing.assert_close(draw(pipe, steps=4), expected, rtol=0, atol=tolerance)
     apply_dqar(pipe, plan)
     torch.testing.assert_close(draw(pipe, steps=4), planned, rtol=0, atol=tolerance)
