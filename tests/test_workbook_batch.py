@@ -2,12 +2,12 @@
 
 import base64
 import io
+import types
 
 import nbformat
 import papermill
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
-from papermill.exceptions import PapermillExecutionError
 from PIL import Image
 
 from dqar import workbook
@@ -95,20 +95,14 @@ def test_wrong_parameters_are_named_and_nothing_runs(arguments, message, capsys,
     assert capsys.readouterr().err.startswith(f"dqar workbook: {message}") and not (tmp_path / "out").exists()
 
 
-def test_papermills_own_command_stops_at_an_unknown_parameter(tmp_path):
+def test_papermills_own_command_stops_at_an_unknown_parameter(tmp_path, monkeypatch):
     """It hands a misspelt parameter on in silence; the notebook's first line must not."""
-    begin = "from dqar.figures.notebook import begin\nbegin(profile, seed, out)"
-    path = write_notebook(tmp_path / "a.ipynb", begin)
-    with pytest.raises(
-        PapermillExecutionError, match="parameter 'profil' is unknown: notebooks take profile, seed, out"
-    ):
-        papermill.execute_notebook(
-            path,
-            tmp_path / "b.ipynb",
-            {"profil": "smoke", "out": str(tmp_path)},
-            progress_bar=False,
-            config=workbook.by_sockets(str(tmp_path)),
-        )
+    path, given = write_notebook(tmp_path / "a.ipynb", "begin(profile, seed, out)"), {"profil": "smoke"}
+    prepared = papermill.execute_notebook(path, tmp_path / "b.ipynb", given, prepare_only=True)
+    shell = types.SimpleNamespace(user_ns={"In": ["", *(cell.source for cell in prepared.cells)]})
+    monkeypatch.setattr(start, "get_ipython", lambda: shell)
+    with pytest.raises(ValueError, match="parameter 'profil' is unknown: notebooks take profile, seed, out"):
+        start.begin("smoke", 0, tmp_path)
     assert not (tmp_path / "results").exists()
 
 
@@ -189,7 +183,7 @@ def test_committed_notebooks_show_their_results():
         assert nbformat.writes(notebook) + "\n" == path.read_text(), path
         assert path.stat().st_size < 1_000_000, path
         for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):
-            shown = workbook._presentable(cell.outputs, cell.outputs, workbook.LIVE in cell.metadata.get("tags", []))
+            shown = workbook.presentable(cell.outputs, cell.outputs, workbook.LIVE in cell.metadata.get("tags", []))
             assert shown == cell.outputs and cell.execution_count is None, f"{path}: run `dqar workbook --show`"
         answer = notebook.cells[-1]
         assert answer.source.startswith("shows("), path

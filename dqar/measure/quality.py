@@ -89,7 +89,7 @@ def classifier(model: str) -> Classifier:
 
 def extractor_of(profile: Profile) -> Extractor | None:
     """The feature extractor for a profile; ``None``, with one warning, where Inception's weights can't be had."""
-    return StandIn() if profile.rehearsal else _inception(profile.device)
+    return StandIn() if profile.rehearsal else inception(profile.device)
 
 
 @torch.no_grad()
@@ -138,7 +138,9 @@ def _at_hand(what: str, load: Callable[[], Any]) -> Any:
 
 
 @functools.cache
-def _inception(device: str) -> Inception | None:
+def inception(device: str) -> Inception | None:
+    """The network on a device, loaded once; ``None`` where its weights can't be had."""
+
     def load() -> Inception:
         from torchmetrics.image.fid import NoTrainInceptionV3  # torch-fidelity's, which not everyone has
 

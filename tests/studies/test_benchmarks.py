@@ -8,6 +8,7 @@ from helpers import draw, embedded_pipeline
 
 from dqar import DQARConfig, ReusePlan, apply_dqar, remove_dqar
 from dqar.__main__ import main
+from dqar.measure import metrics
 from dqar.studies import benchmarks
 
 
@@ -50,6 +51,8 @@ def test_a_whole_benchmark_of_one_layer(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmarks.shutil, "which", lambda name: None)  # compiling takes a minute
     small = functools.partial(benchmarks.random_dit_xl_2, sample_size=16)
     monkeypatch.setattr(benchmarks, "random_dit_xl_2", small)
+    times = metrics.interleaved_times
+    monkeypatch.setattr(metrics, "interleaved_times", lambda calls, _repeats, device: times(calls, 1, device))
     assert main(["benchmark", "--num-layers", "1", "--repeats", "1", "--out", str(tmp_path)]) == 0
     monkeypatch.setattr(benchmarks, "FOLDER", tmp_path)
     ((device, table),) = benchmarks.recorded().items()
