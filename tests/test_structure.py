@@ -54,11 +54,10 @@ def test_the_controller_needs_no_diffusers():
 def test_no_test_uses_a_private_name():
     private, tests = set(), Path(__file__).parent
     for node in (node for name in architecture.module_names() for node in ast.walk(parsed(name))):
-        defined = getattr(node, "name", None) or (
-            isinstance(getattr(node, "ctx", None), ast.Store) and ast.unparse(node)
-        )
-        if isinstance(defined, str) and re.fullmatch(r"(self\.)?_[a-z]\w*", defined, re.IGNORECASE):
-            private.add(defined.removeprefix("self."))
+        stored = isinstance(getattr(node, "ctx", None), ast.Store)
+        named = getattr(node, "name", None) or (stored and getattr(node, "attr", getattr(node, "id", None)))
+        if named and re.match(r"_[^_]", named):
+            private.add(named)
     for path in tests.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dqar"):

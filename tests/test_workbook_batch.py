@@ -127,10 +127,19 @@ def test_injected_names_are_those_of_papermills_cell():
     assert start.injected(cells) == ["profil", "seed"] and start.injected(["x = 1"]) == []
 
 
-def png(color, size=(4, 3)):
+def uncompressed(picture):
     file = io.BytesIO()
-    Image.new("RGB", size, color).save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()
+    picture.save(file, "PNG", compress_level=0)
+    return file.getvalue()
+
+
+def png(color, size=(4, 3)):
+    return base64.b64encode(uncompressed(Image.new("RGB", size, color))).decode()
+
+
+def pictures(cell):
+    datas = [output.get("data", {}) for output in cell.outputs]
+    return [base64.b64decode(data["image/png"]) for data in datas if "image/png" in data]
 
 
 def executed(path, *outputs):
@@ -176,14 +185,16 @@ def test_a_page_needs_no_network(tmp_path):
     assert "<script src=" not in html and "MathJax.js" not in html and "<code>$</code>" in html
 
 
-def test_committed_notebooks_show_their_results():
+def test_committed_notebooks_show_their_results(monkeypatch):
     """Whoever reads them on a code-hosting site sees what was found; ``dqar workbook --show`` puts it there."""
+    monkeypatch.setattr(workbook, "with_palette", uncompressed)  # in place of making every picture small once more
     for path in workbook.choose(None):
         notebook = nbformat.read(path, as_version=4)
         assert nbformat.writes(notebook) + "\n" == path.read_text(), path
         assert path.stat().st_size < 1_000_000, path
         for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):
             shown = workbook.presentable(cell.outputs, cell.outputs, workbook.LIVE in cell.metadata.get("tags", []))
+            assert all(Image.open(io.BytesIO(picture)).mode == "P" for picture in pictures(cell)), path
             assert shown == cell.outputs and cell.execution_count is None, f"{path}: run `dqar workbook --show`"
         answer = notebook.cells[-1]
         assert answer.source.startswith("shows("), path

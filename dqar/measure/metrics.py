@@ -120,8 +120,8 @@ def _check_features(name: str, x: torch.Tensor) -> None:
 
 @torch.no_grad()
 def classify(classifier: Classifier, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Predicted classes ``[N]`` and features ``[N, D]`` of images in [0, 1]."""
-    features = classifier.features(images * 2 - 1)
+    """Predicted classes ``[N]`` and features ``[N, D]`` of images ``[N, C, H, W]`` in [0, 1]."""
+    features = torch.cat([classifier.features(part * 2 - 1) for part in images.split(500)])
     return classifier.head(features).argmax(1), features
 
 

@@ -229,13 +229,14 @@ def reference_of(model: str, folder: Path) -> Reference | None:
     path = (WEIGHTS / f"{model}-classifier" if model in CLASS_NAMES else folder) / "reference.npz"
     if path.exists():
         return load_reference(path)
-    return Reference(Gaussian.of(held_out_features(model))) if model in CLASS_NAMES else None
+    if model not in CLASS_NAMES:
+        return None
+    return Reference(Gaussian.of(classify_held_out(classifier(model), cast(Dataset, model))[1]))
 
 
-@functools.cache
-def held_out_features(model: str) -> torch.Tensor:
-    """The classifier's features ``[N, D]`` of an embedded model's test data, which neither was trained on."""
-    return metrics.classify(classifier(model), load_split(cast(Dataset, model), "test")[0] / 2 + 0.5)[1]
+def classify_held_out(classifier: Classifier, dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
+    """``metrics.classify``, ``[N]`` and ``[N, D]``, of a data set's test images, which no embedded model has seen."""
+    return metrics.classify(classifier, load_split(dataset, "test")[0] / 2 + 0.5)
 
 
 def load_reference(path: Path, widths: dict[str, int] | None = None) -> Reference:

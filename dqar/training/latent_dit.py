@@ -143,12 +143,16 @@ def signal_and_noise(timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 
 
 def batch_loss(model: StackedDiT, batch: Batch, recipe: LatentRecipe, dtype: torch.dtype) -> torch.Tensor:
-    """Mean min-SNR-weighted squared error of the predicted noise (Hang et al. 2023), a scalar."""
+    """``min_snr_loss`` of a batch, a scalar."""
     signal, noise = (x[:, None, None, None] for x in signal_and_noise(batch.timesteps))
     predicted = model(signal * batch.latents + noise * batch.noise, batch.timesteps, batch.classes, dtype, batch.kept)
-    snr = (signal / noise).square().flatten()
-    weight = snr.clamp(max=recipe.min_snr_gamma) / snr
-    return (weight * (predicted - batch.noise).square().mean(dim=(1, 2, 3))).mean()
+    return min_snr_loss((signal / noise).square().flatten(), predicted, batch.noise, recipe.min_snr_gamma)
+
+
+def min_snr_loss(snr: torch.Tensor, predicted: torch.Tensor, noise: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Mean squared error of the ``predicted`` noise ``[B, ...]``, weighted by min-SNR (Hang et al. 2023) ``[B]``."""
+    weight = snr.clamp(max=gamma) / snr
+    return (weight * (predicted - noise).square().mean(dim=tuple(range(1, noise.ndim)))).mean()
 
 
 class Gradients:
@@ -337,10 +341,10 @@ def train_latent_dit(
                 said, said_step, losses = now, step, []
             checking = check is not None and step % check_steps == 0
             if check is not None and checking:
-                found = {"step": step - 1, "images": images, **check(average, images)}
+                checked = {"step": step - 1, "images": images, **check(average, images)}
                 with checks.open("a") as file:
-                    file.write(json.dumps(found) + "\n")
-                print(found, flush=True)
+                    file.write(json.dumps(checked) + "\n")
+                print(checked, flush=True)
             if checking or late or images >= num_images or time.monotonic() - saved > checkpoint_seconds:
                 log_file.flush()
                 saved = time.monotonic()
