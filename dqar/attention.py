@@ -104,7 +104,7 @@ class Engine(Protocol):
         """What is kept for one stream of latents, with ``forget``."""
 
     def begin_run(self, run: Run, latents: torch.Tensor) -> None:
-        """Raises ``ValueError`` for a run that it can't follow; ``latents`` are the first call's."""
+        """Raises ``ValueError`` for a run that it can't follow; ``latents`` ``[B, ...]`` are the first call's."""
 
     def call(self, compute: Callable[[], Any], run: Run, call: Call, named: dict[str, Any], first: bool) -> Any:
         """The model's output.
@@ -116,7 +116,7 @@ class Engine(Protocol):
         """
 
     def before_step(self, run: Run, stream: Stream, prediction: torch.Tensor) -> None:
-        """Is told what the scheduler is given for a run's only stream."""
+        """Is told the guided ``[b, ...]`` that the scheduler is given for a run's only stream."""
 
     def clear(self) -> None:
         """Frees all that isn't a stream's."""

@@ -23,7 +23,7 @@ class StoredTensor:
     dtype: torch.dtype
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The tensor in its original dtype, unless another is given."""
+        """The tensor in its shape, and in its original dtype unless another is given."""
         return self.data.to(dtype or self.dtype)
 
     def rows(self, rows: slice) -> StoredTensor:

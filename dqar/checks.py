@@ -13,13 +13,13 @@ def check(field: str, value: Any, ok: bool, accepted: str) -> None:
 
 
 def check_choice(field: str, value: Any, choices: Collection[Any]) -> None:
-    """``check`` for a value out of a short list."""
+    """Raises ``ValueError`` unless the value is one of a short list."""
     if value not in choices:
         check(field, value, False, f"choose one of {', '.join(map(repr, choices))}")
 
 
 def check_count(field: str, value: Any, least: int) -> None:
-    """``check`` for an int."""
+    """Raises ``ValueError`` unless the value is an int of ``least`` or more."""
     check(field, value, is_count(value, least), f"an int of {least} or more")
 
 

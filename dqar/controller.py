@@ -114,10 +114,10 @@ class DQARController:
         Args:
             step_index: from 0 to ``total_steps - 1``.
             total_steps: denoising steps of the run.
-            snr: the latents' SNR, a number or one per sample (then their mean decides).
+            snr: the latents' SNR, a number or ``[B]`` (then their mean decides).
             prompt_length: words of the prompt; scales the entropy threshold by slide 5's τ(p). ``None``: unscaled.
             snr_schedule: the noise schedule's ᾱ/(1 − ᾱ); decides instead with ``probe.snr_source="schedule"``.
-            latent_norm: ‖x_t‖₂, a feature of the policy.
+            latent_norm: ‖x_t‖₂, a scalar; a feature of the policy.
             timestep: for the trace.
             run: number of the run, where several share a trace.
             latent_size: height and width, as in ``"32 x 32"``, for the trace.
@@ -167,7 +167,7 @@ class DQARController:
         self._facts = StepFacts(self._run, step_index, total_steps, timestep, *signals)
 
     def complete_step(self, snr: torch.Tensor | float) -> None:
-        """Fills in the current step's predicted SNR, known only after its model call."""
+        """Fills in the current step's predicted SNR, a scalar, known only after its model call."""
         self._facts.snr = snr
 
     # --- slide 9's calls ---------------------------------------------------------------------------------------------
@@ -309,7 +309,7 @@ class DQARController:
             self._add_computed(layer_id, entry.branch, entry.nbytes, entropies)
 
     def record(self, layer_id: int, rows: dict[str, slice], entropy: torch.Tensor | None, tokens: int | None) -> None:
-        """Records computed branches that no later step will reuse: nothing is cached. See ``commit_together``."""
+        """Records computed branches that no later step will reuse: nothing is cached. ``entropy`` is ``[B, H]``."""
         entropies = self._entropies(layer_id, rows, entropy, tokens)
         for branch in rows:
             self._add_computed(layer_id, branch, 0, entropies)

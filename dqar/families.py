@@ -195,7 +195,7 @@ def check_processors(layers: Iterable[Layer]) -> None:
 
 
 def check_processor(layer: Layer, layer_id: int) -> None:
-    """See ``check_processors``."""
+    """Raises ``ValueError`` unless the processor is exactly the family's."""
     present, replaced = type(layer.attention.processor), layer.place.processor
     if present.__name__ != replaced or not present.__module__.startswith("diffusers."):
         raise ValueError(
@@ -210,7 +210,7 @@ def null_class(transformer: torch.nn.Module) -> int | None:
 
 
 def conditions(named: dict[str, Any]) -> tuple[torch.Tensor | None, ...]:
-    """A call's ``CONDITIONS``, in that order, and the captions that are a list."""
+    """A call's ``CONDITIONS``, in that order, and the captions that are a list: ``[B, ...]`` each."""
     given = [named.get(name) for name in CONDITIONS] + list(named.get(CAPTION_LISTS, ()))
     return tuple(value if isinstance(value, torch.Tensor) else None for value in given)
 

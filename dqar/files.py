@@ -21,10 +21,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: str | Path, content: dict[str, Any] | list[Any]) -> None:
-    """Writes JSON in one line."""
+def write_json(path: str | Path, content: dict[str, Any] | list[Any], indent: int | None = None) -> None:
+    """Writes JSON, in one line unless with an ``indent``."""
     with atomic_path(Path(path)) as temporary:
-        temporary.write_text(json.dumps(content) + "\n")
+        temporary.write_text(json.dumps(content, indent=indent) + "\n")
 
 
 @contextlib.contextmanager

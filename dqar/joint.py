@@ -110,7 +110,7 @@ class JointKeysAndValues(KeysAndValues, JointSite):
         return output
 
     def project(self, name: Name, original: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        """Answers a projection's calls: computed, restored or shared as its attention's branches are."""
+        """Answers a projection's calls on ``[B, N, C]``: computed, restored or shared as its attention just is."""
         opened, layer_id = self.opened(), self.layer_id
         if opened is None or layer_id not in opened.waiting:
             return original(x)

@@ -59,7 +59,7 @@ class Modulations:
 
         Args:
             run, call: which pass it is; weights are looked at once a run.
-            latents: of the dtype and on the device that the model is given.
+            latents: ``[B, ...]``, of the dtype and on the device that the model is given.
         """
         if not self._norms or call.labels is None:
             return None
@@ -77,7 +77,7 @@ class Modulations:
         return kept
 
     def close(self, run: Run, call: Call, latents: torch.Tensor, results: dict[int, torch.Tensor]) -> None:
-        """Stores a forward pass's results; where there is no room, the least recently used go."""
+        """Stores a forward pass's results ``[B, ...]``; where there is no room, the least recently used go."""
         key = _key(run, call, latents)
         if key in self._kept:
             return

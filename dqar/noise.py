@@ -46,7 +46,7 @@ class NoiseLevels:
         return (self.signal[step] / self.noise[step]) ** 2 if self.noise[step] else math.inf
 
     def latents(self, step: int, model_input: torch.Tensor) -> torch.Tensor:
-        """``x_t`` from the model's input, which EDM schedulers scale to unit variance."""
+        """``x_t`` ``[B, ...]`` from the model's input, which EDM schedulers scale to unit variance."""
         if self.prediction != "edm":
             return model_input
         return model_input * math.sqrt(self.noise[step] ** 2 + self.sigma_data**2)

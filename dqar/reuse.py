@@ -115,7 +115,7 @@ class ReuseEngine:
         self.controller.reset()
 
     def begin_run(self, run: Run, latents: torch.Tensor) -> None:
-        """Refuses what can't be followed, before the first image.
+        """Refuses what can't be followed, of ``latents`` ``[B, C, ...]``, before the first image.
 
         Raises:
             ValueError: an exchanged attention processor, a run that the plan wasn't made for, a gate on an SNR that

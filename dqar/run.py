@@ -88,7 +88,7 @@ class Kept:
 
     @classmethod
     def of(cls, tensor: torch.Tensor | None) -> Kept | None:
-        """Remembers ``tensor`` for a later comparison."""
+        """Remembers a tensor of any shape for a later comparison."""
         if tensor is None:
             return None
         if tensor.is_inference():  # without a version counter
@@ -96,7 +96,7 @@ class Kept:
         return cls(tensor, tensor._version, None)
 
     def still(self, tensor: torch.Tensor) -> bool:
-        """Whether ``tensor`` is the same object, unchanged, or holds equal values."""
+        """Whether ``tensor`` is the same object, unchanged, or holds equal values in the same shape."""
         if tensor is self.tensor and self.version is not None:
             return tensor._version == self.version
         if self.copy is not None:

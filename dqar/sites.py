@@ -43,7 +43,7 @@ class Waiting:
     """A joint attention's keys and values ``[B, N, C]``."""
 
     def check_whole(self, hidden_states: torch.Tensor, layer_id: int) -> None:
-        """Raises ``ValueError`` for a feed-forward of chunks."""
+        """Raises ``ValueError`` for a feed-forward of chunks, of ``hidden_states`` ``[B, N, C]``."""
         if hidden_states.shape[:-1] != self.shape:
             raise ValueError(
                 f"layer {layer_id}'s feed-forward was given {tuple(hidden_states.shape)} after an attention of "
@@ -69,7 +69,11 @@ class OpenCall:
     """By layer, what a site's first part leaves to its last."""
 
     def rows(self, hidden_states: torch.Tensor, layer_id: int) -> Rows:
-        """The branches' rows of ``hidden_states`` ``[B, N, C]``: of Latte's, ``B`` is samples times frames."""
+        """The branches' rows of ``hidden_states`` ``[B, N, C]``: of Latte's, ``B`` is samples times frames.
+
+        Raises:
+            ValueError: a part of the batch.
+        """
         rows, batch = self.call.slices, self.batch
         if len(hidden_states) == batch:
             return rows
@@ -82,7 +86,7 @@ class OpenCall:
         return {branch: slice(part.start * times, part.stop * times) for branch, part in rows.items()}
 
     def cached(self, layer_id: int, branches: tuple[str, ...], name: Name = "output") -> torch.Tensor:
-        """A cached tensor of these branches, one below the other, at the open step."""
+        """A cached tensor ``[B, N, C]`` of these branches, one below the other, at the open step."""
         return recall(self.controller.cache.entries(layer_id, branches), self.step, name)
 
     def reused(self, layer_id: int, branches: tuple[str, ...]) -> None:
@@ -99,7 +103,10 @@ class OpenCall:
         tensors: Tensors,
         partners: Tensors | None = None,
     ) -> None:
-        """Records computed branches, and caches their ``rows`` of the tensors if they may be drawn on later."""
+        """Records computed branches, and caches their ``rows`` of the tensors if they may be drawn on later.
+
+        Tensors are ``[B, N, C]``; ``entropy`` is ``[B, H]``, if it was measured.
+        """
         if self.controller.wants_commit(layer_id):
             self.controller.commit_together(layer_id, rows, entropy, tokens, tensors, partners)
         else:
@@ -354,7 +361,11 @@ class KeysAndValues(Site):
 
 
 class AttentionAndFeedForward(Site):
-    """The outputs of attention and feed-forward are kept, by one decision: ``reuse_target="block"``."""
+    """The outputs of attention and feed-forward are kept, by one decision: ``reuse_target="block"``.
+
+    Raises:
+        ValueError: a block without diffusers' feed-forward.
+    """
 
     def __init__(self, opened: Callable[[], OpenCall | None], layer_id: int, layer: Layer, config: DQARConfig):
         super().__init__(opened, layer_id, layer, config)
@@ -380,7 +391,7 @@ class AttentionAndFeedForward(Site):
     def feed_forward(
         self, original: Callable[..., torch.Tensor], hidden_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """Answers the feed-forward's calls: computed, restored or shared where the attention just was."""
+        """Answers the feed-forward's calls on ``[B, N, C]``: computed, restored or shared as the attention just was."""
         opened, layer_id = self.opened(), self.layer_id
         if opened is None or layer_id not in opened.waiting:  # called by itself, not by its block
             return original(hidden_states, *args, **kwargs)
@@ -418,7 +429,7 @@ class Residual(AttentionAndFeedForward):
     def whole(
         self, original: Callable[..., torch.Tensor], hidden_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """Answers the block's calls."""
+        """Answers the block's calls on ``[B, N, C]``."""
         opened = self.opened()
         if opened is None or not opened.choices:
             return original(hidden_states, *args, **kwargs)
@@ -464,7 +475,7 @@ class Residual(AttentionAndFeedForward):
     def feed_forward(
         self, original: Callable[..., torch.Tensor], hidden_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """See ``AttentionAndFeedForward``; what isn't computed is left zero."""
+        """See ``AttentionAndFeedForward``; what isn't computed of ``[B, N, C]`` is left zero."""
         opened, layer_id = self.opened(), self.layer_id
         if opened is None or layer_id not in opened.waiting:
             return original(hidden_states, *args, **kwargs)

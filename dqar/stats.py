@@ -29,6 +29,9 @@ def attention_entropy(
 
     Except in ``"sum"``, ε is a lower bound of the logarithm's argument. Adding it, as the slide does, lowers every
     entropy by Nk·ε nats.
+
+    Raises:
+        ValueError: another shape or reduction.
     """
     if attn_map.ndim != 4:
         raise ValueError(f"attn_map of shape {tuple(attn_map.shape)} is not accepted: needs [B, H, Nq, Nk]")
@@ -151,7 +154,11 @@ def latent_norm(latents: torch.Tensor) -> torch.Tensor:
 
 
 def snr(clean: torch.Tensor, noisy: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    """Slide 4's ``‖x0‖² / (‖x_t − x0‖² + ε)`` per sample, ``[B]`` float32, of latents ``[B, ...]``."""
+    """Slide 4's ``‖x0‖² / (‖x_t − x0‖² + ε)`` per sample, ``[B]`` float32, of latents ``[B, ...]``.
+
+    Raises:
+        ValueError: latents of different shapes.
+    """
     if clean.shape != noisy.shape:
         raise ValueError(f"clean {tuple(clean.shape)} and noisy {tuple(noisy.shape)} must have the same shape")
     clean, noisy = clean.flatten(1).float(), noisy.flatten(1).float()
@@ -160,6 +167,10 @@ def snr(clean: torch.Tensor, noisy: torch.Tensor, eps: float = 1e-6) -> torch.Te
 
 
 def tau(base: float, prompt_length: float) -> float:
-    """Slide 5's threshold for a prompt of ``prompt_length`` words, ``base · √(p / 64)``."""
+    """Slide 5's threshold for a prompt of ``prompt_length`` words, ``base · √(p / 64)``.
+
+    Raises:
+        ValueError: a negative length.
+    """
     check("prompt_length", prompt_length, prompt_length >= 0, "0 or more")
     return base * math.sqrt(prompt_length / 64)

@@ -183,7 +183,7 @@ def show_results(executed: NotebookNode, path: Path) -> bool:
     outputs = {cell.id: cell.get("outputs", []) for cell in executed.cells}
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = _presentable(outputs.get(cell.id, []), cell.outputs, LIVE in cell.metadata.get("tags", []))
+            cell.outputs = presentable(outputs.get(cell.id, []), cell.outputs, LIVE in cell.metadata.get("tags", []))
             cell.execution_count = None
     text = nbformat.writes(notebook) + "\n"
     if text == path.read_text():
@@ -193,7 +193,8 @@ def show_results(executed: NotebookNode, path: Path) -> bool:
     return True
 
 
-def _presentable(outputs: list[NotebookNode], before: list[NotebookNode], live: bool) -> list[NotebookNode]:
+def presentable(outputs: list[NotebookNode], before: list[NotebookNode], live: bool) -> list[NotebookNode]:
+    """What ``show_results`` puts in the place of ``before``; nothing of a cell that is tagged ``LIVE``."""
     kept: list[NotebookNode] = []
     pictures = [output.data["image/png"] for output in before if "image/png" in output.get("data", {})]
     for output in outputs:

@@ -1,7 +1,6 @@
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiTPipeline
-from helpers import embedded_pipeline, make_dit, make_pixart
+from helpers import embedded_pipeline, make_dit, make_pixart, save_dit
 
 torch.set_num_threads(1)
 
@@ -24,10 +23,7 @@ def pixart():
 @pytest.fixture(scope="session")
 def dit_folder(tmp_path_factory):
     """A tiny DiTPipeline as ``save_pretrained`` leaves it."""
-    folder = tmp_path_factory.mktemp("dit")
-    components = make_dit(scheduler=DDIMScheduler(clip_sample=False)).components
-    DiTPipeline(**components, id2label={"0": "tench, Tinca tinca"}).save_pretrained(folder)
-    return folder
+    return save_dit(tmp_path_factory.mktemp("dit"))
 
 
 @pytest.fixture(scope="session")

@@ -69,6 +69,13 @@ def make_dit(seed=0, scheduler=None, **options):
     return silent(DiTPipeline(transformer, make_vae(), scheduler))
 
 
+def save_dit(folder, **options):
+    """``make_dit``'s pipeline, with a class's name, as ``save_pretrained`` leaves it in ``folder``."""
+    components = make_dit(scheduler=DDIMScheduler(clip_sample=False), **options).components
+    DiTPipeline(**components, id2label={"0": "tench, Tinca tinca"}).save_pretrained(folder)
+    return folder
+
+
 WORDS = ("a", "cat", "dog", "on", "the", "red", "mat", "runs", "sits", "in", "park", "with", "two", "big")
 PROMPTS = ("a cat", "two big red dog runs in the park")  # 2 and 8 words, and the end of the text
 

@@ -14,7 +14,9 @@ loggers = {name: logging.getLogger(name).level for name in ("torchao", "torch.ut
 def decorated(*args, **kwargs):
     raise AssertionError("imports torch._dynamo where diffusers doesn't")
 disable, torch.compiler.disable = torch.compiler.disable, decorated
-from dqar import DQARConfig, ForecastPlan, apply_dqar
+import dqar
+from dqar import *
+DQARConfig, dqar.stats.snr
 changed = [name for name, level in loggers.items() if logging.getLogger(name).level != level]
 print(json.dumps([sorted(set(sys.modules) - before), changed]))
 """

@@ -1,8 +1,11 @@
 """The package's structure is what DESIGN says: parts, arrows between them, no circle."""
 
 import ast
-import subprocess
-import sys
+import builtins
+import functools
+import re
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +24,11 @@ BELOW = {
 }
 
 
+@functools.cache
+def parsed(name: str) -> ast.Module:
+    return ast.parse(architecture.path_of(name).read_text())
+
+
 def test_no_arrow_runs_up():
     graph = architecture.folder_graph()
     assert graph.keys() == BELOW.keys()
@@ -36,13 +44,86 @@ def test_no_import_goes_in_a_circle():
 
 
 def test_the_controller_needs_no_diffusers():
-    code = "import sys; sys.modules['diffusers'] = None; import importlib.util, types\n"
-    code += "import pathlib; p = types.ModuleType('dqar'); p.__path__ = [str(pathlib.Path('dqar').resolve())]\n"
-    code += "sys.modules['dqar'] = p; import dqar.controller"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=architecture.PACKAGE.parent)
+    graph, needed = architecture.import_graph(), ["controller"]
+    for name in needed:
+        needed += graph[name] - {*needed}
+        imports = [node for node in ast.walk(parsed(name)) if isinstance(node, (ast.Import, ast.ImportFrom))]
+        assert "diffusers" not in " ".join(map(ast.unparse, imports)), name
+
+
+def test_no_test_uses_a_private_name():
+    private, tests = set(), Path(__file__).parent
+    for node in (node for name in architecture.module_names() for node in ast.walk(parsed(name))):
+        stored = isinstance(getattr(node, "ctx", None), ast.Store)
+        named = getattr(node, "name", None) or (stored and getattr(node, "attr", getattr(node, "id", None)))
+        if named and re.match(r"_[^_]", named):
+            private.add(named)
+    for path in tests.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dqar"):
+                assert not private & {alias.name for alias in node.names}, path
+            elif isinstance(node, ast.Attribute) and ast.unparse(node.value) != "self":
+                assert node.attr not in private, f"{path}:{node.lineno}"
 
 
 @pytest.mark.parametrize("name", architecture.module_names())
 def test_a_module_says_in_its_first_line_what_it_is_for(name):
-    docstring = ast.get_docstring(ast.parse(architecture.path_of(name).read_text()))
+    docstring = ast.get_docstring(parsed(name))
     assert docstring and docstring.splitlines()[0].endswith((".", ":", "?"))
+
+
+Documented = ast.FunctionDef | ast.ClassDef
+SHAPE = re.compile(r"``[^`]*\[[^`]+\][^`]*``|\b(shapes?|scalars?)\b")
+CHECKS = {"check", "check_choice", "check_count"}
+"""Of ``dqar.checks``: they raise ``ValueError``."""
+
+
+def public(name: str) -> Iterator[tuple[Documented, str]]:
+    """A module's public classes, functions and methods with their docstrings; a constructor's is its class's."""
+
+    def inside(node: ast.AST, docstring: str) -> Iterator[tuple[Documented, str]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, Documented) and child.name == "__init__":
+                yield child, docstring
+            elif isinstance(child, Documented) and not child.name.startswith("_"):
+                yield child, ast.get_docstring(child) or ""
+                if isinstance(child, ast.ClassDef):
+                    yield from inside(child, ast.get_docstring(child) or "")
+
+    return inside(parsed(name), "")
+
+
+def takes_or_returns_a_tensor(node: Documented) -> bool:
+    if isinstance(node, ast.ClassDef):
+        return False
+    given = [argument.annotation for argument in (*node.args.args, *node.args.kwonlyargs)]
+    written = [ast.unparse(each) for each in (*given, node.returns) if each is not None]
+    return any("torch.Tensor" in each and not each.startswith("Callable") for each in written)
+
+
+def errors_of(node: Documented) -> set[str]:
+    """The built-in exceptions that a function raises itself."""
+    if isinstance(node, ast.ClassDef):
+        return set()
+    errors = set()
+    for each in ast.walk(node):
+        if isinstance(each, ast.Raise) and isinstance(each.exc, ast.Call):
+            errors.add(ast.unparse(each.exc.func))
+        elif isinstance(each, ast.Call) and ast.unparse(each.func) in CHECKS:
+            errors.add("ValueError")
+    return errors & set(vars(builtins)) - {"NotImplementedError"}
+
+
+def is_named(error: str, docstring: str) -> bool:
+    """Whether it is named, or what it is a kind of."""
+    return any(kind.__name__ in docstring for kind in vars(builtins)[error].__mro__[:-3])
+
+
+@pytest.mark.parametrize("name", architecture.module_names())
+def test_public_names_are_explained_with_shapes_and_errors(name):
+    for node, docstring in public(name):
+        assert docstring, f"{node.name} has no docstring"
+        if takes_or_returns_a_tensor(node):
+            assert SHAPE.search(docstring), f"{node.name} says of no tensor which shape it has"
+        missing = {error for error in errors_of(node) if not is_named(error, docstring)}
+        assert not missing, f"{node.name} doesn't say when it raises {missing}"

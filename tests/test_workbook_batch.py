@@ -2,12 +2,12 @@
 
 import base64
 import io
+import types
 
 import nbformat
 import papermill
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
-from papermill.exceptions import PapermillExecutionError
 from PIL import Image
 
 from dqar import workbook
@@ -95,20 +95,14 @@ def test_wrong_parameters_are_named_and_nothing_runs(arguments, message, capsys,
     assert capsys.readouterr().err.startswith(f"dqar workbook: {message}") and not (tmp_path / "out").exists()
 
 
-def test_papermills_own_command_stops_at_an_unknown_parameter(tmp_path):
+def test_papermills_own_command_stops_at_an_unknown_parameter(tmp_path, monkeypatch):
     """It hands a misspelt parameter on in silence; the notebook's first line must not."""
-    begin = "from dqar.figures.notebook import begin\nbegin(profile, seed, out)"
-    path = write_notebook(tmp_path / "a.ipynb", begin)
-    with pytest.raises(
-        PapermillExecutionError, match="parameter 'profil' is unknown: notebooks take profile, seed, out"
-    ):
-        papermill.execute_notebook(
-            path,
-            tmp_path / "b.ipynb",
-            {"profil": "smoke", "out": str(tmp_path)},
-            progress_bar=False,
-            config=workbook.by_sockets(str(tmp_path)),
-        )
+    path, given = write_notebook(tmp_path / "a.ipynb", "begin(profile, seed, out)"), {"profil": "smoke"}
+    prepared = papermill.execute_notebook(path, tmp_path / "b.ipynb", given, prepare_only=True)
+    shell = types.SimpleNamespace(user_ns={"In": ["", *(cell.source for cell in prepared.cells)]})
+    monkeypatch.setattr(start, "get_ipython", lambda: shell)
+    with pytest.raises(ValueError, match="parameter 'profil' is unknown: notebooks take profile, seed, out"):
+        start.begin("smoke", 0, tmp_path)
     assert not (tmp_path / "results").exists()
 
 
@@ -133,10 +127,19 @@ def test_injected_names_are_those_of_papermills_cell():
     assert start.injected(cells) == ["profil", "seed"] and start.injected(["x = 1"]) == []
 
 
-def png(color, size=(4, 3)):
+def uncompressed(picture):
     file = io.BytesIO()
-    Image.new("RGB", size, color).save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()
+    picture.save(file, "PNG", compress_level=0)
+    return file.getvalue()
+
+
+def png(color, size=(4, 3)):
+    return base64.b64encode(uncompressed(Image.new("RGB", size, color))).decode()
+
+
+def pictures(cell):
+    datas = [output.get("data", {}) for output in cell.outputs]
+    return [base64.b64decode(data["image/png"]) for data in datas if "image/png" in data]
 
 
 def executed(path, *outputs):
@@ -182,14 +185,16 @@ def test_a_page_needs_no_network(tmp_path):
     assert "<script src=" not in html and "MathJax.js" not in html and "<code>$</code>" in html
 
 
-def test_committed_notebooks_show_their_results():
+def test_committed_notebooks_show_their_results(monkeypatch):
     """Whoever reads them on a code-hosting site sees what was found; ``dqar workbook --show`` puts it there."""
+    monkeypatch.setattr(workbook, "with_palette", uncompressed)  # in place of making every picture small once more
     for path in workbook.choose(None):
         notebook = nbformat.read(path, as_version=4)
         assert nbformat.writes(notebook) + "\n" == path.read_text(), path
         assert path.stat().st_size < 1_000_000, path
         for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):
-            shown = workbook._presentable(cell.outputs, cell.outputs, workbook.LIVE in cell.metadata.get("tags", []))
+            shown = workbook.presentable(cell.outputs, cell.outputs, workbook.LIVE in cell.metadata.get("tags", []))
+            assert all(Image.open(io.BytesIO(picture)).mode == "P" for picture in pictures(cell)), path
             assert shown == cell.outputs and cell.execution_count is None, f"{path}: run `dqar workbook --show`"
         answer = notebook.cells[-1]
         assert answer.source.startswith("shows("), path

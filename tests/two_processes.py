@@ -1,6 +1,10 @@
-"""Run by test_sweep in two processes at once, with the environment that ``accelerate launch`` sets."""
+"""Run by test_sweep: two processes at once, with the environment that ``accelerate launch`` sets.
+
+Both are forks of this one, which imports torch and diffusers for them.
+"""
 
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -13,16 +17,15 @@ from torch import distributed
 
 from dqar import DQARConfig, apply_dqar
 from dqar.__main__ import main
+from dqar.commands import sweep  # noqa: F401 - imported once for both
 from dqar.studies import compare
 from dqar.studies.recording import Recording
 
-torch.set_num_threads(1)
-rank, folder = int(os.environ["RANK"]), Path(sys.argv[1])
+folder = Path(sys.argv[1])
 asked = json.loads((folder / "gate.json").read_text())
-PartialState(cpu=True)
 
 
-def decided(steps, group):
+def decided(rank, steps, group):
     """The sites that a gate lets this rank's own image reuse."""
     config = DQARConfig(entropy_threshold=asked["entropy"], snr_range=(asked["snr"], 1e9), schedule="all")
     pipe = embedded_pipeline()
@@ -31,25 +34,36 @@ def decided(steps, group):
     return sorted(map(list, sites_of(session.trace.to_pandas())))
 
 
-found = {"alone": decided(8, None)}
-try:
-    decided(6 + rank, distributed.group.WORLD)
-except ValueError as error:
-    found["refused"] = str(error)
-found["together"] = decided(8, distributed.group.WORLD)
-(folder / f"rank-{rank}.json").write_text(json.dumps(found))
+def work(rank):
+    """Decides with the other rank, and measures a sweep's units, in the second of which rank 1 is killed."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    PartialState(cpu=True)
+    decisions = {"alone": decided(rank, 8, None)}
+    try:
+        decided(rank, 6 + rank, distributed.group.WORLD)
+    except ValueError as error:
+        decisions["refused"] = str(error)
+    decisions["together"] = decided(rank, 8, distributed.group.WORLD)
+    (folder / f"rank-{rank}.json").write_text(json.dumps(decisions))
 
-compare.cached_pipeline = lambda profile: image_pipeline()
-measure, measured = Recording.compare, []
+    compare.cached_pipeline = lambda profile: image_pipeline()
+    measure, measured = Recording.compare, []
+
+    def dying(self, *arguments):
+        measured.append(arguments)
+        if rank == 1 and len(measured) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return measure(self, *arguments)
+
+    Recording.compare = dying
+    sys.exit(main(json.loads((folder / "sweep.json").read_text())))
 
 
-def dying(self, *arguments):
-    """Rank 1 is killed in its second unit."""
-    measured.append(arguments)
-    if rank == 1 and len(measured) == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return measure(self, *arguments)
-
-
-Recording.compare = dying
-sys.exit(main(json.loads((folder / "sweep.json").read_text())))
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    processes = [multiprocessing.get_context("fork").Process(target=work, args=(rank,)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    print("exit codes {} and {}".format(*(process.exitcode for process in processes)))

@@ -17,6 +17,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(f"dqar {command}", description=description, allow_abbrev=False, formatter_class=_Formatter)
 
     def error(self, message: str) -> NoReturn:
+        """Raises ``ValueError`` with argparse's message."""
         raise ValueError(message)
 
     def add_profile(self) -> None:

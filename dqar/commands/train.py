@@ -46,7 +46,7 @@ def run(arguments: list[str]) -> int:
     weights = options.out or work / "weights"
     if options.model != name:
         classifier = dataclasses.replace(CLASSIFIER_RECIPES[name], seed=options.seed)
-        export_classifier(*train_classifier(classifier, work, device=options.device), classifier.dataset, weights)
+        export_classifier(train_classifier(classifier, work, device=options.device), classifier.dataset, weights)
     elif name == "digits":
         recipe = Recipe(num_steps=options.steps or Recipe.num_steps, seed=options.seed)
         export_digits(train_transformer(recipe, work), recipe, work, weights)

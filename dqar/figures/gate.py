@@ -119,7 +119,7 @@ def slide05_correlations(run: Run, sites: pd.DataFrame, labels: pd.DataFrame) ->
 
 
 def samples(run: Run, images: dict[str, torch.Tensor]) -> Figure:
-    """The same seeds under each method, and below each its difference from full compute, five times amplified."""
+    """Eight seeds of ``[N, C, H, W]`` under each method; below, five times, the difference from full compute."""
     methods = list(images)
     reference = images[methods[0]][:8]
     figure, axes = plt.subplots(2 * len(methods) - 1, len(reference), squeeze=False)

@@ -73,7 +73,7 @@ def slide13_pareto(run: Run, sampler: str, table: pd.DataFrame | None) -> Figure
     drawn = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     panels[1].legend(drawn.values(), drawn.keys(), loc="upper right", handlelength=1.3, labelspacing=0.3)
     panels[0].set_ylabel("PSNR (dB)")
-    headline(figure, f"With {SAMPLER_NAMES[sampler]}, {_lead(arena.verdicts(table))}{_drawn([table])}")
+    headline(figure, f"With {SAMPLER_NAMES[sampler]}, {_lead(arena.verdicts(table))}{rivals_drawn([table])}")
     note = f"line: median to 5th percentile, ○: of the mean error; n = {table.image.nunique()} images"
     return save(run, name, figure, table, note)
 
@@ -92,7 +92,7 @@ def _draw_kinds(axes: Axes, points: pd.DataFrame) -> None:
     axes.set(xlabel="fewer MACs than full compute", xlim=(-0.5, max(len(budgets), 1) - 0.5))
 
 
-def _drawn(tables: Iterable[pd.DataFrame]) -> str:
+def rivals_drawn(tables: Iterable[pd.DataFrame]) -> str:
     """How many of all rivals have been drawn on many images, and whether a learned solver is among them; for a title.
 
     Nothing where all have been.
@@ -136,7 +136,7 @@ def slide12_pareto(run: Run, tables: dict[str, pd.DataFrame]) -> Figure:
     signs = ", ".join(f"{sign} {name}" for name, sign in SIGNS.items())
     note = f"plan / rival (dB); {signs} (95% interval); n = {table.image.nunique()}"
     widths = [14, 17, 14, *[13] * (len(wide.columns) - 3)]
-    title = f"{_lead(verdicts)}{_drawn(tables.values())}"
+    title = f"{_lead(verdicts)}{rivals_drawn(tables.values())}"
     figure = save_table(run, "slide12_pareto", title[0].upper() + title[1:], wide, widths, table, note)
     shown = pd.DataFrame(
         {
@@ -253,12 +253,12 @@ def slide12_promise(run: Run, judged: pd.DataFrame | None) -> Figure:
     panels[0].legend(loc="upper left", labelspacing=0.3)
     panels[1].set(ylabel="images that have it (%)")
     panels[1].set_title("dashed: promised")
-    headline(figure, _promised(judged))
+    headline(figure, promises_in_words(judged))
     note = f"line: 5th to 95th percentile of {judged.split.nunique()} splits of n = {judged.attrs['images']:,} images"
     return save(run, "slide12_promise", figure, judged, f"{note}; {plans.CONFIDENCE:.0%} confidence")
 
 
-def _promised(judged: pd.DataFrame) -> str:
+def promises_in_words(judged: pd.DataFrame) -> str:
     """In how many promises a ladder is ahead of the random mix, and what each way takes in one of the middle."""
     speedups = plans.typical(judged)
     ahead = int((speedups[plans.LADDER] > speedups[plans.MIX]).sum())

@@ -175,7 +175,7 @@ class Group:
     forecast: OutputForecast
 
     def rows(self, slices: Mapping[str, slice]) -> torch.Tensor:
-        """Their rows of a call's batch, branch after branch as in ``slices``."""
+        """Their rows ``[2n]`` of a call's batch, branch after branch as in ``slices``."""
         return torch.cat([self.images + part.start for part in slices.values()])
 
     def slices(self, slices: Mapping[str, slice]) -> dict[str, slice]:
@@ -194,7 +194,7 @@ class LadderForecast(OutputForecast):
         self.groups: list[Group] = []
 
     def returned(self, step: int, output: torch.Tensor, rows: Mapping[str, slice], latents: torch.Tensor) -> None:
-        """Notes what the model returned, which ``guidance`` compares with what guidance made of it."""
+        """Notes the ``[B, ...]`` that the model returned, which ``guidance`` compares with what guidance made of it."""
         part = shared_part(output, latents)
         for branch, place in rows.items():
             self._returned[branch] = step, output[part][place]
@@ -334,7 +334,7 @@ class LadderEngine(ForecastEngine):
 
 
 def rows_of(value: Any, rows: torch.Tensor, batch: int) -> Any:
-    """Some rows of a model's argument, where it has one for each of ``batch``: tensors, lists, and what they hold."""
+    """These rows ``[n]`` of an argument, where it has one for each of ``batch``: tensors, lists, and what they hold."""
     if isinstance(value, torch.Tensor):
         return value[rows.to(value.device)] if value.ndim and len(value) == batch else value
     if isinstance(value, Mapping):

@@ -114,7 +114,7 @@ class Moment:
         return x[: self.images][self.part]
 
     def after(self, guided: torch.Tensor) -> torch.Tensor:
-        """Where the scheduler would go if it were given ``guided``, float32; it stays where it is."""
+        """Where the scheduler would go if it were given ``guided`` ``[b, ...]``, float32; it stays where it is."""
         scheduler = copy.deepcopy(self.scheduler)
         vars(scheduler).pop("step", None)
         named = dict(self.arguments.arguments)
@@ -125,7 +125,7 @@ class Moment:
         return result[0]
 
     def line(self) -> tuple[torch.Tensor, float]:
-        """The scheduler's next latents as ``start + slope * guided``.
+        """The scheduler's next latents ``[b, ...]`` as ``start + slope * guided``.
 
         Raises:
             ValueError: they are no such line, as of stochastic samplers and those that clip.
@@ -311,7 +311,7 @@ class Lockstep:
         Args:
             calls: keyword arguments of the pipeline.
             computed: the steps at which the model is computed; at others it returns what it last did.
-            replayed: for each call, what the model returns at some steps, without computing it again.
+            replayed: for each call, the ``[B, ...]`` that the model returns at some steps, without computing it again.
             history: outputs of each branch that moments show.
             first: number of the first call, for messages and seeds.
 
@@ -536,7 +536,7 @@ def _grid(x: torch.Tensor, channels: int) -> tuple[int, ...]:
 
 
 def bent(cond: torch.Tensor, uncond: torch.Tensor, scale: float) -> torch.Tensor:
-    """Guidance that gives each row, along the last axis, the length that it has in ``cond``."""
+    """Guidance ``[..., C]`` that gives each row the length that it has in ``cond``."""
     guided = uncond + scale * (cond - uncond)
     return guided * (cond.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True).clamp_min(1e-12))
 

@@ -60,7 +60,7 @@ class ForecastEngine:
         """Nothing is kept but the streams' own."""
 
     def begin_run(self, run: Run, latents: torch.Tensor) -> None:
-        """Raises ``ValueError`` for a run that the plan wasn't made for."""
+        """Raises ``ValueError`` for a run, or latents ``[B, ...]``, that the plan wasn't made for."""
         if run.timesteps is None:
             raise ValueError(
                 "a ForecastPlan needs the timesteps: apply it to the pipeline, not to its transformer, and call "
@@ -122,7 +122,7 @@ class ForecastEngine:
             rows.add(-1, branch, "compute" if fresh else "reuse", "plan", nbytes)
 
     def before_step(self, run: Run, stream: Stream, prediction: torch.Tensor) -> None:
-        """Raises ``ValueError`` for a run of another guidance scale, as the guided ``prediction`` tells.
+        """Raises ``ValueError`` for a run of another guidance scale, as the guided ``prediction`` ``[b, ...]`` tells.
 
         Waited for at the first step, so that no run is drawn in vain, and at the last one for all others.
         """
@@ -153,12 +153,12 @@ class FinalHiddenStates:
         self._newest: dict[int, torch.Tensor] = {}  # by thread
 
     def see(self, original: Callable[..., Any], hidden_states: torch.Tensor) -> torch.Tensor:
-        """Answers a last layer's calls, as it would."""
+        """Answers a last layer's calls, as it would, on ``[B, tokens, width]``."""
         self._newest[threading.get_ident()] = hidden_states
         return original(hidden_states)
 
     def take(self) -> torch.Tensor:
-        """Those of this thread's newest forward pass, once."""
+        """Those ``[B, tokens, width]`` of this thread's newest forward pass, once."""
         return self._newest.pop(threading.get_ident())
 
     def __enter__(self) -> FinalHiddenStates:
@@ -196,7 +196,7 @@ def channels_first(x: torch.Tensor, channels: int) -> torch.Tensor:
 
 
 def channels_back(x: torch.Tensor, channels: int) -> torch.Tensor:
-    """What ``channels_first`` moved, as it was."""
+    """What ``channels_first`` moved to ``[B, C, ...]``, as it was."""
     return x.movedim(1, 2 if x.ndim == 3 else channels)
 
 
@@ -292,7 +292,7 @@ class OutputForecast:
         """Guidance scales that nobody has looked at yet, and how far rounding may have moved each, ``[2]``."""
 
     def nbytes(self, newest: torch.Tensor) -> int:
-        """Bytes kept, of both branches; the whole ``newest`` output counts once, unless it is kept in fewer bits."""
+        """Bytes kept, of both branches; all of ``newest`` ``[B, ...]`` counts once, unless it is kept in fewer bits."""
         whole = self.plan.history_bits == 16
         outputs = [output for outputs in self.outputs.values() for output in outputs[whole:]]
         read = [tensor for by_step in self.read.values() for tensor in by_step.values()]
@@ -422,8 +422,8 @@ def mixture(
     """How ``guided`` is made of both branches' outputs: ``a * cond + b * uncond``, by least squares.
 
     Returns:
-        The guidance scale ``a / (a + b)``, ``a`` and ``b``, on the device. Pipelines that negate the model's output
-        have ``a + b = -1``.
+        The guidance scale ``a / (a + b)``, ``a`` and ``b``, scalars on the device. Pipelines that negate the model's
+        output have ``a + b = -1``.
     """
     dtype = _widest(guided.device)
     guided, difference, uncond = (x.flatten().to(dtype) for x in (guided, cond - uncond, uncond))
@@ -437,14 +437,14 @@ def mixture(
 def keeps_lengths(guided: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
     """Whether each row of ``guided``, along the last axis, is as long as ``cond``'s: Qwen-Image and Lumina 2 do that.
 
-    A bool on the device; within bfloat16's rounding.
+    A scalar bool on the device; within bfloat16's rounding.
     """
     lengths, expected = guided.float().norm(dim=-1), cond.float().norm(dim=-1)
     return ((lengths - expected).abs() <= 1e-2 * expected).all()
 
 
 def bent_scale(guided: torch.Tensor, cond: torch.Tensor, uncond: torch.Tensor) -> torch.Tensor:
-    """The guidance scale, on the device, where each row of ``guided`` was scaled: told from directions alone.
+    """The guidance scale, a scalar on the device, where each row of ``guided`` was scaled: told from directions alone.
 
     By least squares of what ``uncond + scale * (cond - uncond)`` has across the direction of ``guided``.
     """

@@ -55,6 +55,9 @@ def choose_steps(jumps: Jumps, num_computed: int, gains: np.ndarray) -> tuple[tu
 
     Returns:
         The steps, and the predicted mean squared error.
+
+    Raises:
+        ValueError: fewer than 2 steps, or more than there are.
     """
     steps = jumps.num_steps
     check("num_computed", num_computed, 2 <= num_computed <= steps, f"an int from 2 to {steps}")

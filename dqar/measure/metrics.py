@@ -39,7 +39,7 @@ def psnr(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
 
 def mean_psnr(images: torch.Tensor, reference: torch.Tensor) -> float:
-    """PSNR in dB of the mean squared error over all images, which one identical image can't make infinite."""
+    """PSNR in dB of the mean squared error of all images ``[N, ...]``; one identical image can't make it infinite."""
     _same_shape(images, reference)
     return float(-10 * (images.double() - reference.double()).square().mean().log10())
 
@@ -85,7 +85,7 @@ class Gaussian:
 
     @functools.cached_property
     def root(self) -> torch.Tensor:
-        """The covariance's square root."""
+        """The covariance's square root ``[D, D]``."""
         values, vectors = torch.linalg.eigh(self.covariance)
         return vectors * values.clamp_min(0).sqrt() @ vectors.T
 
@@ -120,8 +120,8 @@ def _check_features(name: str, x: torch.Tensor) -> None:
 
 @torch.no_grad()
 def classify(classifier: Classifier, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Predicted classes ``[N]`` and features ``[N, D]`` of images in [0, 1]."""
-    features = classifier.features(images * 2 - 1)
+    """Predicted classes ``[N]`` and features ``[N, D]`` of images ``[N, C, H, W]`` in [0, 1]."""
+    features = torch.cat([classifier.features(part * 2 - 1) for part in images.split(500)])
     return classifier.head(features).argmax(1), features
 
 

@@ -89,7 +89,7 @@ def classifier(model: str) -> Classifier:
 
 def extractor_of(profile: Profile) -> Extractor | None:
     """The feature extractor for a profile; ``None``, with one warning, where Inception's weights can't be had."""
-    return StandIn() if profile.rehearsal else _inception(profile.device)
+    return StandIn() if profile.rehearsal else inception(profile.device)
 
 
 @torch.no_grad()
@@ -138,7 +138,9 @@ def _at_hand(what: str, load: Callable[[], Any]) -> Any:
 
 
 @functools.cache
-def _inception(device: str) -> Inception | None:
+def inception(device: str) -> Inception | None:
+    """The network on a device, loaded once; ``None`` where its weights can't be had."""
+
     def load() -> Inception:
         from torchmetrics.image.fid import NoTrainInceptionV3  # torch-fidelity's, which not everyone has
 
@@ -227,13 +229,14 @@ def reference_of(model: str, folder: Path) -> Reference | None:
     path = (WEIGHTS / f"{model}-classifier" if model in CLASS_NAMES else folder) / "reference.npz"
     if path.exists():
         return load_reference(path)
-    return Reference(Gaussian.of(held_out_features(model))) if model in CLASS_NAMES else None
+    if model not in CLASS_NAMES:
+        return None
+    return Reference(Gaussian.of(classify_held_out(classifier(model), cast(Dataset, model))[1]))
 
 
-@functools.cache
-def held_out_features(model: str) -> torch.Tensor:
-    """The classifier's features ``[N, D]`` of an embedded model's test data, which neither was trained on."""
-    return metrics.classify(classifier(model), load_split(cast(Dataset, model), "test")[0] / 2 + 0.5)[1]
+def classify_held_out(classifier: Classifier, dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
+    """``metrics.classify``, ``[N]`` and ``[N, D]``, of a data set's test images, which no embedded model has seen."""
+    return metrics.classify(classifier, load_split(dataset, "test")[0] / 2 + 0.5)
 
 
 def load_reference(path: Path, widths: dict[str, int] | None = None) -> Reference:

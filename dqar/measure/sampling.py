@@ -141,14 +141,14 @@ def within_memory(run: Callable[[int], Result], batch_size: int, what: str) -> R
 
 
 def class_labels(pipe: DiffusionPipeline, images: torch.Tensor) -> torch.Tensor:
-    """The classes, or numbers of captions, of the images with these numbers: all in turn."""
+    """The classes, or numbers of captions, ``[N]`` of the images with these numbers ``[N]``: all in turn."""
     if isinstance(pipe, PixArtAlphaPipeline):
         return images % NUM_CAPTIONS
     return images % num_classes(pipe)
 
 
 def conditions(pipe: DiffusionPipeline, images: torch.Tensor) -> dict:
-    """What the pipeline is asked for in these images."""
+    """What the pipeline is asked for in the images with these numbers ``[N]``."""
     labels = class_labels(pipe, images).tolist()
     if not isinstance(pipe, PixArtAlphaPipeline):
         return {"class_labels": labels}
@@ -159,7 +159,7 @@ def conditions(pipe: DiffusionPipeline, images: torch.Tensor) -> dict:
 
 
 def noise_generators(seed: int, images: torch.Tensor) -> list[torch.Generator]:
-    """One generator for the noise of each image of a seed's set."""
+    """One generator for the noise of each image of a seed's set, by their numbers ``[N]``."""
     return [torch.Generator().manual_seed(seed * 1_000_003 + image) for image in images.tolist()]
 
 

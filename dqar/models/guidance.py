@@ -39,5 +39,5 @@ def guided_prediction(
 
 
 def guide(cond: torch.Tensor, uncond: torch.Tensor, guidance_scale: float) -> torch.Tensor:
-    """Classifier-free guidance: both branches' predictions as one."""
+    """Classifier-free guidance (Ho and Salimans 2022): both branches' predictions ``[b, ...]`` as one."""
     return uncond + guidance_scale * (cond - uncond)

@@ -73,13 +73,13 @@ class BespokeScheduler(SchedulerMixin, ConfigMixin):
         self._clean: list[torch.Tensor] = []
 
     def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | None = None) -> torch.Tensor:
-        """The model sees the latents as they are."""
+        """The model sees the latents ``[B, ...]`` as they are."""
         return sample
 
     def step(
         self, model_output: torch.Tensor, timestep: torch.Tensor | float, sample: torch.Tensor, return_dict: bool = True
     ) -> SchedulerOutput | tuple[torch.Tensor]:
-        """The next latents, from the noise that the model predicts in ``sample``; the first sample is taken for x_T."""
+        """The next latents ``[B, ...]``, from the noise that the model predicts in ``sample``; the first is x_T."""
         if self._noise is None or len(self._clean) == self.num_inference_steps:
             self._noise, self._clean = sample, []
         i = len(self._clean)
@@ -93,7 +93,7 @@ class BespokeScheduler(SchedulerMixin, ConfigMixin):
 
 
 def signal_and_noise(alphas_cumprod: torch.Tensor, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """√ᾱ and √(1 − ᾱ) at any timestep: between two training timesteps the log-SNR is interpolated."""
+    """√ᾱ and √(1 − ᾱ), in the timestep's shape: between two training timesteps the log-SNR is interpolated."""
     log_snr = torch.log(alphas_cumprod / (1 - alphas_cumprod)).to(timestep.dtype)
     below = timestep.detach().floor().long().clamp(0, len(log_snr) - 2)
     between = log_snr[below] + (timestep - below) * (log_snr[below + 1] - log_snr[below])
@@ -138,7 +138,12 @@ def _timesteps_of(sigmas: torch.Tensor, alphas_cumprod: torch.Tensor) -> list[fl
 
 
 class LearnedSolver(nn.Module):
-    """A solver while it is learned; ``gaps`` are logarithms of the distances between timesteps, the last to 0."""
+    """A solver while it is learned; ``gaps`` are logarithms of the distances between timesteps, the last to 0.
+
+    Args:
+        timesteps: as it begins.
+        alphas_cumprod: ᾱ of every training timestep, ``[timesteps]``.
+    """
 
     learning_rate: float
 
@@ -196,6 +201,7 @@ class BespokeSolver(LearnedSolver):
         self.clean_weights = nn.Parameter(rows)
 
     def weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[steps]`` and ``[steps, steps]``, as they were learned."""
         return self.noise_weights, self.clean_weights
 
 
@@ -208,7 +214,7 @@ def best_start(
     target: torch.Tensor,
     batch_size: int = 16,
 ) -> SchedulerMixin:
-    """The one of ``starts`` with the least ``log_error`` on all pairs; the others as for ``learn``."""
+    """The one of ``starts`` with the least ``log_error`` on all pairs ``[N, ...]``; the others as for ``learn``."""
     errors = []
     for start in starts:
         solver = BespokeSolver(start, num_inference_steps)

@@ -55,7 +55,7 @@ def l2p(
     )
 
     def measure(draw: Callable[[], object]) -> torch.Tensor:
-        return mean_products(_guided_outputs(pipe, num_inference_steps, guidance_scale, draw))
+        return mean_products(guided_outputs(pipe, num_inference_steps, guidance_scale, draw))
 
     products = calibrate(pipe, num_inference_steps, guidance_scale, calibration_images, "L2P", measure)
     computed = spread_steps(num_inference_steps, number_computed(num_inference_steps, speedup), first, last)
@@ -64,7 +64,7 @@ def l2p(
         yield
 
 
-def _guided_outputs(
+def guided_outputs(
     pipe: DiffusionPipeline, num_inference_steps: int, guidance_scale: float, draw: Callable[[], object]
 ) -> torch.Tensor:
     """The guided noise ``[steps, values]`` of a run of full computation, float64."""
@@ -92,7 +92,7 @@ def l2p_weights(products: torch.Tensor, computed: Collection[int]) -> Weights:
     """Of every skipped step, the weights of the computed ones before it with the least squared error.
 
     Args:
-        products: of ``mean_products``, float64.
+        products: ``mean_products`` ``[steps, steps]``, float64.
         computed: steps, the first one among them.
     """
     weights = {}

@@ -37,6 +37,7 @@ class TimestepsSolver(LearnedSolver):
         super().__init__(as_weights(start, num_inference_steps)[0], start.alphas_cumprod)
 
     def weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """DPM-Solver++'s at these timesteps, ``[steps]`` and ``[steps, steps]``."""
         return dpm_solver_weights(self.alphas_cumprod, self.timesteps())
 
 

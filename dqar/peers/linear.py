@@ -80,7 +80,7 @@ def forecast_output(transformer: torch.nn.Module, run: Progress, weights: Weight
 
 
 def output_of(returned: Any) -> torch.Tensor:
-    """The output itself, of what a transformer's forward returns."""
+    """The output ``[B, ...]`` itself, of what a transformer's forward returns."""
     return returned[0] if isinstance(returned, tuple) else returned.sample
 
 

@@ -36,6 +36,7 @@ class Progress:
         self.step, self.timestep = -1, math.nan
 
     def start(self) -> None:
+        """A run begins: it is before its first step."""
         self.step, self.timestep = -1, math.nan
         for call in self.on_start:
             call()
@@ -96,14 +97,14 @@ def block_modules(transformer: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 def check_range(**settings: tuple[Any, float, float]) -> None:
-    """Checks ``name=(value, least, most)``."""
+    """Raises ``ValueError`` for a ``name=(value, least, most)`` out of its range."""
     for name, (value, least, most) in settings.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
             raise ValueError(f"{name}={value!r} is out of range: from {least} to {most}")
 
 
 def load_package(name: str, distribution: str) -> Any:
-    """An optional package, loaded when it is needed."""
+    """An optional package, loaded when it is needed; ``ImportError`` says how to install it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -138,7 +139,8 @@ def calibrate(
 ) -> Any:
     """``measure(draw)``, once per model, sampler and settings.
 
-    ``draw()`` runs the pipeline, always on the same noise, of no image that is compared, and returns its images.
+    ``draw()`` runs the pipeline, always on the same noise, of no image that is compared, and returns its images
+    ``[N, ...]``.
     """
     config = pipe.scheduler.config
     sampler = (type(pipe.scheduler).__name__, tuple(sorted((name, repr(value)) for name, value in config.items())))

@@ -44,7 +44,7 @@ class Trials:
             self.full = draw()
 
     def images(self, computed: Collection[int]) -> torch.Tensor:
-        """Of a run that computes these steps.
+        """The images ``[N, ...]`` of a run that computes these steps.
 
         Up to the first skipped step the model sees what it saw in full computation, so that its outputs are taken from
         there; only the last of these steps runs, for its residual.

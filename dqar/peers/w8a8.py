@@ -43,7 +43,7 @@ def quantize_transformer(
 
     Args:
         transformer: stays as it is.
-        salience: from ``measure_salience``, turns on CSB; ``None`` leaves it out.
+        salience: from ``measure_salience``, ``[channels]`` of each layer, turns on CSB; ``None`` leaves it out.
 
     Raises:
         ValueError: other blocks than DiT's or PixArt's, a transformer that is quantized already or carries hooks (which
@@ -140,7 +140,8 @@ def balance(transformer: DiTTransformer2DModel, salience: dict[str, torch.Tensor
 
     Args:
         transformer: diffusers', unquantized.
-        salience: from ``measure_salience`` on this model. A channel of none, or of zero weights, keeps s = 1.
+        salience: from ``measure_salience`` on this model, ``[channels]`` of each layer. A channel of none, or of zero
+            weights, keeps s = 1.
 
     Raises:
         ValueError: other blocks than DiT's or PixArt's, a quantized transformer, or another model's ``salience``;

@@ -28,7 +28,8 @@ def folder_of(module: str) -> str:
 
 def import_graph() -> dict[str, set[str]]:
     """Which module imports which others at run time; type-checking imports don't count."""
-    return {name: _imports(path_of(name)) - {name} for name in module_names()}
+    modules = set(module_names())
+    return {name: _imports(path_of(name), modules) - {name} for name in modules}
 
 
 def path_of(module: str) -> Path:
@@ -76,9 +77,8 @@ def levels(graph: dict[str, set[str]]) -> dict[str, int]:
     return {name: level(name) for name in graph}
 
 
-def _imports(path: Path) -> set[str]:
+def _imports(path: Path, modules: set[str]) -> set[str]:
     names: set[str] = set()
-    modules = set(module_names())
 
     def visit(node: ast.AST) -> None:
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":

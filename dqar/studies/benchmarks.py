@@ -98,7 +98,7 @@ def attention_calls(
 
 
 def layer_calls(pipe: EmbeddedDiTPipeline, hidden_states: torch.Tensor) -> Calls:
-    """One attention layer computed, committed to a cache, and reused from it in both ways."""
+    """One attention layer on ``[B, N, C]``: computed, committed to a cache, and reused from it in both ways."""
     attn = pipe.transformer.transformer_blocks[0].attn1
 
     def by_head(x: torch.Tensor) -> torch.Tensor:
@@ -124,7 +124,7 @@ def layer_calls(pipe: EmbeddedDiTPipeline, hidden_states: torch.Tensor) -> Calls
 
 
 def quantizer_calls(pipe: EmbeddedDiTPipeline, hidden_states: torch.Tensor) -> Calls:
-    """Quantizing and dequantizing one layer's output, beside computing it."""
+    """Quantizing and dequantizing one layer's output for ``hidden_states`` ``[B, N, C]``, beside computing it."""
     attn = pipe.transformer.transformer_blocks[0].attn1
     calls: Calls = {"layer computed": lambda: attn(hidden_states)}
     for bits in (8, 4, 2):

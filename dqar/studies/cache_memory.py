@@ -109,7 +109,11 @@ def cache_bytes(shape: Shape, order: int, bits: int, images: int = 1) -> int:
 
 
 def output_cache_bytes(shape: Shape, order: int, images: int = 1) -> int:
-    """Bytes of a cache of nothing but the model's last ``order + 1`` outputs, of every branch, in 16 bit."""
+    """Bytes of a cache of nothing but the model's last ``order + 1`` outputs, of every branch, in 16 bit.
+
+    Raises:
+        ValueError: an order below 0, or no image.
+    """
     check_count("order", order, 0)
     check_count("images", images, 1)
     return (order + 1) * shape.branches * 2 * shape.output_values * images

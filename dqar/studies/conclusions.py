@@ -115,8 +115,8 @@ def future_work(run: Run) -> pd.DataFrame:
     plan = searched(arena.recorded(run, run.profile.scheduler))
     rows = [
         *(
-            (f"Lower bit-widths: INT{width}", before, *found)
-            for (width, before), found in zip(((4, "INT8 → INT4"), (2, "INT4 → INT2")), bits, strict=True)
+            (f"Lower bit-widths: INT{width}", before, *judged)
+            for (width, before), judged in zip(((4, "INT8 → INT4"), (2, "INT4 → INT2")), bits, strict=True)
         ),
         ("Cross-layer sharing", "2–3× more speed", *across_layers(distance, run.recorded("layers"))),
         ("Video DiTs", "reuse across frames", *across_frames(run.recorded("video"))),
@@ -147,18 +147,18 @@ def lower_bits(run: Run, quality: pd.DataFrame) -> list[tuple[str, str]]:
     integers = quality[(quality.bits < 16) & (quality["mode"] != "mixed")]  # which keeps K in FP16
     best = integers.loc[integers.groupby("bits")["median"].idxmax()].set_index("bits").loc[[8, 4, 2]]
     shares = best.cache_bytes / best.target.map(unquantized) * run.profile.dtype.itemsize / 2
-    found = []
+    judged = []
     for bits in (4, 2):
         row = best.loc[bits]
         fitted = ", levels fitted" if row["mode"].endswith("fitted") else ""
-        found.append(
+        judged.append(
             (
                 _verdict(row["median"] >= 40),
                 f"{row['median']:.0f} dB in {shares[bits]:.2f} of FP16's bytes ({names[row.target]}{fitted}); INT8: "
                 f"{best['median'][8]:.0f} dB in {shares[8]:.2f}; n = {row.images}",
             )
         )
-    return found
+    return judged
 
 
 def searched(table: pd.DataFrame | None) -> str:
@@ -167,10 +167,10 @@ def searched(table: pd.DataFrame | None) -> str:
     Args:
         table: of ``arena.recorded``.
     """
-    found = None if table is None else arena.strongest(arena.verdicts(table))
-    if table is None or found is None or not ((found.budget == 3) & (found.target == "reference")).any():
+    best = None if table is None else arena.strongest(arena.verdicts(table))
+    if table is None or best is None or not ((best.budget == 3) & (best.target == "reference")).any():
         return ""
-    at = found[(found.budget == 3) & (found.target == "reference")].set_index("measure").loc[list(arena.SHOWN)]
+    at = best[(best.budget == 3) & (best.target == "reference")].set_index("measure").loc[list(arena.SHOWN)]
     words = ", ".join(f"{measure} {row.ours:.1f} dB (best rival {row.theirs:.1f})" for measure, row in at.iterrows())
     return f"fitted steps at 3×: {words}; n = {table.image.nunique():,}"
 
@@ -233,12 +233,12 @@ def by_search(trials: pd.DataFrame | None, front: pd.DataFrame | None, plan: str
     if trials is None or front is None:
         return _verdict(None), "; ".join(filter(None, ("layers, thresholds and bits: no search is recorded", plan)))
 
-    found, by_hand = (
+    best, by_hand = (
         table.query("macs_speedup.round(2) >= 2").nlargest(1, "psnr_5th") for table in search.remeasured(trials, front)
     )
-    if found.empty or by_hand.empty:
+    if best.empty or by_hand.empty:
         return _verdict(None), "; ".join(filter(None, ("nothing searched takes half of the MACs", plan)))
-    [ours], [theirs] = found.itertuples(), by_hand.itertuples()
+    [ours], [theirs] = best.itertuples(), by_hand.itertuples()
     before, after = (front[front.trial == row.trial].sort_values("image").mse.to_numpy() for row in (theirs, ours))
     gain, low, high = arena.gain(before, after, "5th percentile")
     medians = [arena.MEASURES["median"](errors) for errors in (after, before)]

@@ -55,7 +55,7 @@ def measure_similarity(profile: Profile, seed: int) -> pd.DataFrame:
         output = original(hidden_states, *args, **named)
         seen.append((attention_map(layers[layer_id], hidden_states), output))
         if layer_id == len(layers) - 1:
-            rows.extend({"step": counter.step, **row} for row in _pairs(seen))
+            rows.extend({"step": counter.step, **row} for row in layer_pairs(seen))
             seen.clear()
         return output
 
@@ -68,7 +68,8 @@ def measure_similarity(profile: Profile, seed: int) -> pd.DataFrame:
     ).reset_index()
 
 
-def _pairs(seen: list[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[dict[str, Any]]:
+def layer_pairs(seen: list[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[dict[str, Any]]:
+    """A row for every two layers, each way, of their attention maps ``[B, H, Nq, Nk]`` and outputs ``[B, N, C]``."""
     for (i, (map_i, out_i)), (j, (map_j, out_j)) in itertools.combinations(enumerate(seen), 2):
         overlaps = torch.minimum(map_i[:, :, None], map_j[:, None]).sum(-1).mean((0, 3))  # [heads of i, heads of j]
         distance = (out_i - out_j).norm().item()

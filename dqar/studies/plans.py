@@ -215,7 +215,7 @@ def _promise(recording: Recording, methods: Mapping[int, Method]) -> pd.DataFram
     columns, tables = ["image", "label", "mse", "macs_speedup"], []
     for number, method in methods.items():
         tables.append(results.recorded_samples(recording, method)[columns].assign(computed=number))
-    told = _first_steps(recording.profile, RESULT_SEED, len(tables[0]))
+    told = first_steps(recording.profile, RESULT_SEED, len(tables[0]))
     tables[0]["features"] = list(told.half().numpy())
     return pd.concat(tables, ignore_index=True)
 
@@ -282,7 +282,7 @@ def _numbers(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[["image", "label", "mse", "macs_speedup", "cache_bytes"]]
 
 
-def _first_steps(profile: Profile, seed: int, number: int) -> torch.Tensor:
+def first_steps(profile: Profile, seed: int, number: int) -> torch.Tensor:
     """``first_step_features`` of the first images of a seed's set, ``[number, F]``."""
     pipe, told = FULL.pipeline(profile), []
     with Lockstep(pipe, profile.num_inference_steps) as lockstep:

@@ -21,10 +21,11 @@ from dqar.measure.calibrate import propose_gate
 from dqar.measure.quality import reference_of
 from dqar.measure.sensitivity import site_errors
 from dqar.plan import BRANCHES, ReusePlan
-from dqar.policy import FEATURES, ReusePolicy, policy_features, train_policy
+from dqar.policy import FEATURES, ReusePolicy, policy_features
 from dqar.studies.compare import FULL, Method
 from dqar.studies.recording import LABEL_SEED, SWEEP_SEED, Recording
 from dqar.studies.reference import record_reference
+from dqar.training.policy import train_policy
 
 LABELLED: tuple[ReuseTarget, ...] = ("kv", "output", "block")
 """What policies are trained for."""
@@ -66,7 +67,7 @@ def study(labels: pd.DataFrame, delta: float, total_steps: int, **training: Any)
     Args:
         labels: from ``sensitivity.site_errors``.
         delta: mean squared error of the image.
-        training: options of ``policy.train_policy``.
+        training: options of ``train_policy``.
     """
     features = features_of(labels, total_steps)
     harmless = torch.tensor((labels.error < delta).to_numpy(), dtype=torch.float32)

@@ -83,7 +83,11 @@ class Trials:
 
     @functools.cached_property
     def study(self) -> optuna.Study:
-        """The study, made if it isn't there; trials that were cut off are put back."""
+        """The study, made if it isn't there; trials that were cut off are put back.
+
+        Raises:
+            ValueError: its file is damaged, or another search's.
+        """
         import optuna
         from sqlalchemy.exc import DatabaseError
 

@@ -140,7 +140,7 @@ def shown(run: Run, table: pd.DataFrame | None, number: int = 10) -> Shown | Non
         return None
     profile = dataclasses.replace(profile_for(run.profile), batch_size=number)
     *reuse, plan = halves(table)
-    config = ForecastPlan.load(_plan_path(run.recordings, profile, BUDGETS[0]))
+    config = ForecastPlan.load(video_plan_path(run.recordings, profile, BUDGETS[0]))
     ways = {FULL.name: Way(FULL), PLAN: Way(Method(PLAN, config=config))}
     for over, row in zip(OVER, reuse, strict=True):
         sites = functools.partial(reused_sites, over=over, interval=INTERVALS[0], order=int(row["order"]))
@@ -157,8 +157,8 @@ def shown(run: Run, table: pd.DataFrame | None, number: int = 10) -> Shown | Non
 def make_plans(recording: Recording) -> None:
     """Plans for every budget; for the largest also with narrower kernels, at the same computed steps."""
     profile, sizes = recording.profile, recording.sizes
-    paths = {budget: _plan_path(recording.folder, profile, budget) for budget in BUDGETS}
-    narrow = {name: _plan_path(recording.folder, profile, BUDGETS[-1], name) for name in KERNELS}
+    paths = {budget: video_plan_path(recording.folder, profile, budget) for budget in BUDGETS}
+    narrow = {name: video_plan_path(recording.folder, profile, BUDGETS[-1], name) for name in KERNELS}
     if all(path.exists() for path in (*paths.values(), *narrow.values())):
         return
     pipe = FULL.pipeline(profile)
@@ -187,7 +187,8 @@ class _Calibration(Calibration):
         return self.own_kernel or super().kernel
 
 
-def _plan_path(folder: Path, profile: Profile, budget: float, kernel: str = "") -> Path:
+def video_plan_path(folder: Path, profile: Profile, budget: float, kernel: str = "") -> Path:
+    """Of the plan for a profile of videos; ``kernel``: one of ``KERNELS``, in place of the widest."""
     sampler = f"video {kernel} {profile.scheduler}" if kernel else f"video {profile.scheduler}"
     return plan_path(folder, sampler, "reference", computed_steps(profile, budget))
 
@@ -228,10 +229,10 @@ def ways(recording: Recording) -> list[Way]:
     for budget in BUDGETS:
         steps = computed_steps(profile, budget)
         fewer = Method(f"{steps} steps", "fewer steps", num_inference_steps=steps, budget=budget)
-        plan = ForecastPlan.load(_plan_path(recording.folder, profile, budget))
+        plan = ForecastPlan.load(video_plan_path(recording.folder, profile, budget))
         chosen += [Way(fewer), Way(Method(f"plan, {budget}×", PLAN, config=plan, budget=budget))]
     for kernel in KERNELS:
-        plan = ForecastPlan.load(_plan_path(recording.folder, profile, BUDGETS[-1], kernel))
+        plan = ForecastPlan.load(video_plan_path(recording.folder, profile, BUDGETS[-1], kernel))
         chosen.append(
             Way(Method(f"plan, {BUDGETS[-1]}×, {kernel}", f"{PLAN}, {kernel}", config=plan, budget=BUDGETS[-1]))
         )

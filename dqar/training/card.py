@@ -13,6 +13,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from torch.nn import functional as F
 
+from dqar.files import write_json
 from dqar.measure import metrics
 from dqar.measure.sampling import sample
 from dqar.models.classifier import Classifier, load_classifier
@@ -45,20 +46,19 @@ def training_facts(recipe: dict, parameters: int, images_seen: int, seconds: flo
     }
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Indented, with a newline at its end."""
-    path.write_text(json.dumps(content, indent=1) + "\n")
-
-
 def quality(
     images: torch.Tensor, labels: torch.Tensor, name: Literal["digits", "cifar10"], classifier: Classifier
 ) -> dict[str, float]:
-    """Class accuracy, Fréchet distances and, against memorising, the distances to the nearest training images."""
+    """Class accuracy, Fréchet distances and, against memorising, the distances to the nearest training images.
+
+    Args:
+        images, labels: ``[N, C, H, W]`` in [0, 1], and the classes ``[N]`` that were asked for.
+        name: of the data set.
+        classifier: of the same.
+    """
     predicted, features = metrics.classify(classifier, images)
     real = {split: load_split(name, split)[0] / 2 + 0.5 for split in ("train", "test")}
-    real_features = {
-        split: torch.cat([metrics.classify(classifier, part)[1] for part in x.split(1000)]) for split, x in real.items()
-    }
+    real_features = {split: metrics.classify(classifier, x)[1] for split, x in real.items()}
     distance = {split: metrics.frechet_distance(features, x) for split, x in real_features.items()}
 
     def nearest(x: torch.Tensor) -> float:
@@ -100,7 +100,7 @@ def evaluate_digits(weights: Path, profile: Profile, num_samples: int = 500) -> 
     folder = weights / "digits"
     drawn = sample(load_pipeline(profile, weights), profile, seed=1, num_samples=num_samples)
     results = quality(drawn.images, drawn.labels, "digits", own_classifier("digits", weights))
-    write_json(folder / "evaluation.json", results)
+    write_json(folder / "evaluation.json", results, indent=1)
     save_grid(drawn.images[:100], folder / "samples.png")
     facts = json.loads((folder / "training.json").read_text())
     recipe = facts["recipe"]

@@ -14,7 +14,9 @@ from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from dqar.files import write_json
 from dqar.measure import metrics
+from dqar.measure.quality import classify_held_out
 from dqar.measure.sampling import sample
 from dqar.models.classifier import load_classifier
 from dqar.models.data import load_split
@@ -30,10 +32,8 @@ from dqar.training.card import (
     training_facts,
     wrapped,
     write_card,
-    write_json,
 )
 from dqar.training.checkpoints import check_recipe, load_checkpoint, save_checkpoint
-from dqar.training.classifier import classify_held_out
 from dqar.training.latent_dit import MICROBATCH, LatentRecipe, draw_latents, held_out_loss, train_latent_dit
 from dqar.training.stacked_dit import StackedDiT
 from dqar.training.vae import VaeRecipe, encode, reconstruction_psnr, train_vae
@@ -52,7 +52,7 @@ def prepare_vae(work: Path, recipe: VaeRecipe, device: str = "cpu") -> Autoencod
     if not (work / "vae-quality.json").exists():
         train_vae(recipe, load_split("cifar10", "train")[0], work, device=device).half().save_pretrained(folder)
         quality = reconstruction_psnr(_load_vae(folder), load_split("cifar10", "test")[0])
-        write_json(work / "vae-quality.json", {"psnr": quality})
+        write_json(work / "vae-quality.json", {"psnr": quality}, indent=1)
     return _load_vae(folder)
 
 
@@ -67,6 +67,9 @@ def prepare_latents(work: Path, vae: AutoencoderKL) -> tuple[torch.Tensor, torch
     """Latents ``[2, N, 4, 16, 16]`` float16 of the training images and their mirror images, and labels ``[N]``.
 
     Encoded once and kept in ``work/latents.safetensors``, which goes with ``work/vae``.
+
+    Raises:
+        OSError: that file can't be read.
     """
     path = work / "latents.safetensors"
     if not path.exists():
@@ -97,16 +100,16 @@ class Check:
 
     def __call__(self, model: StackedDiT, images: int) -> dict[str, float]:
         """What is logged after ``images`` images; the grid goes to ``samples-<images>.png``."""
-        found = {"held_out_loss": held_out_loss(model, self._recipe, self._latents, self._labels)}
+        measured = {"held_out_loss": held_out_loss(model, self._recipe, self._latents, self._labels)}
         labels = torch.arange(CHECK_SAMPLES) % self._recipe.num_classes
         drawn = _decode(self._vae, draw_latents(model, labels, CHECK_GUIDANCE, CHECK_STEPS, seed=1))
         save_grid(drawn[:100], self._work / f"samples-{images:08d}.png")
         if (self._work / "weights/cifar10-classifier/card.json").exists():
             classifier = load_classifier("cifar10", self._work / "weights")
             predicted, features = metrics.classify(classifier, drawn)
-            found["FD-cifar10"] = metrics.frechet_distance(features, classify_held_out(classifier, "cifar10")[1])
-            found["class_accuracy"] = (predicted == labels).double().mean().item()
-        return {name: round(value, 5) for name, value in found.items()}
+            measured["FD-cifar10"] = metrics.frechet_distance(features, classify_held_out(classifier, "cifar10")[1])
+            measured["class_accuracy"] = (predicted == labels).double().mean().item()
+        return {name: round(value, 5) for name, value in measured.items()}
 
 
 def train(
@@ -161,7 +164,7 @@ def take_up(recipe: LatentRecipe, weights: Path, work: Path) -> None:
     work.mkdir(parents=True, exist_ok=True)
     shutil.copytree(folder / "vae", work / "vae", dirs_exist_ok=True)
     shutil.copytree(weights / "cifar10-classifier", work / "weights/cifar10-classifier", dirs_exist_ok=True)
-    write_json(work / "vae-quality.json", {"psnr": facts["vae"]["psnr"]})
+    write_json(work / "vae-quality.json", {"psnr": facts["vae"]["psnr"]}, indent=1)
     model, step = recipe.build(), facts["images_seen"] // recipe.batch_size
     model.load_stock(stock)
     losses = [facts["loss"][min(i // facts["steps_a_loss"], len(facts["loss"]) - 1)] for i in range(step)]
@@ -214,7 +217,8 @@ def export(recipe: LatentRecipe, work: Path, weights: Path, device: str = "cpu",
     checks = (work / "checks.jsonl").read_text().splitlines() if (work / "checks.jsonl").exists() else []
     vae = {"recipe": asdict(VaeRecipe()), "parameters": parameters["vae"]}
     vae |= json.loads((work / "vae-quality.json").read_text())
-    write_json(folder / "training.json", {**facts, "checks": [json.loads(line) for line in checks], "vae": vae})
+    facts |= {"checks": [json.loads(line) for line in checks], "vae": vae}
+    write_json(folder / "training.json", facts, indent=1)
     evaluate(model.to(device), weights, get_profile("cifar10", device=device, batch_size=50), num_samples)
 
 
@@ -241,7 +245,7 @@ def evaluate(model: StackedDiT, weights: Path, profile: Profile, num_samples: in
         "guidance scales": {"samples": len(latents), "steps": 20, **scales},
         "PSNR to five times the steps": convergence(pipe, profile),
     }
-    write_json(folder / "evaluation.json", results)
+    write_json(folder / "evaluation.json", results, indent=1)
     save_grid(drawn.images[:100], folder / "samples.png")
     facts = json.loads((folder / "training.json").read_text())
     save_curves(facts, folder / "training.png")
@@ -276,9 +280,9 @@ def save_curves(facts: dict, path: Path) -> None:
 def _write_card(folder: Path, facts: dict, results: dict, accuracy: float, profile: Profile) -> None:
     recipe, vae, scales = facts["recipe"], facts["vae"], results["guidance scales"]
     rows = "\n".join(
-        f"| {scale} | {found['FD-cifar10']:.2f} | {found['class_accuracy']:.1%} |"
-        for scale, found in scales.items()
-        if isinstance(found, dict)
+        f"| {scale} | {measured['FD-cifar10']:.2f} | {measured['class_accuracy']:.1%} |"
+        for scale, measured in scales.items()
+        if isinstance(measured, dict)
     )
     psnr = results["PSNR to five times the steps"]
     items = wrapped(

@@ -11,9 +11,8 @@ import torch
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from torch.nn import functional as F
 
-from dqar.measure import metrics
 from dqar.measure.metrics import Gaussian
-from dqar.measure.quality import Reference
+from dqar.measure.quality import Reference, classify_held_out
 from dqar.models.classifier import CLASSIFIERS, Classifier
 from dqar.models.data import Dataset, load_split
 from dqar.training.checkpoints import load_checkpoint, save_checkpoint
@@ -55,8 +54,8 @@ CLASSIFIER_RECIPES = {
 
 def train_classifier(
     recipe: ClassifierRecipe, out: Path, *, device: str = "cpu", checkpoint_seconds: float = 300
-) -> tuple[Classifier, float]:
-    """The classifier, in eval mode on the CPU, and its accuracy on the held-out images.
+) -> Classifier:
+    """The classifier, in eval mode on the CPU.
 
     Goes on from the checkpoint in ``out``, which is written at the end of an epoch if the last is
     ``checkpoint_seconds`` old. Convolutions compute in BF16.
@@ -100,32 +99,20 @@ def train_classifier(
             state |= {"optimizers": [x.state_dict() for x in optimizers], "rates": [x.state_dict() for x in rates]}
             save_checkpoint(checkpoint, state)
             saved = time.monotonic()
-    model = model.eval().to("cpu", memory_format=torch.contiguous_format)
-    return model, held_out_accuracy(model, recipe.dataset)
+    return model.eval().to("cpu", memory_format=torch.contiguous_format)
 
 
-def export_classifier(model: Classifier, accuracy: float, name: Dataset, weights: Path) -> None:
+def export_classifier(model: Classifier, name: Dataset, weights: Path) -> None:
     """Writes the classifier and its card to ``weights/<name>-classifier``; of CIFAR-10, which isn't in a package, also
     the held-out images' features, as the mean and covariance that Fréchet distances are to."""
     folder = weights / f"{name}-classifier"
     data = {"digits": "scikit-learn digits, fixed 80/20 split", "cifar10": "CIFAR-10, its own split"}[name]
+    predicted, features = classify_held_out(model, name)
+    accuracy = (predicted == load_split(name, "test")[1]).double().mean().item()
     model.save_pretrained(folder, held_out_accuracy=accuracy, data=data)
     if name == "cifar10":
-        Reference(Gaussian.of(classify_held_out(model, name)[1])).save(folder / "reference.npz")
+        Reference(Gaussian.of(features)).save(folder / "reference.npz")
     print(f"held-out accuracy {accuracy:.4f}")
-
-
-def held_out_accuracy(model: Classifier, dataset: Dataset) -> float:
-    """The share of the held-out images that a classifier puts into their class."""
-    predicted, _ = classify_held_out(model, dataset)
-    return (predicted == load_split(dataset, "test")[1]).double().mean().item()
-
-
-def classify_held_out(model: Classifier, dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
-    """Predicted classes ``[N]`` and features ``[N, FEATURES]`` of the held-out images."""
-    parts = (load_split(dataset, "test")[0] / 2 + 0.5).split(500)
-    predicted, features = zip(*(metrics.classify(model, part) for part in parts), strict=True)
-    return torch.cat(predicted), torch.cat(features)
 
 
 def _moved(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

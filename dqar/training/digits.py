@@ -22,11 +22,12 @@ from diffusers.training_utils import EMAModel, compute_snr
 from torch import nn
 from tqdm.auto import tqdm
 
+from dqar.files import write_json
 from dqar.models.data import load_split
 from dqar.models.pipelines import EmbeddedDiTPipeline
-from dqar.training.card import pipeline_parts, training_facts, write_json
+from dqar.training.card import pipeline_parts, training_facts
 from dqar.training.checkpoints import cut_log, load_checkpoint, save_checkpoint
-from dqar.training.latent_dit import NOISE_SCHEDULE
+from dqar.training.latent_dit import NOISE_SCHEDULE, min_snr_loss
 
 
 @dataclass(frozen=True)
@@ -97,20 +98,7 @@ def training_loss(model, noise_scheduler, images, labels, recipe: Recipe, genera
     noisy = noise_scheduler.add_noise(images, noise, timesteps)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         predicted = model(noisy, timestep=timesteps, class_labels=labels, return_dict=False)[0].float()
-    return min_snr_loss(noise_scheduler, timesteps, predicted, noise, recipe.min_snr_gamma)
-
-
-def min_snr_loss(
-    noise_scheduler: DDPMScheduler,
-    timesteps: torch.Tensor,
-    predicted: torch.Tensor,
-    noise: torch.Tensor,
-    gamma: float,
-) -> torch.Tensor:
-    """Mean squared error of the ``predicted`` noise ``[B, ...]``, weighted by min-SNR at ``timesteps`` ``[B]``."""
-    snr = compute_snr(noise_scheduler, timesteps)
-    weight = snr.clamp(max=gamma) / snr
-    return (weight * (predicted - noise).square().mean(dim=tuple(range(1, noise.ndim)))).mean()
+    return min_snr_loss(compute_snr(noise_scheduler, timesteps), predicted, noise, recipe.min_snr_gamma)
 
 
 def train_transformer(recipe: Recipe, out: Path, checkpoint_every: int = 100) -> DiTTransformer2DModel:
@@ -158,7 +146,7 @@ def train_steps(
             learning rate falls to 0 several times, ``cycle_steps``.
         model: as training begins with it.
         optimizers: of its parameters.
-        loss_of: the loss of the step with this number.
+        loss_of: the loss, a scalar, of the step with this number.
         out: folder of checkpoint and log.
         checkpoint_every: so many steps.
 
@@ -214,4 +202,4 @@ def export_pipeline(pipe: DiffusionPipeline, recipe: dict, work: Path, folder: P
     losses = [json.loads(line)["loss"] for line in (work / "loss.jsonl").read_text().splitlines()]
     seconds = torch.load(work / "checkpoint.pt", weights_only=True)["seconds"]
     seen, parameters = recipe["batch_size"] * recipe["num_steps"], sum(p.numel() for p in pipe.transformer.parameters())
-    write_json(folder / "training.json", training_facts(recipe, parameters, seen, seconds, losses, "cpu"))
+    write_json(folder / "training.json", training_facts(recipe, parameters, seen, seconds, losses, "cpu"), indent=1)

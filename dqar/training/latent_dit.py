@@ -148,12 +148,16 @@ def signal_and_noise(timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 
 
 def batch_loss(model: StackedDiT, batch: Batch, recipe: LatentRecipe, dtype: torch.dtype) -> torch.Tensor:
-    """Mean min-SNR-weighted squared error of the predicted noise (Hang et al. 2023)."""
+    """``min_snr_loss`` of a batch, a scalar."""
     signal, noise = (x[:, None, None, None] for x in signal_and_noise(batch.timesteps))
     predicted = model(signal * batch.latents + noise * batch.noise, batch.timesteps, batch.classes, dtype, batch.kept)
-    snr = (signal / noise).square().flatten()
-    weight = snr.clamp(max=recipe.min_snr_gamma) / snr
-    return (weight * (predicted - batch.noise).square().mean(dim=(1, 2, 3))).mean()
+    return min_snr_loss((signal / noise).square().flatten(), predicted, batch.noise, recipe.min_snr_gamma)
+
+
+def min_snr_loss(snr: torch.Tensor, predicted: torch.Tensor, noise: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Mean squared error of the ``predicted`` noise ``[B, ...]``, weighted by min-SNR (Hang et al. 2023) ``[B]``."""
+    weight = snr.clamp(max=gamma) / snr
+    return (weight * (predicted - noise).square().mean(dim=tuple(range(1, noise.ndim)))).mean()
 
 
 class Gradients:
@@ -164,7 +168,7 @@ class Gradients:
     are added up in their order, so the result doesn't depend on who computed which, or on the number of processes.
 
     Args:
-        recipe, latents, labels: of the batches.
+        recipe, latents, labels: of the batches; shapes as for ``draw_batch``.
         model: its parameters move to memory that the processes share, and get the gradients.
         dtype, compiled: how ``model`` computes.
         workers: processes, this one included.
@@ -292,7 +296,7 @@ def train_latent_dit(
 
     Args:
         recipe: how.
-        latents, labels: as for ``draw_batch``.
+        latents, labels: in the shapes that ``draw_batch`` takes.
         out: gets ``checkpoint.pt``, ``loss.jsonl`` with a line a step, and ``checks.jsonl``.
         num_images: stops at the first step that has seen so many, the runs before this one included.
         device, dtype, compiled, workers: where and how it computes; ``workers`` as for ``Gradients``.
@@ -342,10 +346,10 @@ def train_latent_dit(
                 said, said_step, losses = now, step, []
             checking = check is not None and step % check_steps == 0
             if check is not None and checking:
-                found = {"step": step - 1, "images": images, **check(average, images)}
+                checked = {"step": step - 1, "images": images, **check(average, images)}
                 with checks.open("a") as file:
-                    file.write(json.dumps(found) + "\n")
-                print(found, flush=True)
+                    file.write(json.dumps(checked) + "\n")
+                print(checked, flush=True)
             if checking or late or images >= num_images or time.monotonic() - saved > checkpoint_seconds:
                 log_file.flush()
                 saved = time.monotonic()

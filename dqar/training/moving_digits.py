@@ -15,16 +15,18 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, LatteTransformer3DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.training_utils import compute_snr
 from torch import nn
 
+from dqar.files import write_json
 from dqar.measure.sampling import sample
 from dqar.models.classifier import load_classifier
 from dqar.models.data import load_split, moving_digits
 from dqar.models.pipelines import EmbeddedLattePipeline, class_captions, load_pipeline
 from dqar.models.profiles import CLASS_NAMES, Profile
-from dqar.training.card import pipeline_parts, quality, save_grid, wrapped, write_card, write_json
-from dqar.training.digits import Recipe, export_pipeline, init_linears, min_snr_loss, train_steps
-from dqar.training.latent_dit import NOISE_SCHEDULE
+from dqar.training.card import pipeline_parts, quality, save_grid, wrapped, write_card
+from dqar.training.digits import Recipe, export_pipeline, init_linears, train_steps
+from dqar.training.latent_dit import NOISE_SCHEDULE, min_snr_loss
 from dqar.training.muon import StackedMuon
 
 
@@ -119,7 +121,7 @@ def batch_loss(
     noisy = scheduler.add_noise(videos, noise, timesteps)
     with torch.autocast("cpu", torch.bfloat16):
         predicted = model(noisy, timesteps, captions, return_dict=False)[0].float()
-    return min_snr_loss(scheduler, timesteps, predicted, noise, recipe.min_snr_gamma)
+    return min_snr_loss(compute_snr(scheduler, timesteps), predicted, noise, recipe.min_snr_gamma)
 
 
 def train_video(recipe: VideoRecipe, out: Path, checkpoint_every: int = 100) -> LatteTransformer3DModel:
@@ -195,7 +197,7 @@ def evaluate_video(weights: Path, profile: Profile, num_samples: int = 60) -> di
         judged = quality(digits, asked.repeat_interleave(recipe.video_length), "digits", load_classifier("digits"))
         judged |= {"samples": len(videos), "unexplained by a move of a pixel": unexplained(videos)}
         results |= {name + key: value for key, value in judged.items()}
-    write_json(folder / "evaluation.json", results)
+    write_json(folder / "evaluation.json", results, indent=1)
     shown = drawn.images[: len(CLASS_NAMES["digits"])]
     save_grid(shown.flatten(0, 1), folder / "samples.png", recipe.video_length)
     about = (

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, DiTTransformer2DModel
+from diffusers.training_utils import compute_snr
 
 from dqar.cache import Name, QuantizedCache, Tensors, recall
 from dqar.config import CacheFormat, DQARConfig
@@ -26,8 +27,8 @@ from dqar.measure.sampling import OPEN
 from dqar.models.data import load_split
 from dqar.models.pipelines import load_embedded, make_scheduler
 from dqar.takeover import taken_over
-from dqar.training.digits import min_snr_loss, train_steps
-from dqar.training.latent_dit import NOISE_SCHEDULE
+from dqar.training.digits import train_steps
+from dqar.training.latent_dit import NOISE_SCHEDULE, min_snr_loss
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 """The same at a computed timestep and at the next one, which reuses."""
@@ -146,7 +147,7 @@ def tuning_loss(
     for x, t, prediction in zip(noisy, timesteps, predicted, strict=True):
         with torch.no_grad():
             target = shipped(x, t, class_labels, return_dict=False)[0]
-        losses.append(min_snr_loss(noise_scheduler, t, prediction, target, recipe.min_snr_gamma))
+        losses.append(min_snr_loss(compute_snr(noise_scheduler, t), prediction, target, recipe.min_snr_gamma))
     return (losses[0] + losses[1]) / 2
 
 

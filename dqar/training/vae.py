@@ -130,7 +130,7 @@ def _decibels(squared_error: float) -> float:
 
 @torch.no_grad()
 def normalise_latents(vae: AutoencoderKL, images: torch.Tensor) -> None:
-    """Folds each latent channel's mean and scale over ``images`` into the two 1×1 convolutions at the latents.
+    """Folds each latent channel's mean and scale over images ``[N, C, H, W]`` into the latents' two 1×1 convolutions.
 
     The autoencoder decodes to the same pictures as before, and its latents have mean 0 and variance 1, channel by
     channel, so that any pipeline's ``latents / scaling_factor`` is right with a factor of 1.
@@ -155,7 +155,7 @@ def encode(vae: AutoencoderKL, images: torch.Tensor, batch_size: int = 50) -> to
 
 @torch.no_grad()
 def reconstruction_psnr(vae: AutoencoderKL, images: torch.Tensor) -> float:
-    """PSNR in dB of the mean squared error over all images, decoded from their mean latents and clipped."""
+    """PSNR in dB of the mean squared error of all images ``[N, C, H, W]``, decoded from mean latents and clipped."""
     errors = [
         (vae.decode(encode(vae, part)).sample.clamp(-1, 1) - part).square().flatten(1).mean(1)
         for part in images.split(500)

@@ -52,7 +52,8 @@ def test_a_distance_has_moved_only_where_the_interval_of_pairs_leaves_out_zero(l
 def test_a_title_says_how_many_rivals_are_drawn_so_far():
     table = pd.DataFrame({"family": ["full compute", "fewer steps", "SeaCache", "DQAR plan"]})
     known = len({"fewer steps", "output extrapolation", *pareto.pareto.SOLVERS.values(), *pareto.RIVALS})
-    assert pareto._drawn([table]) == f" (2 of {known} rivals drawn so far, no learned solver)"
+    assert pareto.rivals_drawn([table]) == f" (2 of {known} rivals drawn so far, no learned solver)"
     assert (
-        pareto._drawn([table, pd.DataFrame({"family": ["bespoke solver"]})]) == f" (3 of {known} rivals drawn so far)"
+        pareto.rivals_drawn([table, pd.DataFrame({"family": ["bespoke solver"]})])
+        == f" (3 of {known} rivals drawn so far)"
     )

@@ -216,7 +216,8 @@ def test_weights_are_fitted_to_the_history_that_is_kept(bits):
     assert fits[bits].fit(steps, 4, like).weights == fitted.weights
 
 
-def test_the_command_line_saves_a_plan_and_names_wrong_arguments(tmp_path, capsys):
+def test_the_command_line_saves_a_plan_and_names_wrong_arguments(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("dqar.commands.plan.load_pipeline", lambda profile: tame(profile.scheduler))
     path = tmp_path / "plan.json"
     options = ["--profile", "smoke", "--macs", "2", "--images", "2", "--refinements", "1", "--out", str(path)]
     assert main(["plan", *options]) == 0 and "4 of 8 steps, 2.00× fewer MACs" in capsys.readouterr().out

@@ -113,7 +113,7 @@ def test_guidance_is_told_from_what_it_makes(scale, sign):
 @pytest.mark.parametrize("name", TINY)
 def test_a_fitted_plan_beats_extrapolation(name):
     pipe, call = TINY[name]()
-    calls = [call(i) for i in range(3)]
+    calls = [call(i) for i in range(2)]
     reference = [drawn(pipe, one, seed=i) for i, one in enumerate(calls)]
     before = [state(model) for model in models_of(pipe)]
     plan = fit_plan(pipe, calls, STEPS, macs=2, refinements=1)

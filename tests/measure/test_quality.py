@@ -111,14 +111,14 @@ def test_what_cannot_be_downloaded_is_left_out_and_said_once(monkeypatch):
 
     monkeypatch.setattr("torchmetrics.image.fid.NoTrainInceptionV3", offline)
     profile = get_profile("dit-xl-2", device="cpu")
-    quality._inception.cache_clear()
+    quality.inception.cache_clear()
     with pytest.warns(UserWarning, match="no FID and sFID by Inception-v3; all else goes on.*no route") as said:
         for _ in range(2):
             assert quality.scores(profile, images(2), torch.arange(2), images(2)) == {}
     assert len(said) == 1
     with pytest.raises(OSError, match=r"r\.npz is for FID, and Inception-v3 can't be had"):
         check_reference(dataclasses.replace(profile, reference="r.npz"))
-    quality._inception.cache_clear()
+    quality.inception.cache_clear()
 
 
 @torch.no_grad()

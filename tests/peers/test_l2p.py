@@ -42,7 +42,7 @@ def test_it_is_fitted_to_the_guided_outputs_of_full_computation(pipe, guidance):
         reference(pipe, output=look, guidance=guidance)
     cond, uncond = torch.stack(outputs).chunk(2, dim=1)
     expected = (uncond + guidance * (cond - uncond)).flatten(1)
-    seen = l2p._guided_outputs(pipe, STEPS, guidance, lambda: draw(pipe, steps=STEPS, guidance=guidance))
+    seen = l2p.guided_outputs(pipe, STEPS, guidance, lambda: draw(pipe, steps=STEPS, guidance=guidance))
     torch.testing.assert_close(seen, expected, rtol=1e-9, atol=1e-9)
     with watched(pipe, STEPS):
         pass  # nothing is left behind that would refuse another peer

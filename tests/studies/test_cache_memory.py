@@ -1,3 +1,4 @@
+import functools
 from collections import Counter
 
 import diffusers
@@ -30,6 +31,7 @@ SHAPES = pytest.mark.parametrize("shape", cache_memory.MODELS, ids=lambda shape:
 FORECASTS = [(order, bits) for order in cache_memory.ORDERS for bits in (16, 8, 4)]
 
 
+@functools.cache
 def build(shape):
     name, config = CONFIGS[shape.name]
     with torch.device("meta"):

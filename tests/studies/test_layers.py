@@ -36,7 +36,7 @@ def test_maps_overlap_as_a_naive_loop_finds():
         found = layers.attention_map(attn, hidden)
         torch.testing.assert_close(found.flatten(0, 1), maps_of(pipe, hidden))
     one, other = torch.rand(2, 2, 3, 4, 4).softmax(-1)
-    rows = list(layers._pairs([(one, torch.tensor([3.0, 4.0])), (other, torch.tensor([3.0, 1.0]))]))
+    rows = list(layers.layer_pairs([(one, torch.tensor([3.0, 4.0])), (other, torch.tensor([3.0, 1.0]))]))
     expected, heads = [], []
     for i in range(3):
         by_head = [0.0, 0.0, 0.0]

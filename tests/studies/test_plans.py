@@ -11,7 +11,7 @@ from helpers import embedded_pipeline, image_pipeline
 
 from dqar import apply_dqar, extrapolation
 from dqar.families import describe_model
-from dqar.figures.pareto import _promised
+from dqar.figures.pareto import promises_in_words
 from dqar.forecast.ladder import PlanLadder, Promise
 from dqar.forecast.profiles import profile_calls
 from dqar.measure.results import load_table
@@ -67,10 +67,10 @@ def test_full_compute_is_left_where_nothing_can_be_promised_and_few_images_promi
 def test_the_figures_sentence_is_of_the_table():
     found = plans.judged(recorded(0.95), ladder(), splits=1)
     own = plans.typical(found).loc[45.0, 0.95]
-    said = _promised(found)
+    said = promises_in_words(found)
     assert f"takes {own[plans.LADDER]:.2f}× fewer MACs, the mix {own[plans.MIX]:.2f}×" in said
     worse = found.assign(macs_speedup=found.macs_speedup.where(found.way != plans.LADDER, 1.0))
-    assert "in 0 of 3 promises" in _promised(worse)
+    assert "in 0 of 3 promises" in promises_in_words(worse)
 
 
 def test_first_steps_are_what_a_ladder_sees(monkeypatch):
@@ -78,7 +78,7 @@ def test_first_steps_are_what_a_ladder_sees(monkeypatch):
     pipe = embedded_pipeline()
     profile = dataclasses.replace(get_profile("digits"), num_inference_steps=4, batch_size=5)
     monkeypatch.setattr(plans.Method, "pipeline", lambda method, profile: pipe)
-    told = plans._first_steps(profile, 3, 10)
+    told = plans.first_steps(profile, 3, 10)
     pipe.scheduler.set_timesteps(4)
     timesteps, model = pipe.scheduler.timesteps.tolist(), describe_model(pipe.transformer)
     plan = extrapolation((0, 2), timesteps, profile.guidance_scale, model)

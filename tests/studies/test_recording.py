@@ -6,6 +6,7 @@ import shutil
 import pandas as pd
 import pytest
 import torch
+from helpers import save_dit
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -98,10 +99,11 @@ def test_a_wrong_revision_is_named(tmp_path, capsys, monkeypatch):
     assert "needs facebook/DiT-XL-2-256 at revision abc from" in capsys.readouterr().err
 
 
-def test_work_is_what_a_recording_asks_of_the_model(dit_folder, tmp_path):
+def test_work_is_what_a_recording_asks_of_the_model(tmp_path):
     """Counted by a hook: rows of guided batches, half of them being images."""
-    changes = {"weights": Weights(str(dit_folder)), "device": "cpu", "dtype": torch.float32, "images": 2, "repeats": 1}
-    profile = get_profile("dit-xl-2", rehearsal=True, num_inference_steps=6, **changes)
+    weights = Weights(str(save_dit(tmp_path / "dit", num_layers=1)))
+    changes = {"weights": weights, "device": "cpu", "dtype": torch.float32, "images": 2, "repeats": 1}
+    profile = get_profile("dit-xl-2", rehearsal=True, num_inference_steps=4, **changes)
     recording, rows = Recording(profile, tmp_path / "work", tmp_path / "out"), [0]
 
     def count(_module, args, kwargs):

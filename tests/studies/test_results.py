@@ -17,7 +17,7 @@ from dqar.measure.results import RECORDED, Run, load_table, slug
 from dqar.measure.sampling import sample
 from dqar.models.pipelines import load_pipeline
 from dqar.models.profiles import get_profile
-from dqar.policy import FEATURES, ReusePolicy, train_policy
+from dqar.policy import FEATURES, ReusePolicy
 from dqar.studies import policy, record, results, trace
 from dqar.studies.recording import Recording
 
@@ -66,28 +66,6 @@ def test_the_rule_is_scored_as_the_deck_means_it():
     labels = labels_of(error=lambda t: np.where(t.snr.between(0.5, 50), t.entropy, 100))
     study = policy.study(labels, float(labels.error.median()), 50)
     assert study.auc("rule") == 1.0
-
-
-def test_early_stopping_keeps_the_best_network():
-    generator = torch.Generator().manual_seed(0)
-    x, held_out = (torch.randn(40, 5, generator=generator) for _ in range(2))
-    y, other = (torch.randint(0, 2, (40,), generator=generator).float() for _ in range(2))  # nothing to learn
-    policy, history = train_policy(x, y, held_out, other, l2=0.0, patience=10)
-    losses = [row["held_out"] for row in history]
-    with torch.no_grad():
-        kept = torch.nn.functional.binary_cross_entropy(policy(held_out), other).item()
-    assert kept == pytest.approx(min(losses)) and len(losses) < 300 and losses[-1] > min(losses)
-    with_l2 = train_policy(x, y, held_out, other, l2=1e-1, patience=None, max_epochs=50)[0]
-    without = train_policy(x, y, held_out, other, l2=0.0, patience=None, max_epochs=50)[0]
-    assert with_l2.layers[0].weight.norm() < 0.7 * without.layers[0].weight.norm()
-
-
-def test_training_names_wrong_input():
-    x, y = torch.randn(4, 5), torch.ones(4)
-    with pytest.raises(ValueError, match="all of one kind"):
-        train_policy(x, y, x, y)
-    with pytest.raises(ValueError, match="omit='colour'"):
-        train_policy(x, y, x, y, omit="colour")
 
 
 # --- analysis of the labels ------------------------------------------------------------------------------------------

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 
@@ -19,7 +21,9 @@ def test_pairs_are_what_the_pipeline_draws(target):
 
 def test_solvers_are_recorded_once_and_draw_with_as_many_steps_as_they_have(tmp_path, monkeypatch):
     monkeypatch.setattr(pareto, "SOLVER_BUDGETS", (2,))
+    monkeypatch.setattr(solvers, "STARTS", dict.fromkeys(solvers.STARTS, solvers.SPACED[:2]))
     recording = Recording(PROFILE, tmp_path / "work", tmp_path / "out")
+    recording.sizes = dataclasses.replace(recording.sizes, solver_pairs=2, solver_iterations=1)
     solvers.record_solvers(recording)
     made = list(pareto.learned_solvers(PROFILE, recording.folder))
     assert [method.name for method in made] == [

@@ -233,7 +233,7 @@ def test_the_panel_is_drawn_from_what_is_recorded(tmp_path, monkeypatch, pipe):
     pipe.scheduler.set_timesteps(profile.num_inference_steps)
     timesteps, model = pipe.scheduler.timesteps.tolist(), describe_model(pipe.transformer)
     plan = extrapolation(range(0, len(timesteps), 2), timesteps, profile.guidance_scale, model)
-    (path := video._plan_path(tmp_path, profile, video.BUDGETS[0])).parent.mkdir()
+    (path := video.video_plan_path(tmp_path, profile, video.BUDGETS[0])).parent.mkdir()
     plan.save(path)
     orders, reused_sites = [], video.reused_sites
 
