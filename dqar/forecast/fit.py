@@ -324,7 +324,7 @@ class Calibration:
             again = max((step for step in computed if step < start), default=0)
             replayed = [{step: raw for step, raw in by_step.items() if step < again} for by_step in like.raw]
             earlier = like.guided
-            for label, (own, read) in {None: (like.weights, like.readouts), **like.classes}.items():
+            for label, (own, read) in ((None, (like.weights, like.readouts)), *like.classes.items()):
                 rows[label], readouts[label] = list(own[:start]), list(read[:start])
         guided: list[dict[int, torch.Tensor]] = [{} for _ in self.calls]
         raw: list[dict[int, list[torch.Tensor]]] = [{} for _ in self.calls]
@@ -341,10 +341,11 @@ class Calibration:
                 if step < start:
                     answers = [kept.get(step) for kept in earlier]
                 elif step == 0:
-                    rows, readouts = ({label: [()] for label in (None, *_classes(moments, fitted_on))} for _ in "ab")
+                    for label in (None, *_classes(moments, fitted_on)):
+                        rows[label], readouts[label] = [()], [()]
                     answers = [None] * len(moments)
                 else:
-                    fits = self._fit_step(step, moments, fitted_on, channels, [*rows][1:])
+                    fits = self._fit_step(step, moments, fitted_on, channels, list(rows))
                     for label, (weights, matrices) in fits.items():
                         digits = (7, 5) if label is None else (5, 4)
                         rows[label].append(_as_row(weights, digits[0]))
@@ -362,8 +363,9 @@ class Calibration:
             .mean(1)
             for run, trajectory in zip(runs, self.trajectories, strict=True)
         ]
-        of_all, *others = ((label, (tuple(own), tuple(readouts[label]))) for label, own in rows.items())
-        return Fitted(computed, fitted_on, *of_all[1], dict(others), torch.cat(errors), guided, raw)
+        fitted = {label: (tuple(own), tuple(readouts[label])) for label, own in rows.items()}
+        classes = {label: own for label, own in fitted.items() if label is not None}
+        return Fitted(computed, fitted_on, *fitted[None], classes, torch.cat(errors), guided, raw)
 
     # --- recording ---------------------------------------------------------------------------------------------------
 
@@ -546,11 +548,11 @@ class Calibration:
     # --- weights -----------------------------------------------------------------------------------------------------
 
     def _fit_step(
-        self, step: int, moments: Sequence[Moment], fitted_on: int, channels: int, classes: Sequence[int]
+        self, step: int, moments: Sequence[Moment], fitted_on: int, channels: int, labels: Sequence[int | None]
     ) -> dict[int | None, tuple[torch.Tensor, torch.Tensor | None]]:
         """One step's weights ``[branches, tensors, ...kernel]`` and readouts ``[branches, width, size]``, float64.
 
-        Of all images: ``None``; and what each of the ``classes`` adds to them.
+        Of all images, labelled ``None``, which come first; and what each class adds to them.
         """
         goals, left = [], fitted_on
         for moment, trajectory in zip(moments, self.trajectories, strict=True):
@@ -578,7 +580,7 @@ class Calibration:
         of_all = system_of(None)
         solution = of_all.solve()
         fits: dict[int | None, tuple[torch.Tensor, torch.Tensor | None]] = {None: shaped(*solution)}
-        for label in classes:
+        for label in labels[1:]:
             fits[label] = shaped(*system_of(label).solve_beyond(of_all, *solution))
         # What was fitted is a change of the newest output.
         center: tuple[Any, ...] = (slice(None), 0, *(side // 2 for side in self.kernel))
@@ -746,7 +748,7 @@ def _forecast(
 def _classes(moments: Sequence[Moment], fitted_on: int) -> list[int]:
     """The classes of which ``CLASS_IMAGES`` or more of the first ``fitted_on`` images are."""
     labels = [label for moment in moments for label in moment.classes][:fitted_on]
-    return sorted(label for label in {*labels} - {None} if labels.count(label) >= CLASS_IMAGES)
+    return sorted(label for label in {*labels} if label is not None and labels.count(label) >= CLASS_IMAGES)
 
 
 def _as_row(numbers: torch.Tensor, digits: int) -> tuple[float, ...]:
