@@ -305,12 +305,19 @@ class Calibration:
         """The kernels' sides, by the latents' grid."""
         return KERNELS[len(self.trajectories[0].latents) - 1]
 
-    def fit(self, computed: tuple[int, ...], fitted_on: int, like: Fitted | None = None) -> Fitted:
+    def fit(
+        self,
+        computed: tuple[int, ...],
+        fitted_on: int,
+        like: Fitted | None = None,
+        class_images: float = CLASS_IMAGES,
+    ) -> Fitted:
         """Follows the calls, computing only at ``computed``, and fits each step's weights as it comes by.
 
         Args:
             fitted_on: the first so many images are fitted on; all are followed.
             like: an earlier fit on the same images: what it did before the first step that differs is replayed.
+            class_images: a class of which fewer images are fitted on has the weights of all; ``inf``: as all have.
         """
         start = 0
         rows: dict[int | None, list[tuple[float, ...]]] = {}  # of all images: None; and what each class adds
@@ -341,7 +348,7 @@ class Calibration:
                 if step < start:
                     answers = [kept.get(step) for kept in earlier]
                 elif step == 0:
-                    for label in (None, *_classes(moments, fitted_on)):
+                    for label in (None, *_classes(moments, fitted_on, class_images)):
                         rows[label], readouts[label] = [()], [()]
                     answers = [None] * len(moments)
                 else:
@@ -745,10 +752,10 @@ def _forecast(
     return moment.guide(forecasts)
 
 
-def _classes(moments: Sequence[Moment], fitted_on: int) -> list[int]:
-    """The classes of which ``CLASS_IMAGES`` or more of the first ``fitted_on`` images are."""
+def _classes(moments: Sequence[Moment], fitted_on: int, least: float) -> list[int]:
+    """The classes of which ``least`` or more of the first ``fitted_on`` images are."""
     labels = [label for moment in moments for label in moment.classes][:fitted_on]
-    return sorted(label for label in {*labels} if label is not None and labels.count(label) >= CLASS_IMAGES)
+    return sorted(label for label in {*labels} if label is not None and labels.count(label) >= least)
 
 
 def _as_row(numbers: torch.Tensor, digits: int) -> tuple[float, ...]:

@@ -44,6 +44,7 @@ TABLES: dict[str, Callable[[Recording], object]] = {
     "promise": plans.record_promise,
     "samplers": plans.record_samplers,
     "history": plans.record_history,
+    "classes": plans.record_classes,
     "layers": layers.record_layers,
     "video": video.record_video,
     "batches": batches.record_batches,

@@ -221,12 +221,11 @@ def test_what_the_planner_follows_is_what_the_pipeline_runs(pipe):
     torch.testing.assert_close(replayed, fitted.error, rtol=0.02, atol=1e-8)
 
 
-def test_classes_with_enough_images_are_fitted_and_drawn_as_fitted(monkeypatch):
+def test_classes_with_enough_images_are_fitted_and_drawn_as_fitted():
     """Ten images of ten classes, and two more: classes 0 and 1 have two."""
-    monkeypatch.setattr("dqar.forecast.fit.CLASS_IMAGES", 2)
     pipe, steps = image_pipeline(), (0, 2, 3, 6, 9)
     calibration = calibrate(pipe, 12)
-    fitted = calibration.fit(steps, 12)
+    fitted = calibration.fit(steps, 12, class_images=2)
     plan = calibration.plan_of(fitted)
     assert set(plan.classes) == {0, 1} and any(map(any, plan.classes[0][1]))
     images = torch.cat([trajectory.previous[-1] for trajectory in calibration.trajectories]).clamp(-1, 1)
@@ -238,10 +237,10 @@ def test_classes_with_enough_images_are_fitted_and_drawn_as_fitted(monkeypatch):
     of_classes = torch.arange(12) % 10 < 2
     same = torch.isclose(*errors, rtol=1e-4, atol=1e-8)
     assert torch.equal(same, ~of_classes)
-    like = calibration.fit((0, 2, 3, 7, 9), 12)
-    again = calibration.fit(steps, 12, like)
+    like = calibration.fit((0, 2, 3, 7, 9), 12, class_images=2)
+    again = calibration.fit(steps, 12, like, class_images=2)
     assert again.weights == fitted.weights and again.classes == fitted.classes
-    assert not calibration.fit(steps, 10).classes  # the other two aren't fitted on
+    assert not calibration.fit(steps, 10, class_images=2).classes  # the other two aren't fitted on
 
 
 @pytest.mark.parametrize("bits", [8, 4])
