@@ -147,6 +147,14 @@ class Stream:
     opened: int = 0
     """``Run.count`` when its last step began."""
 
+    @property
+    def classes(self) -> tuple[int, ...] | None:
+        """Each image's class, as the conditional branch has it; ``None``: without that branch, or without classes."""
+        for call in self.calls:
+            if "cond" in call.slices and call.labels is not None:
+                return call.labels[call.slices["cond"]]
+        return None
+
 
 @dataclass
 class Run:

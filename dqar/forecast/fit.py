@@ -11,7 +11,7 @@
    those before it did wrong. Each cached tensor is weighted by a small kernel: what a pixel's neighbours did tells
    where the output bends. So do the hidden states that the last layer was given at the newest computed step, of which
    a matrix reads what to add. Each branch of guidance has weights of its own; all are fitted together, to what
-   guidance makes of them.
+   guidance makes of them. A class with enough images then gets what its own images still ask for.
 4. **Refinement.** Neighbouring sets of steps are tried, and kept if the joint error of a run is smaller on images that
    the weights were not fitted on.
 """
@@ -39,7 +39,7 @@ from dqar.families import bare, describe_models, family, transformers
 from dqar.files import atomic_path, write_json
 from dqar.forecast.ladder import PlanLadder
 from dqar.forecast.lockstep import Answer, CallRun, Lockstep, Moment
-from dqar.forecast.plan import HISTORY_BITS, ForecastPlan
+from dqar.forecast.plan import HISTORY_BITS, ForecastPlan, Rows
 from dqar.forecast.promise import check_enough, check_promise, fit_ladder, rungs
 from dqar.forecast.run import channels_back, channels_first, from_patches, stored, to_patches, weighted_sum
 from dqar.forecast.steps import RIDGE, Jumps, choose_steps, gram, least_squares
@@ -57,6 +57,10 @@ NEIGHBOURS_RIDGE = 1e-5
 """As ``RIDGE``, for the weights of a pixel's neighbours, the many of which would else fit noise."""
 READOUT_RIDGE = 3e-3
 """The same for what is read from the hidden states."""
+CLASS_IMAGES = 12
+"""A class of which fewer images are fitted on has the weights of all."""
+CLASS_RIDGE, CLASS_READOUT_RIDGE = 1e-3, 3e-2
+"""Of what a class adds to the weights and to the readouts, relative to the columns of all images."""
 GAIN_IMAGES, GAIN_POINTS = 8, 10
 """Images, and steps, at which it is measured what an error does to the finished image."""
 
@@ -145,8 +149,8 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A planned run that was followed: its ``weights`` and ``readouts``, as ``ForecastPlan`` has them, and each image's
-    mean squared error when finished, ``[images]``.
+    """A planned run that was followed: its ``weights``, ``readouts`` and ``classes``, as ``ForecastPlan`` has them, and
+    each image's mean squared error when finished, ``[images]``.
 
     ``guided`` is what the schedulers were given, and ``raw`` what the model returned at computed steps, for each call
     by step: a fit that begins alike goes on from it.
@@ -154,8 +158,9 @@ class Fitted:
 
     computed: tuple[int, ...]
     fitted_on: int
-    weights: tuple[tuple[float, ...], ...]
-    readouts: tuple[tuple[float, ...], ...]
+    weights: Rows
+    readouts: Rows
+    classes: dict[int, tuple[Rows, Rows]]
     error: torch.Tensor
     guided: list[dict[int, torch.Tensor]] = field(repr=False)
     raw: list[dict[int, list[torch.Tensor]]] = field(repr=False)
@@ -298,6 +303,7 @@ class Calibration:
             type(self.pipe.scheduler).__name__,
             first.latents,
             self.history_bits,
+            fitted.classes,
         )
 
     @property
@@ -305,16 +311,23 @@ class Calibration:
         """The kernels' sides, by the latents' grid."""
         return KERNELS[len(self.trajectories[0].latents) - 1]
 
-    def fit(self, computed: tuple[int, ...], fitted_on: int, like: Fitted | None = None) -> Fitted:
+    def fit(
+        self,
+        computed: tuple[int, ...],
+        fitted_on: int,
+        like: Fitted | None = None,
+        class_images: float = CLASS_IMAGES,
+    ) -> Fitted:
         """Follows the calls, computing only at ``computed``, and fits each step's weights as it comes by.
 
         Args:
             fitted_on: the first so many images are fitted on; all are followed.
             like: an earlier fit on the same images: what it did before the first step that differs is replayed.
+            class_images: a class of which fewer images are fitted on has the weights of all; ``inf``: as all have.
         """
         start = 0
-        rows: list[tuple[float, ...]] = []
-        readouts: list[tuple[float, ...]] = []
+        rows: dict[int | None, list[tuple[float, ...]]] = {}  # of all images: None; and what each class adds
+        readouts: dict[int | None, list[tuple[float, ...]]] = {}
         replayed: list[dict[int, list[torch.Tensor]]] = []
         earlier: list[dict[int, torch.Tensor]] = []
         if like is not None and like.fitted_on == fitted_on:
@@ -323,7 +336,9 @@ class Calibration:
             # The last computed step before is computed anew, for its hidden states.
             again = max((step for step in computed if step < start), default=0)
             replayed = [{step: raw for step, raw in by_step.items() if step < again} for by_step in like.raw]
-            rows, readouts, earlier = list(like.weights[:start]), list(like.readouts[:start]), like.guided
+            earlier = like.guided
+            for label, (own, read) in ((None, (like.weights, like.readouts)), *like.classes.items()):
+                rows[label], readouts[label] = list(own[:start]), list(read[:start])
         guided: list[dict[int, torch.Tensor]] = [{} for _ in self.calls]
         raw: list[dict[int, list[torch.Tensor]]] = [{} for _ in self.calls]
         channels = family(transformers(self.pipe)[0]).channels
@@ -339,15 +354,16 @@ class Calibration:
                 if step < start:
                     answers = [kept.get(step) for kept in earlier]
                 elif step == 0:
-                    rows.append(())
-                    readouts.append(())
+                    for label in (None, *_classes(moments, fitted_on, class_images)):
+                        rows[label], readouts[label] = [()], [()]
                     answers = [None] * len(moments)
                 else:
-                    weights, matrices = self._fit_step(step, moments, fitted_on, channels)
-                    rows.append(tuple(float(f"{w:.7g}") for w in weights.flatten().tolist()))
-                    read = [] if matrices is None else matrices.flatten().tolist()
-                    readouts.append(tuple(float(f"{w:.5g}") for w in read))
-                    answers = [_forecast(moment, weights, matrices, self.kernel, channels, bits) for moment in moments]
+                    fits = self._fit_step(step, moments, fitted_on, channels, list(rows))
+                    for label, (weights, matrices) in fits.items():
+                        digits = (7, 5) if label is None else (5, 4)
+                        rows[label].append(_as_row(weights, digits[0]))
+                        readouts[label].append(() if matrices is None else _as_row(matrices, digits[1]))
+                    answers = [_forecast(moment, fits, self.kernel, channels, bits) for moment in moments]
                 for by_step, answer in zip(guided, answers, strict=True):
                     if answer is not None:
                         by_step[step] = answer.cpu()
@@ -360,7 +376,9 @@ class Calibration:
             .mean(1)
             for run, trajectory in zip(runs, self.trajectories, strict=True)
         ]
-        return Fitted(computed, fitted_on, tuple(rows), tuple(readouts), torch.cat(errors), guided, raw)
+        fitted = {label: (tuple(own), tuple(readouts[label])) for label, own in rows.items()}
+        classes = {label: own for label, own in fitted.items() if label is not None}
+        return Fitted(computed, fitted_on, *fitted[None], classes, torch.cat(errors), guided, raw)
 
     # --- recording ---------------------------------------------------------------------------------------------------
 
@@ -543,36 +561,44 @@ class Calibration:
     # --- weights -----------------------------------------------------------------------------------------------------
 
     def _fit_step(
-        self, step: int, moments: Sequence[Moment], fitted_on: int, channels: int
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """One step's weights ``[branches, tensors, ...kernel]`` and readouts ``[branches, width, size]``, float64."""
-        system, left = StepSystem(self.kernel), fitted_on
+        self, step: int, moments: Sequence[Moment], fitted_on: int, channels: int, labels: Sequence[int | None]
+    ) -> dict[int | None, tuple[torch.Tensor, torch.Tensor | None]]:
+        """One step's weights ``[branches, tensors, ...kernel]`` and readouts ``[branches, width, size]``, float64.
+
+        Of all images, labelled ``None``, which come first; and what each class adds to them.
+        """
+        goals, left = [], fitted_on
         for moment, trajectory in zip(moments, self.trajectories, strict=True):
-            images = min(left, moment.images)
-            left -= images
-            if not images:
-                break
             start, slope = moment.line()
-            device = moment.guided.device
-            goal = trajectory.previous[step].to(device).float() - moment.of_images(start)
+            goal = trajectory.previous[step].to(moment.guided.device).float() - moment.of_images(start)
             goal = goal / slope - moment.of_images(moment.guided).float()
-            maps, states = [], []
-            for branch, outputs in moment.outputs.items():
-                share = moment.shares[branch]
-                tensors = [channels_first(x[moment.part].to(device), channels) for x in (*outputs, moment.latents)]
-                seen = neighbourhoods(tensors, self.kernel)[:images]
-                maps.append(_through_lengths(moment, branch, seen, channels) if moment.keeps_lengths else share * seen)
-                if moment.hidden_states:
-                    states.append(share * moment.hidden_states[branch][:images].to(device).double())
-            goal = channels_first(goal, channels)[:images]
-            system.add(torch.cat(maps, -1), torch.cat(states, -1) if states else None, goal)
-        weights, matrix = system.solve()
+            goals.append(channels_first(goal, channels)[:left])
+            left -= len(goals[-1])
+            if not left:
+                break
         branches = len(moments[0].outputs)
-        weights = weights.reshape(branches, -1, *self.kernel)
+
+        def system_of(label: int | None) -> StepSystem:
+            system = StepSystem(self.kernel)
+            for moment, goal in zip(moments, goals, strict=False):
+                images = [i for i in range(len(goal)) if label in (None, moment.classes[i])]
+                if images:
+                    system.add(*_columns(moment, images, self.kernel, channels), goal[images])
+            return system
+
+        def shaped(weights: torch.Tensor, matrix: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+            matrix = None if matrix is None else matrix.view(branches, -1, matrix.shape[-1])
+            return weights.reshape(branches, -1, *self.kernel), matrix
+
+        of_all = system_of(None)
+        solution = of_all.solve()
+        fits: dict[int | None, tuple[torch.Tensor, torch.Tensor | None]] = {None: shaped(*solution)}
+        for label in labels[1:]:
+            fits[label] = shaped(*system_of(label).solve_beyond(of_all, *solution))
         # What was fitted is a change of the newest output.
         center: tuple[Any, ...] = (slice(None), 0, *(side // 2 for side in self.kernel))
-        weights[center] += 1
-        return weights, None if matrix is None else matrix.view(branches, -1, matrix.shape[-1])
+        fits[None][0][center] += 1
+        return fits
 
     def _finished(self, latents: torch.Tensor) -> torch.Tensor:
         """What is compared in the end: a pixel-space model's latents are the picture, which clips them."""
@@ -622,14 +648,39 @@ class StepSystem:
 
     def solve(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """``[K]``, and ``[width, size of a patch]`` or ``None``; float64."""
-        sums = self._sums
-        kernels, norms = len(sums["goal"]), sums["maps"].diagonal().sqrt().clamp_min(1e-12)
+        return self._solve(self._sums, self._ridge, READOUT_RIDGE)
+
+    def solve_beyond(
+        self, other: StepSystem, weights: torch.Tensor, matrix: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What these images ask for beyond the solution of another system, which has them too, as ``solve`` has it.
+
+        By ridge regression on the columns of the other system.
+        """
+        sums, rest = self._sums, dict(self._sums)
+        rest["goal"] = sums["goal"] - sums["maps"] @ weights
+        if matrix is not None:
+            by_maps = sums["states_maps"].view(*matrix.shape, -1)
+            rest["goal"] -= torch.einsum("wpk,wp->k", by_maps, matrix)
+            rest["states_goal"] = sums["states_goal"] - sums["states"] @ matrix - by_maps @ weights
+        return self._solve(rest, torch.full_like(self._ridge, CLASS_RIDGE), CLASS_READOUT_RIDGE, other._sums)
+
+    @staticmethod
+    def _solve(
+        sums: Mapping[str, torch.Tensor],
+        ridge: torch.Tensor,
+        readout_ridge: float,
+        scale: Mapping[str, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The ridge is relative to the columns of the sums ``scale``, or their own."""
+        scale = scale or sums
+        kernels, norms = len(sums["goal"]), scale["maps"].diagonal().sqrt().clamp_min(1e-12)
         system, goal = sums["maps"] / norms / norms[:, None], sums["goal"] / norms
         for_maps = for_goal = None
         if "states" in sums:
-            state_norms = sums["states"].diagonal().sqrt().clamp_min(1e-12)
+            state_norms = scale["states"].diagonal().sqrt().clamp_min(1e-12)
             of_states = sums["states"] / state_norms / state_norms[:, None]
-            of_states.diagonal().add_(READOUT_RIDGE)
+            of_states.diagonal().add_(readout_ridge)
             factor = torch.linalg.cholesky(of_states)
             by_maps = (sums["states_maps"] / state_norms[:, None]).view(len(state_norms), -1, kernels) / norms
             by_goal = sums["states_goal"] / state_norms[:, None]
@@ -637,7 +688,7 @@ class StepSystem:
             for_goal = torch.cholesky_solve(by_goal, factor)
             system = system - by_maps.reshape(-1, kernels).T @ for_maps
             goal = goal - by_maps.reshape(-1, kernels).T @ for_goal.flatten()
-        system.diagonal().add_(self._ridge.to(system).repeat(kernels // len(self._ridge)))
+        system.diagonal().add_(ridge.to(system).repeat(kernels // len(ridge)))
         weights = torch.linalg.solve(system, goal)
         if for_maps is None:
             return weights / norms, None
@@ -660,38 +711,76 @@ def neighbourhoods(tensors: Sequence[torch.Tensor], kernel: tuple[int, ...]) -> 
     return torch.cat(seen, -1)
 
 
+def _columns(
+    moment: Moment, images: Sequence[int], kernel: tuple[int, ...], channels: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What ``StepSystem.add`` is given of some images: how what guidance makes of them changes with each weight."""
+    device, maps, states = moment.guided.device, [], []
+    for branch, outputs in moment.outputs.items():
+        tensors = [channels_first(x[moment.part].to(device), channels) for x in (*outputs, moment.latents)]
+        seen, share = neighbourhoods([x[images] for x in tensors], kernel), moment.shares[branch]
+        maps.append(_through_lengths(moment, branch, images, seen, channels) if moment.keeps_lengths else share * seen)
+        if moment.hidden_states:
+            states.append(share * moment.hidden_states[branch][images].to(device).double())
+    return torch.cat(maps, -1), torch.cat(states, -1) if states else None
+
+
 def _forecast(
     moment: Moment,
-    weights: torch.Tensor,
-    matrices: torch.Tensor | None,
+    fits: Mapping[int | None, tuple[torch.Tensor, torch.Tensor | None]],
     kernel: tuple[int, ...],
     channels: int,
     history_bits: int,
 ) -> torch.Tensor:
-    """What the scheduler is given in place of ``moment.guided``, if each branch's output is its forecast."""
+    """What the scheduler is given in place of ``moment.guided``, if each branch's output is its forecast.
+
+    Args:
+        fits: of ``Calibration._fit_step``.
+    """
     device, forecasts = moment.guided.device, {}
     for number, (branch, outputs) in enumerate(moment.outputs.items()):
         tensors = [channels_first(x[moment.part].to(device), channels) for x in (*outputs, moment.latents)]
-        forecast = weighted_sum(tensors, weights[number])
-        if matrices is not None:
-            states = moment.hidden_states[branch].to(device).double()
-            read = from_patches(states @ matrices[number], forecast.shape)
-            forecast = forecast + (read if history_bits == 16 else stored(read, history_bits).dequantize())
+        forecast = torch.zeros_like(tensors[0], dtype=torch.float64)
+        for label in dict.fromkeys(moment.classes):
+            rows = [row for row, own in enumerate(moment.classes) if own == label]
+            weights, matrices = fits[None]
+            if label in fits and label is not None:
+                own, read_own = fits[label]
+                weights = weights + own
+                matrices = None if matrices is None or read_own is None else matrices + read_own
+            part = weighted_sum([x[rows] for x in tensors], weights[number])
+            if matrices is not None:
+                states = moment.hidden_states[branch][rows].to(device).double()
+                read = from_patches(states @ matrices[number], part.shape)
+                part = part + (read if history_bits == 16 else stored(read, history_bits).dequantize())
+            forecast[rows] = part
         forecasts[branch] = channels_back(forecast, channels).to(outputs[0].dtype)
     return moment.guide(forecasts)
 
 
-def _through_lengths(moment: Moment, branch: str, maps: torch.Tensor, channels: int) -> torch.Tensor:
+def _classes(moments: Sequence[Moment], fitted_on: int, least: float) -> list[int]:
+    """The classes of which ``least`` or more of the first ``fitted_on`` images are."""
+    labels = [label for moment in moments for label in moment.classes][:fitted_on]
+    return sorted(label for label in {*labels} if label is not None and labels.count(label) >= least)
+
+
+def _as_row(numbers: torch.Tensor, digits: int) -> tuple[float, ...]:
+    return tuple(float(f"{number:.{digits}g}") for number in numbers.flatten().tolist())
+
+
+def _through_lengths(
+    moment: Moment, branch: str, images: Sequence[int], maps: torch.Tensor, channels: int
+) -> torch.Tensor:
     """How what guidance makes changes with a branch's output, where it keeps each row's length; to first order.
 
     Across a row's direction as much as the branch's share is; along it, as the length of the conditional output.
 
     Args:
-        maps: ``[images, C, ...grid, K]``, changes of the branch's output.
+        maps: ``[images, C, ...grid, K]``, changes of the branch's output, of some ``images``.
     """
 
     def rows(x: torch.Tensor) -> torch.Tensor:
-        return channels_first(x, channels)[: len(maps), ..., None].to(maps)
+        return channels_first(x, channels)[images][..., None].to(maps)
 
     newest, axis = moment.outputs["cond"][0][moment.part], 1 if moment.guided.ndim == 3 else -2
     along = F.normalize(rows(moment.of_images(moment.guided)), dim=axis)

@@ -275,8 +275,12 @@ class LadderEngine(ForecastEngine):
         self.chosen += zip(features.unbind(), rungs, strict=True)
         for rung in sorted(set(rungs)):
             plan = self.ladder.plans[rung]
-            images = torch.tensor([i for i, chosen in enumerate(rungs) if chosen == rung], device=cond.latents.device)
+            places = [i for i, chosen in enumerate(rungs) if chosen == rung]
+            images = torch.tensor(places, device=cond.latents.device)
             group = Group(images, plan, OutputForecast(plan, self._family.channels))
+            if plan.classes:
+                classes = cond.call.stream.classes
+                group.forecast.know(classes and [classes[place] for place in places], images.device)
             state.groups.append(group)
             for told in seen:
                 rows, slices = group.rows(told.call.slices), group.slices(told.call.slices)

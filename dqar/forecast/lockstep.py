@@ -65,6 +65,7 @@ class Moment:
         scale: the guidance scale; 1 without guidance.
         shares: how much of each branch's output is in ``guided``: a number, or ``[b, ..., 1]`` where guidance keeps
             each row's length.
+        classes: of each image; ``None``: the model has none.
     """
 
     timestep: float
@@ -78,6 +79,7 @@ class Moment:
     shares: dict[str, Any]
     scheduler: Any
     arguments: inspect.BoundArguments
+    classes: tuple[int | None, ...]
 
     @property
     def images(self) -> int:
@@ -178,6 +180,7 @@ class CallRun:
     raw: dict[int, torch.Tensor] = field(default_factory=dict)
     upcoming: tuple[float, ...] = ()
     latents: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    classes: tuple[int | None, ...] = ()
     branches: tuple[str, ...] = ()
     open: list[str] = field(default_factory=list)
     """The branches that the model was asked for since the newest step."""
@@ -415,6 +418,7 @@ class Lockstep:
             {},
             bound.arguments["self"],
             bound,
+            run.classes,
         )
         of_images = moment.of_images(guided)
         shown = [x[moment.part] for x in newest.values()]
@@ -473,6 +477,7 @@ class Lockstep:
         else:
             output = None
             self._look(run, call, run.raw[key], latents)
+        run.classes = call.stream.classes or (None,) * len(run.latents)
         run.open += [branch for branch in call.slices if branch not in run.open]
         run.branches = tuple(branch for branch in BRANCHES if run.outputs[branch])
         if output is not None:

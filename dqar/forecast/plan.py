@@ -14,6 +14,8 @@ from dqar.plan import BRANCHES, FORECAST_FORMAT, check_steps, is_index, lagrange
 
 HISTORY_BITS = (16, 8, 4)
 """In which a run keeps what it forecasts from; 16: as it is, outputs in the model's dtype, readouts in float64."""
+Rows = tuple[tuple[float, ...], ...]
+"""Numbers of each step."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class ForecastPlan:
 
     A step may also add a linear readout of the last hidden states, which predict how the output will change better
     than the output itself does: of those that the newest computed step gave to the model's last layer.
+
+    A class may have weights of its own, which both branches of its images are forecast by.
 
     Attributes:
         weights: one row per step: ``(a_1 ... a_K, c)`` of the conditional branch, then of the unconditional one where
@@ -46,12 +50,14 @@ class ForecastPlan:
         latents: shape of one image's output, without the batch; ``None``: any, as of an extrapolation.
         history_bits: 8 or 4: what a run keeps for later steps, outputs and readouts, is quantized, with a scale for
             each image and channel; 16: it isn't.
+        classes: of each calibrated class what is added to ``weights`` and to ``readouts``, each with rows as long as
+            theirs; all other images have those alone.
 
     Raises:
         ValueError: step 0 isn't computed as it is, or a row of the wrong length, naming it.
     """
 
-    weights: tuple[tuple[float, ...], ...] = field(repr=False)
+    weights: Rows = field(repr=False)
     computed: frozenset[int]
     timesteps: tuple[float, ...] = field(repr=False)
     guidance: tuple[float, float]
@@ -59,15 +65,18 @@ class ForecastPlan:
     model: str
     kernel: tuple[int, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
-    readouts: tuple[tuple[float, ...], ...] = field(default=(), repr=False)
+    readouts: Rows = field(default=(), repr=False)
     scheduler: str | None = None
     latents: tuple[int, ...] | None = None
     history_bits: int = 16
+    classes: Mapping[int, tuple[Rows, Rows]] = field(default_factory=dict, repr=False, hash=False)
 
     def __post_init__(self) -> None:
         for name in ("weights", "readouts"):
-            object.__setattr__(self, name, tuple(tuple(map(float, row)) for row in getattr(self, name)))
+            object.__setattr__(self, name, _rows(getattr(self, name)))
         object.__setattr__(self, "readouts", self.readouts or ((),) * len(self.weights))
+        classes = {int(label): (_rows(own), _rows(read)) for label, (own, read) in self.classes.items()}
+        object.__setattr__(self, "classes", classes)
         object.__setattr__(self, "computed", frozenset(self.computed))
         for name in ("timesteps", "guidance"):
             object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
@@ -99,6 +108,13 @@ class ForecastPlan:
         for step, row in enumerate(self.readouts):
             if row and not self.weights[step]:
                 raise ValueError(f"step {step} is not accepted: a readout, but no weights that it adds to")
+        for label, own in self.classes.items():
+            lengths = [list(map(len, rows)) for rows in own]
+            numbers = (number for rows in own for row in rows for number in row)
+            if lengths != [list(map(len, rows)) for rows in (self.weights, self.readouts)] or not all(
+                map(math.isfinite, numbers)
+            ):
+                raise ValueError(f"the rows of class {label} are not accepted: finite, as long as those of all classes")
 
     @property
     def guided(self) -> bool:
@@ -191,6 +207,10 @@ class ForecastPlan:
         """
         with reading(path, FORECAST_FORMAT) as content:
             return cls(**content)
+
+
+def _rows(given: Sequence[Sequence[float]]) -> Rows:
+    return tuple(tuple(map(float, row)) for row in given)
 
 
 def _close(ours: Sequence[float], theirs: Sequence[float]) -> bool:

@@ -89,6 +89,8 @@ class ForecastEngine:
         forecast: OutputForecast = call.stream.state
         latents, branches = as_batch(named[self._family.latents]), tuple(call.slices)
         fresh = step in plan.computed
+        if not forecast.rows and ((classes := call.stream.classes) is not None or step):
+            forecast.know(classes, latents.device)
         if fresh:
             output = compute()
             call.output = as_batch(output[0])
@@ -277,8 +279,8 @@ class OutputForecast:
 
     def __init__(self, plan: ForecastPlan, channels: int = 1):
         self.plan, self.channels = plan, channels
-        self._kernels: list[torch.Tensor] = []
-        self._matrices: list[torch.Tensor] = []
+        self._kernels: dict[int | None, list[torch.Tensor]] = {}
+        self._matrices: dict[int | None, list[torch.Tensor]] = {}
         self.forget()
 
     def forget(self) -> None:
@@ -290,6 +292,30 @@ class OutputForecast:
         self._returned: dict[str, tuple[int, torch.Tensor]] = {}
         self.scales: list[torch.Tensor] = []
         """Guidance scales that nobody has looked at yet, and how far rounding may have moved each, ``[2]``."""
+        self.rows: dict[int | None, torch.Tensor] = {} if self.plan.classes else {None: torch.empty(0)}
+        """A branch's rows of each class, ``[n]``; of one alone they aren't looked at. Empty: see ``know``."""
+        self._unread: list[tuple[int, torch.Tensor, dict[str, slice]]] = []
+
+    def know(self, classes: Sequence[int] | None, device: torch.device) -> None:
+        """Takes each image's class, of which those that the plan doesn't know are one: ``None``, as all are without.
+
+        Until then no hidden states are read: the unconditional branch, if it comes first, doesn't tell the class.
+        """
+        known = [label if label in self.plan.classes else None for label in classes or (None,)]
+        self.rows = {
+            label: torch.tensor([row for row, own in enumerate(known) if own == label], device=device)
+            for label in dict.fromkeys(known)
+        }
+        unread, self._unread = self._unread, []
+        for arguments in unread:
+            self.read_out(*arguments)
+
+    def _by_class(self, make: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
+        """``make(class, *rows)`` of each class's rows of tensors ``[b, ...]``, put together as they were."""
+        if len(self.rows) == 1:
+            return make(*self.rows, *tensors)
+        made = [make(label, *(x[rows] for x in tensors)) for label, rows in self.rows.items()]
+        return torch.cat(made)[torch.cat(list(self.rows.values())).argsort()]
 
     def nbytes(self, newest: torch.Tensor) -> int:
         """Bytes kept, of both branches; all of ``newest`` ``[B, ...]`` counts once, unless it is kept in fewer bits."""
@@ -328,26 +354,24 @@ class OutputForecast:
         Raises:
             ValueError: a plan whose readouts are of another size than the model's hidden states and patches.
         """
+        if not self.rows:
+            self._unread.append((step, hidden_states, rows))
+            return
         coming = range(step, min((c for c in self.plan.computed if c > step), default=len(self.plan.readouts)))
         batch, device = sum(part.stop - part.start for part in rows.values()), hidden_states.device
         states = hidden_states.reshape(batch, -1, hidden_states.shape[-1]).to(_widest(device))
         shape = self._kept(self.outputs[next(iter(rows))][0]).shape
-        size, branches = math.prod(shape[1:]) // states.shape[1], self.plan.branches
-        if not self._matrices or self._matrices[0].device != device:
-            numbers = len(branches) * states.shape[-1] * size
-            given = [row or (0.0,) * numbers for row in self.plan.readouts]
-            if {len(row) for row in given} != {numbers}:
-                raise ValueError(
-                    f"the plan's readouts are not accepted: {numbers} numbers a step fit this model; make a plan for it"
-                )
-            matrices = torch.tensor(given, dtype=states.dtype).view(len(given), len(branches), states.shape[-1], size)
-            self._matrices = list(matrices.to(device).unbind(1))
+        size, bits = math.prod(shape[1:]) // states.shape[1], self.plan.history_bits
+
+        def read(label: int | None, own: torch.Tensor) -> torch.Tensor:
+            return own @ self._matrix(later, branch, label, size, own)
+
         for branch, part in rows.items():
-            if branch in branches:
-                matrices = self._matrices[branches.index(branch)]
-                read = {later: from_patches(states[part] @ matrices[later], shape) for later in coming}
-                bits = self.plan.history_bits
-                self.read[branch] = {s: stored(x, bits) for s, x in read.items()} if bits < 16 else read
+            if branch in self.plan.branches:
+                self.read[branch] = {}
+                for later in coming:
+                    x = from_patches(self._by_class(read, states[part]), shape)
+                    self.read[branch][later] = stored(x, bits) if bits < 16 else x
 
     def output(self, step: int, latents: torch.Tensor, newest: torch.Tensor, rows: dict[str, slice]) -> torch.Tensor:
         """The model's output at ``step``: the ``newest`` computed one ``[B, ...]``, with the latents' part forecast.
@@ -362,7 +386,10 @@ class OutputForecast:
             if step in self.plan.computed:
                 drawn_on = [newest[part][place], *drawn_on[1:]]
             parts = [self._kept(x) for x in (*drawn_on, latents[part][place])]
-            forecast = weighted_sum(parts, self._kernel(step, branch, latents.device))
+            forecast = self._by_class(
+                lambda label, *own, branch=branch: weighted_sum(own, self._kernel(step, branch, latents.device, label)),
+                *parts,
+            )
             if step in self.read[branch]:
                 read = self.read[branch][step]
                 forecast = forecast + (read.dequantize() if isinstance(read, QuantizedTensor) else read)
@@ -398,22 +425,40 @@ class OutputForecast:
         difference, size = cond - uncond, math.sqrt(guided.numel())
         return torch.stack([scale, 16 * eps * (guided.norm() + uncond.norm()) / difference.norm() / size])
 
-    def _kernel(self, step: int, branch: str, device: torch.device) -> torch.Tensor:
-        """A step's weights of a branch ``[tensors, ...sides]``; those of all steps go to the device at once.
+    def _kernel(self, step: int, branch: str, device: torch.device, label: int | None) -> torch.Tensor:
+        """A step's weights of a branch ``[tensors, ...sides]``; those of a class's steps go to the device at once.
 
         In float64 where the device has it: of neighbouring outputs the weights nearly cancel, which TF32 would turn
         into noise.
         """
-        branches = self.plan.branches
-        if not self._kernels or self._kernels[0].device != device:
-            rows = self.plan.weights
-            numbers = torch.tensor([w for row in rows for w in row], dtype=_widest(device)).to(device)
-            parts = numbers.split([len(row) for row in rows])
+        branches, rows = self.plan.branches, self.plan.weights
+        if label not in self._kernels or self._kernels[label][0].device != device:
+            numbers = torch.tensor([w for row in rows for w in row], dtype=_widest(device))
+            if label is not None:
+                numbers += numbers.new_tensor([w for row in self.plan.classes[label][0] for w in row])
+            parts = numbers.to(device).split([len(row) for row in rows])
             tensors = [len(row) // len(branches) // math.prod(self.plan.kernel) for row in rows]
-            self._kernels = [
+            self._kernels[label] = [
                 part.view(len(branches), number, *self.plan.kernel) for part, number in zip(parts, tensors, strict=True)
             ]
-        return self._kernels[step][branches.index(branch)]
+        return self._kernels[label][step][branches.index(branch)]
+
+    def _matrix(self, step: int, branch: str, label: int | None, size: int, states: torch.Tensor) -> torch.Tensor:
+        """A step's readout of a branch ``[width, size]``, for ``states`` ``[b, tokens, width]``; kept alike."""
+        branches, width = self.plan.branches, states.shape[-1]
+        if label not in self._matrices or self._matrices[label][0].device != states.device:
+            count, numbers = len(branches) * width * size, torch.zeros(())
+            for rows in (self.plan.readouts, *([] if label is None else [self.plan.classes[label][1]])):
+                given = [row or (0.0,) * count for row in rows]
+                if {len(row) for row in given} != {count}:
+                    raise ValueError(
+                        f"the plan's readouts are not accepted: {count} numbers a step fit this model; make a plan for "
+                        "it"
+                    )
+                numbers = numbers + torch.tensor(given, dtype=states.dtype)
+            matrices = numbers.view(len(numbers), len(branches), width, size).to(states.device)
+            self._matrices[label] = list(matrices.unbind())
+        return self._matrices[label][step][branches.index(branch)]
 
 
 def mixture(

@@ -109,6 +109,11 @@ def works(profile: Profile, folder: Path) -> dict[str, Work]:
             **dict.fromkeys(("images", "scored"), formats * sizes.arena_images),
             kept=3 * sizes.arena_images,
         ),
+        "classes": Work(
+            sizes.plan_images * (2 * steps + 6 * computed) + sizes.arena_images * (steps + 4 * computed),
+            **dict.fromkeys(("images", "scored"), 5 * sizes.arena_images),
+            kept=sizes.arena_images,
+        ),
         "samples": Work((drawn + sizes.samples) * steps, images=drawn, scored=drawn, kept=sizes.samples),
         "batches": Work(
             (2 * len(batches.SIZES) + 1) * sizes.batch_images * steps,

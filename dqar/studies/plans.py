@@ -1,4 +1,4 @@
-"""Notebook 11, on plans alone: what a ladder of them can promise, other samplers, and a quantized history."""
+"""Notebook 11, on plans alone: their promises, other samplers, a quantized history, and weights of each class."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from dqar.forecast.fit import CLASS_IMAGES
 from dqar.forecast.ladder import Promise, first_step_features
 from dqar.forecast.lockstep import Lockstep
 from dqar.forecast.plan import HISTORY_BITS, ForecastPlan
@@ -35,9 +37,11 @@ WAYS = LADDER, MIX, FIXED = "a plan for each image", "random mix of two plans", 
 SPARSER = np.linspace(0, 1, 21)
 """Shares of the sparser plan in a random mix, tried in this order."""
 BUDGET = 3
-"""Full compute's MACs over those of the plan that other samplers follow, and whose history is quantized."""
+"""Full compute's MACs over those of the plan that other samplers follow, and that is fitted anew in other ways."""
 OTHER_SAMPLERS = ("ddim", "dpm-solver++3")
 """On the timesteps of ``dpm-solver++``: of first and of third order."""
+COMMON, OF_CLASS = "common", "by-class"
+"""Weights that a plan has."""
 NO_PLAN = "no plan that this is about is recorded: record plans first"
 
 
@@ -163,7 +167,7 @@ def least_kept(images: int, share: float) -> int:
     return next((kept for kept in range(images + 1) if is_certain(kept, images, share, CONFIDENCE)), images + 1)
 
 
-# --- other samplers, and a quantized history -------------------------------------------------------------------------
+# --- other samplers, a quantized history, and weights of each class --------------------------------------------------
 
 
 def samplers(run: Run) -> pd.DataFrame | None:
@@ -179,6 +183,12 @@ def history(run: Run) -> pd.DataFrame | None:
         return None
     by = ["bits", "fitted_in"]
     return _quality(table, by).join(table.groupby(by).cache_bytes.first())
+
+
+def classes(run: Run) -> pd.DataFrame | None:
+    """PSNR (dB) of a plan by ``calibration_images`` and ``weights``: ``COMMON`` or ``OF_CLASS``."""
+    table = run.recorded("classes")
+    return None if table is None else _quality(table, ["calibration_images", "weights"])
 
 
 def _quality(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
@@ -276,6 +286,37 @@ def record_history(recording: Recording) -> None:
     formats = [(bits, fitted_in) for bits in HISTORY_BITS for fitted_in in dict.fromkeys((16, bits))]
     parts = {f"{bits}-{fitted_in}": functools.partial(measure, bits, fitted_in) for bits, fitted_in in formats}
     recording.table("history", parts, ARENA_SEED)
+
+
+def record_classes(recording: Recording) -> None:
+    """The steps of the plan of ``BUDGET``, with weights of each class or not, a row an image.
+
+    ``calibration_images``, ``weights``, and columns of ``compare``. Both weights are fitted on the same images and
+    judged on the same others.
+
+    Raises:
+        ValueError: no plan is recorded.
+    """
+    profile, sizes = recording.profile, recording.sizes
+    plan = pareto.recorded_plan(recording.folder, profile, BUDGET)
+    if plan is None:
+        raise ValueError(NO_PLAN)
+    full, steps = Method(FULL.name, scheduler=profile.scheduler), tuple(sorted(plan.computed))
+
+    def measure(images: int, least: float, weights: str) -> pd.DataFrame:
+        fits = calibrate_profile(full.pipeline(profile), profile, "reference", images, recording.parts / "fits")
+        config = fits.plan_of(fits.fit(steps, images, class_images=least))
+        reference = recording.drawn(full, ARENA_SEED, 0, sizes.arena_images)
+        rows = compare(Method(f"{weights} weights", config=config), reference, recording.many_at_once, ARENA_SEED)
+        return _numbers(rows).assign(calibration_images=images, weights=weights)
+
+    fitted = {COMMON: math.inf, OF_CLASS: CLASS_IMAGES}
+    parts = {
+        f"{images}-{weights}": functools.partial(measure, images, least, weights)
+        for images in (sizes.plan_images, 2 * sizes.plan_images)
+        for weights, least in fitted.items()
+    }
+    recording.table("classes", parts, ARENA_SEED)
 
 
 def _numbers(rows: pd.DataFrame) -> pd.DataFrame:

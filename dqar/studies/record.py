@@ -46,6 +46,7 @@ TABLES: dict[str, Callable[[Recording], object]] = {
     "samplers": plans.record_samplers,
     "history": plans.record_history,
     "formats": quantized_cache.record_formats,
+    "classes": plans.record_classes,
     "layers": layers.record_layers,
     "video": video.record_video,
     "batches": batches.record_batches,

@@ -12,7 +12,14 @@ from scipy.ndimage import correlate
 from dqar import ForecastPlan, PlanLadder
 from dqar.__main__ import main
 from dqar.families import describe_model
-from dqar.forecast.fit import NEIGHBOURS_RIDGE, READOUT_RIDGE, StepSystem, neighbourhoods
+from dqar.forecast.fit import (
+    CLASS_READOUT_RIDGE,
+    CLASS_RIDGE,
+    NEIGHBOURS_RIDGE,
+    READOUT_RIDGE,
+    StepSystem,
+    neighbourhoods,
+)
 from dqar.forecast.plan import extrapolation
 from dqar.forecast.profiles import calibrate_profile
 from dqar.forecast.run import weighted_sum
@@ -146,6 +153,24 @@ def test_kernels_and_hidden_states_are_fitted_together():
     np.testing.assert_allclose(matrix.T.flatten(), expected[9:], rtol=1e-7)
 
 
+def test_a_class_adds_what_its_images_still_ask_for():
+    """Against one large system in NumPy, of the class's images alone, with the ridge of all images' columns."""
+    torch.manual_seed(0)
+    maps, states, goal = torch.randn(6, 1, 4, 4, 9).double(), torch.randn(6, 16, 5), torch.randn(6, 1, 4, 4)
+    of_all, own = StepSystem((3, 3)), StepSystem((3, 3))
+    of_all.add(maps, states, goal)
+    own.add(maps[:2], states[:2], goal[:2])
+    solution = of_all.solve()
+    weights, matrix = own.solve_beyond(of_all, *solution)
+    columns = torch.cat([maps.reshape(96, 9), states.double().reshape(96, 5)], 1).numpy()
+    rest = goal.double().flatten().numpy() - columns @ torch.cat([solution[0], solution[1][:, 0]]).numpy()
+    ridge = np.repeat([CLASS_RIDGE, CLASS_READOUT_RIDGE], [9, 5]) * (columns**2).sum(0)
+    columns, rest = columns[:32], rest[:32]
+    expected = np.linalg.solve(columns.T @ columns + np.diag(ridge), columns.T @ rest)
+    np.testing.assert_allclose(weights, expected[:9], rtol=1e-7)
+    np.testing.assert_allclose(matrix[:, 0], expected[9:], rtol=1e-7)
+
+
 def test_computing_every_step_reaches_the_reference(pipe):
     assert calibrate(pipe).fit(tuple(range(10)), 4).error.max() < 1e-6
 
@@ -194,6 +219,28 @@ def test_what_the_planner_follows_is_what_the_pipeline_runs(pipe):
     drawn = sample(pipe, PROFILE, 500, plan, num_samples=4).images * 2 - 1
     replayed = (drawn - calibration.trajectories[0].previous[-1].clamp(-1, 1)).square().flatten(1).mean(1)
     torch.testing.assert_close(replayed, fitted.error, rtol=0.02, atol=1e-8)
+
+
+def test_classes_with_enough_images_are_fitted_and_drawn_as_fitted():
+    """Ten images of ten classes, and two more: classes 0 and 1 have two."""
+    pipe, steps = image_pipeline(), (0, 2, 3, 6, 9)
+    calibration = calibrate(pipe, 12)
+    fitted = calibration.fit(steps, 12, class_images=2)
+    plan = calibration.plan_of(fitted)
+    assert set(plan.classes) == {0, 1} and any(map(any, plan.classes[0][1]))
+    images = torch.cat([trajectory.previous[-1] for trajectory in calibration.trajectories]).clamp(-1, 1)
+    errors = []
+    for own in (plan, dataclasses.replace(plan, classes={})):
+        drawn = sample(pipe, PROFILE, 500, own, num_samples=12).images * 2 - 1
+        errors.append((drawn - images).square().flatten(1).mean(1))
+    torch.testing.assert_close(errors[0], fitted.error, rtol=0.05, atol=1e-8)
+    of_classes = torch.arange(12) % 10 < 2
+    same = torch.isclose(*errors, rtol=1e-4, atol=1e-8)
+    assert torch.equal(same, ~of_classes)
+    like = calibration.fit((0, 2, 3, 7, 9), 12, class_images=2)
+    again = calibration.fit(steps, 12, like, class_images=2)
+    assert again.weights == fitted.weights and again.classes == fitted.classes
+    assert not calibration.fit(steps, 10, class_images=2).classes  # the other two aren't fitted on
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -80,6 +80,25 @@ def test_each_row_follows_its_own_plan(name):
     assert all(map(unchanged, models_of(pipe), before)) and "step" not in vars(pipe.scheduler)
 
 
+def test_rows_of_a_ladder_have_the_weights_of_their_classes():
+    pipe, call = TINY["dit"]()
+    own, call = call(0), batch_of(call)
+    plans = []
+    for plan in plans_for("dit", pipe, own):
+        added = [tuple(0.05 * x for x in row) for row in plan.weights]
+        plans.append(dataclasses.replace(plan, classes={call["class_labels"][1]: (added, plan.readouts)}))
+    whole = []
+    for plan in plans:
+        with apply_dqar(pipe, plan):
+            whole.append(drawn(pipe, call))
+    ladder, told = ladder_between(pipe, call, tuple(plans))
+    with apply_dqar(pipe, ladder):
+        mixed = drawn(pipe, call)
+    for image, rung in enumerate(ladder.choose(told)):
+        tolerance = 1e-4 * whole[0].abs().max().item()
+        torch.testing.assert_close(mixed[image], whole[rung][image], rtol=1e-3, atol=tolerance)
+
+
 def test_a_step_is_computed_for_the_rows_that_need_it():
     pipe, call = TINY["sd3"]()
     call = batch_of(call)

@@ -36,7 +36,9 @@ def by_hand(pipe, weights, readouts, labels=(1, 2), guidance=3.0, history=2, bit
     for step, t in enumerate(pipe.scheduler.timesteps):
         if step in COMPUTED:
             with torch.no_grad():
-                out = pipe.transformer(torch.cat([latents] * 2), timestep=t.expand(4), class_labels=labels).sample
+                out = pipe.transformer(
+                    torch.cat([latents] * 2), timestep=t.expand(len(labels)), class_labels=labels
+                ).sample
             cond, uncond = out.chunk(2)
             conds, unconds = [cond, *conds][:history], [uncond, *unconds][:history]
         parts = [conds[0], unconds[0]]
@@ -113,6 +115,85 @@ def test_a_planned_run_is_what_it_says(pipe, kernel, reads):
     assert trace[trace.step == 7].bytes.iloc[0] == outputs + reads * steps_ahead
     assert trace[trace.step == 4].bytes.iloc[0] == outputs + reads * 4 * steps_ahead
     assert not pipe.transformer.proj_out_2._forward_pre_hooks
+
+
+def of_classes(pipe, classes=(1, 5)):
+    """A plan with random weights and readouts, and some of their own for each of the classes."""
+    plan, generator = plan_for(pipe), torch.Generator().manual_seed(0)
+    tensors = [2 * (min(2, sum(c <= step for c in COMPUTED)) + 1) for step in range(1, 8)]
+
+    def rows(scale):
+        own = [(), *((scale * torch.randn(n * 9, generator=generator)).tolist() for n in tensors)]
+        return own, [(), *((0.5 * scale * torch.randn(128, generator=generator)).tolist() for _ in range(7))]
+
+    weights, readouts = rows(0.1)
+    added = {label: rows(0.05) for label in classes}
+    options = {"kernel": (3, 3), "readouts": readouts, "classes": added}
+    return ForecastPlan(weights, plan.computed, plan.timesteps, (3, 3), 2, plan.model, **options)
+
+
+def rows_of_class(plan, label):
+    """Weights and readouts of one class, as a plan without classes has them."""
+    added = plan.classes.get(label)
+    if added is None:
+        return plan.weights, plan.readouts
+    both = zip((plan.weights, plan.readouts), added, strict=True)
+    return tuple([np.add(a, b).tolist() for a, b in zip(*pair, strict=True)] for pair in both)
+
+
+def test_each_class_has_weights_of_its_own(pipe):
+    """Each image as a plain loop draws it with the weights of its class; class 2 wasn't calibrated, 10 is the null."""
+    plan, labels = of_classes(pipe), (1, 2, 5, 1)
+    expected = [by_hand(pipe, *rows_of_class(plan, label), labels)[i] for i, label in enumerate(labels)]
+    with apply_dqar(pipe, plan):
+        mixed, again = draw(pipe, labels), draw(pipe, labels)
+        alone = [draw(pipe, (label,), seed=seed) for seed, label in enumerate(labels)]
+    assert torch.equal(mixed, again)
+    common = by_hand(pipe, plan.weights, plan.readouts, labels)
+    tolerance = 1e-4 * common.abs().max().item()
+    torch.testing.assert_close(mixed, torch.stack(expected), rtol=1e-4, atol=tolerance)
+    torch.testing.assert_close(mixed, torch.cat(alone), rtol=1e-4, atol=tolerance)
+    assert [torch.allclose(*pair, rtol=1e-4, atol=tolerance) for pair in zip(mixed, common, strict=True)] == [
+        label == 2 for label in labels
+    ]
+    whole = dataclasses.replace(
+        plan, computed=range(8), weights=[()] * 8, readouts=(), classes={1: ([()] * 8, [()] * 8)}
+    )
+    untouched = draw(pipe, labels)
+    with apply_dqar(pipe, whole):
+        assert torch.equal(draw(pipe, labels), untouched)
+
+
+@pytest.mark.parametrize("first", ["cond", "uncond"])
+def test_branches_in_two_calls_have_the_weights_of_one_class(pipe, first):
+    plan, labels = of_classes(pipe), torch.tensor([1, 2])
+    with apply_dqar(pipe, plan):
+        together = draw(pipe)
+    asked = {"cond": labels, "uncond": torch.full_like(labels, 10)}
+    order = sorted(asked, key=lambda branch: branch != first)
+    with apply_dqar(pipe, plan), torch.no_grad():
+        pipe.scheduler.set_timesteps(8)
+        latents = torch.cat([torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(2)])
+        for t in pipe.scheduler.timesteps:
+            out = {b: pipe.transformer(latents, timestep=t.expand(2), class_labels=asked[b]).sample for b in order}
+            guided = out["uncond"] + 3 * (out["cond"] - out["uncond"])
+            latents = pipe.scheduler.step(guided, t, latents).prev_sample
+    torch.testing.assert_close(latents, together, rtol=1e-4, atol=1e-4 * together.abs().max().item())
+
+
+def test_a_plan_of_classes_is_one_file_and_wrong_rows_are_named(pipe, tmp_path):
+    plan, path = of_classes(pipe), tmp_path / "plan.json"
+    plan.save(path)
+    assert ForecastPlan.load(path) == plan != dataclasses.replace(plan, classes={})
+    content = json.loads(path.read_text())
+    del content["classes"]  # as plans were saved before
+    path.write_text(json.dumps(content))
+    assert ForecastPlan.load(path) == dataclasses.replace(plan, classes={})
+    rows, readouts = plan.classes[5]
+    short, endless = [*rows[:-1], rows[-1][1:]], [*readouts[:-1], (math.nan, *readouts[-1][1:])]
+    for wrong in ((short, readouts), (rows, endless), (rows, readouts[1:])):
+        with pytest.raises(ValueError, match="rows of class 5 are not accepted: finite, as long as those of all"):
+            dataclasses.replace(plan, classes={5: wrong})
 
 
 @pytest.mark.parametrize("bits", [8, 4])

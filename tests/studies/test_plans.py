@@ -91,9 +91,10 @@ def test_first_steps_are_what_a_ladder_sees(monkeypatch):
 
 
 def test_what_is_recorded_of_a_plan(tmp_path, monkeypatch):
-    """A tiny model: the plan under each sampler, in each format of its history, and beside first steps."""
+    """A tiny model: the plan under each sampler, in each format of its history, by class, and beside first steps."""
     pipes = {name: image_pipeline(name) for name in ("dpm-solver++", *plans.OTHER_SAMPLERS)}
     monkeypatch.setattr(Method, "pipeline", lambda method, own: pipes[method.scheduler or own.scheduler])
+    monkeypatch.setattr(plans, "CLASS_IMAGES", 1)
     profile = get_profile("smoke", num_inference_steps=8)
     recording = Recording(profile, tmp_path / "work", tmp_path)
     run = SimpleNamespace(
@@ -101,8 +102,8 @@ def test_what_is_recorded_of_a_plan(tmp_path, monkeypatch):
         recordings=recording.folder,
         recorded=lambda name: load_table(path) if (path := recording.folder / f"{name}.parquet").exists() else None,
     )
-    assert plans.promises(run) is plans.samplers(run) is plans.history(run) is None
-    records = plans.record_promise, plans.record_samplers, plans.record_history
+    assert plans.promises(run) is plans.samplers(run) is plans.history(run) is plans.classes(run) is None
+    records = plans.record_promise, plans.record_samplers, plans.record_history, plans.record_classes
     for record in records:
         with pytest.raises(ValueError, match="record plans first"):
             record(recording)
@@ -119,6 +120,10 @@ def test_what_is_recorded_of_a_plan(tmp_path, monkeypatch):
     whole = found.cache_bytes[16, 16]
     assert all(found.cache_bytes[bits, 16] == found.cache_bytes[bits, bits] < bits / 16 * whole for bits in (8, 4))
     assert found["mean"].nunique() == 5
+    by_class = plans.classes(run)
+    weights = [plans.OF_CLASS, plans.COMMON]
+    assert by_class.index.tolist() == [(images, own) for images in (10, 20) for own in weights]
+    assert by_class["mean"].nunique() == 4 and (by_class.images == 2).all()
     under = plans.samplers(run)["mean"]
     assert under.index.tolist() == [(name, "dpm-solver++") for name in ("ddim", "dpm-solver++", "dpm-solver++3")]
     assert under.nunique() == 3
