@@ -23,8 +23,13 @@ from dqar.studies.recording import RESULT_SEED, Recording
 
 FORMATS = tuple(itertools.product((8, 4, 2), get_args(QuantizeMode), (False, True)))
 """Bits, mode, and whether the levels are fitted."""
-DRAWN = tuple(format for format in FORMATS if format[1] == "per_channel" or format[1:] == ("per_tensor", False))
-"""Of these, the ones that images are drawn with: slide 6's two modes, and the better one with fitted levels."""
+DRAWN = tuple(
+    (bits, mode, fitted)
+    for bits, mode, fitted in FORMATS
+    if (mode == "per_channel" and not (fitted and bits == 8)) or (bits, mode, fitted) == (8, "per_tensor", False)
+)
+"""Of these, the ones that images are drawn with: a scale a channel, with fitted levels too where bits are few, and the
+deck's one scale a tensor."""
 
 
 def quantization_error(run: Run) -> pd.DataFrame:
