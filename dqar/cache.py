@@ -201,7 +201,7 @@ class QuantizedCache:
             rows: of the tensors, by branch; of one branch alone they are all its own.
             tensors: ``[B, N, C]``; those of ``NAMES`` are kept if they are all there, and a joint attention's ``text_``
                 beside them, others never.
-            partners: of each for ``balance``, as ``quantize`` takes them; else, for fitted levels, its ``weight``.
+            partners: of each for ``balance``, as ``quantize`` takes them; else, for fitted levels, its ``factor``.
             entropies: of the attention, if they were measured.
             check_finite: look for NaN and inf, where no GPU has to wait for it.
 
@@ -273,7 +273,8 @@ class QuantizedCache:
             partner=partner if config.balance else None,
             keep_channels=config.cache.keep_channels,
             fitted=config.cache.fitted,
-            weight=partner if config.weighs_errors else None,
+            factor=partner if config.spares_products else None,
+            over_tokens=name == "v",
             scale_dtype=torch.float16 if config.cache.fitted else torch.float32,
             check_finite=check_finite and x.device.type == "cpu",
         )

@@ -29,8 +29,9 @@ class CacheFormat:
             as many as there are). All of them are kept, in ``quantize_bits``. Not with ``reuse_target="kv"``.
         keep_channels: number of most salient channels of a cached tensor that stay in 16 bit (slide 15).
         fitted: quantize to levels of least squared error instead of slide 6's, with scale and offset in float16. In 2
-            bits that keeps 4 levels instead of 3 (slide 16). Of K, it is the error of the product with the queries that
-            counts, unless it is balanced or keeps channels. Storing takes some 30 times as long.
+            bits that keeps 4 levels instead of 3 (slide 16). Of K and V it is the error of their products, with the
+            queries and with the map, that counts, unless they are balanced or keep channels. Storing takes 5 (one
+            image) to 40 times as long (48 at once), of K and V twice that.
         cross_attention: keep the caption's K and V for the whole run, where there is cross-attention: exact.
         modulations: reuse DiT's modulations in later runs of equal timesteps and labels (64 MB at most), and compute
             them once where blocks have equal weights. Exact.
@@ -176,8 +177,8 @@ class DQARConfig:
         check("cache.fitted", self.cache.fitted, not self.cache.fitted or self.quantize_bits < 16, bits)
 
     @property
-    def weighs_errors(self) -> bool:
-        """Whether K's levels are those of the least error in the product with the queries."""
+    def spares_products(self) -> bool:
+        """Whether K's and V's levels are those that keep their products with queries and map."""
         return self.cache.fitted and not self.balance and not self.cache.keep_channels
 
     @property

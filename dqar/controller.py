@@ -219,7 +219,7 @@ class DQARController:
                 ``"block"`` the attention's and
             feed_forward: ``[B, ..., channels]``.
             key_partner, value_partner: for ``balance``: max |·| per channel of what keys and values are multiplied
-                with, ``[B, 1, channels]`` or ``[channels]``; else, for fitted levels, ``quantize``'s ``weight``.
+                with, ``[B, 1, channels]`` or ``[channels]``; else, for fitted levels, ``quantize``'s ``factor``.
             clean_latent, noisy_latent: x0 and x_t, ``[B, ...]``, for the trace's SNR.
 
         Raises:

@@ -20,8 +20,7 @@ BITS = (8, 4, 2)
 GAUSSIAN_STEPS = {8: 0.0308, 4: 0.3352, 2: 0.9957}
 """By bits: the distance of evenly spaced levels, in standard deviations, that suits Gaussian data best (Max 1960)."""
 ROUNDS = 8
-"""In which a head's channels are rounded where their errors are weighted; one for each gains 1 dB more, and takes
-longer."""
+"""In which a head's channels, or its tokens, are rounded where the error of a product counts."""
 
 
 @dataclass(slots=True, eq=False)
@@ -92,7 +91,8 @@ def quantize(
     partner: torch.Tensor | None = None,
     keep_channels: int = 0,
     fitted: bool = False,
-    weight: torch.Tensor | None = None,
+    factor: torch.Tensor | None = None,
+    over_tokens: bool = False,
 ) -> QuantizedTensor:
     """Slide 6: ``q = clip(round(x / s), ±Q)`` with ``s = max|x| / Q`` and ``Q = 2^(bits − 1) − 1``.
 
@@ -113,19 +113,22 @@ def quantize(
             channel makes it pointless.
         keep_channels: number of channels, those of largest max |x|, that stay unquantized in 16 bit.
         fitted: fits spacing and offset of the levels, for as many values as share a scale.
-        weight: ``[..., heads, d, d]`` of ``heads · d`` channels, positive semidefinite: the errors ``e`` of a token's
-            head count ``e W eᵀ``. Of keys it is the queries' ``QᵀQ``, so that what counts is the error of the product.
-            Takes other levels than the nearest; fitted ones only, without ``partner`` and ``keep_channels``.
+        factor: what the tensor will be multiplied with, head by head, or a sample of its rows: as queries with keys
+            ``[..., heads, n, d]``, of ``heads · d`` channels. The error of that product counts then, and levels are
+            others than the nearest. Fitted ones only, without ``partner`` and ``keep_channels``.
+        over_tokens: the product's sum runs over tokens, as that of an attention map ``[..., heads, n, tokens]`` with
+            values.
 
     Raises:
-        ValueError: for other bits or modes, an integer tensor, NaN or inf in ``x``, or a ``weight`` that doesn't fit.
+        ValueError: for other bits or modes, an integer tensor, NaN or inf in ``x``, or a ``factor`` that doesn't fit.
     """
     check_choice("bits", bits, BITS)
     check_choice("mode", mode, MODES)
-    if weight is not None:
+    if factor is not None:
         alone = fitted and partner is None and not keep_channels
-        fits = min(weight.ndim - 1, x.ndim) > 1 and weight.shape[-3] * weight.shape[-2] == x.shape[-1]
-        check("weight", list(weight.shape), alone and fits, "[..., heads, d, d] of all channels, fitted levels alone")
+        fits = min(factor.ndim - 1, x.ndim) > 1 and x.shape[-1] % factor.shape[-3] == 0
+        fits = fits and factor.shape[-1] == (x.shape[-2] if over_tokens else x.shape[-1] // factor.shape[-3])
+        check("factor", list(factor.shape), alone and fits, "as x is multiplied by head, of fitted levels alone")
     if not x.is_floating_point():
         raise ValueError(f"a tensor of dtype {x.dtype} is not accepted: needs a floating dtype")
     first = batch_dims if mode != "per_token" else max(x.ndim - 1, batch_dims)
@@ -155,7 +158,8 @@ def quantize(
         raise ValueError(f"x of shape {tuple(x.shape)} holds NaN or inf: needs finite values")
     if fitted:
         scale, extras["offset"] = _fit(values, tuple(shared), bits, scale_dtype)
-        integers = _rounded(values, scale.float(), extras["offset"].float(), bits, weight)
+        levels = values, scale.float(), extras["offset"].float(), bits
+        integers = _nearest(*levels) if factor is None else _of_product(*levels, factor.float(), over_tokens)
         return QuantizedTensor(_packed(integers, bits, batch_dims), scale, bits, x.shape, x.dtype, **extras)
     # An all-zero group keeps its zeros under any scale, and a scale must not round to zero.
     scale = (peak / largest).clamp_min_(torch.finfo(scale_dtype).tiny)
@@ -201,38 +205,44 @@ def _fit(x: torch.Tensor, shared: tuple[int, ...], bits: int, dtype: torch.dtype
     return best_scale.clamp(-largest, largest).to(dtype), (mean + best_offset).clamp(-largest, largest).to(dtype)
 
 
-def _rounded(
-    x: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, bits: int, weight: torch.Tensor | None
-) -> torch.Tensor:
-    """int8 ``q`` with ``q · scale + offset ≈ x``: the nearest levels; with ``weight``, those of least ``Σ e W eᵀ``.
+def _nearest(x: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, bits: int) -> torch.Tensor:
+    """int8 ``q`` of the levels ``q · scale + offset`` nearest to ``x``."""
+    return ((x - offset) / scale).round_().clamp_(*_ends(bits)).to(torch.int8)
 
-    Then a head's channels are rounded in turn, those of most weight first. Each makes up for what the errors before it
-    do to the sum, as if the channels after it weren't to be rounded (LDLQ, Chee et al. 2023, arXiv 2307.13304, which is
+
+def _of_product(
+    x: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, bits: int, factor: torch.Tensor, over_tokens: bool
+) -> torch.Tensor:
+    """int8 ``q`` of levels ``q · scale + offset`` whose product with ``factor`` is near to that of ``x``.
+
+    What the product sums over is rounded in turn, what weighs most in it first. Each round makes up for the error that
+    the product has by now, as if nothing after it was to be rounded (LDLQ, Chee et al. 2023, arXiv 2307.13304, which is
     GPTQ's rule, Frantar et al. 2022, arXiv 2210.17323).
     """
-    if weight is None:
-        return ((x - offset) / scale).round_().clamp_(*_ends(bits)).to(torch.int8)
-    own = weight.float().diagonal(dim1=-2, dim2=-1)
-    order, width = own.argsort(-1), own.shape[-1]
-    index = order[..., None, :]
-    # A hundredth of the mean on the diagonal keeps directions that no query has looked in from counting nothing.
-    damping = own.mean(-1, keepdim=True).mul(0.01).clamp_min(torch.finfo(torch.float32).tiny)
-    weight = weight.float() + torch.diag_embed(damping.expand_as(own))
-    weight = weight.gather(-2, order[..., None].expand_as(weight)).gather(-1, index.expand_as(weight))
-    # [..., heads, tokens, d], a head's channels in its own order.
-    by_head = [part.expand_as(x).unflatten(-1, (-1, width)).transpose(-2, -3) for part in (x, scale, offset)]
-    x, scale, offset = (part.gather(-1, index.expand_as(part)) for part in by_head)
-    factor = torch.linalg.cholesky_ex(weight).L  # which looks for no error: that would make a GPU wait
-    integers, errors = torch.zeros_like(x), torch.zeros_like(x)
-    size = -(-width // ROUNDS)
-    for first in reversed(range(0, width, size)):
-        now, done = slice(first, first + size), slice(first + size, width)
-        caused = errors[..., done] @ factor[..., done, now]
-        wanted = x[..., now] - torch.linalg.solve_triangular(factor[..., now, now], caused, upper=False, left=False)
+
+    def by_head(part: torch.Tensor) -> torch.Tensor:
+        """``[..., tokens, channels]`` as ``[..., heads, rows, summed]``."""
+        part = part.expand_as(x).unflatten(-1, (factor.shape[-3], -1)).transpose(-2, -3)
+        return part.mT if over_tokens else part
+
+    weights = factor.square().sum(-2)
+    order = weights.argsort(-1, descending=True)[..., None, :]
+    factor = factor.gather(-1, order.expand_as(factor))
+    values, scale, offset = (part.gather(-1, order.expand_as(part)) for part in map(by_head, (x, scale, offset)))
+    # Rows that were not sampled count a hundredth: their errors aren't free.
+    damping = weights.mean(-1).mul(0.01).clamp_min(torch.finfo(torch.float32).tiny)[..., None, None]
+    damping = damping * torch.eye(factor.shape[-2], device=x.device)
+    error = values.new_zeros(*values.shape[:-1], factor.shape[-2])  # of the product
+    integers, size = torch.zeros_like(values), -(-values.shape[-1] // ROUNDS)
+    for first in range(0, values.shape[-1], size):
+        now, left = slice(first, first + size), factor[..., first:]
+        lower = torch.linalg.cholesky_ex(left @ left.mT + damping).L  # which looks for no error: a GPU would wait
+        wanted = values[..., now] - error @ torch.cholesky_solve(factor[..., now], lower)
         q = ((wanted - offset[..., now]) / scale[..., now]).round_().clamp_(*_ends(bits))
-        integers[..., now], errors[..., now] = q, q * scale[..., now] + offset[..., now] - x[..., now]
-    integers = torch.empty_like(integers).scatter_(-1, index.expand_as(integers), integers)
-    return integers.transpose(-2, -3).flatten(-2).to(torch.int8)
+        error += (q * scale[..., now] + offset[..., now] - values[..., now]) @ factor[..., now].mT
+        integers[..., now] = q
+    integers = torch.empty_like(integers).scatter_(-1, order.expand_as(integers), integers)
+    return (integers.mT if over_tokens else integers).transpose(-2, -3).flatten(-2).to(torch.int8)
 
 
 def _ends(bits: int) -> tuple[int, int]:

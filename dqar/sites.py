@@ -29,6 +29,8 @@ Rows = dict[str, slice]
 """The branches' rows of a tensor ``[B, N, C]``."""
 Streams = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 """What an attention is given, and returns: tokens ``[B, N, C]``, or those of image and caption of a joint attention."""
+SAMPLED_QUERIES = 32
+"""Whose products fitted levels of K and V keep: of the digits' 64, half cost a third and give 1 dB less."""
 
 
 @dataclass
@@ -332,9 +334,10 @@ class KeysAndValues(Site):
         if self.config.balance and choice.fresh:
             weights = _largest_weights(attn.to_out[0], value).expand(len(value), 1, -1)
             partners = {"k": query.abs().amax(dim=1, keepdim=True), "v": weights}
-        elif self.config.weighs_errors and attn.norm_k is None and choice.fresh:
-            by_head = self._heads(query, attn.norm_q).float()
-            partners = {"k": by_head.mT @ by_head}
+        elif self.config.spares_products and attn.norm_k is None and choice.fresh:
+            some = stats.spread(self._heads(query, attn.norm_q), SAMPLED_QUERIES).float()
+            scores = some @ self._heads(key).float().mT * some.shape[-1] ** -0.5
+            partners = {"k": some, "v": scores.softmax(-1)}
         self._keep(opened, choice, rows, entropy, tokens, kept, partners)
         return output
 

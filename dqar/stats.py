@@ -123,12 +123,17 @@ def mean_query_entropy(
     query: torch.Tensor, key: torch.Tensor, scale: float | None = None, num_queries: int | None = None
 ) -> torch.Tensor:
     """``query_entropy`` averaged over queries, ``[B, H]``; over ``num_queries`` evenly spread ones if that is less."""
+    return query_entropy(spread(query, num_queries), key, scale).mean(dim=-1)
+
+
+def spread(query: torch.Tensor, number: int | None) -> torch.Tensor:
+    """So many evenly spread ones of queries ``[B, H, N, D]``; all of them if there are no more, or for ``None``."""
     length = query.shape[2]
-    if num_queries is not None and num_queries < length:
-        # Golden-ratio steps spread over rows and columns alike; an even stride would always pick the same few columns.
-        stride = next(s for s in range(round(0.618 * length), 2 * length) if math.gcd(s, length) == 1)
-        query = query[:, :, torch.arange(num_queries, device=query.device) * stride % length]
-    return query_entropy(query, key, scale).mean(dim=-1)
+    if number is None or number >= length:
+        return query
+    # Golden-ratio steps spread over rows and columns alike; an even stride would always pick the same few columns.
+    stride = next(s for s in range(round(0.618 * length), 2 * length) if math.gcd(s, length) == 1)
+    return query[:, :, torch.arange(number, device=query.device) * stride % length]
 
 
 def entropy_by_modality(

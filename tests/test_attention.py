@@ -761,22 +761,25 @@ def test_keys_and_values_are_balanced_against_queries_and_the_next_weights(pipe)
             torch.testing.assert_close(entry.v.balance.double()[:, 0], value.sqrt(), rtol=1e-5, atol=0)
 
 
-def test_fitted_levels_of_keys_save_their_products_with_the_queries(pipe):
-    found, attn = {"q": [], "k": []}, pipe.transformer.transformer_blocks[1].attn1
-    for name, module in {"q": attn.to_q, "k": attn.to_k}.items():
-        module.register_forward_hook(lambda _m, _a, out, name=name: found[name].append(out))
+def test_fitted_levels_of_keys_and_values_keep_their_products(pipe):
+    attn, found = pipe.transformer.transformer_blocks[1].attn1, {}
+    for name, module in {"q": attn.to_q, "k": attn.to_k, "v": attn.to_v}.items():
+        module.register_forward_hook(lambda _m, _a, out, name=name: found.setdefault(name, out))
     with apply_dqar(pipe, DQARConfig(**COARSE, cache=CacheFormat(fitted=True))) as session:
         entries = entries_of(pipe, session)
         draw(pipe, steps=2)
-        query = found["q"][0].unflatten(-1, (attn.heads, -1)).transpose(1, 2).double()
+        query, key = (found[name].unflatten(-1, (attn.heads, -1)).transpose(1, 2).double() for name in "qk")
+        factors = {"k": query, "v": (query @ key.mT / math.sqrt(query.shape[-1])).softmax(-1)}
         options = {"batch_dims": 1, "fitted": True, "scale_dtype": torch.float16}
         for branch, half in (("cond", slice(0, 2)), ("uncond", slice(2, 4))):
-            weight = torch.einsum("bhni,bhnj->bhij", query[half], query[half])
-            key, kept = found["k"][0][half], entries[1, branch].k
-            expected = quantize(key, COARSE["quantize_bits"], COARSE["quantize_mode"], weight=weight, **options)
-            plain = quantize(key, COARSE["quantize_bits"], COARSE["quantize_mode"], **options)
-            assert (kept.dequantize() == expected.dequantize()).double().mean() > 0.99
-            assert not torch.equal(kept.dequantize(), plain.dequantize()) and kept.nbytes == plain.nbytes
+            for name, factor in factors.items():
+                x, kept = found[name][half], entries[1, branch].part(name)
+                of_product, nearest = (
+                    quantize(x, 4, "per_tensor", factor=own, over_tokens=name == "v", **options)
+                    for own in (factor[half], None)
+                )
+                assert (kept.dequantize() == of_product.dequantize()).double().mean() > 0.99
+                assert not torch.equal(kept.dequantize(), nearest.dequantize()) and kept.nbytes == nearest.nbytes
 
 
 @pytest.mark.parametrize(

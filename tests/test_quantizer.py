@@ -341,44 +341,45 @@ def test_fitted_levels_cost_an_offset_and_are_cut_by_rows():
     assert torch.equal(alone.dequantize(), kept.dequantize()[1:2])
 
 
-# --- weighted errors -------------------------------------------------------------------------------------------------
+# --- levels that keep a product --------------------------------------------------------------------------------------
 
 
 def products(heads=2, width=12, tokens=40, seed=5):
-    """Keys ``[2, tokens, channels]``, and queries that mostly look in one direction, as those of a trained model do."""
+    """Keys and values ``[2, tokens, channels]``; queries ``[2, heads, tokens, width]`` that mostly look in one
+    direction, as those of a trained model do, and their map."""
     generator = torch.Generator().manual_seed(seed)
-    keys, queries = torch.randn(2, 2, tokens, heads * width, generator=generator)
-    queries = queries + 3 * torch.randn(2, 1, heads * width, generator=generator)
-    by_head = queries.unflatten(-1, (heads, width)).transpose(1, 2)
-    return keys, queries, by_head.mT @ by_head
+    keys, values, queries = torch.randn(3, 2, tokens, heads * width, generator=generator)
+    queries = by_head(queries + 3 * torch.randn(2, 1, heads * width, generator=generator), heads)
+    return keys, values, queries, (queries @ by_head(keys, heads).mT / width**0.5).softmax(-1)
 
 
-def error_of_products(kept, keys, queries, heads=2):
-    error, queries = (
-        x.double().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (kept.dequantize() - keys, queries)
-    )
-    return (queries @ error.mT).square().sum().item()
+def by_head(x, heads):
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def one_by_one(x, scale, offset, weight, bits, rounds):
-    """Levels of one head's tokens ``[N, d]``, group by group: each is the nearest to the best real number for it, if
-    later channels could be any real number. In float64, by eliminating them, without any factorization."""
-    weight = weight.double() + 0.01 * weight.double().diagonal().mean() * torch.eye(len(weight)).double()
-    order, size = weight.diagonal().argsort().tolist(), -(-len(weight) // rounds)
-    groups = [order[first : first + size] for first in range(0, len(order), size)][::-1]
-    q, error = torch.zeros_like(x.double()), torch.zeros_like(x.double())
+def error_of_product(kept, x, factor, over_tokens):
+    error = by_head((kept.dequantize() - x).double(), factor.shape[1])
+    return (factor.double() @ (error if over_tokens else error.mT)).square().sum().item()
+
+
+def eliminated(x, scale, offset, factor, bits, rounds=8):
+    """Integers of one head's rows ``[N, d]``, group by group: the nearest to the real numbers that are best for it if
+    later ones could be any real number. In float64, by eliminating those, without any factorization."""
+    weight = factor.double().mT @ factor.double()
+    weight = weight + 0.01 * weight.diagonal().mean() * torch.eye(len(weight))
+    order, size = weight.diagonal().argsort(descending=True).tolist(), -(-len(weight) // rounds)
+    groups = [order[first : first + size] for first in range(0, len(order), size)]
+    q, error = torch.zeros_like(x), torch.zeros_like(x)
     for number, now in enumerate(groups):
         done, free = sum(groups[:number], []), sum(groups[number + 1 :], [])
-        settled = done + now
-        left = weight[settled][:, settled]
+        left = weight[done + now][:, done + now]
         if free:
-            mixed = weight[free][:, settled]
+            mixed = weight[free][:, done + now]
             left = left - mixed.mT @ torch.linalg.solve(weight[free][:, free], mixed)
-        wanted = x[:, now].double()
-        if done:
-            split = len(done)
-            wanted = wanted - torch.linalg.solve(left[split:, split:], left[split:, :split] @ error[:, done].mT).mT
-        q[:, now] = ((wanted - offset[:, now]) / scale[:, now]).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        own = slice(len(done), None)
+        shift = torch.linalg.solve(left[own, own], left[own, : len(done)] @ error[:, done].mT).mT
+        wanted = (x[:, now] - shift - offset[:, now]) / scale[:, now]
+        q[:, now] = wanted.round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
         error[:, now] = q[:, now] * scale[:, now] + offset[:, now] - x[:, now]
     return q
 
@@ -386,58 +387,83 @@ def one_by_one(x, scale, offset, weight, bits, rounds):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("width", [1, 5, 12, 24])
-def test_weighted_levels_are_those_of_a_plain_elimination(bits, mode, width):
-    keys, _, weight = products(width=width)
-    options = {"batch_dims": 1, "fitted": True, "scale_dtype": torch.float16}
-    kept, plain = (quantize(keys, bits, mode, weight=w, **options) for w in (weight, None))
+@pytest.mark.parametrize("over_tokens", [False, True])
+def test_levels_that_keep_a_product_are_those_of_a_plain_elimination(bits, mode, width, over_tokens):
+    keys, values, queries, attention_map = products(width=width)
+    x, factor = (values, attention_map) if over_tokens else (keys, queries)
+    options = {"batch_dims": 1, "fitted": True, "scale_dtype": torch.float16, "over_tokens": over_tokens}
+    kept, plain = (quantize(x, bits, mode, factor=own, **options) for own in (factor, None))
     assert torch.equal(kept.scale, plain.scale) and torch.equal(kept.offset, plain.offset)
     assert kept.nbytes == plain.nbytes and kept.data.shape == plain.data.shape
-    scale, offset = (part.double().expand(keys.shape) for part in (kept.scale, kept.offset))
-    own = slice(width, 2 * width)  # the second sample's second head
-    expected = one_by_one(keys[1, :, own], scale[1, :, own], offset[1, :, own], weight[1, 1], bits, 8)
-    found = ((kept.dequantize()[1].double() - offset[1]) / scale[1])[:, own].round()
-    assert (found == expected).double().mean() > 0.995  # float32 may round a tie the other way
+    parts = (x, kept.scale, kept.offset, kept.dequantize())
+    own = [part.double().expand(x.shape)[1, :, width:] for part in parts]  # the second sample's second head
+    x, scale, offset, found = [part.mT for part in own] if over_tokens else own
+    found = ((found - offset) / scale).round()
+    agree = found == eliminated(x, scale, offset, factor[1, 1], bits)
+    assert agree.double().mean() > 0.99  # float32 may round a tie the other way
 
 
-@pytest.mark.parametrize("bits, gain", [(8, 6), (4, 6), (2, 4)])
-def test_weighted_levels_save_the_product_in_the_same_bytes(bits, gain):
-    keys, queries, weight = products()
-    plain, kept = (
-        error_of_products(quantize(keys, bits, "per_channel", batch_dims=1, fitted=True, weight=w), keys, queries)
-        for w in (None, weight)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("over_tokens, gain", [(False, 3), (True, 1)])  # random maps have no pattern to use
+def test_levels_that_keep_a_product_do_so_in_the_same_bytes(bits, over_tokens, gain):
+    keys, values, queries, attention_map = products()
+    x, factor = (values, attention_map) if over_tokens else (keys, queries)
+    plain, kept, sampled = (
+        quantize(x, bits, "per_channel", batch_dims=1, fitted=True, factor=own, over_tokens=over_tokens)
+        for own in (None, factor, factor[:, :, ::2])
     )
-    assert 10 * math.log10(plain / kept) > gain
+    assert plain.nbytes == kept.nbytes == sampled.nbytes
+    errors = [error_of_product(own, x, factor, over_tokens) for own in (plain, sampled, kept)]
+    assert errors[0] > errors[1] > errors[2] and 10 * math.log10(errors[0] / errors[2]) > gain
 
 
-def test_weighted_levels_come_near_to_the_best_of_all():
-    keys, queries, weight = products(heads=1, width=4, tokens=24)
-    kept = quantize(keys, 2, "per_channel", batch_dims=1, fitted=True, weight=weight)
+@pytest.mark.parametrize("bits, most", [(4, 0.27), (2, 0.16)])
+def test_bytes_at_the_size_of_dit_xl_2_stay_within_slide_16s_budget(bits, most):
+    x = torch.randn(1, 256, 1152, generator=torch.Generator().manual_seed(0))
+    options = {"batch_dims": 1, "fitted": True, "scale_dtype": torch.float16, "over_tokens": True}
+    kept = quantize(x, bits, "per_channel", factor=torch.randn(1, 16, 32, 256).softmax(-1), **options)
+    assert kept.nbytes == 256 * 1152 * bits // 8 + 1152 * (2 + 2) and kept.nbytes / (2 * x.numel()) <= most
+
+
+def test_levels_that_keep_a_product_come_near_to_the_best_of_all():
+    keys, _, queries, _ = products(heads=1, width=4, tokens=24)
+    kept = quantize(keys, 2, "per_channel", batch_dims=1, fitted=True, factor=queries)
     every = torch.tensor(list(itertools.product((-2.0, -1.0, 0.0, 1.0), repeat=4)))
-    levels = every[:, None, None] * kept.scale.transpose(0, 1) + kept.offset.transpose(0, 1)  # [256, 1, 2, 4]
-    errors = levels.transpose(1, 2) - keys  # [256, 2, 24, 4]
-    least = torch.einsum("abnc,bcd,abnd->abn", errors, weight[:, 0], errors).min(0).values.sum().item()
-    assert error_of_products(kept, keys, queries, heads=1) < 1.5 * least
+    levels = every[:, None, None] * kept.scale + kept.offset  # [256, 2, 1, 4]
+    least = ((levels - keys) @ queries[:, 0].mT).square().sum(-1).min(0).values.sum().item()
+    assert error_of_product(kept, keys, queries, over_tokens=False) < 1.5 * least
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_batch_mates_do_not_matter_to_weighted_levels(mode):
-    keys, _, weight = products()
-    options = {"batch_dims": 1, "fitted": True}
-    alone = quantize(keys[1:], 4, mode, weight=weight[1:], **options).dequantize()
-    torch.testing.assert_close(quantize(keys, 4, mode, weight=weight, **options).dequantize()[1:], alone)
+@pytest.mark.parametrize("over_tokens", [False, True])
+def test_batch_mates_do_not_matter_to_levels_that_keep_a_product(mode, over_tokens):
+    keys, values, queries, attention_map = products()
+    x, factor = (values, attention_map) if over_tokens else (keys, queries)
+    together, alone = (
+        quantize(x[rows], 4, mode, batch_dims=1, fitted=True, factor=factor[rows], over_tokens=over_tokens).dequantize()
+        for rows in (slice(0, 2), slice(1, 2))
+    )
+    assert torch.equal(together[1:], alone)
 
 
-def test_queries_of_zero_leave_the_nearest_levels():
-    keys, _, weight = products()
-    plain, kept = (quantize(keys, 4, "per_channel", batch_dims=1, fitted=True, weight=w) for w in (None, weight * 0))
+def test_a_product_with_zero_leaves_the_nearest_levels():
+    keys, _, queries, _ = products()
+    plain, kept = (quantize(keys, 4, "per_channel", batch_dims=1, fitted=True, factor=x) for x in (None, queries * 0))
     assert torch.equal(plain.dequantize(), kept.dequantize())
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"fitted": False}, {"keep_channels": 1}, {"partner": torch.ones(24)}, {"weight": torch.ones(2, 1, 5, 5)}],
+    [
+        {"fitted": False},
+        {"keep_channels": 1},
+        {"partner": torch.ones(24)},
+        {"over_tokens": True},
+        {"factor": torch.ones(2, 5, 40, 12)},
+        {"factor": torch.ones(40, 12)},
+    ],
 )
-def test_a_weight_that_does_not_fit_is_named(changes):
-    keys, _, weight = products()
-    with pytest.raises(ValueError, match=r"weight=\[2, .* is not accepted: \[..., heads, d, d\] of all channels"):
-        quantize(keys, 4, **{"fitted": True, "weight": weight, **changes})
+def test_a_factor_that_does_not_fit_is_named(changes):
+    keys, _, queries, _ = products()
+    with pytest.raises(ValueError, match=r"factor=\[.* is not accepted: as x is multiplied by head, of fitted levels"):
+        quantize(keys, 4, **{"fitted": True, "factor": queries, **changes})
