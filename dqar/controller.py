@@ -240,7 +240,7 @@ class DQARController:
             {name: x for name, x in zip(names, given, strict=False) if x is not None}
             for given in ((keys, values, output, feed_forward), (key_partner, value_partner))
         )
-        self.commit_together(layer_id, {branch: slice(None)}, entropy, tokens, tensors, partners, check_finite=True)
+        self.keep(layer_id, {branch: slice(None)}, entropy, tokens, tensors, partners, by_hand=True)
 
     # --- the same for all branches of a layer ------------------------------------------------------------------------
 
@@ -286,7 +286,7 @@ class DQARController:
             return self._looks
         return not any((layer_id, branch) in self._measured for branch in BRANCHES)
 
-    def commit_together(
+    def keep(
         self,
         layer_id: int,
         rows: dict[str, slice],
@@ -294,25 +294,22 @@ class DQARController:
         tokens: int | None,
         tensors: Tensors,
         partners: Tensors | None = None,
-        check_finite: bool = False,
+        by_hand: bool = False,
     ) -> None:
         """``commit`` for several branches, whose ``rows`` of ``entropy`` and of the tensors these are.
 
-        ``entropy`` is ``[B, H]``, or ``stats.entropy_by_modality``'s ``[B, 3, H]``.
+        Only what may be drawn on later is cached, and NaN and inf are left to whoever looks at the model's output:
+        both unless it is done ``by_hand``, as by slide 9's calls.
 
-        NaN and inf are found in the model's output, so they aren't checked here by default.
+        ``entropy`` is ``[B, H]``, or ``stats.entropy_by_modality``'s ``[B, 3, H]``; tensors are ``[B, N, C]``.
         """
         entropies = self._entropies(layer_id, rows, entropy, tokens)
-        for entry in self.cache.put(
-            layer_id, rows, self._step.index, tensors, partners, entropies, check_finite=check_finite
-        ):
-            self._add_computed(layer_id, entry.branch, entry.nbytes, entropies)
-
-    def record(self, layer_id: int, rows: dict[str, slice], entropy: torch.Tensor | None, tokens: int | None) -> None:
-        """Records computed branches that no later step will reuse: nothing is cached. ``entropy`` is ``[B, H]``."""
-        entropies = self._entropies(layer_id, rows, entropy, tokens)
-        for branch in rows:
-            self._add_computed(layer_id, branch, 0, entropies)
+        sizes = dict.fromkeys(rows, 0)
+        if by_hand or self.wants_commit(layer_id):
+            entries = self.cache.put(layer_id, rows, self._step.index, tensors, partners, entropies, by_hand)
+            sizes = {entry.branch: entry.nbytes for entry in entries}
+        for branch, nbytes in sizes.items():
+            self._add_computed(layer_id, branch, nbytes, entropies)
 
     def record_cross_attention(
         self,

@@ -42,7 +42,9 @@ class JointSite(Site):
 
     def _computed(self, opened: OpenCall, rows: Rows, entropy: torch.Tensor | None, output: Any) -> None:
         outputs = _streams(output)
-        opened.keep(self.layer_id, rows, entropy, _tokens(output), dict(zip(self._names, outputs, strict=True)))
+        opened.controller.keep(
+            self.layer_id, rows, entropy, _tokens(output), dict(zip(self._names, outputs, strict=True))
+        )
 
     def _cached(self, opened: OpenCall, branches: tuple[str, ...]) -> Any:
         outputs = tuple(opened.cached(self.layer_id, branches, name) for name in self._names)

@@ -96,24 +96,6 @@ class OpenCall:
         for entry in self.controller.cache.entries(layer_id, branches):
             self.controller.reuse(entry)
 
-    def keep(
-        self,
-        layer_id: int,
-        rows: Rows,
-        entropy: torch.Tensor | None,
-        tokens: int,
-        tensors: Tensors,
-        partners: Tensors | None = None,
-    ) -> None:
-        """Records computed branches, and caches their ``rows`` of the tensors if they may be drawn on later.
-
-        Tensors are ``[B, N, C]``; ``entropy`` is ``[B, H]``, if it was measured.
-        """
-        if self.controller.wants_commit(layer_id):
-            self.controller.commit_together(layer_id, rows, entropy, tokens, tensors, partners)
-        else:
-            self.controller.record(layer_id, rows, entropy, tokens)
-
 
 @dataclass(slots=True)
 class Given:
@@ -274,7 +256,7 @@ class Site(_TakenAttention):
         return self._joined([parts[branch] for branch in rows])
 
     def _computed(self, opened: OpenCall, rows: Rows, entropy: torch.Tensor | None, output: Any) -> None:
-        opened.keep(self.layer_id, rows, entropy, output.shape[1], {"output": output})
+        opened.controller.keep(self.layer_id, rows, entropy, output.shape[1], {"output": output})
 
     def _cached(self, opened: OpenCall, branches: tuple[str, ...]) -> Any:
         return opened.cached(self.layer_id, branches)
@@ -353,13 +335,13 @@ class KeysAndValues(Site):
     ) -> None:
         """Keeps what fresh branches computed, of tensors of all branches."""
         if choice.all_fresh:
-            opened.keep(self.layer_id, rows, entropy, tokens, kept, partners)
+            opened.controller.keep(self.layer_id, rows, entropy, tokens, kept, partners)
             return
         for branch in (*choice.fresh, *choice.shared):
             part = rows[branch]
             measured = None if entropy is None or branch in choice.shared else entropy[part]
             ours, theirs = ({name: x[part] for name, x in tensors.items()} for tensors in (kept, partners or {}))
-            opened.keep(self.layer_id, {branch: slice(None)}, measured, tokens, ours, theirs)
+            opened.controller.keep(self.layer_id, {branch: slice(None)}, measured, tokens, ours, theirs)
         opened.reused(self.layer_id, choice.cached)
 
 
@@ -415,7 +397,7 @@ class AttentionAndFeedForward(Site):
         for computed, entropy, attention in waiting.computed:
             whole = output if len(computed) == len(rows) else parts[next(iter(computed))]
             kept: Tensors = {"output": attention, "feed_forward": whole}
-            opened.keep(layer_id, computed, entropy, hidden_states.shape[1], kept)
+            opened.controller.keep(layer_id, computed, entropy, hidden_states.shape[1], kept)
         return output
 
 
@@ -450,11 +432,11 @@ class Residual(AttentionAndFeedForward):
         change, tokens = output - hidden_states, hidden_states.shape[1]
         if choice.all_fresh:
             for _, entropy, _ in waiting.computed:
-                opened.keep(layer_id, rows, entropy, tokens, {"output": change})
+                opened.controller.keep(layer_id, rows, entropy, tokens, {"output": change})
             return output
         changes = choice.parts(lambda b: change[rows[b]], lambda b: opened.cached(layer_id, (b,)))
         for computed, entropy, _ in waiting.computed:
-            opened.keep(layer_id, computed, entropy, tokens, {"output": changes[next(iter(computed))]})
+            opened.controller.keep(layer_id, computed, entropy, tokens, {"output": changes[next(iter(computed))]})
         opened.reused(layer_id, choice.cached)
         return torch.cat([output[r] if b in choice.fresh else hidden_states[r] + changes[b] for b, r in rows.items()])
 

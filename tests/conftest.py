@@ -23,7 +23,7 @@ def pixart():
 @pytest.fixture(scope="session")
 def dit_folder(tmp_path_factory):
     """A tiny DiTPipeline as ``save_pretrained`` leaves it."""
-    return save_dit(tmp_path_factory.mktemp("dit"))
+    return save_dit(tmp_path_factory.mktemp("dit"), num_layers=4)
 
 
 @pytest.fixture(scope="session")

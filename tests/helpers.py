@@ -21,6 +21,8 @@ from dqar.training import checkpoints
 
 NULL = 1000
 """The class of the unconditional branch in ``make_dit``'s pipeline."""
+LAYERS = 2
+"""Of ``make_dit``'s transformer, unless others are asked for."""
 SMALL = {"num_attention_heads": 2, "attention_head_dim": 8, "sample_size": 8, "patch_size": 2}
 LATENT = {**SMALL, "in_channels": 4, "out_channels": 8}
 TEXT = {"cross_attention_dim": 16, "caption_channels": 16}
@@ -64,7 +66,7 @@ def make_vae(channels=4):
 
 def make_dit(seed=0, scheduler=None, **options):
     """A ``DiTPipeline``, VAE and all."""
-    transformer = random_transformer(seed, **LATENT, num_embeds_ada_norm=NULL, **options)
+    transformer = random_transformer(seed, **{**LATENT, "num_embeds_ada_norm": NULL, "num_layers": LAYERS, **options})
     scheduler = scheduler or DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
     return silent(DiTPipeline(transformer, make_vae(), scheduler))
 

@@ -226,7 +226,7 @@ def run(config, entropies, layers=1, total=50, first=0, controller=None):
                 elif controller.wants_commit(layer):
                     controller.commit(layer, branch, keys=keys(), values=keys(1), entropy=entropy)
                 else:
-                    controller.record(layer, {branch: slice(None)}, entropy, 16)
+                    controller.keep(layer, {branch: slice(None)}, entropy, 16, {})
     return controller.trace.to_pandas()
 
 

@@ -24,7 +24,7 @@ from diffusers import DDIMScheduler, DiTPipeline, DPMSolverMultistepScheduler
 from diffusers import hooks as diffusers_hooks
 from diffusers.models import attention_processor as processors
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
-from helpers import NULL, draw, draw_text, make_dit, make_latte, make_pixart, randomize
+from helpers import LAYERS, NULL, draw, draw_text, make_dit, make_latte, make_pixart, randomize
 from situations import (
     CLOSED,
     EVERY,
@@ -309,7 +309,7 @@ def test_hooks_taken_off_recursively_while_attached(dit):
         for module in (
             dit.transformer,
             dit.transformer.transformer_blocks[0],
-            dit.transformer.transformer_blocks[2].ff,
+            dit.transformer.transformer_blocks[1].ff,
         ):
             add_hook_to_module(module, Counting())
         draw(dit)
@@ -335,12 +335,12 @@ def test_what_anothers_hook_changes_is_changed(dit, part, when):
         return tuple(1.1 * x for x in output) if isinstance(output, tuple) else 1.1 * output
 
     other = make_dit()
-    module = other.transformer.transformer_blocks[2].get_submodule(part)
+    module = other.transformer.transformer_blocks[1].get_submodule(part)
     if part == "attn1.to_out":
         module = module[0]
     module.register_forward_hook(change)
     want = draw(other)
-    module = dit.transformer.transformer_blocks[2].get_submodule(part)
+    module = dit.transformer.transformer_blocks[1].get_submodule(part)
     if part == "attn1.to_out":
         module = module[0]
     if when == "before":
@@ -1218,7 +1218,7 @@ def test_guidance_by_two_calls_is_guidance_in_a_batch(dit, target, calls):
         for _ in range(2):
             assert same(loop(dit, calls=calls), plain)
     table = rows(session)
-    assert set(table.run) == {0, 1} and set(table.step) == set(range(8)) and len(table) == 2 * 8 * 4 * 2
+    assert set(table.run) == {0, 1} and set(table.step) == set(range(8)) and len(table) == 2 * 8 * LAYERS * 2
     assert timesteps_of(session) == 2 * dit.scheduler.timesteps.tolist()
     with Naive(dit.transformer, target) as naive:
         want = loop(dit, naive=naive)
@@ -1226,7 +1226,9 @@ def test_guidance_by_two_calls_is_guidance_in_a_batch(dit, target, calls):
         for _ in range(2):
             assert near(loop(dit, calls=calls), want)
     table = rows(session)
-    assert len(table) == 2 * 8 * 4 * 2 and table.groupby("branch").size().to_dict() == {"cond": 64, "uncond": 64}
+    assert len(table) == 2 * 8 * LAYERS * 2 and table.groupby("branch").size().to_dict() == dict.fromkeys(
+        ("cond", "uncond"), 16 * LAYERS
+    )
     assert (table.decision == "reuse").mean() == 6 / 8
 
 
@@ -1683,9 +1685,9 @@ WEIGHTS = (
 )
 
 
-def change(model, how, path, block=2):
+def change(model, how, path, number=1):
     """Changes one layer's weights, in one of the ways that people and libraries do it."""
-    block = model.transformer_blocks[block]
+    block = model.transformer_blocks[number]
     layer = block.get_submodule(path)
     torch.manual_seed(1)
     new = layer.weight.detach() + 0.3 * torch.randn(layer.weight.shape)
@@ -1699,7 +1701,7 @@ def change(model, how, path, block=2):
     elif how == "another parameter":
         layer.weight = torch.nn.Parameter(new)
     elif how == "load_state_dict":
-        model.load_state_dict({**model.state_dict(), f"transformer_blocks.2.{path}.weight": new})
+        model.load_state_dict({**model.state_dict(), f"transformer_blocks.{number}.{path}.weight": new})
     elif how == "another layer":
         parent, _, name = path.rpartition(".")
         parent = block.get_submodule(parent)
@@ -1752,7 +1754,7 @@ def test_weights_that_change_are_seen_at_once(dit, how, path):
 
 def test_weights_of_the_first_block_alone(dit):
     """diffusers computes the last layer's conditioning by block 0's embedder; the others' may differ from it."""
-    for block in (0, 3):
+    for block in (0, 1):
         change(dit.transformer, "in place", "norm1.emb.timestep_embedder.linear_1", block)
     fresh = make_dit()
     fresh.transformer.load_state_dict(dit.transformer.state_dict())
@@ -1946,7 +1948,7 @@ def test_a_run_that_breaks_off_leaves_a_clean_next_one(dit, error, name):
         return None
 
     with apply_dqar(dit, mode(name, dit)):
-        for block in (0, 2):
+        for block in (0, 1):
             handle = dit.transformer.transformer_blocks[block].ff.register_forward_hook(fail)
             breaks.clear()
             with contextlib.suppress(KeyboardInterrupt, RuntimeError, FloatingPointError):
@@ -2471,7 +2473,7 @@ def test_a_plan_of_a_trace_with_stopped_runs(dit):
     with or_refused() as outcome:
         plan = ReusePlan.from_trace(rows(session))
     assert outcome.refused or plan == whole
-    assert len(whole.sites) == 6 * 4 * 2
+    assert len(whole.sites) == 6 * LAYERS * 2
 
 
 def test_a_plan_of_a_trace_that_only_has_stopped_or_late_runs(dit):
@@ -2537,7 +2539,7 @@ def test_unguided_runs_of_a_guided_plan_and_the_other_way_round(dit):
 def test_messages_count_in_words_that_fit(dit):
     """One step, not 1 steps."""
     wrong = []
-    for plan, steps in ((ReusePlan(frozenset(), 4, 8), 1), (ReusePlan(frozenset(), 4, 1), 8)):
+    for plan, steps in ((ReusePlan(frozenset(), LAYERS, 8), 1), (ReusePlan(frozenset(), LAYERS, 1), 8)):
         with apply_dqar(dit, DQARConfig(plan=plan)), pytest.raises(ValueError) as refused:
             draw(dit, steps=steps)
         wrong.append(refused.value)
@@ -2582,10 +2584,10 @@ def test_the_trace_does_not_grow_for_ever(dit):
         for _ in range(4):
             draw(dit, steps=3)
         table = rows(session)
-        assert (table.groupby("run").size() == 3 * 4 * 2).all()
+        assert (table.groupby("run").size() == 3 * LAYERS * 2).all()
         session.trace.clear()
         draw(dit, steps=3)
-        assert len(rows(session)) == 3 * 4 * 2
+        assert len(rows(session)) == 3 * LAYERS * 2
 
 
 @pytest.mark.parametrize(
@@ -2618,7 +2620,7 @@ def test_salient_channels_beyond_16_bit_numbers(channels):
 
 
 def test_reuse_plans_are_for_one_scheduler_name_and_number_of_steps(dit):
-    plan = ReusePlan({(3, 1, "cond"), (3, 1, "uncond")}, 4, 8, "DDIMScheduler")
+    plan = ReusePlan({(3, 1, "cond"), (3, 1, "uncond")}, LAYERS, 8, "DDIMScheduler")
     with Naive(dit.transformer, "kv", reused=()) as naive:
         plain = loop(dit, naive=naive)
     with apply_dqar(dit, DQARConfig(**OPEN, plan=plan)) as session:
@@ -2634,7 +2636,9 @@ def test_reuse_plans_are_for_one_scheduler_name_and_number_of_steps(dit):
 
 def test_a_reuse_plan_in_a_run_that_starts_late(dit):
     """Its steps are the schedule's; what was never computed can't be reused."""
-    plan = ReusePlan({(s, layer, b) for s in (3, 5, 7) for layer in range(4) for b in ("cond", "uncond")}, 4, 8)
+    plan = ReusePlan(
+        {(s, layer, b) for s in (3, 5, 7) for layer in range(LAYERS) for b in ("cond", "uncond")}, LAYERS, 8
+    )
     with Naive(dit.transformer, reused={5, 7}) as naive:
         want = loop(dit, start=3, naive=naive)
     with apply_dqar(dit, every(plan=plan)) as session, or_refused() as outcome:
