@@ -39,7 +39,7 @@ from dqar.families import bare, describe_models, family, transformers
 from dqar.files import atomic_path, write_json
 from dqar.forecast.ladder import PlanLadder
 from dqar.forecast.lockstep import Answer, CallRun, Lockstep, Moment
-from dqar.forecast.plan import HISTORY_BITS, ForecastPlan, Rows
+from dqar.forecast.plan import HISTORY_BITS, ForecastPlan, Rows, Second
 from dqar.forecast.promise import check_enough, check_promise, fit_ladder, rungs
 from dqar.forecast.run import channels_back, channels_first, from_patches, stored, to_patches, weighted_sum
 from dqar.forecast.steps import RIDGE, Jumps, choose_steps, gram, least_squares
@@ -140,6 +140,8 @@ class Trajectory:
     """Shape of one image's output."""
     hidden_states: tuple[int, ...]
     """Tokens and width of one branch's, 0 where they aren't known."""
+    second: Second | None = None
+    """As ``ForecastPlan`` has it."""
 
     @property
     def images(self) -> int:
@@ -274,7 +276,7 @@ class Calibration:
     def plan_of(self, fitted: Fitted, trials: Sequence[Mapping[str, Any]] = ()) -> ForecastPlan:
         """The plan of a fit; its provenance has the ``trials`` that led to it."""
         first = self.trajectories[0]
-        scales = [scale for trajectory in self.trajectories for scale in trajectory.scales]
+        seconds = [trajectory.second for trajectory in self.trajectories if trajectory.second]
         source = {
             "target": self.target,
             "calibration_images": fitted.fitted_on,
@@ -288,7 +290,7 @@ class Calibration:
             fitted.weights,
             frozenset(fitted.computed),
             first.timesteps,
-            (_rounded(min(scales)), _rounded(max(scales))) if len(first.branches) > 1 else (1.0, 1.0),
+            _rounded(*(t.scales for t in self.trajectories)) if len(first.branches) > 1 else (1.0, 1.0),
             HISTORY,
             self._model,
             self.kernel,
@@ -298,6 +300,9 @@ class Calibration:
             first.latents,
             self.history_bits,
             fitted.classes,
+            (seconds[0][0], _rounded(*(s[1] for s in seconds)), _rounded(*(s[2] for s in seconds)))
+            if seconds
+            else None,
         )
 
     @property
@@ -417,7 +422,7 @@ class Calibration:
         bar: tqdm,
         expected: tuple[float, ...] | None = None,
     ) -> Trajectory | None:
-        latents, timesteps, scales = [], [], []
+        latents, timesteps, scales, models = [], [], [], []
         outputs: dict[str, list[torch.Tensor]] = {}
         kept: Moment | None = None
         with Lockstep(self.pipe, steps, self.seed) as lockstep:
@@ -434,6 +439,7 @@ class Calibration:
                     latents.append(moment.of_images(moment.sample).cpu())
                     timesteps.append(moment.timestep)
                     scales.append(moment.scale)
+                    models.append(moment.model)
                     for branch, tensors in moment.outputs.items():
                         outputs.setdefault(branch, []).append(tensors[0][moment.part])
                     bar.update()
@@ -445,6 +451,10 @@ class Calibration:
                 raise FloatingPointError(
                     f"the {name} of calibration call {number} hold NaN or inf: draw it without DQAR"
                 )
+        begins = models.index(1) if {*models} == {0, 1} else 0
+        before, after = (
+            (min(stage, default=1.0), max(stage, default=1.0)) for stage in (scales[:begins], scales[begins:])
+        )
         return Trajectory(
             stacked[1:],
             gram(stacked, {branch: torch.stack(tensors) for branch, tensors in outputs.items()}),
@@ -453,6 +463,7 @@ class Calibration:
             (min(scales), max(scales)),
             tuple(kept.outputs["cond"][0].shape[1:]),
             tuple(kept.hidden_states["cond"].shape[1:]) if kept.hidden_states else (0, 0),
+            (begins, before, after) if begins else None,
         )
 
     def _memory(self) -> int:
@@ -784,9 +795,10 @@ def _through_lengths(
     return change
 
 
-def _rounded(scale: float) -> float:
-    """A guidance scale as it was probably given: measured ones are off by rounding."""
-    return max(1.0, float(f"{scale:.4g}"))
+def _rounded(*ranges: tuple[float, float]) -> tuple[float, float]:
+    """The least and the largest guidance scale, as they were probably given: measured ones are off by rounding."""
+    least, largest = min(scales[0] for scales in ranges), max(scales[1] for scales in ranges)
+    return max(1.0, float(f"{least:.4g}")), max(1.0, float(f"{largest:.4g}"))
 
 
 def _digest(*parts: Any) -> str:

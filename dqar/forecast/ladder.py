@@ -78,7 +78,7 @@ class PlanLadder:
     def __post_init__(self) -> None:
         object.__setattr__(self, "plans", tuple(self.plans))
         object.__setattr__(self, "weights", tuple(tuple(map(float, row)) for row in self.weights))
-        runs = {(plan.timesteps, plan.guidance, plan.model, plan.latents, plan.scheduler) for plan in self.plans}
+        runs = {(p.timesteps, p.guidance, p.model, p.latents, p.scheduler, p.second) for p in self.plans}
         if len(runs) != 1:
             raise ValueError(f"plans for {len(runs)} kinds of runs are not accepted: one kind")
         if any(plan.history_bits < 16 for plan in self.plans):
@@ -238,6 +238,7 @@ class LadderEngine(ForecastEngine):
         """
         step, state = run.index - self._late(run), call.stream.state
         latents = as_batch(named[self._family.latents])
+        self._check_model(compute, step)
         if step == 0:
             output = compute()
             call.output = as_batch(output[0])
