@@ -29,18 +29,19 @@ def policy_features(
 class ReusePolicy(nn.Module):
     """5 → 64 → 64 → 1 with tanh and a sigmoid: 4,480 weights (the slide's count) and 129 biases, 4,609 in all.
 
-    Features are standardized with the training set's mean and spread, which are saved with the weights.
+    Features are standardized with the training set's mean and spread, which are saved with the weights. A ladder's rule
+    takes other ``inputs``.
     """
 
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(self, hidden: int = 64):
+    def __init__(self, hidden: int = 64, inputs: int = len(FEATURES)):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(len(FEATURES)))
-        self.register_buffer("std", torch.ones(len(FEATURES)))
+        self.register_buffer("mean", torch.zeros(inputs))
+        self.register_buffer("std", torch.ones(inputs))
         self.layers = nn.Sequential(
-            nn.Linear(len(FEATURES), hidden),
+            nn.Linear(inputs, hidden),
             nn.Tanh(),
             nn.Linear(hidden, hidden),
             nn.Tanh(),
@@ -92,7 +93,8 @@ def train_policy(
     """Slide 7's training: binary cross-entropy with L2, stopped when the held-out loss no longer falls.
 
     Args:
-        features, held_out_features: ``[B, 5]`` in slide 7's order; the held-out ones of other seeds and classes.
+        features, held_out_features: ``[B, 5]`` in slide 7's order, or ``[B, F]`` of a ladder's rule; the held-out ones
+            of other images.
         labels, held_out_labels: ``[B]``, 1 for a harmless reuse, else 0.
         l2: weight of the squared weights in the loss.
         omit: a feature to replace by its mean, for ablations.
@@ -109,10 +111,10 @@ def train_policy(
     if len(labels.unique()) < 2:
         raise ValueError(f"the {len(labels)} labels are all of one kind: needs harmless and harmful reuses")
     torch.manual_seed(seed)
-    policy = ReusePolicy()
+    policy = ReusePolicy(inputs=features.shape[1])
     policy.mean.copy_(features.mean(0))
     policy.std.copy_(features.std(0).clamp_min(1e-6))
-    hidden = torch.zeros(len(FEATURES))
+    hidden = torch.zeros(features.shape[1])
     if omit is not None:
         hidden[FEATURES.index(omit)] = 1
         features, held_out_features = (torch.lerp(x, policy.mean, hidden) for x in (features, held_out_features))

@@ -40,7 +40,7 @@ from dqar.files import atomic_path, write_json
 from dqar.forecast.ladder import PlanLadder
 from dqar.forecast.lockstep import Answer, CallRun, Lockstep, Moment
 from dqar.forecast.plan import HISTORY_BITS, ForecastPlan, Rows, Second
-from dqar.forecast.promise import check_enough, check_promise, fit_ladder, rungs
+from dqar.forecast.promise import Rule, check_enough, check_promise, fit_ladder, rungs
 from dqar.forecast.run import channels_back, channels_first, from_patches, stored, to_patches, weighted_sum
 from dqar.forecast.steps import RIDGE, Jumps, choose_steps, gram, least_squares
 
@@ -78,6 +78,7 @@ def fit_plan(
     work: str | Path | None = None,
     max_bytes: float | None = None,
     history_bits: int = 16,
+    rule: Rule = "linear",
 ) -> ForecastPlan | PlanLadder:
     """Makes a plan for any diffusers pipeline with a transformer, from calls of the pipeline itself.
 
@@ -98,6 +99,7 @@ def fit_plan(
         max_bytes: refuses to begin where the trajectories may need more memory than this.
         history_bits: 8 or 4: the plan's runs keep what they forecast from in so many bits, and the weights are fitted
             to outputs that went through them; not with a ``promise``.
+        rule: of a ``promise``, that chooses each image's plan: ``"linear"``, or ``"policy"``, slide 7's network.
 
     Returns:
         The plan, its provenance with the errors of all that was tried; with a ``promise`` a ``PlanLadder``, which keeps
@@ -118,12 +120,13 @@ def fit_plan(
     check_promise(*promise)
     check("target", target, target == "reference", "'reference', which a promise is about")
     check("history_bits", history_bits, history_bits == 16, "16, which a promise needs")
+    check_choice("rule", rule, get_args(Rule))
     half = max(1, len(calls) // 2)
     calibration = Calibration(pipe, calls[:half], num_inference_steps, target, **options)
     held_out = calibration.images * (len(calls) - half) // half  # as many a call as before
     check_enough(held_out, promise[1])
     plans = [calibration.plan(number, refinements) for number in rungs(calibration.num_steps, macs)]
-    return fit_ladder(pipe, plans, calls[half:], *promise, seed=seed + half)
+    return fit_ladder(pipe, plans, calls[half:], *promise, rule=rule, seed=seed + half)
 
 
 @dataclass(frozen=True)

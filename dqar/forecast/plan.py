@@ -79,9 +79,9 @@ class ForecastPlan:
 
     def __post_init__(self) -> None:
         for name in ("weights", "readouts"):
-            object.__setattr__(self, name, _rows(getattr(self, name)))
+            object.__setattr__(self, name, as_rows(getattr(self, name)))
         object.__setattr__(self, "readouts", self.readouts or ((),) * len(self.weights))
-        classes = {int(label): (_rows(own), _rows(read)) for label, (own, read) in self.classes.items()}
+        classes = {int(label): (as_rows(own), as_rows(read)) for label, (own, read) in self.classes.items()}
         object.__setattr__(self, "classes", classes)
         object.__setattr__(self, "computed", frozenset(self.computed))
         for name in ("timesteps", "guidance"):
@@ -227,7 +227,8 @@ def _ordered(scales: Sequence[float]) -> bool:
     return len(scales) == 2 and 1 <= scales[0] <= scales[1] < math.inf
 
 
-def _rows(given: Sequence[Sequence[float]]) -> Rows:
+def as_rows(given: Sequence[Sequence[float]]) -> Rows:
+    """Numbers as a plan keeps them."""
     return tuple(tuple(map(float, row)) for row in given)
 
 

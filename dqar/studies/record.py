@@ -42,6 +42,7 @@ TABLES: dict[str, Callable[[Recording], object]] = {
     "memory": results.record_memory,
     "samples": results.record_samples,
     "promise": plans.record_promise,
+    "rules": plans.record_rules,
     "samplers": plans.record_samplers,
     "history": plans.record_history,
     "classes": plans.record_classes,
