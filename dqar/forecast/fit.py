@@ -11,7 +11,8 @@
    those before it did wrong. Each cached tensor is weighted by a small kernel: what a pixel's neighbours did tells
    where the output bends. So do the hidden states that the last layer was given at the newest computed step, of which
    a matrix reads what to add. Each branch of guidance has weights of its own; all are fitted together, to what
-   guidance makes of them. A class with enough images then gets what its own images still ask for.
+   guidance makes of them. Images that have come off their way weigh less. A class with enough images then gets what
+   its own images still ask for.
 4. **Refinement.** Neighbouring sets of steps are tried, and kept if the joint error of a run is smaller on images that
    the weights were not fitted on.
 """
@@ -57,6 +58,8 @@ NEIGHBOURS_RIDGE = 1e-5
 """As ``RIDGE``, for the weights of a pixel's neighbours, the many of which would else fit noise."""
 READOUT_RIDGE = 3e-3
 """The same for what is read from the hidden states."""
+TRUST = 50
+"""An image weighs at most so many times as much as one of median error, and at least so many times less."""
 CLASS_IMAGES = 12
 """A class of which fewer images are fitted on has the weights of all."""
 CLASS_RIDGE, CLASS_READOUT_RIDGE = 1e-3, 3e-2
@@ -85,8 +88,8 @@ def fit_plan(
     Args:
         pipe: the pipeline, with the scheduler it is to be used with, on its device, in its dtype. It is left as it was.
         calls: one dictionary of keyword arguments for each call: prompts, images, guidance, sizes, as they will be
-            used. 60 to 120 images of different content are a good number; a call may draw several. Each is drawn from
-            the noise of its ``generator`` or ``latents``, or of a seed of its own.
+            used. 60 to 120 images of different content are a good number; a call may draw several. A class of which
+            there are ``CLASS_IMAGES`` gets weights of its own. Each image is drawn from the noise of its ``generator`` or ``latents``, or of a seed of its own.
         num_inference_steps: of the runs that the plan is for.
         macs: full compute's multiply-accumulates over the plan's, at least.
         target: what the plan is to reach: the run itself, or the solution that five times the steps find.
@@ -482,7 +485,7 @@ class Calibration:
         kernels = branches * (HISTORY + 1) * math.prod(self.kernel)
         patch = numbers // first.images // tokens if tokens else 0
         system = 8 * (2 * (branches * width) ** 2 + 3 * branches * width * patch * kernels + 3 * numbers * kernels)
-        return trajectories + followed + kept + system
+        return trajectories + followed + kept + 2 * system  # of all images, and of one class at a time
 
     def _digest(self) -> str:
         return _digest(self._key, self.calls)
@@ -575,23 +578,28 @@ class Calibration:
 
         Of all images, labelled ``None``, which come first; and what each class adds to them.
         """
-        goals, left = [], fitted_on
+        goals, errors, left = [], [], fitted_on
         for moment, trajectory in zip(moments, self.trajectories, strict=True):
             start, slope = moment.line()
             goal = trajectory.previous[step].to(moment.guided.device).float() - moment.of_images(start)
             goal = goal / slope - moment.of_images(moment.guided).float()
             goals.append(channels_first(goal, channels)[:left])
+            error = moment.of_images(moment.sample).float() - trajectory.previous[step - 1].to(goal)
+            errors.append(error.square().flatten(1).mean(1)[:left])
             left -= len(goals[-1])
             if not left:
                 break
+        roots = trust(torch.cat(errors)).sqrt().split([len(goal) for goal in goals])
         branches = len(moments[0].outputs)
 
         def system_of(label: int | None) -> StepSystem:
             system = StepSystem(self.kernel)
-            for moment, goal in zip(moments, goals, strict=False):
+            for moment, goal, root in zip(moments, goals, roots, strict=False):
                 images = [i for i in range(len(goal)) if label in (None, moment.classes[i])]
                 if images:
-                    system.add(*_columns(moment, images, self.kernel, channels), goal[images])
+                    maps, states = _columns(moment, images, self.kernel, channels)
+                    states = None if states is None else _times(states, root[images])
+                    system.add(_times(maps, root[images]), states, _times(goal[images], root[images]))
             return system
 
         def shaped(weights: torch.Tensor, matrix: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -717,6 +725,20 @@ def neighbourhoods(tensors: Sequence[torch.Tensor], kernel: tuple[int, ...]) -> 
             padded = padded.unfold(2 + axis, side, 1)
         seen.append(padded.reshape(*x.shape, -1))
     return torch.cat(seen, -1)
+
+
+def trust(errors: torch.Tensor) -> torch.Tensor:
+    """How much each image weighs in a step's fit, by its squared error so far ``[images]``, over the median to −½.
+
+    A few images that have gone astray would else decide for all.
+    """
+    least = 1e-10  # rounding
+    return ((errors.double() + least) / (errors.median() + least)).rsqrt().clamp(1 / TRUST, TRUST)
+
+
+def _times(x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """Each image of ``x`` ``[n, ...]`` times its factor ``[n]``."""
+    return x * factors.view(-1, *[1] * (x.ndim - 1))
 
 
 def _columns(
