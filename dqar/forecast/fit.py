@@ -11,7 +11,8 @@
    those before it did wrong. Each cached tensor is weighted by a small kernel: what a pixel's neighbours did tells
    where the output bends. So do the hidden states that the last layer was given at the newest computed step, of which
    a matrix reads what to add. Each branch of guidance has weights of its own; all are fitted together, to what
-   guidance makes of them. A class with enough images then gets what its own images still ask for.
+   guidance makes of them. Images that have come off their way weigh less. A class with enough images then gets what
+   its own images still ask for.
 4. **Refinement.** Neighbouring sets of steps are tried, and kept if the joint error of a run is smaller on images that
    the weights were not fitted on.
 """
@@ -39,8 +40,8 @@ from dqar.families import bare, describe_models, family, transformers
 from dqar.files import atomic_path, write_json
 from dqar.forecast.ladder import PlanLadder
 from dqar.forecast.lockstep import Answer, CallRun, Lockstep, Moment
-from dqar.forecast.plan import HISTORY_BITS, ForecastPlan, Rows
-from dqar.forecast.promise import check_enough, check_promise, fit_ladder, rungs
+from dqar.forecast.plan import HISTORY_BITS, ForecastPlan, Rows, Second
+from dqar.forecast.promise import Rule, check_enough, check_promise, fit_ladder, rungs
 from dqar.forecast.run import channels_back, channels_first, from_patches, stored, to_patches, weighted_sum
 from dqar.forecast.steps import RIDGE, Jumps, choose_steps, gram, least_squares
 
@@ -57,6 +58,8 @@ NEIGHBOURS_RIDGE = 1e-5
 """As ``RIDGE``, for the weights of a pixel's neighbours, the many of which would else fit noise."""
 READOUT_RIDGE = 3e-3
 """The same for what is read from the hidden states."""
+TRUST = 50
+"""An image weighs at most so many times as much as one of median error, and at least so many times less."""
 CLASS_IMAGES = 12
 """A class of which fewer images are fitted on has the weights of all."""
 CLASS_RIDGE, CLASS_READOUT_RIDGE = 1e-3, 3e-2
@@ -78,14 +81,16 @@ def fit_plan(
     work: str | Path | None = None,
     max_bytes: float | None = None,
     history_bits: int = 16,
+    rule: Rule = "linear",
 ) -> ForecastPlan | PlanLadder:
     """Makes a plan for any diffusers pipeline with a transformer, from calls of the pipeline itself.
 
     Args:
         pipe: the pipeline, with the scheduler it is to be used with, on its device, in its dtype. It is left as it was.
         calls: one dictionary of keyword arguments for each call: prompts, images, guidance, sizes, as they will be
-            used. 60 to 120 images of different content are a good number; a call may draw several. Each is drawn from
-            the noise of its ``generator`` or ``latents``, or of a seed of its own.
+            used. 60 to 120 images of different content are a good number; a call may draw several. A class of which
+            there are ``CLASS_IMAGES`` gets weights of its own. Each image is
+            drawn from the noise of its ``generator`` or ``latents``, or of a seed of its own.
         num_inference_steps: of the runs that the plan is for.
         macs: full compute's multiply-accumulates over the plan's, at least.
         target: what the plan is to reach: the run itself, or the solution that five times the steps find.
@@ -98,6 +103,7 @@ def fit_plan(
         max_bytes: refuses to begin where the trajectories may need more memory than this.
         history_bits: 8 or 4: the plan's runs keep what they forecast from in so many bits, and the weights are fitted
             to outputs that went through them; not with a ``promise``.
+        rule: of a ``promise``, that chooses each image's plan: ``"linear"``, or ``"policy"``, slide 7's network.
 
     Returns:
         The plan, its provenance with the errors of all that was tried; with a ``promise`` a ``PlanLadder``, which keeps
@@ -118,12 +124,13 @@ def fit_plan(
     check_promise(*promise)
     check("target", target, target == "reference", "'reference', which a promise is about")
     check("history_bits", history_bits, history_bits == 16, "16, which a promise needs")
+    check_choice("rule", rule, get_args(Rule))
     half = max(1, len(calls) // 2)
     calibration = Calibration(pipe, calls[:half], num_inference_steps, target, **options)
     held_out = calibration.images * (len(calls) - half) // half  # as many a call as before
     check_enough(held_out, promise[1])
     plans = [calibration.plan(number, refinements) for number in rungs(calibration.num_steps, macs)]
-    return fit_ladder(pipe, plans, calls[half:], *promise, seed=seed + half)
+    return fit_ladder(pipe, plans, calls[half:], *promise, rule=rule, seed=seed + half)
 
 
 @dataclass(frozen=True)
@@ -140,6 +147,8 @@ class Trajectory:
     """Shape of one image's output."""
     hidden_states: tuple[int, ...]
     """Tokens and width of one branch's, 0 where they aren't known."""
+    second: Second | None = None
+    """As ``ForecastPlan`` has it."""
 
     @property
     def images(self) -> int:
@@ -280,7 +289,7 @@ class Calibration:
     def plan_of(self, fitted: Fitted, trials: Sequence[Mapping[str, Any]] = ()) -> ForecastPlan:
         """The plan of a fit; its provenance has the ``trials`` that led to it."""
         first = self.trajectories[0]
-        scales = [scale for trajectory in self.trajectories for scale in trajectory.scales]
+        seconds = [trajectory.second for trajectory in self.trajectories if trajectory.second]
         source = {
             "target": self.target,
             "calibration_images": fitted.fitted_on,
@@ -294,7 +303,7 @@ class Calibration:
             fitted.weights,
             frozenset(fitted.computed),
             first.timesteps,
-            (_rounded(min(scales)), _rounded(max(scales))) if len(first.branches) > 1 else (1.0, 1.0),
+            _rounded(*(t.scales for t in self.trajectories)) if len(first.branches) > 1 else (1.0, 1.0),
             HISTORY,
             self._model,
             self.kernel,
@@ -304,6 +313,9 @@ class Calibration:
             first.latents,
             self.history_bits,
             fitted.classes,
+            (seconds[0][0], _rounded(*(s[1] for s in seconds)), _rounded(*(s[2] for s in seconds)))
+            if seconds
+            else None,
         )
 
     @property
@@ -423,7 +435,7 @@ class Calibration:
         bar: tqdm,
         expected: tuple[float, ...] | None = None,
     ) -> Trajectory | None:
-        latents, timesteps, scales = [], [], []
+        latents, timesteps, scales, models = [], [], [], []
         outputs: dict[str, list[torch.Tensor]] = {}
         kept: Moment | None = None
         with Lockstep(self.pipe, steps, self.seed) as lockstep:
@@ -440,6 +452,7 @@ class Calibration:
                     latents.append(moment.of_images(moment.sample).cpu())
                     timesteps.append(moment.timestep)
                     scales.append(moment.scale)
+                    models.append(moment.model)
                     for branch, tensors in moment.outputs.items():
                         outputs.setdefault(branch, []).append(tensors[0][moment.part])
                     bar.update()
@@ -451,6 +464,10 @@ class Calibration:
                 raise FloatingPointError(
                     f"the {name} of calibration call {number} hold NaN or inf: draw it without DQAR"
                 )
+        begins = models.index(1) if {*models} == {0, 1} else 0
+        before, after = (
+            (min(stage, default=1.0), max(stage, default=1.0)) for stage in (scales[:begins], scales[begins:])
+        )
         return Trajectory(
             stacked[1:],
             gram(stacked, {branch: torch.stack(tensors) for branch, tensors in outputs.items()}),
@@ -459,6 +476,7 @@ class Calibration:
             (min(scales), max(scales)),
             tuple(kept.outputs["cond"][0].shape[1:]),
             tuple(kept.hidden_states["cond"].shape[1:]) if kept.hidden_states else (0, 0),
+            (begins, before, after) if begins else None,
         )
 
     def _memory(self) -> int:
@@ -474,7 +492,7 @@ class Calibration:
         kernels = branches * (HISTORY + 1) * math.prod(self.kernel)
         patch = numbers // first.images // tokens if tokens else 0
         system = 8 * (2 * (branches * width) ** 2 + 3 * branches * width * patch * kernels + 3 * numbers * kernels)
-        return trajectories + followed + kept + system
+        return trajectories + followed + kept + 2 * system  # of all images, and of one class at a time
 
     def _digest(self) -> str:
         return _digest(self._key, self.calls)
@@ -567,23 +585,28 @@ class Calibration:
 
         Of all images, labelled ``None``, which come first; and what each class adds to them.
         """
-        goals, left = [], fitted_on
+        goals, errors, left = [], [], fitted_on
         for moment, trajectory in zip(moments, self.trajectories, strict=True):
             start, slope = moment.line()
             goal = trajectory.previous[step].to(moment.guided.device).float() - moment.of_images(start)
             goal = goal / slope - moment.of_images(moment.guided).float()
             goals.append(channels_first(goal, channels)[:left])
+            error = moment.of_images(moment.sample).float() - trajectory.previous[step - 1].to(goal)
+            errors.append(error.square().flatten(1).mean(1)[:left])
             left -= len(goals[-1])
             if not left:
                 break
+        roots = trust(torch.cat(errors)).sqrt().split([len(goal) for goal in goals])
         branches = len(moments[0].outputs)
 
         def system_of(label: int | None) -> StepSystem:
             system = StepSystem(self.kernel)
-            for moment, goal in zip(moments, goals, strict=False):
+            for moment, goal, root in zip(moments, goals, roots, strict=False):
                 images = [i for i in range(len(goal)) if label in (None, moment.classes[i])]
                 if images:
-                    system.add(*_columns(moment, images, self.kernel, channels), goal[images])
+                    maps, states = _columns(moment, images, self.kernel, channels)
+                    states = None if states is None else _times(states, root[images])
+                    system.add(_times(maps, root[images]), states, _times(goal[images], root[images]))
             return system
 
         def shaped(weights: torch.Tensor, matrix: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -711,6 +734,20 @@ def neighbourhoods(tensors: Sequence[torch.Tensor], kernel: tuple[int, ...]) -> 
     return torch.cat(seen, -1)
 
 
+def trust(errors: torch.Tensor) -> torch.Tensor:
+    """How much each image weighs in a step's fit, by its squared error so far ``[images]``, over the median to −½.
+
+    A few images that have gone astray would else decide for all.
+    """
+    least = 1e-10  # rounding
+    return ((errors.double() + least) / (errors.median() + least)).rsqrt().clamp(1 / TRUST, TRUST)
+
+
+def _times(x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """Each image of ``x`` ``[n, ...]`` times its factor ``[n]``."""
+    return x * factors.view(-1, *[1] * (x.ndim - 1))
+
+
 def _columns(
     moment: Moment, images: Sequence[int], kernel: tuple[int, ...], channels: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -790,9 +827,10 @@ def _through_lengths(
     return change
 
 
-def _rounded(scale: float) -> float:
-    """A guidance scale as it was probably given: measured ones are off by rounding."""
-    return max(1.0, float(f"{scale:.4g}"))
+def _rounded(*ranges: tuple[float, float]) -> tuple[float, float]:
+    """The least and the largest guidance scale, as they were probably given: measured ones are off by rounding."""
+    least, largest = min(scales[0] for scales in ranges), max(scales[1] for scales in ranges)
+    return max(1.0, float(f"{least:.4g}")), max(1.0, float(f"{largest:.4g}"))
 
 
 def _digest(*parts: Any) -> str:

@@ -14,7 +14,7 @@ import torch
 
 from dqar.families import CONDITIONS, as_batch, as_output, conditions
 from dqar.files import reading, write_json
-from dqar.forecast.plan import ForecastPlan
+from dqar.forecast.plan import ForecastPlan, Rows, as_rows
 from dqar.forecast.run import FinalHiddenStates, ForecastEngine, OutputForecast, shared_part
 from dqar.plan import BRANCHES
 from dqar.run import Call, Run
@@ -57,28 +57,33 @@ class PlanLadder:
     """Plans for the same runs, a rule that chooses one for each image, and what is promised of the images.
 
     The rule predicts each plan's PSNR in dB as a linear function of what the first step tells, which every plan
-    computes. The sparsest plan that is predicted at ``threshold`` or more is taken, or else the densest.
+    computes; or, by slide 7's network, whether the plan's image is good enough. The sparsest plan that is predicted at
+    ``threshold`` or more is taken, or else the densest.
 
     Attributes:
         plans: from the densest to the sparsest.
-        weights: one row per plan: a number for each of ``first_step_features``, and the constant.
-        threshold: in dB; ``inf``: the densest plan for all.
+        weights: one row per plan: a number for each of ``first_step_features``, or of the network's last hidden units,
+            and the constant.
+        threshold: in dB, or the network's logit; ``inf``: the densest plan for all.
         promise: see ``Promise``.
+        hidden: of a network, each plan's hidden layers of tanh: a row a unit, as in ``weights``; ``()``: a linear rule.
 
     Raises:
-        ValueError: plans for different runs, in another order, or of a quantized history; or weights that aren't one
-            row per plan.
+        ValueError: plans for different runs, in another order, or of a quantized history; or weights or layers that
+            aren't one per plan.
     """
 
     plans: tuple[ForecastPlan, ...] = field(repr=False)
     weights: tuple[tuple[float, ...], ...] = field(repr=False)
     threshold: float
     promise: Promise
+    hidden: tuple[tuple[Rows, ...], ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "plans", tuple(self.plans))
-        object.__setattr__(self, "weights", tuple(tuple(map(float, row)) for row in self.weights))
-        runs = {(plan.timesteps, plan.guidance, plan.model, plan.latents, plan.scheduler) for plan in self.plans}
+        object.__setattr__(self, "weights", as_rows(self.weights))
+        object.__setattr__(self, "hidden", tuple(tuple(map(as_rows, layers)) for layers in self.hidden))
+        runs = {(p.timesteps, p.guidance, p.model, p.latents, p.scheduler, p.second) for p in self.plans}
         if len(runs) != 1:
             raise ValueError(f"plans for {len(runs)} kinds of runs are not accepted: one kind")
         if any(plan.history_bits < 16 for plan in self.plans):
@@ -86,11 +91,15 @@ class PlanLadder:
         computed = [len(plan.computed) for plan in self.plans]
         if computed != sorted(set(computed), reverse=True):
             raise ValueError(f"plans of {computed} computed steps are not accepted: from the densest to the sparsest")
-        finite = all(math.isfinite(number) for row in self.weights for number in row)
-        if len(self.weights) != len(self.plans) or len(set(map(len, self.weights))) != 1 or not finite:
+        layers = [self.weights, *(rows for layers in self.hidden for rows in layers)]
+        finite = all(math.isfinite(number) for rows in layers for row in rows for number in row)
+        alike = self.hidden or len(set(map(len, self.weights))) == 1
+        if len(self.weights) != len(self.plans) or not alike or not finite:
             raise ValueError(
                 f"{len(self.weights)} rows of weights are not accepted: one for each of {computed}, finite"
             )
+        if len(self.hidden) not in (0, len(self.plans)):
+            raise ValueError(f"{len(self.hidden)} networks are not accepted: none, or one for each of {computed}")
 
     def choose(self, features: torch.Tensor) -> list[int]:
         """Which plan each image gets; ``features`` ``[images, F]`` float64 of ``first_step_features``.
@@ -100,20 +109,26 @@ class PlanLadder:
         """
         if len(self.plans) == 1 or self.threshold == math.inf:
             return [0] * len(features)
-        weights = torch.tensor(self.weights, dtype=torch.float64)
-        if features.shape[1] + 1 != weights.shape[1]:
+        read = len(self.hidden[0][0][0] if self.hidden else self.weights[0]) - 1
+        if features.shape[1] != read:
             raise ValueError(
-                f"the ladder's rule reads {weights.shape[1] - 1} numbers of the first step, this model and its "
-                f"captions give {features.shape[1]}: make one for them"
+                f"the ladder's rule reads {read} numbers of the first step, this model and its captions give "
+                f"{features.shape[1]}: make one for them"
             )
-        good = features @ weights[:, :-1].T + weights[:, -1] >= self.threshold
+        scores = []
+        for row, layers in zip(self.weights, self.hidden or ((),) * len(self.plans), strict=True):
+            x = features
+            for layer in layers:
+                x = _linear(x, layer).tanh()
+            scores.append(_linear(x, (row,)))
+        good = torch.cat(scores, 1) >= self.threshold
         return (good * torch.arange(len(self.plans))).amax(1).tolist()
 
     def save(self, path: str | Path) -> None:
         """Writes JSON: all plans, the rule and the promise in one file."""
         plans = [plan.to_json() for plan in self.plans]
         threshold = None if self.threshold == math.inf else self.threshold
-        content = {"plans": plans, "weights": self.weights, "threshold": threshold}
+        content = {"plans": plans, "weights": self.weights, "threshold": threshold, "hidden": self.hidden}
         write_json(path, {"format": LADDER_FORMAT, **content, "promise": dataclasses.asdict(self.promise)})
 
     @classmethod
@@ -126,7 +141,13 @@ class PlanLadder:
         with reading(path, LADDER_FORMAT) as content:
             plans = tuple(ForecastPlan(**plan) for plan in content["plans"])
             threshold = math.inf if content["threshold"] is None else float(content["threshold"])
-            return cls(plans, content["weights"], threshold, Promise(**content["promise"]))
+            return cls(plans, content["weights"], threshold, Promise(**content["promise"]), content.get("hidden", ()))
+
+
+def _linear(x: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """Of ``x`` ``[images, n]`` float64 a number a row, whose last one is its constant."""
+    weights = torch.tensor(rows, dtype=torch.float64)
+    return x @ weights[:, :-1].T + weights[:, -1]
 
 
 def first_step_features(
@@ -238,6 +259,7 @@ class LadderEngine(ForecastEngine):
         """
         step, state = run.index - self._late(run), call.stream.state
         latents = as_batch(named[self._family.latents])
+        self._check_model(compute, step)
         if step == 0:
             output = compute()
             call.output = as_batch(output[0])

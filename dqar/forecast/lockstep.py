@@ -66,6 +66,7 @@ class Moment:
         shares: how much of each branch's output is in ``guided``: a number, or ``[b, ..., 1]`` where guidance keeps
             each row's length.
         classes: of each image; ``None``: the model has none.
+        model: number of the transformer that was called.
     """
 
     timestep: float
@@ -80,6 +81,7 @@ class Moment:
     scheduler: Any
     arguments: inspect.BoundArguments
     classes: tuple[int | None, ...]
+    model: int
 
     @property
     def images(self) -> int:
@@ -181,6 +183,7 @@ class CallRun:
     upcoming: tuple[float, ...] = ()
     latents: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     classes: tuple[int | None, ...] = ()
+    model: int = 0
     branches: tuple[str, ...] = ()
     open: list[str] = field(default_factory=list)
     """The branches that the model was asked for since the newest step."""
@@ -419,6 +422,7 @@ class Lockstep:
             bound.arguments["self"],
             bound,
             run.classes,
+            run.model,
         )
         of_images = moment.of_images(guided)
         shown = [x[moment.part] for x in newest.values()]
@@ -448,7 +452,7 @@ class Lockstep:
             moment.hidden_states = {}  # what is read would go into each row by a matrix of its own
         return moment
 
-    def _forward(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
+    def _forward(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         """Answers the transformer's calls: computes, replays, or returns what it last did."""
         run = self._runs.get(threading.get_ident())
         named = dict(zip(self._argument_names, args, strict=False)) | kwargs
@@ -477,6 +481,7 @@ class Lockstep:
         else:
             output = None
             self._look(run, call, run.raw[key], latents)
+        run.model = self._transformers.index(original.__self__)
         run.classes = call.stream.classes or (None,) * len(run.latents)
         run.open += [branch for branch in call.slices if branch not in run.open]
         run.branches = tuple(branch for branch in BRANCHES if run.outputs[branch])

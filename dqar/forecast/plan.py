@@ -16,6 +16,8 @@ HISTORY_BITS = (16, 8, 4)
 """In which a run keeps what it forecasts from; 16: as it is, outputs in the model's dtype, readouts in float64."""
 Rows = tuple[tuple[float, ...], ...]
 """Numbers of each step."""
+Second = tuple[int, tuple[float, float], tuple[float, float]]
+"""A step, and the least and the largest guidance scale before, and from there on."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,9 @@ class ForecastPlan:
             each image and channel; 16: it isn't.
         classes: of each calibrated class what is added to ``weights`` and to ``readouts``, each with rows as long as
             theirs; all other images have those alone.
+        second: where the second of two transformers takes over, as Wan 2.2's of low noise does: its first step, and the
+            least and the largest guidance scale before, and from there on; ``None``: one transformer, or wherever it
+            does.
 
     Raises:
         ValueError: step 0 isn't computed as it is, or a row of the wrong length, naming it.
@@ -70,12 +75,13 @@ class ForecastPlan:
     latents: tuple[int, ...] | None = None
     history_bits: int = 16
     classes: Mapping[int, tuple[Rows, Rows]] = field(default_factory=dict, repr=False, hash=False)
+    second: Second | None = None
 
     def __post_init__(self) -> None:
         for name in ("weights", "readouts"):
-            object.__setattr__(self, name, _rows(getattr(self, name)))
+            object.__setattr__(self, name, as_rows(getattr(self, name)))
         object.__setattr__(self, "readouts", self.readouts or ((),) * len(self.weights))
-        classes = {int(label): (_rows(own), _rows(read)) for label, (own, read) in self.classes.items()}
+        classes = {int(label): (as_rows(own), as_rows(read)) for label, (own, read) in self.classes.items()}
         object.__setattr__(self, "classes", classes)
         object.__setattr__(self, "computed", frozenset(self.computed))
         for name in ("timesteps", "guidance"):
@@ -87,8 +93,12 @@ class ForecastPlan:
         check_choice("history_bits", self.history_bits, HISTORY_BITS)
         odd = all(is_count(side) and side % 2 for side in self.kernel)
         check("kernel", self.kernel, odd, "odd sides of 1 or more")
-        ordered = len(self.guidance) == 2 and 1 <= self.guidance[0] <= self.guidance[1] < math.inf
-        check("guidance", self.guidance, ordered, "two scales, 1 <= least <= largest")
+        check("guidance", self.guidance, _ordered(self.guidance), "two scales, 1 <= least <= largest")
+        if self.second is not None:
+            begins, before, after = self.second
+            right = is_index(begins, steps) and begins > 0 and _ordered(before) and _ordered(after)
+            check("second", self.second, right, "a step after the first, and twice two scales, 1 <= least <= largest")
+            object.__setattr__(self, "second", (begins, tuple(map(float, before)), tuple(map(float, after))))
         if len(self.weights) != steps or not all(is_index(step, steps) for step in self.computed):
             raise ValueError(f"{len(self.weights)} rows and computed steps {sorted(self.computed)} for {steps} steps")
         if 0 not in self.computed or self.weights[0]:
@@ -159,15 +169,19 @@ class ForecastPlan:
                     f"in this run at {float(given):g}"
                 )
 
-    def check_guidance(self, scale: float, noise: float) -> None:
-        """Raises ``ValueError`` for a run of another guidance scale, which rounding may have moved by ``noise``."""
+    def check_guidance(self, scale: float, noise: float, step: int) -> None:
+        """Raises ``ValueError`` for another guidance scale at a step, which rounding may have moved by ``noise``."""
         least, largest = self.guidance
+        if self.second is not None:
+            begins, before, after = self.second
+            least, largest = before if step < begins else after
         slack = 1e-4 * largest + noise
         if scale < least - slack or scale > largest + slack:
             run = "is without guidance" if abs(scale - 1) < 1e-3 else f"has {scale:.4g}"
             scales = f"{least:g}" if least == largest else f"{least:g} to {largest:g}"
+            where = "" if self.second is None else f" at step {step}"
             raise ValueError(
-                f"the plan was made for guidance_scale={scales}, this run {run}: make one for this guidance"
+                f"the plan was made for guidance_scale={scales}{where}, this run {run}: make one for this guidance"
             )
 
     def check_latents(self, shape: Sequence[int], sample_size: Any) -> None:
@@ -209,7 +223,12 @@ class ForecastPlan:
             return cls(**content)
 
 
-def _rows(given: Sequence[Sequence[float]]) -> Rows:
+def _ordered(scales: Sequence[float]) -> bool:
+    return len(scales) == 2 and 1 <= scales[0] <= scales[1] < math.inf
+
+
+def as_rows(given: Sequence[Sequence[float]]) -> Rows:
+    """Numbers as a plan keeps them."""
     return tuple(tuple(map(float, row)) for row in given)
 
 

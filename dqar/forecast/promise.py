@@ -8,7 +8,8 @@ What is promised is told from images that the plan wasn't fitted on, and holds f
 - **With confidence**, by Clopper and Pearson (1934): the least share of good images under which as many good ones of n
   as were seen would be rarer than 1 − confidence.
 
-A rule chooses a plan for each image: the sparsest of which it predicts a PSNR above a threshold. Thresholds are tried
+A rule chooses a plan for each image: the sparsest of which it predicts a PSNR above a threshold, by ridge regression,
+or of which slide 7's network is sure enough that it is good. Thresholds are tried
 from the highest down, until one fails: so each is tried only if all before it keep the promise, and the confidence
 holds for the one that is taken, with no correction for how many were tried (fixed-sequence testing; Bauer 1991).
 """
@@ -18,25 +19,30 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 from dqar.attention import apply_dqar
-from dqar.checks import check
+from dqar.checks import check, check_choice
 from dqar.forecast.ladder import LadderEngine, PlanLadder, Promise
 from dqar.forecast.lockstep import call_arguments
-from dqar.forecast.plan import ForecastPlan
+from dqar.forecast.plan import ForecastPlan, Rows, as_rows
+from dqar.policy import train_policy
 
+Rule = Literal["linear", "policy"]
 RULE_SHARE = 1 / 3
 """Of the images that the plans weren't fitted on, those that the rule is fitted on."""
 RUNGS = (1.5, 2.0, 3.0)
 """How many times fewer MACs a ladder's denser plans take."""
 THRESHOLDS = np.arange(15, -15.5, -0.5)
-"""In dB above what is promised; written down before any image is seen, as fixed-sequence testing needs."""
+"""In dB above what is promised, or as a network's logit; written down before any image is seen, as fixed-sequence
+testing needs."""
 RIDGES = tuple(10.0**power for power in range(-3, 3))
+STOPPING = 4
+"""One image of so many, of the rule's, says when the network has learned enough."""
 BEST = 80.0
 """PSNR in dB that the rule tells no more apart: rounding."""
 
@@ -74,12 +80,13 @@ def fit_ladder(
     share: float,
     confidence: float = 0.9,
     *,
+    rule: Rule = "linear",
     seed: int = 1_000_000,
 ) -> PlanLadder:
     """A ladder that keeps a promise at the least cost found: the rule that chooses a plan for each image, calibrated.
 
-    Every call is drawn in full compute and by every plan. On the first ``RULE_SHARE`` of the images a ridge regression
-    learns to tell each plan's PSNR from ``first_step_features``; on the others the lowest threshold is sought with
+    Every call is drawn in full compute and by every plan. On the first ``RULE_SHARE`` of the images the rule learns to
+    tell each plan's PSNR from ``first_step_features``; on the others the lowest threshold is sought with
     which the images keep the promise.
 
     Args:
@@ -88,12 +95,14 @@ def fit_ladder(
         calls: keyword arguments of the pipeline, as for ``fit_plan``, but other images than the plans were fitted on,
             drawn as those will be that the promise is about.
         decibels, share, confidence: what is promised, see ``Promise``.
+        rule: ``"linear"``, ridge regression, or ``"policy"``, slide 7's network for each plan.
         seed: of the first call without generator or latents; the next one's is one more.
 
     Raises:
         ValueError: too few images for the promise, or the densest plan doesn't keep it.
     """
     check_promise(decibels, share, confidence)
+    check_choice("rule", rule, get_args(Rule))
     plans = sorted(plans, key=lambda plan: -len(plan.computed))
     reference = [_draw(pipe, plans[0], call, seed + i) for i, call in enumerate(tqdm(calls, "held out", leave=False))]
     images = sum(map(len, reference))
@@ -111,11 +120,15 @@ def fit_ladder(
         assert isinstance(session.engine, LadderEngine)
         features = [told for told, _ in session.engine.chosen]
     check("calls", f"{len(features)} streams of {images} images", len(features) == images, "one stream of latents each")
-    return ladder_from(plans, torch.stack(features), quality, alone.promise)
+    return ladder_from(plans, torch.stack(features), quality, alone.promise, rule)
 
 
 def ladder_from(
-    plans: Sequence[ForecastPlan], features: torch.Tensor, quality: np.ndarray, promise: Promise
+    plans: Sequence[ForecastPlan],
+    features: torch.Tensor,
+    quality: np.ndarray,
+    promise: Promise,
+    rule: Rule = "linear",
 ) -> PlanLadder:
     """The ladder of images that were drawn already: the rule is fitted on the first, and calibrated on the others.
 
@@ -124,16 +137,21 @@ def ladder_from(
         features: ``[images, F]``, see ``first_step_features``.
         quality: ``[images, plans]``, PSNR in dB.
         promise: what is promised; what it says of images isn't read.
+        rule: see ``fit_ladder``.
 
     Raises:
         ValueError: the densest plan doesn't keep it.
     """
     first = int(RULE_SHARE * len(features))
-    weights = tuple(
-        tuple(float(f"{w:.7g}") for w in ridge(features[:first].numpy(), np.minimum(decibels[:first], BEST)))
-        for decibels in quality.T
-    )
-    return calibrated(PlanLadder(tuple(plans), weights, math.inf, promise), features[first:], quality[first:])
+    known, hidden = features[:first], list[tuple[Rows, ...]]()
+    if rule == "policy":
+        networks = [network(known, quality[:first, rung] >= promise.decibels) for rung in range(len(plans))]
+        hidden, weights = [layers[:-1] for layers in networks], [layers[-1][0] for layers in networks]
+    else:
+        rows = (ridge(known.numpy(), np.minimum(decibels[:first], BEST)) for decibels in quality.T)
+        weights = [tuple(float(f"{w:.7g}") for w in row) for row in rows]
+    draft = PlanLadder(tuple(plans), tuple(weights), math.inf, promise, tuple(hidden))
+    return calibrated(draft, features[first:], quality[first:])
 
 
 def calibrated(draft: PlanLadder, features: torch.Tensor, quality: np.ndarray) -> PlanLadder:
@@ -148,7 +166,7 @@ def calibrated(draft: PlanLadder, features: torch.Tensor, quality: np.ndarray) -
     """
     promise, taken = draft.promise, None
     steps, images = draft.plans[0].num_inference_steps, len(quality)
-    for threshold in (math.inf, *(promise.decibels + THRESHOLDS).tolist()):
+    for threshold in (math.inf, *((0.0 if draft.hidden else promise.decibels) + THRESHOLDS).tolist()):
         trial = dataclasses.replace(draft, threshold=threshold)
         rungs = trial.choose(features)
         chosen = quality[range(images), rungs]
@@ -199,6 +217,28 @@ def ridge(features: np.ndarray, values: np.ndarray) -> np.ndarray:
         best = min(best, (error, right.T @ (damped * (left.T @ goal))), key=lambda pair: pair[0])
     weights = best[1] / scale
     return np.append(weights, values.mean() - weights @ mean)
+
+
+def network(features: torch.Tensor, good: np.ndarray) -> tuple[Rows, ...]:
+    """The layers of slide 7's network, as ``PlanLadder`` has them, trained to tell which images are good.
+
+    Where all are alike it says that, whatever the features.
+
+    Args:
+        features: ``[n, F]``.
+        good: ``[n]``, whether an image has what is promised.
+    """
+    stop, labels = torch.arange(len(features)) % STOPPING == STOPPING - 1, torch.tensor(good).float()
+    told = features.float()
+    if len(labels[~stop].unique()) < 2:
+        sure = float(THRESHOLDS[0] if labels[0] else THRESHOLDS[-1])
+        return ((0.0,) * (features.shape[1] + 1),), ((0.0, sure),)
+    policy, _ = train_policy(told[~stop], labels[~stop], told[stop], labels[stop])
+    state = {name: x.double() for name, x in policy.state_dict().items()}
+    layers = [(state[f"layers.{i}.weight"], state[f"layers.{i}.bias"]) for i in (0, 2, 4)]
+    matrix, bias = layers[0]
+    layers[0] = matrix / state["std"], bias - matrix @ (state["mean"] / state["std"])
+    return tuple(as_rows(torch.cat([matrix, bias[:, None]], 1).tolist()) for matrix, bias in layers)
 
 
 def check_enough(images: int, share: float, confidence: float = 0.9) -> None:

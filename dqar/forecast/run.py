@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from dqar.controller import DQARController
-from dqar.families import as_batch, as_output, describe_models, family, last_layer
+from dqar.families import as_batch, as_output, bare, describe_models, family, last_layer
 from dqar.forecast.plan import ForecastPlan
 from dqar.noise import adds_noise
 from dqar.plan import BRANCHES
@@ -39,7 +40,7 @@ class ForecastEngine:
 
     def __init__(self, models: Sequence[torch.nn.Module], plan: ForecastPlan, trace: Trace):
         plan.check_model(describe_models(models))
-        self.model, self.plan, self.trace = models[0], plan, trace
+        self.model, self.plan, self.trace, self._models = models[0], plan, trace, models
         self._family = family(self.model)
         self._seen = FinalHiddenStates(models) if any(plan.readouts) else None
 
@@ -88,6 +89,7 @@ class ForecastEngine:
         plan, step = self.plan, run.index - self._late(run)
         forecast: OutputForecast = call.stream.state
         latents, branches = as_batch(named[self._family.latents]), tuple(call.slices)
+        self._check_model(compute, step)
         fresh = step in plan.computed
         if not forecast.rows and ((classes := call.stream.classes) is not None or step):
             forecast.know(classes, latents.device)
@@ -115,6 +117,19 @@ class ForecastEngine:
         sample = forecast.output(step, latents, newest, call.slices)
         return as_output(sample, self._family, named.get("return_dict", True))
 
+    def _check_model(self, compute: Callable[[], Any], step: int) -> None:
+        """Raises ``ValueError`` for a step that another of two transformers makes than the plan was made for."""
+        second = self.plan.second
+        if second is None:
+            return
+        assert isinstance(compute, functools.partial)
+        called: Any = compute.func  # bound to the transformer
+        if (bare(called.__self__) is self._models[-1]) != (step >= second[0]):
+            raise ValueError(
+                f"the plan was made for a second transformer from step {second[0]} on, here another one makes step "
+                f"{step}: make one for this boundary_ratio"
+            )
+
     def _record(self, run: Run, step: int, branches: Sequence[str], fresh: bool, nbytes: int) -> None:
         """Traces whether a call was computed or forecast, and the bytes kept for each of its branches."""
         snr = None if run.levels is None else run.levels.snr(run.index)
@@ -126,16 +141,19 @@ class ForecastEngine:
     def before_step(self, run: Run, stream: Stream, prediction: torch.Tensor) -> None:
         """Raises ``ValueError`` for a run of another guidance scale, as the guided ``prediction`` ``[b, ...]`` tells.
 
-        Waited for at the first step, so that no run is drawn in vain, and at the last one for all others.
+        Waited for at the first step, so that no run is drawn in vain, also of a second transformer, and at the last one
+        for all others.
         """
         forecast: OutputForecast = stream.state
-        scale = forecast.guidance(run.index - self._late(run), prediction)
+        step, second = run.index - self._late(run), self.plan.second
+        scale = forecast.guidance(step, prediction)
         if scale is not None:
-            forecast.scales.append(scale)
-        if forecast.scales and (run.count == 1 or run.last):
-            scales, forecast.scales = torch.stack(forecast.scales).tolist(), []
-            for value, noise in scales:
-                self.plan.check_guidance(value, noise)
+            forecast.scales.append((step, scale))
+        if forecast.scales and (run.count == 1 or run.last or (second is not None and step == second[0])):
+            steps, scales = zip(*forecast.scales, strict=True)
+            forecast.scales = []
+            for step, (value, noise) in zip(steps, torch.stack(scales).tolist(), strict=True):
+                self.plan.check_guidance(value, noise, step)
 
     def _late(self, run: Run) -> int:
         return 0 if run.timesteps is None else self.plan.late(run.timesteps.values)
@@ -290,8 +308,8 @@ class OutputForecast:
         self.steps: dict[str, list[int]] = {branch: [] for branch in BRANCHES}
         self.read: dict[str, dict[int, Any]] = {branch: {} for branch in BRANCHES}
         self._returned: dict[str, tuple[int, torch.Tensor]] = {}
-        self.scales: list[torch.Tensor] = []
-        """Guidance scales that nobody has looked at yet, and how far rounding may have moved each, ``[2]``."""
+        self.scales: list[tuple[int, torch.Tensor]] = []
+        """By step, guidance scales that nobody has looked at yet, and how far rounding may have moved each, ``[2]``."""
         self.rows: dict[int | None, torch.Tensor] = {} if self.plan.classes else {None: torch.empty(0)}
         """A branch's rows of each class, ``[n]``; of one alone they aren't looked at. Empty: see ``know``."""
         self._unread: list[tuple[int, torch.Tensor, dict[str, slice]]] = []

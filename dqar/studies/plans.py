@@ -19,9 +19,9 @@ from dqar.forecast.ladder import Promise, first_step_features
 from dqar.forecast.lockstep import Lockstep
 from dqar.forecast.plan import HISTORY_BITS, ForecastPlan
 from dqar.forecast.profiles import calibrate_profile, profile_calls
-from dqar.forecast.promise import RULE_SHARE, images_needed, is_certain, ladder_from
+from dqar.forecast.promise import RULE_SHARE, Rule, images_needed, is_certain, ladder_from
 from dqar.measure.metrics import decibels
-from dqar.measure.results import Run
+from dqar.measure.results import Run, load_table
 from dqar.models.profiles import Profile
 from dqar.studies import pareto, results
 from dqar.studies.arena import IDENTICAL
@@ -34,6 +34,11 @@ CONFIDENCE = 0.9
 HELD_OUT = 0.45
 """Of the recorded images, those that a promise is calibrated on; it is judged on the others."""
 WAYS = LADDER, MIX, FIXED = "a plan for each image", "random mix of two plans", "one plan for all"
+NETWORK = "a plan for each image, by slide 7's network"
+RULES: dict[str, Rule] = {LADDER: "linear", NETWORK: "policy"}
+"""What chooses each image's plan."""
+RULE_SPLITS = 10
+"""Of the recorded images, for a comparison of the rules: a network takes a second for each plan."""
 SPARSER = np.linspace(0, 1, 21)
 """Shares of the sparser plan in a random mix, tried in this order."""
 BUDGET = 3
@@ -65,17 +70,24 @@ def promises(run: Run) -> pd.DataFrame | None:
     return judged(table, list(map(_plan, methods.values())))
 
 
-def judged(table: pd.DataFrame, plans: Sequence[ForecastPlan], splits: int = 40, seed: int = 0) -> pd.DataFrame:
-    """Three ways to keep each promise with ``CONFIDENCE``, on images that none of them was calibrated on.
+def judged(
+    table: pd.DataFrame,
+    plans: Sequence[ForecastPlan],
+    splits: int = 40,
+    seed: int = 0,
+    ways: Sequence[str] = WAYS,
+) -> pd.DataFrame:
+    """Ways to keep each promise with ``CONFIDENCE``, on images that none of them was calibrated on.
 
     The images are split at random, again and again. A ladder spends ``RULE_SHARE`` of its part on the rule that chooses
-    a plan for each image; the two others have no rule and calibrate on all of it. A random mix is the fastest of all
+    a plan for each image; two other ways have no rule and calibrate on all of it. A random mix is the fastest of all
     pairs of plans, which favours it. Where nothing can be promised, full compute is left.
 
     Args:
         table: of ``record_promise``.
         plans: that it was recorded with.
         splits, seed: of the images.
+        ways: of ``WAYS`` and ``RULES``.
 
     Returns:
         A row a split, promise and way: ``decibels``, ``share``, ``way``; of the other images ``kept``, the share that
@@ -96,12 +108,13 @@ def judged(table: pd.DataFrame, plans: Sequence[ForecastPlan], splits: int = 40,
             if number - int(RULE_SHARE * number) < images_needed(share, CONFIDENCE):
                 continue
             good = quality >= target
-            ways = {
-                LADDER: _ladder(plans, features, quality, held_out, others, target, share),
-                FIXED: _fixed(good[held_out], share),
-                MIX: _mixed(good[held_out], share, costs, draws),
-            }
-            for way, taken in ways.items():
+            for way in ways:
+                if way in RULES:
+                    taken = _ladder(plans, features, quality, held_out, others, target, share, RULES[way])
+                elif way == FIXED:
+                    taken = _fixed(good[held_out], share)
+                else:
+                    taken = _mixed(good[held_out], share, costs, draws)
                 kept, cost = (1.0, 1.0) if taken is None else _outcome(taken, good[others], costs)
                 rows.append((split, target, share, way, kept, 1 / cost, taken is not None))
     columns = ["split", "decibels", "share", "way", "kept", "macs_speedup", "promised"]
@@ -129,11 +142,12 @@ def _ladder(
     others: np.ndarray,
     target: float,
     share: float,
+    rule: Rule,
 ) -> np.ndarray | None:
     """The plan of each of the other images, as ones and zeros ``[images, plans]``; ``None``: nothing is promised."""
     promise = Promise(target, share, CONFIDENCE, 0, 0, 0.0, 1.0)
     try:
-        ladder = ladder_from(plans, features[held_out], quality[held_out], promise)
+        ladder = ladder_from(plans, features[held_out], quality[held_out], promise, rule)
     except ValueError:
         return None
     return np.eye(len(plans))[ladder.choose(features[others])]
@@ -228,6 +242,20 @@ def _promise(recording: Recording, methods: Mapping[int, Method]) -> pd.DataFram
     told = first_steps(recording.profile, RESULT_SEED, len(tables[0]))
     tables[0]["features"] = list(told.half().numpy())
     return pd.concat(tables, ignore_index=True)
+
+
+def record_rules(recording: Recording) -> None:
+    """``judged`` of the images of ``record_promise`` by each of ``RULES``.
+
+    Raises:
+        ValueError: no promise is recorded.
+    """
+    path, methods = recording.folder / "promise.parquet", ladder_methods(recording.profile, recording.folder)
+    if not path.exists() or not methods:
+        raise ValueError("no images with features are recorded: record promise first")
+    own = list(map(_plan, methods.values()))
+    judge = functools.partial(judged, load_table(path), own, RULE_SPLITS, ways=tuple(RULES))
+    recording.table("rules", {"all": judge}, RESULT_SEED)
 
 
 def record_samplers(recording: Recording) -> None:

@@ -21,11 +21,10 @@ from dqar.measure.calibrate import propose_gate
 from dqar.measure.quality import reference_of
 from dqar.measure.sensitivity import site_errors
 from dqar.plan import BRANCHES, ReusePlan
-from dqar.policy import FEATURES, ReusePolicy, policy_features
+from dqar.policy import FEATURES, ReusePolicy, policy_features, train_policy
 from dqar.studies.compare import FULL, Method
 from dqar.studies.recording import LABEL_SEED, SWEEP_SEED, Recording
 from dqar.studies.reference import record_reference
-from dqar.training.policy import train_policy
 
 LABELLED: tuple[ReuseTarget, ...] = ("kv", "output", "block")
 """What policies are trained for."""

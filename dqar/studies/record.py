@@ -43,6 +43,7 @@ TABLES: dict[str, Callable[[Recording], object]] = {
     "memory": results.record_memory,
     "samples": results.record_samples,
     "promise": plans.record_promise,
+    "rules": plans.record_rules,
     "samplers": plans.record_samplers,
     "history": plans.record_history,
     "formats": quantized_cache.record_formats,

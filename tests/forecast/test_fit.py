@@ -17,8 +17,10 @@ from dqar.forecast.fit import (
     CLASS_RIDGE,
     NEIGHBOURS_RIDGE,
     READOUT_RIDGE,
+    TRUST,
     StepSystem,
     neighbourhoods,
+    trust,
 )
 from dqar.forecast.plan import extrapolation
 from dqar.forecast.profiles import calibrate_profile
@@ -169,6 +171,12 @@ def test_a_class_adds_what_its_images_still_ask_for():
     expected = np.linalg.solve(columns.T @ columns + np.diag(ridge), columns.T @ rest)
     np.testing.assert_allclose(weights, expected[:9], rtol=1e-7)
     np.testing.assert_allclose(matrix[:, 0], expected[9:], rtol=1e-7)
+
+
+def test_images_that_went_astray_weigh_less():
+    weights = trust(torch.tensor([1e-4, 1e-4, 4e-4, 1e-4, 1.0, 0.25e-4, 1e3]))
+    assert weights.tolist() == pytest.approx([1, 1, 0.5, 1, 1 / TRUST, 2, 1 / TRUST], rel=1e-3)
+    assert trust(torch.tensor([0.0, 1e-14, 3e-13])).tolist() == pytest.approx([1, 1, 1], rel=1e-2)  # rounding
 
 
 def test_computing_every_step_reaches_the_reference(pipe):

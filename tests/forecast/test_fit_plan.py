@@ -1,5 +1,6 @@
 """Plans on pipelines of every kind: fitted from their calls, followed as a plain loop would, refused elsewhere."""
 
+import dataclasses
 import math
 import threading
 
@@ -25,7 +26,7 @@ from planned import (
     timesteps_of,
     unchanged,
 )
-from tiny import STEPS, TINY, caption, dit, drawn, flux, sd3, sd3_img2img, wan
+from tiny import STEPS, TINY, caption, dit, drawn, flux, sd3, sd3_img2img, wan, wan22
 
 from dqar import ForecastPlan, apply_dqar, describe_model, extrapolation, fit_plan
 from dqar.forecast.fit import HISTORY, Calibration
@@ -196,6 +197,39 @@ def test_a_plan_for_several_scales_serves_those_between_and_no_others():
     with apply_dqar(pipe, extrapolation(plan.computed, plan.timesteps, 3.3, plan.model)):
         line = drawn(pipe, ask)
     assert (planned - reference).norm() < 0.5 * (line - reference).norm()
+
+
+def test_a_plan_of_two_transformers_says_which_steps_and_scales_each_has(tmp_path):
+    pipe, call = wan22()
+    pipe.save_pretrained(tmp_path / "wan")
+    loaded = type(pipe).from_pretrained(tmp_path / "wan", text_encoder=None, tokenizer=None)
+    loaded.set_progress_bar_config(disable=True)
+    calls = [{**call(i), "guidance_scale_2": scale} for i, scale in enumerate((3.0, 2.5, 3.0))]
+    plan = fit_plan(loaded, calls, STEPS, macs=2, refinements=0)
+    begins = sum(t >= 800 for t in plan.timesteps)
+    assert 0 < begins < STEPS and plan.second == (begins, (4, 4), (2.5, 3)) and plan.guidance == (2.5, 4)
+    plan.save(tmp_path / "plan.json")
+    assert ForecastPlan.load(tmp_path / "plan.json") == plan != dataclasses.replace(plan, second=None)
+    reference = drawn(loaded, call(5))
+    with apply_dqar(loaded, plan):
+        planned = drawn(loaded, call(5))
+        with pytest.raises(ValueError, match="guidance_scale=4 at step 0, this run has 3"):
+            drawn(loaded, {**call(5), "guidance_scale": 3.0})
+        with pytest.raises(ValueError, match=f"guidance_scale=2.5 to 3 at step {begins}, this run has 4"):
+            drawn(loaded, {**call(5), "guidance_scale_2": 4.0})
+        loaded.register_to_config(boundary_ratio=0.6)
+        with pytest.raises(ValueError, match=f"second transformer from step {begins} on, here another one makes step"):
+            drawn(loaded, call(5))
+        loaded.register_to_config(boundary_ratio=0.8)
+        assert torch.equal(drawn(loaded, call(5)), planned)
+    with apply_dqar(loaded, line("wan22", loaded, call(5), plan.computed)):
+        straight = drawn(loaded, call(5))
+    assert (planned - reference).norm() < 0.5 * (straight - reference).norm()
+    with pytest.raises(ValueError, match="this is WanTransformer3DModel"):
+        apply_dqar(wan()[0], plan)
+    for wrong in ((0, (4, 4), (3, 3)), (STEPS, (4, 4), (3, 3)), (begins, (4, 3), (3, 3))):
+        with pytest.raises(ValueError, match="second=.*a step after the first"):
+            dataclasses.replace(plan, second=wrong)
 
 
 def test_a_run_that_the_plan_was_not_made_for_is_refused(tmp_path):

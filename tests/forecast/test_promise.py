@@ -1,5 +1,6 @@
 """Promises against the binomial's closed form, SciPy's beta, and the share of images that keep them."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -10,7 +11,18 @@ from scipy.stats import beta
 
 from dqar import PlanLadder, apply_dqar, extrapolation, fit_plan
 from dqar.forecast.ladder import Promise
-from dqar.forecast.promise import RIDGES, calibrated, conformal_bound, images_needed, is_certain, least_share, ridge
+from dqar.forecast.promise import (
+    RIDGES,
+    STOPPING,
+    calibrated,
+    conformal_bound,
+    images_needed,
+    is_certain,
+    ladder_from,
+    least_share,
+    ridge,
+)
+from dqar.policy import train_policy
 
 
 @pytest.mark.parametrize(("kept", "images"), [(0, 5), (1, 5), (95, 100), (100, 100), (297, 300)])
@@ -112,6 +124,35 @@ def test_the_rule_is_ridge_regression():
     assert np.abs(noise[:5] * features.std(0)[:5]).max() < 0.1
 
 
+def test_the_rule_may_be_the_slides_network():
+    """Layer by layer as PyTorch's own module, with its standardised features, and better where no line can tell."""
+    generator = np.random.default_rng(4)
+
+    def images(number):
+        features, noise = generator.standard_normal((number, 3)) * [1, 5, 0.2] + 7, generator.standard_normal(number)
+        hard = 10 * np.abs(features[:, 0] - 7) + noise
+        return torch.tensor(features), np.c_[np.full(number, 90.0), 58 - hard, 52 - hard]
+
+    told, quality = images(900)
+    speedups = {}
+    for rule in ("linear", "policy"):
+        ladder = ladder_from(draft(40.0, 0.9).plans, told, quality, draft(40.0, 0.9).promise, rule)
+        speedups[rule] = ladder.promise.macs_speedup
+        others, better = images(2000)
+        rungs = ladder.choose(others)
+        assert np.mean(better[range(2000), rungs] >= 40) > 0.88
+    assert speedups["policy"] > 1.2 * speedups["linear"]
+    assert [len(layers) for layers in ladder.hidden] == [1, 2, 2] and len(ladder.hidden[1][0]) == 64
+    first, stop = told[:300].float(), torch.arange(300) % STOPPING == STOPPING - 1
+    good = torch.tensor(quality[:300, 1] >= 40).float()
+    policy, _ = train_policy(first[~stop], good[~stop], first[stop], good[stop])
+    alone = dataclasses.replace(
+        ladder, plans=ladder.plans[:2], hidden=ladder.hidden[:2], weights=ladder.weights[:2], threshold=0.0
+    )
+    with torch.no_grad():
+        assert alone.choose(others) == (policy(others.float()) >= 0.5).long().tolist()
+
+
 def tame():
     pipe = embedded_pipeline()
     for parameter in pipe.transformer.parameters():
@@ -136,6 +177,12 @@ def test_a_promise_is_fitted_from_calls_alone(tmp_path):
         assert len(session.summary()["plan_of_image"]) == 4 and "30 dB in 50%" in session.summary()["promise"]
         decibels += (-10 * np.log10(np.square(planned - reference).mean((1, 2, 3)))).tolist()
     assert sum(own >= 30 for own in decibels[4:]) == ladder.promise.kept
+    by_network = fit_plan(pipe, calls, 8, macs=4, promise=(30.0, 0.5), refinements=0, rule="policy")
+    assert by_network.plans == ladder.plans and len(by_network.hidden) == 3 and by_network.promise.images == 8
+    by_network.save(tmp_path / "ladder.json")
+    assert PlanLadder.load(tmp_path / "ladder.json") == by_network
+    with pytest.raises(ValueError, match="rule='best' is not accepted"):
+        fit_plan(pipe, calls, 8, macs=4, promise=(30.0, 0.5), rule="best")
     with pytest.raises(ValueError, match=r"with the densest, \d+ of 8 images have 200 dB"):
         fit_plan(pipe, calls, 8, macs=4, promise=(200.0, 0.5), refinements=0)
 

@@ -54,6 +54,14 @@ def test_a_rule_that_can_tell_beats_the_random_mix_and_one_that_cannot_does_not(
     assert speedups[0.0][plans.FIXED] == 2.0 and speedups[0.0][plans.MIX] > 2.0
 
 
+def test_the_network_is_judged_on_the_same_splits():
+    table = recorded(0.95, images=300)
+    found = plans.judged(table, ladder(), splits=1, ways=tuple(plans.RULES))
+    assert set(found.way) == {plans.LADDER, plans.NETWORK} and (plans.typical(found) >= 1).all(axis=None)
+    whole = plans.judged(table, ladder(), splits=1)
+    pd.testing.assert_frame_equal(*(own[own.way == plans.LADDER].reset_index(drop=True) for own in (found, whole)))
+
+
 def test_full_compute_is_left_where_nothing_can_be_promised_and_few_images_promise_nothing():
     table = recorded(0.5)
     table["mse"] = 1.0
@@ -107,6 +115,8 @@ def test_what_is_recorded_of_a_plan(tmp_path, monkeypatch):
     for record in records:
         with pytest.raises(ValueError, match="record plans first"):
             record(recording)
+    with pytest.raises(ValueError, match="record promise first"):
+        plans.record_rules(recording)
     path = pareto.plan_path(recording.folder, "dpm-solver++", "reference", 2)
     path.parent.mkdir()
     pipe = pipes["dpm-solver++"]
@@ -130,3 +140,5 @@ def test_what_is_recorded_of_a_plan(tmp_path, monkeypatch):
     table = run.recorded("promise")
     assert set(table.computed) == {2} and table.macs_speedup.iloc[0] == pytest.approx(4, rel=0.01)
     assert plans.promises(run).empty
+    plans.record_rules(recording)  # of so few images nothing is promised
+    assert run.recorded("rules").empty
