@@ -245,6 +245,7 @@ def points(rows: pd.DataFrame) -> pd.DataFrame:
 def front_of(table: pd.DataFrame, most: int) -> pd.DataFrame:
     """At most ``most`` points of the front that save at least 5 % of the MACs, evenly spread over its ranks."""
     front = points(table).query("front and macs_speedup >= 1.05").sort_values("macs_speedup")
+    front = front.drop_duplicates(["macs_speedup", "psnr_5th"])  # Optuna may propose the same twice
     ranks = np.linspace(0, len(front) - 1, min(most, len(front)))  # never empty: what saves most is on the front
     return front.iloc[np.unique(ranks.round().astype(int))]
 

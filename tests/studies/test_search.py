@@ -103,6 +103,12 @@ def test_a_study_of_another_search_space_or_no_study_is_refused(asked, tmp_path,
     assert "trials=2 is not accepted: an int of 3 or more" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_settings_that_were_tried_twice_take_one_place_of_the_front():
+    tried = [(0, 1.0, 1e-6), (1, 2.0, 1e-4), (2, 2.0, 1e-4), (3, 3.0, 1e-3)]
+    rows = [{"trial": n, "macs_speedup": speedup, "front": True, "mse": mse} for n, speedup, mse in tried]
+    assert search.front_of(pd.DataFrame(rows), 2).trial.tolist() == [1, 3]
+
+
 def test_settings_become_the_method_that_they_name():
     values = {"target": "block", "schedule": "static", "interval": 3, "order": 1, "bits": 4}
     values |= {"entropy": 3.5, "snr": 0.5, "last": 2}
