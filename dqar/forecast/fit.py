@@ -89,7 +89,8 @@ def fit_plan(
         pipe: the pipeline, with the scheduler it is to be used with, on its device, in its dtype. It is left as it was.
         calls: one dictionary of keyword arguments for each call: prompts, images, guidance, sizes, as they will be
             used. 60 to 120 images of different content are a good number; a call may draw several. A class of which
-            there are ``CLASS_IMAGES`` gets weights of its own. Each image is drawn from the noise of its ``generator`` or ``latents``, or of a seed of its own.
+            there are ``CLASS_IMAGES`` gets weights of its own. Each call is drawn from the noise of its ``generator``
+            or ``latents``, or of a seed of its own.
         num_inference_steps: of the runs that the plan is for.
         macs: full compute's multiply-accumulates over the plan's, at least.
         target: what the plan is to reach: the run itself, or the solution that five times the steps find.
