@@ -59,9 +59,13 @@ NEIGHBOURS_RIDGE = 1e-5
 READOUT_RIDGE = 3e-3
 """The same for what is read from the hidden states."""
 TRUST = 50
-"""An image weighs at most so many times as much as one of median error, and at least so many times less."""
+"""An image weighs at most so many times as much as one of median error, and at least so many times less. On 200 digits
+not fitted on, trust brought 0.2 dB an image with 120 calibration images, and 1.2 with 240, of which one ends at 23 dB.
+"""
 CLASS_IMAGES = 12
-"""A class of which fewer images are fitted on has the weights of all."""
+"""A class of which fewer images are fitted on has the weights of all. With so many of each digit, weights of each class
+brought 0.9 dB an image on 200 others, and 1.3 with twice as many.
+"""
 CLASS_RIDGE, CLASS_READOUT_RIDGE = 1e-3, 3e-2
 """Of what a class adds to the weights and to the readouts, relative to the columns of all images."""
 GAIN_IMAGES, GAIN_POINTS = 8, 10
