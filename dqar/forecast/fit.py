@@ -58,9 +58,9 @@ NEIGHBOURS_RIDGE = 1e-5
 """As ``RIDGE``, for the weights of a pixel's neighbours, the many of which would else fit noise."""
 READOUT_RIDGE = 3e-3
 """The same for what is read from the hidden states."""
-TRUST = 50
+TRUST, TRUST_IMAGES = 50, 32
 """An image weighs at most so many times as much as one of median error, and at least so many times less. On 200 digits
-not fitted on, trust brought 0.2 dB an image with 120 calibration images, and 1.2 with 240, of which one ends at 23 dB.
+not fitted on, trust brought 0.2 dB an image with 120 calibration images, and 1.2 with 240, of which one ends at 23 dB. Fewer than ``TRUST_IMAGES`` weigh all alike.
 """
 CLASS_IMAGES = 12
 """A class of which fewer images are fitted on has the weights of all. With so many of each digit, weights of each class
@@ -737,6 +737,8 @@ def trust(errors: torch.Tensor) -> torch.Tensor:
 
     A few images that have gone astray would else decide for all.
     """
+    if len(errors) < TRUST_IMAGES:
+        return torch.ones_like(errors, dtype=torch.float64)
     least = 1e-10  # rounding
     return ((errors.double() + least) / (errors.median() + least)).rsqrt().clamp(1 / TRUST, TRUST)
 
