@@ -59,8 +59,9 @@ NEIGHBOURS_RIDGE = 1e-5
 READOUT_RIDGE = 3e-3
 """The same for what is read from the hidden states."""
 TRUST, TRUST_IMAGES = 50, 32
-"""An image weighs at most so many times as much as one of median error, and at least so many times less. On 200 digits
-not fitted on, trust brought 0.2 dB an image with 120 calibration images, and 1.2 with 240, of which one ends at 23 dB. Fewer than ``TRUST_IMAGES`` weigh all alike.
+"""An image weighs at most so many times as much as one of median error, and at least so many times less; fewer images
+than ``TRUST_IMAGES`` weigh alike. On 200 digits not fitted on, this brought 0.2 dB an image with 120 calibration ones,
+and 1.2 with 240, of which one ends at 23 dB.
 """
 CLASS_IMAGES = 12
 """A class of which fewer images are fitted on has the weights of all. With so many of each digit, weights of each class
