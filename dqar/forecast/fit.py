@@ -58,10 +58,15 @@ NEIGHBOURS_RIDGE = 1e-5
 """As ``RIDGE``, for the weights of a pixel's neighbours, the many of which would else fit noise."""
 READOUT_RIDGE = 3e-3
 """The same for what is read from the hidden states."""
-TRUST = 50
-"""An image weighs at most so many times as much as one of median error, and at least so many times less."""
+TRUST, TRUST_IMAGES = 50, 32
+"""An image weighs at most so many times as much as one of median error, and at least so many times less; fewer images
+than ``TRUST_IMAGES`` weigh alike. On 200 digits not fitted on, this brought 0.2 dB an image with 120 calibration ones,
+and 1.2 with 240, of which one ends at 23 dB.
+"""
 CLASS_IMAGES = 12
-"""A class of which fewer images are fitted on has the weights of all."""
+"""A class of which fewer images are fitted on has the weights of all. With so many of each digit, weights of each class
+brought 0.9 dB an image on 200 others, and 1.3 with twice as many.
+"""
 CLASS_RIDGE, CLASS_READOUT_RIDGE = 1e-3, 3e-2
 """Of what a class adds to the weights and to the readouts, relative to the columns of all images."""
 GAIN_IMAGES, GAIN_POINTS = 8, 10
@@ -89,8 +94,8 @@ def fit_plan(
         pipe: the pipeline, with the scheduler it is to be used with, on its device, in its dtype. It is left as it was.
         calls: one dictionary of keyword arguments for each call: prompts, images, guidance, sizes, as they will be
             used. 60 to 120 images of different content are a good number; a call may draw several. A class of which
-            there are ``CLASS_IMAGES`` gets weights of its own. Each image is
-            drawn from the noise of its ``generator`` or ``latents``, or of a seed of its own.
+            there are ``CLASS_IMAGES`` gets weights of its own. Each call is drawn from the noise of its ``generator``
+            or ``latents``, or of a seed of its own.
         num_inference_steps: of the runs that the plan is for.
         macs: full compute's multiply-accumulates over the plan's, at least.
         target: what the plan is to reach: the run itself, or the solution that five times the steps find.
@@ -183,9 +188,6 @@ class Calibration:
     Attributes:
         trajectories: one for each call.
         num_steps: of the runs; fewer than ``num_inference_steps`` where they begin late.
-
-    Raises:
-        ValueError: as ``fit_plan``.
     """
 
     def __init__(
@@ -253,9 +255,6 @@ class Calibration:
 
         Its provenance has ``trials``, the sets of steps that were tried, each with its ``predicted`` and ``measured``
         mean squared error: the latter of finished latents that the weights had not been fitted on.
-
-        Raises:
-            ValueError: names the argument, its value and what is accepted.
         """
         check("refinements", refinements, isinstance(refinements, int) and refinements >= 0, "an int of 0 or more")
         size = sum(math.prod(trajectory.previous.shape[1:]) for trajectory in self.trajectories)
@@ -676,7 +675,7 @@ class StepSystem:
     def solve_beyond(
         self, other: StepSystem, weights: torch.Tensor, matrix: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What these images ask for beyond another system's solution, which has them too: shapes as ``solve`` has them.
+        """What these images ask for beyond the solution of another system, which has them too, as ``solve`` has it.
 
         By ridge regression on the columns of the other system.
         """
@@ -739,6 +738,8 @@ def trust(errors: torch.Tensor) -> torch.Tensor:
 
     A few images that have gone astray would else decide for all.
     """
+    if len(errors) < TRUST_IMAGES:
+        return torch.ones_like(errors, dtype=torch.float64)
     least = 1e-10  # rounding
     return ((errors.double() + least) / (errors.median() + least)).rsqrt().clamp(1 / TRUST, TRUST)
 

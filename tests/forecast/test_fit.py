@@ -18,6 +18,7 @@ from dqar.forecast.fit import (
     NEIGHBOURS_RIDGE,
     READOUT_RIDGE,
     TRUST,
+    TRUST_IMAGES,
     StepSystem,
     neighbourhoods,
     trust,
@@ -174,9 +175,12 @@ def test_a_class_adds_what_its_images_still_ask_for():
 
 
 def test_images_that_went_astray_weigh_less():
-    weights = trust(torch.tensor([1e-4, 1e-4, 4e-4, 1e-4, 1.0, 0.25e-4, 1e3]))
-    assert weights.tolist() == pytest.approx([1, 1, 0.5, 1, 1 / TRUST, 2, 1 / TRUST], rel=1e-3)
-    assert trust(torch.tensor([0.0, 1e-14, 3e-13])).tolist() == pytest.approx([1, 1, 1], rel=1e-2)  # rounding
+    usual, few = torch.full((TRUST_IMAGES,), 1e-4), torch.tensor([4e-4, 1.0, 0.25e-4, 1e3])
+    weights = trust(torch.cat([usual, few])).tolist()
+    assert weights == pytest.approx([*[1] * TRUST_IMAGES, 0.5, 1 / TRUST, 2, 1 / TRUST], rel=1e-3)
+    rounding = trust(torch.tensor([0.0, 1e-14, 3e-13]).repeat(TRUST_IMAGES))
+    assert rounding.tolist() == pytest.approx([1] * 3 * TRUST_IMAGES, rel=1e-2)
+    assert trust(few).tolist() == [1, 1, 1, 1]
 
 
 def test_computing_every_step_reaches_the_reference(pipe):
