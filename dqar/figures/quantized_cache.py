@@ -17,6 +17,7 @@ CACHES = {
     (8, "per_channel"): "INT8, one scale a channel",
     (8, "mixed"): "K in FP16, V in INT8",
     (4, "per_channel"): "INT4, one scale a channel",
+    (4, "per_channel fitted"): "INT4, levels fitted",
     (2, "per_channel"): "INT2, one scale a channel",
     (2, "per_channel fitted"): "INT2, levels fitted",
 }

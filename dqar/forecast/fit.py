@@ -675,7 +675,7 @@ class StepSystem:
     def solve_beyond(
         self, other: StepSystem, weights: torch.Tensor, matrix: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What these images ask for beyond the solution of another system, which has them too, as ``solve`` has it.
+        """What these images ask for beyond another system's solution, which has them too: shapes as ``solve`` has them.
 
         By ridge regression on the columns of the other system.
         """
