@@ -188,6 +188,9 @@ class Calibration:
     Attributes:
         trajectories: one for each call.
         num_steps: of the runs; fewer than ``num_inference_steps`` where they begin late.
+
+    Raises:
+        ValueError: as ``fit_plan``.
     """
 
     def __init__(
@@ -255,6 +258,9 @@ class Calibration:
 
         Its provenance has ``trials``, the sets of steps that were tried, each with its ``predicted`` and ``measured``
         mean squared error: the latter of finished latents that the weights had not been fitted on.
+
+        Raises:
+            ValueError: names the argument, its value and what is accepted.
         """
         check("refinements", refinements, isinstance(refinements, int) and refinements >= 0, "an int of 0 or more")
         size = sum(math.prod(trajectory.previous.shape[1:]) for trajectory in self.trajectories)
