@@ -197,7 +197,8 @@ def slide15_looking(run: Run, overhead: pd.DataFrame) -> Figure:
         f"On this model exact entropy adds {middle['fused']:.0%} to a step tile by tile, {middle['maps']:.0%} from "
         f"whole attention maps, and {middle['fused, every 4th step']:.0%} tile by tile at every 4th step",
     )
-    note = f"n = {len(share)} runs taken in turn; CPU time where the device is one"
+    clock = "CPU time" if run.profile.device == "cpu" else "time"
+    note = f"n = {len(share)} runs taken in turn; {clock}"
     return save(run, "slide15_looking", figure, overhead, note)
 
 

@@ -84,10 +84,9 @@ def slide07_training(run: Run, labels: pd.DataFrame, oracle: pd.DataFrame) -> Fi
     for score, color in (("policy", ACCENT), ("rule", BLUE)):
         wrong, right, _ = roc_curve(study.held_out.harmless, study.held_out[score])
         roc.plot(wrong, right, color=color, lw=3)
-        box = {"fc": "white", "ec": "none", "pad": 1}
-        place = (0.97, 0.75) if score == "policy" else (0.97, 0.03)  # off both curves
-        roc.text(*place, f"{NAMES[score]}:\narea {study.auc(score):.2f}", color=color, ha="right", weight="bold",
-                 va="top" if score == "policy" else "bottom", bbox=box)  # fmt: skip
+        place, side = ((0.14, 0.7), "left") if score == "policy" else ((0.97, 0.17), "right")  # off both curves
+        text = f"{NAMES[score]}:\narea {study.auc(score):.2f}"
+        roc.text(*place, text, color=color, ha=side, va="top", weight="bold")
     roc.plot([0, 1], [0, 1], color=GREY, ls="--")
     roc.set(xlabel="harmful reuses accepted", ylabel="harmless reuses accepted")
     roc.set_title(f"Held-out {pictures(run)}")

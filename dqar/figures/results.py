@@ -161,9 +161,9 @@ def slide13(run: Run, summary: pd.DataFrame, gated: pd.DataFrame) -> Figure:
         growth = compared(ours, run.profile.distance)
     headline(figure, f"{growth}; reuse begins at step {int(reuse[reuse > 0].index.min())}, not after step 15")
     count = summary.images.max()
-    note = "reuse events: of 4 images, as on slide 14"
+    note = "events: of 4 images"
     if not np.isnan(count):
-        note = f"n = {int(count):,} images, bars: 95% of each alone, title: of pairs; {note}"
+        note = f"n = {int(count):,} images, bars: 95% of each, title: of pairs; {note}"
     intervals = [
         f"{_number(row.fd, '.2f')} ({_number(row.fd_low, '.2f')} to {_number(row.fd_high, '.2f')})"
         for row in here.itertuples()

@@ -96,8 +96,8 @@ def slide14(run: Run, sites: pd.DataFrame, gated: pd.DataFrame) -> Figure:
     )
     counted = gated[(gated.family == "calibrated") & (gated.target == "kv")]
     note = (
-        f"{_images(run)}; events of one run of 4: {calibrated.sum():,.0f} of "
-        f"{len(counted) // counted.run.nunique():,} sites (slide 12: mean of {run.profile.images:,} images)"
+        f"{_images(run)}; events of 4: {calibrated.sum():,.0f} of {len(counted) // counted.run.nunique():,} sites "
+        f"(slide 12: of {run.profile.images:,})"
     )
     return save_table(run, "slide14", title, table, [9, 12, 12, 11, 12, 12, 12, 14], sites, note)
 
