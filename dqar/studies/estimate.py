@@ -66,7 +66,7 @@ def works(profile: Profile, folder: Path) -> dict[str, Work]:
     methods = max(len(results.methods(profile, folder)), 11 + 4 + 4 * len(pareto.BUDGETS))
     dtypes = 2 * part
     drawn = (methods - 2) * sizes.samples + dtypes
-    overhead = 5 * (2 * profile.repeats + 1) * 4
+    overhead = 5 * (4 * profile.repeats + 1) * 4
     one_site = labelled * (1 + 2 * steps) + trials * steps * (steps - 1) // 2
     computed = pareto.computed_steps(profile, plans.BUDGET)
     own_reference = not profile.embedded and profile.reference is None
