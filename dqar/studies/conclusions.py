@@ -170,9 +170,8 @@ def searched(table: pd.DataFrame | None) -> str:
     best = None if table is None else arena.strongest(arena.verdicts(table))
     if table is None or best is None or not ((best.budget == 3) & (best.target == "reference")).any():
         return ""
-    at = best[(best.budget == 3) & (best.target == "reference")].set_index("measure").loc[list(arena.SHOWN)]
-    words = ", ".join(f"{measure} {row.ours:.1f} dB (best rival {row.theirs:.1f})" for measure, row in at.iterrows())
-    return f"fitted steps at 3×: {words}; n = {table.image.nunique():,}"
+    row = only(best, budget=3, target="reference", measure="median")
+    return f"fitted steps at 3×: median {row.ours:.1f} dB (best rival {row.theirs:.1f}); n = {table.image.nunique():,}"
 
 
 def across_layers(distance: pd.Series, table: pd.DataFrame | None) -> tuple[str, str]:
@@ -190,7 +189,8 @@ def across_layers(distance: pd.Series, table: pd.DataFrame | None) -> tuple[str,
         return _verdict(distance.layer_change < distance.change), words
     most = only(layers.summary(table), family=layers.ALONE, theta=0.0)
     return _verdict(most.macs_speedup >= 2), (
-        f"every other layer's map shared, the most: {most.macs_speedup:.2f}× at {most['median']:.1f} dB; {words}"
+        f"every other layer's map shared, the most: {most.macs_speedup:.2f}× at {most['median']:.1f} dB (n = "
+        f"{table.image.nunique()}); {words}"
     )
 
 
