@@ -293,10 +293,7 @@ def record_history(recording: Recording) -> None:
     Raises:
         ValueError: no plan is recorded.
     """
-    profile, sizes = recording.profile, recording.sizes
-    plan = pareto.recorded_plan(recording.folder, profile, BUDGET)
-    if plan is None:
-        raise ValueError(NO_PLAN)
+    profile, sizes, plan = recording.profile, recording.sizes, _of_budget(recording)
     full = Method(FULL.name, scheduler=profile.scheduler)
 
     @functools.cache
@@ -325,10 +322,7 @@ def record_classes(recording: Recording) -> None:
     Raises:
         ValueError: no plan is recorded.
     """
-    profile, sizes = recording.profile, recording.sizes
-    plan = pareto.recorded_plan(recording.folder, profile, BUDGET)
-    if plan is None:
-        raise ValueError(NO_PLAN)
+    profile, sizes, plan = recording.profile, recording.sizes, _of_budget(recording)
     full, steps = Method(FULL.name, scheduler=profile.scheduler), tuple(sorted(plan.computed))
 
     def measure(images: int, least: float, weights: str) -> pd.DataFrame:
@@ -345,6 +339,13 @@ def record_classes(recording: Recording) -> None:
         for weights, least in fitted.items()
     }
     recording.table("classes", parts, ARENA_SEED)
+
+
+def _of_budget(recording: Recording) -> ForecastPlan:
+    plan = pareto.recorded_plan(recording.folder, recording.profile, BUDGET)
+    if plan is None:
+        raise ValueError(NO_PLAN)
+    return plan
 
 
 def _numbers(rows: pd.DataFrame) -> pd.DataFrame:
