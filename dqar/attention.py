@@ -131,6 +131,7 @@ class DQARSession:
         pipe: the pipeline or transformer it was made for.
         transformer: the module whose calls it takes over, with the wrappers around it; a pipeline's first one.
         config: what decides.
+        engine: what does it, and what it has seen.
         trace: what was decided in every run since it was made.
     """
 
@@ -146,20 +147,20 @@ class DQARSession:
         self.transformer: torch.nn.Module = self._transformers[0]
         self._model = bare(self.transformer)
         models = [bare(transformer) for transformer in self._transformers]
-        self._engine: Engine
+        self.engine: Engine
         if isinstance(config, PlanLadder):
-            self._engine = LadderEngine(models, config, self.trace)
+            self.engine = LadderEngine(models, config, self.trace)
         elif isinstance(config, ForecastPlan):
-            self._engine = ForecastEngine(models, config, self.trace)
+            self.engine = ForecastEngine(models, config, self.trace)
         else:
-            self._engine = ReuseEngine(self.transformer, config, prompt_length, self.trace, group)
+            self.engine = ReuseEngine(self.transformer, config, prompt_length, self.trace, group)
         self._argument_names = list(inspect.signature(type(self._model).forward).parameters)[1:]
         self._family = family(self.transformer)
         self._finder = RunFinder(
             self._family,
             null_class(self.transformer),
             lambda: getattr(self.pipe, "scheduler", None),
-            self._engine.new_state,
+            self.engine.new_state,
             self.trace.begin_run,
             self._end_run,
         )
@@ -175,11 +176,6 @@ class DQARSession:
         self.remove()
 
     @property
-    def engine(self) -> Engine:
-        """What decides, and what it has seen."""
-        return self._engine
-
-    @property
     def attached(self) -> bool:
         """Whether it is on the model."""
         return bool(self._taken)
@@ -191,7 +187,7 @@ class DQARSession:
         Raises:
             AttributeError: with a ``ForecastPlan``, which decides about no site.
         """
-        return self._engine.controller
+        return self.engine.controller
 
     def attach(self) -> None:
         """Takes the modules over, all or none.
@@ -199,7 +195,7 @@ class DQARSession:
         Raises:
             ValueError: DQAR is there already, or an attention processor was exchanged meanwhile.
         """
-        handlers = [*((transformer, self.forward) for transformer in self._transformers), *self._engine.handlers()]
+        handlers = [*((transformer, self.forward) for transformer in self._transformers), *self.engine.handlers()]
         if any(handler_of(module) is not None for module, _ in handlers):
             raise ValueError("DQAR is already applied to this transformer: call remove_dqar first")
         for module, handler in handlers:
@@ -218,7 +214,7 @@ class DQARSession:
             give_back(module)
         self._taken.clear()
         self._finder.clear()
-        self._engine.clear()
+        self.engine.clear()
 
     def summary(self) -> dict[str, Any]:
         """What the runs since it was made did, so far as the trace still has them.
@@ -243,7 +239,7 @@ class DQARSession:
             "reused_share": reused / max(1, len(sites)),
             "forecast_steps": forecast,
             "peak_cache_bytes": 0 if table.empty else int(table.groupby(["run", "step"]).bytes.sum().max()),
-            **(self._engine.summary() if isinstance(self._engine, LadderEngine) else {}),
+            **(self.engine.summary() if isinstance(self.engine, LadderEngine) else {}),
         }
 
     # --- the transformer's calls -------------------------------------------------------------------------------------
@@ -259,8 +255,8 @@ class DQARSession:
         try:
             if run.count == 1 and first:
                 WATCH.look_around(self, run.scheduler)
-                self._engine.begin_run(run, latents)
-            output = self._engine.call(compute, run, call, named, first)
+                self.engine.begin_run(run, latents)
+            output = self.engine.call(compute, run, call, named, first)
             self._look_at(as_batch(output[0]), run, call, compute)
         except BaseException:
             self._finder.give_up(run)
@@ -275,7 +271,7 @@ class DQARSession:
         trains = any(t is not None and t.requires_grad for t in given) or any(
             p.requires_grad for p in self._model.parameters()
         )
-        if trains and not self._warned and self._engine.saves:
+        if trains and not self._warned and self.engine.saves:
             self._warned = True
             warnings.warn("gradients are on, so DQAR reuses nothing: draw under torch.no_grad()", stacklevel=5)
         return trains
@@ -299,7 +295,7 @@ class DQARSession:
         if run is None or len(run.streams) != 1 or not isinstance(model_output, torch.Tensor):
             return
         try:
-            self._engine.before_step(run, run.streams[0], model_output)
+            self.engine.before_step(run, run.streams[0], model_output)
         except BaseException:
             self._finder.give_up(run)
             raise
@@ -321,7 +317,7 @@ class DQARSession:
         total = output.sum(dtype=torch.float32)
         if run.unseen is not None:
             total = run.unseen + total
-        at_once = self._engine.looks and total.device.type == "cpu"
+        at_once = self.engine.looks and total.device.type == "cpu"
         if not (at_once or run.last or run.timesteps is None):
             run.unseen = total
             return
@@ -330,7 +326,7 @@ class DQARSession:
             return
         step = run.index
         if not call.stream.latents.isfinite().all():  # nobody has looked since it began
-            if self._engine.looks:
+            if self.engine.looks:
                 raise FloatingPointError(f"the latents hold NaN or inf at step {step}, before layer 0")
             raise FloatingPointError(f"NaN or inf before step {step}: a run without the plan tells where it begins")
         raise FloatingPointError(f"the model's output holds NaN or inf at step {step}, {self._first_bad_layer(again)}")

@@ -100,7 +100,8 @@ class DQARConfig:
         policy_threshold: the least ``p_reuse`` at which the policy reuses.
         plan: the sites to reuse, decided beforehand. Replaces schedule, streak limit and gate; no signal is measured.
         schedule: which layers may reuse at a step (slide 8); see ``dqar.scheduler``.
-        static_interval: of the ``"static"`` schedule: every n-th step computes, the others may reuse.
+        static_interval: of the ``"static"`` schedule: every n-th step computes, the others may reuse, so far as
+            ``max_reuse_streak`` lets them.
         max_reuse_streak: steps in a row that one cached result may serve before it is computed afresh.
         warmup: number of first steps that always compute.
         cooldown: number of last steps that always compute.

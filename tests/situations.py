@@ -146,8 +146,8 @@ class Naive:
             "residual": lambda block: (block,),
         }[target]
         self.residual = target == "residual"
-        found = [module for block in transformer.transformer_blocks for module in modules(block)]
-        self.handles = [module.register_forward_hook(self.hook) for module in found]
+        watched = [module for block in transformer.transformer_blocks for module in modules(block)]
+        self.handles = [module.register_forward_hook(self.hook) for module in watched]
 
     def __enter__(self):
         return self
@@ -212,7 +212,7 @@ def loop(
         timesteps = scheduler.timesteps[start:stop]
     torch.manual_seed(seed)  # of schedulers that add noise
     x = noise(seed, batch, 4, size, size) * getattr(scheduler, "init_noise_sigma", 1.0)
-    known = []
+    computed = []
 
     def call(inputs, t, classes, caller):
         if naive is not None:
@@ -224,7 +224,7 @@ def loop(
         scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         scale = guidance(i)
         if forecast is not None and i not in forecast[0]:
-            last = known[: forecast[1] + 1]
+            last = computed[: forecast[1] + 1]
             weights = _line([step for step, _ in last], i)
             predicted = sum(w * old for w, (_, old) in zip(weights, last, strict=True))
         else:
@@ -238,7 +238,7 @@ def loop(
                     got = {b: call(scaled, t, [labels(i) if b == "cond" else NULL], b) for b in order}
                     c, u = got["cond"], got["uncond"]
                 predicted = u + scale * (c - u)
-            known.insert(0, (i, predicted))
+            computed.insert(0, (i, predicted))
         if see is not None:
             see(i, scaled, x, predicted)
         x = scheduler.step(predicted, t, x).prev_sample

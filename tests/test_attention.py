@@ -311,7 +311,7 @@ def test_reuse_computes_no_more_than_it_needs(pipe, monkeypatch, target, project
 
 def test_traced_entropy_equals_that_of_the_maps(pipe):
     """Per head and branch, from float64 maps of the projections' own outputs."""
-    found, queries = {}, {}
+    by_hand, queries = {}, {}
     for layer, block in enumerate(pipe.transformer.transformer_blocks):
         block.attn1.to_q.register_forward_hook(lambda _m, _a, out, layer=layer: queries.update({layer: out}))
 
@@ -320,7 +320,7 @@ def test_traced_entropy_equals_that_of_the_maps(pipe):
             p = (q @ k.mT / math.sqrt(8)).softmax(-1)
             entropy = -(p * p.log()).sum(-1).mean(-1)
             for branch, half in zip(("cond", "uncond"), entropy.chunk(2), strict=True):
-                found.setdefault((layer, branch), []).append(half.mean(0))
+                by_hand.setdefault((layer, branch), []).append(half.mean(0))
 
         block.attn1.to_k.register_forward_hook(see_key)
     with apply_dqar(pipe, DQARConfig(schedule="none", probe=Probe(record=True))) as session:
@@ -328,7 +328,7 @@ def test_traced_entropy_equals_that_of_the_maps(pipe):
     heads = session.trace.heads_to_pandas()
     assert len(heads) == 3 * 4 * 2 * 2
     for row in heads.itertuples():
-        assert row.entropy == pytest.approx(found[row.layer, row.branch][row.step][row.head].item(), abs=1e-5)
+        assert row.entropy == pytest.approx(by_hand[row.layer, row.branch][row.step][row.head].item(), abs=1e-5)
     assert heads.groupby("branch").entropy.mean().nunique() == 2
 
 
@@ -746,13 +746,13 @@ def test_balancing_brings_the_image_closer_where_keys_have_outliers(pipe):
 
 
 def test_keys_and_values_are_balanced_against_queries_and_the_next_weights(pipe):
-    found, attn = {"q": [], "k": [], "v": []}, pipe.transformer.transformer_blocks[1].attn1
+    projected, attn = {"q": [], "k": [], "v": []}, pipe.transformer.transformer_blocks[1].attn1
     for name, module in {"q": attn.to_q, "k": attn.to_k, "v": attn.to_v}.items():
-        module.register_forward_hook(lambda _m, _a, out, name=name: found[name].append(out.double()))
+        module.register_forward_hook(lambda _m, _a, out, name=name: projected[name].append(out.double()))
     with apply_dqar(pipe, DQARConfig(**COARSE, balance=True)) as session:
         entries = entries_of(pipe, session)
         draw(pipe, steps=2)
-        peaks = {name: outputs[0].abs().amax(1) for name, outputs in found.items()}
+        peaks = {name: outputs[0].abs().amax(1) for name, outputs in projected.items()}
         weights = attn.to_out[0].weight.detach().double().abs().amax(0)
         for branch, half in (("cond", slice(0, 2)), ("uncond", slice(2, 4))):
             entry = entries[1, branch]

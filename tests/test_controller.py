@@ -264,11 +264,11 @@ def test_a_planned_site_that_nothing_was_cached_for_is_computed():
 
 def test_a_plan_caches_only_what_it_reuses_next():
     controller = DQARController(3, DQARConfig(plan=ReusePlan({(2, 0, "cond"), (3, 1, "uncond")}, 3, 4)))
-    wanted = []
+    committed = []
     for step in range(4):
         controller.begin_step(step, 4)
-        wanted.append([layer for layer in range(3) if controller.wants_commit(layer)])
-    assert wanted == [[], [0], [1], []]
+        committed.append([layer for layer in range(3) if controller.wants_commit(layer)])
+    assert committed == [[], [0], [1], []]
 
 
 @pytest.mark.parametrize(

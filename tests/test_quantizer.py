@@ -299,7 +299,7 @@ def test_fitted_levels_reach_the_best_uniform_quantizer_of_gaussian_data(bits, e
 def test_fitted_levels_are_the_best_that_a_search_finds(mode):
     torch.manual_seed(4)
     x = torch.distributions.StudentT(3.0).sample((2, 16, 16)) + 3
-    found = (quantize(x, 2, mode, batch_dims=1, fitted=True).dequantize() - x).square().sum().item()
+    fitted_error = (quantize(x, 2, mode, batch_dims=1, fitted=True).dequantize() - x).square().sum().item()
     groups = {"per_tensor": x.flatten(1), "per_channel": x.mT.flatten(0, 1), "per_token": x.flatten(0, 1)}[mode]
     least = 0.0
     for group in groups:
@@ -308,7 +308,7 @@ def test_fitted_levels_are_the_best_that_a_search_finds(mode):
         offsets = torch.linspace(0, 1, 120)[None, :, None] * (high - low) + low
         levels = ((group - offsets) / scales).round().clamp(-2, 1) * scales + offsets
         least += (levels - group).square().sum(-1).min().item()
-    assert found < 1.2 * least
+    assert fitted_error < 1.2 * least
 
 
 @pytest.mark.parametrize("bits", BITS)

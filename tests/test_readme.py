@@ -65,8 +65,8 @@ def test_what_can_be_promised_is_what_was_recorded():
         recordings=RECORDED / "digits",
         recorded=lambda name: load_table(RECORDED / "digits" / f"{name}.parquet"),
     )
-    found = plans.promises(run)
-    speedups, kept = plans.typical(found), plans.typical(found, "kept")
+    judged = plans.promises(run)
+    speedups, kept = plans.typical(judged), plans.typical(judged, "kept")
     for decibels, share in speedups.index:
         own = [(speedups[way][decibels, share], kept[way][decibels, share]) for way in plans.WAYS]
         cells = " | ".join(f"{speedup:.2f}×, {100 * part:.1f}%" for speedup, part in own)
@@ -150,11 +150,11 @@ CLASSES = {
 
 def test_the_table_of_models_says_what_the_docs_say_of_each_pipeline():
     docs = (RECORDED.parent / "docs/families.md").read_text()
-    known = {name: (plan, trace, reuse) for name, plan, trace, reuse in
+    listed = {name: (plan, trace, reuse) for name, plan, trace, reuse in
              re.findall(r"^\| `(\w+)Pipeline` \| (\w+) \| ([\w ]+) \| ([^|]+) \|", docs, re.M)}  # fmt: skip
     table = README.split("| pipeline | forecast plan |")[1].split("\n\n")[0].splitlines()[2:]
     said = {}
     for row in table:
         names, *support = (cell.strip() for cell in row.strip("|").split("|"))
         said |= {CLASSES[name]: tuple(support) for name in re.sub(r" \(.*\)", "", names).split(", ")}
-    assert len(table) < 12 and said == known and len(known) == 18
+    assert len(table) < 12 and said == listed and len(listed) == 18

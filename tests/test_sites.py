@@ -52,7 +52,7 @@ class Naive:
                 module.register_forward_hook(self.hook(layer, target == "residual"))
 
     def hook(self, layer, whole):
-        known = {branch: [] for branch in self.branches}
+        computed = {branch: [] for branch in self.branches}
         steps = iter(range(1000))
 
         def replace(_module, args, output):
@@ -60,18 +60,18 @@ class Naive:
             step, halves = next(steps), list((output - base).chunk(2))
             for i, branch in enumerate(self.branches):
                 if (step, layer, branch) in self.sites:
-                    halves[i] = self.polynomial(known[branch][-self.order - 1 :], step).to(output.dtype)
+                    halves[i] = self.polynomial(computed[branch][-self.order - 1 :], step).to(output.dtype)
                 else:
-                    known[branch].append((step, halves[i].double()))
+                    computed[branch].append((step, halves[i].double()))
             return torch.cat(halves) + base
 
         return replace
 
     @staticmethod
-    def polynomial(known, step):
-        powers = torch.arange(len(known))
-        steps = torch.tensor([float(step) for step, _ in known], dtype=torch.float64)
-        values = torch.stack([value for _, value in known])
+    def polynomial(computed, step):
+        powers = torch.arange(len(computed))
+        steps = torch.tensor([float(step) for step, _ in computed], dtype=torch.float64)
+        values = torch.stack([value for _, value in computed])
         coefficients = torch.linalg.solve(steps[:, None] ** powers, values.flatten(1))
         weights = torch.tensor(float(step), dtype=torch.float64) ** powers
         return (weights @ coefficients.to(weights)).view_as(values[0])
@@ -418,15 +418,15 @@ def test_an_entrys_bytes_are_those_of_its_tensors(bits):
         x = torch.randn(2, 16, 8)
         cache.put(0, {"cond": slice(None)}, step, dict(output=x, feed_forward=x))
     entry = cache.get(0, "cond")
-    known = (entry, *entry.history)
+    chain = (entry, *entry.history)
     tensors = [
         part
-        for past in known
+        for past in chain
         for stored in (past.output, past.feed_forward)
         for part in (stored.data, stored.scale, stored.kept, stored.kept_channels)
     ]
     assert cache.nbytes == entry.nbytes == sum(tensor.nbytes for tensor in tensors)
-    assert [past.step for past in known] == [4, 3, 2]
+    assert [past.step for past in chain] == [4, 3, 2]
     assert entry.nbytes == 6 * (2 * 16 * 8 * bits // 8 + 2 * 8 * 4 + 2 * 16 * 2 * 2 + 2 * 2 * 2)
 
 
@@ -586,14 +586,14 @@ def test_only_what_a_forecast_draws_on_is_cached(order, expected):
     controller = DQARController(
         2, DQARConfig(plan=plan, reuse_target="output", cache=CacheFormat(forecast_order=order))
     )
-    wanted = {}
+    committed = {}
     for step in range(9):
         controller.begin_step(step, 9)
-        wanted[step] = [layer for layer in (0, 1) if controller.wants_commit(layer)]
+        committed[step] = [layer for layer in (0, 1) if controller.wants_commit(layer)]
     if order == 2:
-        assert wanted == {0: [], 1: [], 2: [0], 3: [0], 4: [0, 1], 5: [1], 6: [1], 7: [], 8: []}
+        assert committed == {0: [], 1: [], 2: [0], 3: [0], 4: [0, 1], 5: [1], 6: [1], 7: [], 8: []}
     else:
-        assert wanted == {step: expected.get(step, []) for step in range(9)}
+        assert committed == {step: expected.get(step, []) for step in range(9)}
 
 
 def test_a_site_is_committed_through_the_controller():

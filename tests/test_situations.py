@@ -394,8 +394,8 @@ def test_a_closed_gate_under_every_scheduler(dit, name):
     with apply_dqar(dit, CLOSED) as session:
         for _ in range(2):
             assert same(loop(dit, steps=5), plain)
-    wanted = dit.scheduler.timesteps.tolist()
-    assert timesteps_of(session) == pytest.approx(2 * wanted)
+    visited = dit.scheduler.timesteps.tolist()
+    assert timesteps_of(session) == pytest.approx(2 * visited)
     table = rows(session)
     assert set(table.run) == {0, 1} and set(table.decision) == {"compute"}
     assert set(table.total_steps) == {len(dit.scheduler.timesteps)}
@@ -446,8 +446,8 @@ def test_the_decks_gate_looks_under_every_scheduler(dit, name):
     plain = loop(dit, steps=5)
     with apply_dqar(dit, LOOKING) as session:
         assert same(loop(dit, steps=5), plain)
-    found = rows(session).groupby("step", sort=True).snr_schedule.first()
-    assert found.notna().all() and (found >= 0).all() and found.is_monotonic_increasing
+    ratios = rows(session).groupby("step", sort=True).snr_schedule.first()
+    assert ratios.notna().all() and (ratios >= 0).all() and ratios.is_monotonic_increasing
 
 
 FLOWS = {
@@ -504,9 +504,9 @@ def test_the_snr_of_edm(dit, name):
     with apply_dqar(dit, LOOKING) as session:
         loop(dit)
     table = rows(session).groupby("step", sort=True)
-    schedule, found = table.snr_schedule.first().tolist(), table.snr.first().tolist()
+    schedule, traced = table.snr_schedule.first().tolist(), table.snr.first().tolist()
     assert any(schedule == pytest.approx([c / s**2 for s in sigmas], rel=1e-3) for c in (1, 0.25))
-    assert any(found == pytest.approx(snr, rel=1e-3) for snr in (raw, model))
+    assert any(traced == pytest.approx(snr, rel=1e-3) for snr in (raw, model))
 
 
 @pytest.mark.parametrize(
@@ -966,7 +966,7 @@ def test_reuse_goes_on_at_its_step_when_the_class_changes(dit, target, change):
     def labels(i):
         return 1 if i < change else 2
 
-    plain, wanted = loop(dit, labels), []
+    plain, allowed = loop(dit, labels), []
     for anew in (False, True):
         with Naive(dit.transformer, target) as naive:
 
@@ -976,11 +976,11 @@ def test_reuse_goes_on_at_its_step_when_the_class_changes(dit, target, change):
                     naive.forget()
 
             naive.at = at
-            wanted.append(loop(dit, labels, naive=naive))
+            allowed.append(loop(dit, labels, naive=naive))
     with apply_dqar(dit, every(target)) as session, or_refused() as outcome:
         got = loop(dit, labels)
     if not outcome.refused:
-        assert any(near(got, want) for want in wanted)
+        assert any(near(got, want) for want in allowed)
         assert timesteps_of(session) == dit.scheduler.timesteps.tolist()
     with apply_dqar(dit, CLOSED) as session:
         assert same(loop(dit, labels), plain)
@@ -1045,7 +1045,7 @@ def test_guidance_in_an_interval_through_a_closed_gate(dit, interval):
 )
 def test_guidance_in_an_interval_reuses_each_branch_by_itself(dit, target, interval):
     """By hand: a cache a branch that goes on, or one that begins anew whenever guidance comes or goes."""
-    scale, wanted = INTERVALS[interval], []
+    scale, allowed = INTERVALS[interval], []
     for forget in (None, "both", "uncond"):
         with Naive(dit.transformer, target) as naive:
 
@@ -1059,11 +1059,11 @@ def test_guidance_in_an_interval_reuses_each_branch_by_itself(dit, target, inter
                         naive.kept = {key: value for key, value in naive.kept.items() if key[1] != "uncond"}
 
             naive.at = at
-            wanted.append(loop(dit, guidance=scale, calls="cond first", naive=naive))
+            allowed.append(loop(dit, guidance=scale, calls="cond first", naive=naive))
     with apply_dqar(dit, every(target)), or_refused() as outcome:
         got = loop(dit, guidance=scale)
     if not outcome.refused:
-        assert any(near(got, want) for want in wanted)
+        assert any(near(got, want) for want in allowed)
 
 
 @pytest.mark.parametrize("interval", INTERVALS)
@@ -2025,8 +2025,8 @@ def test_processors_that_dqar_does_not_know_are_refused_by_name(pixart, place, m
     for layer in (0, 1, 2) if name == "closed" else (1,):
         getattr(pixart.transformer.transformer_blocks[layer], place).set_processor(OWN[make]())
     own = draw_text(pixart)
-    found = [getattr(block, place).processor for block in pixart.transformer.transformer_blocks]
-    kind = type(found[1]).__name__
+    chosen = [getattr(block, place).processor for block in pixart.transformer.transformer_blocks]
+    kind = type(chosen[1]).__name__
     if place == "attn1":
         with pytest.raises(ValueError, match=rf"\b{kind}\b") as refused:
             apply_dqar(pixart, mode(name, pixart))
@@ -2042,7 +2042,7 @@ def test_processors_that_dqar_does_not_know_are_refused_by_name(pixart, place, m
             if name == "closed":
                 assert same(got, own)
             session.remove()
-    assert [getattr(block, place).processor for block in pixart.transformer.transformer_blocks] == found
+    assert [getattr(block, place).processor for block in pixart.transformer.transformer_blocks] == chosen
     assert same(draw_text(pixart), own)
 
 
@@ -2693,8 +2693,8 @@ def test_slide_9_by_hand(branches, bits):
     assert reused == {(run, step) for run in (0, 1) for step in (1, 2, 3, 5)}
     assert (table.decision == "reuse").tolist() == [use for *_, use in decisions]
     computed = table[table.decision == "compute"]
-    wanted = [stats.attention_entropy(noise(s, 1, 2, 16, 16).softmax(-1)).item() for s in computed.step]
-    assert computed.entropy.tolist() == pytest.approx(wanted, rel=1e-4)
+    entropies = [stats.attention_entropy(noise(s, 1, 2, 16, 16).softmax(-1)).item() for s in computed.step]
+    assert computed.entropy.tolist() == pytest.approx(entropies, rel=1e-4)
     assert (table.bytes > 0).all()
 
 

@@ -183,9 +183,11 @@ def test_the_command_writes_the_slides_and_the_look_that_it_is_asked_for(options
     monkeypatch.setattr(deck_command, "write_pdf", lambda path: path.with_suffix(".pdf"))
     assert main(["deck", *options, "--out", str(tmp_path / "new"), "--figures", str(FIGURES)]) == 0
     deck.write_deck(FIGURES, tmp_path / "wanted.pptx", chosen, look)
-    made, wanted = (Presentation(str(path)).slides for path in (tmp_path / "new/deck.pptx", tmp_path / "wanted.pptx"))
+    made, committed = (
+        Presentation(str(path)).slides for path in (tmp_path / "new/deck.pptx", tmp_path / "wanted.pptx")
+    )
     assert [slide.shapes.title.text_frame.text for slide in made] == [sidecar(number)["title"] for number in chosen]
-    assert [etree.tostring(slide._element) for slide in made] == [etree.tostring(slide._element) for slide in wanted]
+    assert [etree.tostring(slide._element) for slide in made] == [etree.tostring(slide._element) for slide in committed]
 
 
 def test_without_libreoffice_the_command_keeps_the_pptx_and_says_what_is_missing(tmp_path, monkeypatch, capsys):

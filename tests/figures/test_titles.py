@@ -31,10 +31,10 @@ def changes(shallow, deep):
     ],
 )
 def test_whether_shallow_layers_stabilise_first_is_said(shallow, deep, verdict):
-    found = settling(changes(shallow, deep), 50)
-    assert found.loc["shallow"].tolist() == [shallow[0], shallow[1], shallow[1]]
-    assert found.loc["middle"].eq(0.2).all() and found.columns.tolist() == ["early", "middle", "late"]
-    assert f"Shallow layers {verdict}" in schedules.settling_in_words(found)
+    settled = settling(changes(shallow, deep), 50)
+    assert settled.loc["shallow"].tolist() == [shallow[0], shallow[1], shallow[1]]
+    assert settled.loc["middle"].eq(0.2).all() and settled.columns.tolist() == ["early", "middle", "late"]
+    assert f"Shallow layers {verdict}" in schedules.settling_in_words(settled)
 
 
 @pytest.mark.parametrize(
@@ -51,9 +51,9 @@ def test_a_distance_has_moved_only_where_the_interval_of_pairs_leaves_out_zero(l
 
 def test_a_title_says_how_many_rivals_are_drawn_so_far():
     table = pd.DataFrame({"family": ["full compute", "fewer steps", "SeaCache", "DQAR plan"]})
-    known = len({"fewer steps", "output extrapolation", *pareto.pareto.SOLVERS.values(), *pareto.RIVALS})
-    assert pareto.rivals_drawn([table]) == f" (2 of {known} rivals drawn so far, no learned solver)"
+    rivals = len({"fewer steps", "output extrapolation", *pareto.pareto.SOLVERS.values(), *pareto.RIVALS})
+    assert pareto.rivals_drawn([table]) == f" (2 of {rivals} rivals drawn so far, no learned solver)"
     assert (
         pareto.rivals_drawn([table, pd.DataFrame({"family": ["bespoke solver"]})])
-        == f" (3 of {known} rivals drawn so far)"
+        == f" (3 of {rivals} rivals drawn so far)"
     )

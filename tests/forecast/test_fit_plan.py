@@ -106,8 +106,8 @@ def test_patches_tile_the_grid_or_there_are_none():
 def test_guidance_is_told_from_what_it_makes(scale, sign):
     torch.manual_seed(0)
     cond, uncond = torch.randn(2, 500)
-    found, ahead, rest = mixture(sign * (uncond + scale * (cond - uncond)), cond, uncond)
-    assert found.item() == pytest.approx(scale, rel=1e-5)
+    guidance, ahead, rest = mixture(sign * (uncond + scale * (cond - uncond)), cond, uncond)
+    assert guidance.item() == pytest.approx(scale, rel=1e-5)
     assert (ahead.item(), rest.item()) == pytest.approx((sign * scale, sign * (1 - scale)), rel=1e-5, abs=1e-5)
 
 

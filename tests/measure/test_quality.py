@@ -64,9 +64,9 @@ def test_a_folder_is_cropped_and_resized_as_pillow_does_it(tmp_path):
         Image.fromarray(rng.integers(0, 255, shape, dtype=np.uint8)).save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("no image")
     files = quality.image_files(tmp_path)
-    found = quality.features_of_files(StandIn(), files, 8)["features"]
+    features = quality.features_of_files(StandIn(), files, 8)["features"]
     first = torch.from_numpy(np.array(Image.open(tmp_path / "a.png"))).permute(2, 0, 1)[None] / 255
-    assert found.shape == (2, 12) and torch.allclose(found[:1], StandIn()(first)["features"])
+    assert features.shape == (2, 12) and torch.allclose(features[:1], StandIn()(first)["features"])
     (tmp_path / "broken.png").write_bytes(b"nothing")
     with pytest.raises(OSError, match=r"broken\.png can't be read as an image"):
         quality.features_of_files(StandIn(), quality.image_files(tmp_path), 8)
@@ -138,19 +138,19 @@ def test_clip_scores_are_the_cosines_of_the_towers():
         return BatchFeature({"input_ids": words[first : first + len(text)], "pixel_values": pixels})
 
     drawn = images(60)
-    found = quality.clip_scores(model, processor, drawn, [str(i) for i in range(60)])
+    scored = quality.clip_scores(model, processor, drawn, [str(i) for i in range(60)])
     seen = model.visual_projection(model.vision_model((drawn * 255).round() / 255).pooler_output)
     read = model.text_projection(model.text_model(words).pooler_output)
     expected = [max(0, 100 * torch.cosine_similarity(a, b, dim=0).item()) for a, b in zip(seen, read, strict=True)]
-    assert found.tolist() == pytest.approx(expected, abs=1e-3) and asked == [(50, 5), (10, 5)]
-    assert found.min() == 0 < found.max()
+    assert scored.tolist() == pytest.approx(expected, abs=1e-3) and asked == [(50, 5), (10, 5)]
+    assert scored.min() == 0 < scored.max()
 
 
 def test_random_weights_are_scored_in_a_rehearsal_only():
     drawn = images(2), torch.arange(2), images(2)
     assert quality.scores(get_profile("dit-xl-2-random"), *drawn) == {}
-    found = quality.scores(get_profile("dit-xl-2", rehearsal=True), *drawn)
-    assert list(found) == ["features"] and found["features"][0].shape == (12,)
+    scored = quality.scores(get_profile("dit-xl-2", rehearsal=True), *drawn)
+    assert list(scored) == ["features"] and scored["features"][0].shape == (12,)
 
 
 def test_inception_is_asked_in_batches_for_pooled_and_spatial_features(monkeypatch):
@@ -169,18 +169,18 @@ def test_inception_is_asked_in_batches_for_pooled_and_spatial_features(monkeypat
 
     monkeypatch.setattr(quality, "AT_ONCE", 2)
     drawn, network = images(5), Network()
-    found = Inception(network)(drawn)
-    assert {name: x.shape[1] for name, x in found.items()} == Inception.widths
-    assert found["features"][:, 7].tolist() == (drawn[:, 0, 0, 0] * 255).round().tolist()
+    columns = Inception(network)(drawn)
+    assert {name: x.shape[1] for name, x in columns.items()} == Inception.widths
+    assert columns["features"][:, 7].tolist() == (drawn[:, 0, 0, 0] * 255).round().tolist()
     with torch.no_grad():
         places = network.Mixed_6d.branch1x1(nn.functional.interpolate((drawn * 255).round(), (17, 17)))
-    torch.testing.assert_close(found["spatial"][:, 7 * 20 + 3], places[:, 3, 1, 3])  # row 1, column 3, channel 3
+    torch.testing.assert_close(columns["spatial"][:, 7 * 20 + 3], places[:, 3, 1, 3])  # row 1, column 3, channel 3
 
 
 def test_an_embedded_model_keeps_its_classifier():
     drawn = torch.rand(2, 1, 8, 8)
-    found = quality.scores(get_profile("digits"), drawn, torch.arange(2), drawn)
-    assert list(found) == ["predicted", "features"] and isinstance(found["predicted"], np.ndarray)
+    scored = quality.scores(get_profile("digits"), drawn, torch.arange(2), drawn)
+    assert list(scored) == ["predicted", "features"] and isinstance(scored["predicted"], np.ndarray)
     assert quality.reference_of("digits", types.SimpleNamespace()).features.mean.shape == (64,)
 
 

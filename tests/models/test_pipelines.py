@@ -31,9 +31,9 @@ TINY = {"device": "cpu", "dtype": torch.float32, "num_samples": 3, "num_inferenc
 @pytest.fixture
 def coco(monkeypatch):
     """Captions as the tiny tokenizer knows them, and no download."""
-    known = tuple(" ".join(["a", "cat", "on", "the", "mat"][: 2 + i % 4]) for i in range(captions.NUM_CAPTIONS))
-    monkeypatch.setattr("dqar.measure.sampling.coco_captions", lambda: known)
-    return known
+    texts = tuple(" ".join(["a", "cat", "on", "the", "mat"][: 2 + i % 4]) for i in range(captions.NUM_CAPTIONS))
+    monkeypatch.setattr("dqar.measure.sampling.coco_captions", lambda: texts)
+    return texts
 
 
 def test_pixart_is_loaded_and_traced(pixart_folder, coco, monkeypatch, tmp_path):
@@ -65,8 +65,8 @@ def test_changes_are_filed_under_the_right_branch(pixart_folder, coco):
     with ChangeRecorder(pipe.transformer, 4) as changes:
         sample(pipe, profile, 0, num_samples=1)
     uncond, cond = ((outputs[1] - outputs[0]).flatten(1).norm(dim=1) / outputs[1].flatten(1).norm(dim=1)).tolist()
-    found = {row["branch"]: row["change"] for row in changes.rows if row["layer"] == 1 and row["step"] == 1}
-    assert found == pytest.approx({"cond": cond, "uncond": uncond}) and cond != pytest.approx(uncond)
+    by_branch = {row["branch"]: row["change"] for row in changes.rows if row["layer"] == 1 and row["step"] == 1}
+    assert by_branch == pytest.approx({"cond": cond, "uncond": uncond}) and cond != pytest.approx(uncond)
 
 
 def test_another_transformer_goes_into_the_pipeline(pixart_folder, tmp_path, coco):

@@ -21,8 +21,8 @@ def distance_to(*best):
 def test_the_search_finds_the_best_of_all_choices():
     rng = random.Random(0)
     table = {(0, 1, *rest): rng.random() + 0.1 for rest in itertools.combinations(range(2, 12), 6)}
-    found = search(table.__getitem__, 12, 8, annealing=400, climbing=200)
-    assert found == min(table, key=table.__getitem__)
+    best = search(table.__getitem__, 12, 8, annealing=400, climbing=200)
+    assert best == min(table, key=table.__getitem__)
 
 
 @pytest.mark.parametrize("annealing, climbing", [(300, 0), (1, 300)])

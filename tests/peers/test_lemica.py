@@ -42,8 +42,8 @@ def test_no_path_of_the_same_length_has_lesser_errors(seed, computed):
 
     paths = [(0, *rest) for rest in itertools.combinations(range(1, 9), computed - 1)]
     least = min(sorted_errors(p) for p in paths if all(edge in errors for edge in itertools.pairwise([*p, 9])))
-    found = minimax_path(errors, 9, computed)
-    assert len(found) == computed and found[0] == 0 and sorted_errors(found) == least
+    path = minimax_path(errors, 9, computed)
+    assert len(path) == computed and path[0] == 0 and sorted_errors(path) == least
 
 
 def test_an_edge_weighs_what_its_reused_steps_do_to_the_image():

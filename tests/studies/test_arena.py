@@ -28,50 +28,50 @@ def table(decibels, made_for="reference"):
 
 
 def test_standings_are_of_errors_in_the_mean_and_of_images_otherwise():
-    found = arena.standings(table({"full": [50, 50, 50], "25 steps": [40, 50, 20]}), "reference").set_index("method")
-    assert found["mean"]["25 steps"] == pytest.approx(-10 * math.log10((1e-4 + 1e-5 + 1e-2) / 3))
-    assert found["median"]["25 steps"] == pytest.approx(40)
-    assert found["5th percentile"]["25 steps"] == pytest.approx(22)  # a tenth of the way from 20 to 40
-    assert found["worst"]["25 steps"] == pytest.approx(20)
+    judged = arena.standings(table({"full": [50, 50, 50], "25 steps": [40, 50, 20]}), "reference").set_index("method")
+    assert judged["mean"]["25 steps"] == pytest.approx(-10 * math.log10((1e-4 + 1e-5 + 1e-2) / 3))
+    assert judged["median"]["25 steps"] == pytest.approx(40)
+    assert judged["5th percentile"]["25 steps"] == pytest.approx(22)  # a tenth of the way from 20 to 40
+    assert judged["worst"]["25 steps"] == pytest.approx(20)
 
 
 def test_verdicts_follow_from_paired_intervals():
     images = np.linspace(30, 60, 50)
     noise = np.random.default_rng(1).normal(size=50)
     own = table({"full": images + 60, "plan 2": images, "25 steps": images - 1, "cache": images + noise / 100})
-    found = arena.verdicts(own, 500).set_index(["target", "budget", "measure", "family"])
-    row = found.loc["reference", 2, "median", "fewer steps"]
+    judged = arena.verdicts(own, 500).set_index(["target", "budget", "measure", "family"])
+    row = judged.loc["reference", 2, "median", "fewer steps"]
     # Images differ by far more than the methods do: only in pairs can a lead of 1 dB be seen.
     assert row.verdict == "ahead" and row.lead == pytest.approx(1) and row.lead_low == pytest.approx(1)
-    assert found.loc["reference", 2, "median", "cache"].verdict == "level"
-    assert "converged" not in found.index  # no plan is made for it
+    assert judged.loc["reference", 2, "median", "cache"].verdict == "level"
+    assert "converged" not in judged.index  # no plan is made for it
 
 
 def test_a_plan_is_behind_where_a_rival_is_better():
-    found = arena.verdicts(table({"full": [90] * 9, "plan 2": [40] * 9, "25 steps": [41] * 9}), 50)
-    assert set(found.verdict) == {"behind"} and set(found.budget) == {2}
+    judged = arena.verdicts(table({"full": [90] * 9, "plan 2": [40] * 9, "25 steps": [41] * 9}), 50)
+    assert set(judged.verdict) == {"behind"} and set(judged.budget) == {2}
 
 
 def test_a_rival_has_its_best_setting_by_each_measure_and_a_plan_the_one_of_its_budget():
     steady, steep = [40, 40, 40, 40, 40], [50, 50, 50, 20, 20]
     own = table({"full": [90] * 5, "plan 2": [45] * 5, "plan 3": [49] * 5, "20 steps": steady, "25 steps": steep})
-    found = arena.verdicts(own, 50).set_index(["budget", "measure"])
-    assert found.method[2, "median"] == "25 steps" and found.method[2, "5th percentile"] == "20 steps"
-    assert set(found.plan[2]) == {"plan 2"}  # although the one of three times fewer is better
-    assert (3, "median") not in found.index  # no rival is so fast
+    judged = arena.verdicts(own, 50).set_index(["budget", "measure"])
+    assert judged.method[2, "median"] == "25 steps" and judged.method[2, "5th percentile"] == "20 steps"
+    assert set(judged.plan[2]) == {"plan 2"}  # although the one of three times fewer is better
+    assert (3, "median") not in judged.index  # no rival is so fast
 
 
 def test_the_strongest_rival_leaves_the_smallest_lead():
     own = table({"full": [90] * 5, "plan 2": [45] * 5, "25 steps": [40] * 5, "cache": [43] * 5})
-    found = arena.strongest(arena.verdicts(own, 50)).set_index(["budget", "measure"])
-    assert found.family[2, "median"] == "cache" and found.lead[2, "median"] == pytest.approx(2)
+    judged = arena.strongest(arena.verdicts(own, 50)).set_index(["budget", "measure"])
+    assert judged.family[2, "median"] == "cache" and judged.lead[2, "median"] == pytest.approx(2)
 
 
 def test_kinds_show_their_best_and_no_plan_for_another_target():
     own = table({"full": [90] * 5, "plan 2": [45] * 5, "other plan": [60] * 5, "25 steps": [40] * 5, "cache": [43] * 5})
-    found = arena.best_of_kinds(own, "reference").set_index(["budget", "kind"])
-    assert found["median"][2, "DQAR plan"] == pytest.approx(45)
-    assert found["median"][2, "best cache"] == pytest.approx(43) and (2, "fewer steps") in found.index
+    judged = arena.best_of_kinds(own, "reference").set_index(["budget", "kind"])
+    assert judged["median"][2, "DQAR plan"] == pytest.approx(45)
+    assert judged["median"][2, "best cache"] == pytest.approx(43) and (2, "fewer steps") in judged.index
 
 
 def test_lossless_is_as_near_to_the_converged_solution_as_full_compute_in_median_and_tail():
@@ -102,9 +102,9 @@ def test_a_growing_table_measures_only_what_it_lacks_and_drops_what_nobody_asks_
         return {name: lambda name=name: part(name) for name in names}
 
     own.growing("arena-x", parts("a", "b"), 1)
-    found = own.growing("arena-x", parts("c", "b"), 1)
-    assert measured == ["a", "b", "c"] and found.method.tolist() == ["c", "c", "b", "b"]
-    assert len(found.attrs["provenance"]["sittings"]) == 2
+    grown = own.growing("arena-x", parts("c", "b"), 1)
+    assert measured == ["a", "b", "c"] and grown.method.tolist() == ["c", "c", "b", "b"]
+    assert len(grown.attrs["provenance"]["sittings"]) == 2
 
 
 def test_a_growing_table_keeps_what_was_measured_before_a_failure(tmp_path):

@@ -33,8 +33,8 @@ def test_maps_overlap_as_a_naive_loop_finds():
     attn = pipe.transformer.transformer_blocks[0].attn1
     hidden = torch.randn(2, 5, attn.to_q.in_features, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        found = layers.attention_map(attn, hidden)
-        torch.testing.assert_close(found.flatten(0, 1), maps_of(pipe, hidden))
+        attention_map = layers.attention_map(attn, hidden)
+        torch.testing.assert_close(attention_map.flatten(0, 1), maps_of(pipe, hidden))
     one, other = torch.rand(2, 2, 3, 4, 4).softmax(-1)
     rows = list(layers.layer_pairs([(one, torch.tensor([3.0, 4.0])), (other, torch.tensor([3.0, 1.0]))]))
     expected, heads = [], []

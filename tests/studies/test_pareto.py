@@ -40,16 +40,18 @@ TABLE = points(
 
 
 def test_summary_has_speed_and_decibels():
-    found = pareto.summary(TABLE).set_index("method")
-    assert found.macs_speedup["10 steps"] == 5
-    assert found.psnr_reference["a"] == pytest.approx(45) and found.psnr_converged["full compute"] == pytest.approx(44)
-    assert found.class_accuracy.eq(1).all()
+    points = pareto.summary(TABLE).set_index("method")
+    assert points.macs_speedup["10 steps"] == 5
+    assert points.psnr_reference["a"] == pytest.approx(45) and points.psnr_converged["full compute"] == pytest.approx(
+        44
+    )
+    assert points.class_accuracy.eq(1).all()
 
 
 def test_the_mean_is_of_errors_not_of_decibels():
     two = pd.concat([TABLE, TABLE.assign(image=1, mse=TABLE.mse * 3)])
-    found = pareto.summary(two)
-    assert found.psnr_reference[1] == pytest.approx(40 - 10 * math.log10(2))
+    points = pareto.summary(two)
+    assert points.psnr_reference[1] == pytest.approx(40 - 10 * math.log10(2))
 
 
 def test_points_inside_the_blocks_are_drawn_only_if_all_are_there():
@@ -58,17 +60,17 @@ def test_points_inside_the_blocks_are_drawn_only_if_all_are_there():
 
 @pytest.mark.parametrize("sampler", list(pareto.SAMPLERS))
 def test_every_contender_has_a_name_of_its_own_and_all_families_are_there(sampler):
-    found = pareto.contenders(get_profile("digits"), sampler, RECORDED / "digits")
-    assert len({method.name for method in found}) == len(found)
-    families = {method.family for method in found}
+    methods = pareto.contenders(get_profile("digits"), sampler, RECORDED / "digits")
+    assert len({method.name for method in methods}) == len(methods)
+    families = {method.family for method in methods}
     families -= {*pareto.SOLVERS.values()}  # as far as they are recorded
     assert families == {"full compute", "fewer steps", "output extrapolation", "DQAR sites", "DQAR plan", *RIVALS}
-    assert len({(m.peer, m.config, m.scheduler, m.num_inference_steps, m.solver) for m in found}) == len(found)
+    assert len({(m.peer, m.config, m.scheduler, m.num_inference_steps, m.solver) for m in methods}) == len(methods)
     table = load_table(RECORDED / "digits" / f"pareto-{slug(sampler)}.parquet")
     # Later rivals wait for the next recording: all that is recorded is one of these.
-    assert {*table.method} <= {method.name for method in found}
+    assert {*table.method} <= {method.name for method in methods}
     facts = table.drop_duplicates("method").set_index("method")
-    for method in (method for method in found if method.name in facts.index):
+    for method in (method for method in methods if method.name in facts.index):
         columns = method.columns()
         assert all(facts[name][method.name] == value for name, value in columns.items() if name != "method")
 

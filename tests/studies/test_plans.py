@@ -44,10 +44,10 @@ def recorded(told, images=1000, seed=0):
 def test_a_rule_that_can_tell_beats_the_random_mix_and_one_that_cannot_does_not():
     speedups = {}
     for told in (0.0, 0.95):
-        found = plans.judged(recorded(told), ladder(), splits=4)
-        kept = plans.typical(found, "kept")
+        judged = plans.judged(recorded(told), ladder(), splits=4)
+        kept = plans.typical(judged, "kept")
         assert (kept.sub([share for _, share in kept.index], axis=0) > -0.02).all(axis=None)
-        speedups[told] = plans.typical(found).loc[45.0, 0.95]
+        speedups[told] = plans.typical(judged).loc[45.0, 0.95]
     assert speedups[0.95][plans.LADDER] > 1.15 * speedups[0.95][plans.MIX]
     assert speedups[0.0][plans.LADDER] < speedups[0.0][plans.MIX]  # which spends no images on a rule
     # Gaussian, 8 dB wide: 98.8 % have 45 dB by the middle plan, 77 % by the sparsest.
@@ -65,19 +65,19 @@ def test_the_network_is_judged_on_the_same_splits():
 def test_full_compute_is_left_where_nothing_can_be_promised_and_few_images_promise_nothing():
     table = recorded(0.5)
     table["mse"] = 1.0
-    found = plans.judged(table, ladder(), splits=2)
-    assert not found.promised.any() and set(found.macs_speedup) == {1.0} and set(found.kept) == {1.0}
+    judged = plans.judged(table, ladder(), splits=2)
+    assert not judged.promised.any() and set(judged.macs_speedup) == {1.0} and set(judged.kept) == {1.0}
     few = plans.judged(recorded(0.5, images=200), ladder(), splits=2)
     assert set(few.share) == {0.95, 0.9}  # 230 images are needed to tell 99 %
     assert plans.judged(recorded(0.5, images=20), ladder(), splits=2).empty
 
 
 def test_the_figures_sentence_is_of_the_table():
-    found = plans.judged(recorded(0.95), ladder(), splits=1)
-    own = plans.typical(found).loc[45.0, 0.95]
-    said = promises_in_words(found)
+    judged = plans.judged(recorded(0.95), ladder(), splits=1)
+    own = plans.typical(judged).loc[45.0, 0.95]
+    said = promises_in_words(judged)
     assert f"takes {own[plans.LADDER]:.2f}× fewer MACs, the mix {own[plans.MIX]:.2f}×" in said
-    worse = found.assign(macs_speedup=found.macs_speedup.where(found.way != plans.LADDER, 1.0))
+    worse = judged.assign(macs_speedup=judged.macs_speedup.where(judged.way != plans.LADDER, 1.0))
     assert "in 0 of 3 promises" in promises_in_words(worse)
 
 
@@ -125,11 +125,11 @@ def test_what_is_recorded_of_a_plan(tmp_path, monkeypatch):
     extrapolation((0, 4), timesteps, profile.guidance_scale, model).save(path)
     for record in records:
         record(recording)
-    found = plans.history(run)
-    assert found.index.tolist() == [(4, 4), (4, 16), (8, 8), (8, 16), (16, 16)] and (found.images == 2).all()
-    whole = found.cache_bytes[16, 16]
-    assert all(found.cache_bytes[bits, 16] == found.cache_bytes[bits, bits] < bits / 16 * whole for bits in (8, 4))
-    assert found["mean"].nunique() == 5
+    history = plans.history(run)
+    assert history.index.tolist() == [(4, 4), (4, 16), (8, 8), (8, 16), (16, 16)] and (history.images == 2).all()
+    whole = history.cache_bytes[16, 16]
+    assert all(history.cache_bytes[bits, 16] == history.cache_bytes[bits, bits] < bits / 16 * whole for bits in (8, 4))
+    assert history["mean"].nunique() == 5
     by_class = plans.classes(run)
     weights = [plans.OF_CLASS, plans.COMMON]
     assert by_class.index.tolist() == [(images, own) for images in (10, 20) for own in weights]

@@ -292,5 +292,5 @@ def test_layers_are_compared_with_the_right_neighbours(tmp_path):
     table = trace.sites(run).groupby(["step", "layer"])[["layer_change", "change"]].mean().loc[(3, 5)]
     now, below, before = seen[7], seen[6], seen[5]
     for other, got in ((below, table.layer_change), (before, table.change)):
-        wanted = ((now - other).flatten(1).norm(dim=1) / now.flatten(1).norm(dim=1)).mean().item()
-        assert got == pytest.approx(wanted, rel=1e-5)
+        expected = ((now - other).flatten(1).norm(dim=1) / now.flatten(1).norm(dim=1)).mean().item()
+        assert got == pytest.approx(expected, rel=1e-5)

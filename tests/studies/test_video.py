@@ -103,8 +103,8 @@ def test_dqar_traces_and_reuses_the_video_models_attention(pipe):
     ],
 )
 def test_frames_are_made_of_the_computed_ones_beside_them(interval, order, computed, rows):
-    found, weights = video.frame_weights(8, interval, order)
-    assert found == computed and torch.equal(weights.sum(1), torch.ones(8))
+    steps, weights = video.frame_weights(8, interval, order)
+    assert steps == computed and torch.equal(weights.sum(1), torch.ones(8))
     assert torch.equal(weights[computed], torch.eye(len(computed)))
     for frame, row in rows.items():
         assert weights[frame].tolist() == row
@@ -141,9 +141,9 @@ def test_reuse_over_frames_takes_the_results_of_the_frame_before(pipe, answers):
         assert (draw(pipe) != draw(pipe, (3, 9))).any()
     spatial, temporal = pipe.transformer.transformer_blocks[0], pipe.transformer.temporal_transformer_blocks[0]
     assert set(answers) == {spatial.attn1, spatial.attn2, spatial.ff, temporal.attn1, temporal.ff}
-    for module, found in answers.items():
+    for module, outputs in answers.items():
         along_time = module in (temporal.attn1, temporal.ff)
-        frames = found[0].movedim(1, 0) if along_time else found[0].unflatten(0, (-1, FRAMES)).movedim(1, 0)
+        frames = outputs[0].movedim(1, 0) if along_time else outputs[0].unflatten(0, (-1, FRAMES)).movedim(1, 0)
         assert len(frames) == FRAMES and torch.equal(frames[1::2], frames[::2])
         if module is not spatial.attn2:  # the caption is the same for all frames
             assert (frames[2] != frames[0]).any()
@@ -154,14 +154,14 @@ def test_reuse_over_steps_takes_the_results_of_the_steps_before(pipe, answers, o
     plain = draw(pipe)
     with video.reused_sites(pipe, "steps", 2, order):
         draw(pipe)  # nothing of one run is seen by the next
-        for found in answers.values():
-            found.clear()
+        for outputs in answers.values():
+            outputs.clear()
         assert (draw(pipe) != plain).any()
     answers.pop(pipe.transformer)
     assert len(answers) == 5
-    for found in answers.values():
-        assert len(found) == STEPS and torch.equal(found[1], found[0])
-        torch.testing.assert_close(found[3], found[2] + order * (found[2] - found[0]) / 2)
+    for outputs in answers.values():
+        assert len(outputs) == STEPS and torch.equal(outputs[1], outputs[0])
+        torch.testing.assert_close(outputs[3], outputs[2] + order * (outputs[2] - outputs[0]) / 2)
 
 
 def test_both_kinds_of_reuse_inside_the_blocks_take_about_as_many_macs(pipe):

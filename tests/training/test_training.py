@@ -148,8 +148,8 @@ def test_the_exported_transformer_is_the_trained_one():
     expected = model(latents, timesteps, classes)
     stock = model.to_stock()
     asked = torch.where(classes == 10, 1000, classes)  # DiTPipeline's null class
-    found = stock(latents, timestep=timesteps, class_labels=asked).sample
-    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+    ours = stock(latents, timestep=timesteps, class_labels=asked).sample
+    torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-4)
     assert expected.std() > 0.1 and (expected[3] - expected[4]).abs().max() > 0.1
     again = StackedDiT(3, 2, 16, in_channels=4, sample_size=16, patch_size=2, num_classes=10, seed=1)
     again.load_stock(stock)
@@ -177,8 +177,8 @@ def test_routed_tokens_pass_the_middle_blocks_by():
     stock.transformer_blocks[2].register_forward_pre_hook(take)
     stock.transformer_blocks[3].register_forward_hook(put_back)  # the fifth last of eight
     expected = stock(latents, timestep=timesteps, class_labels=classes).sample
-    found = model(latents, timesteps, classes, kept=kept[:, :20])
-    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+    routed = model(latents, timesteps, classes, kept=kept[:, :20])
+    torch.testing.assert_close(routed, expected, atol=2e-5, rtol=1e-4)
     assert (expected - plain).norm() > 0.05 * plain.norm()
     torch.testing.assert_close(model(latents, timesteps, classes, kept=kept), plain, atol=2e-5, rtol=1e-4)
 
@@ -247,8 +247,8 @@ def test_gradients_in_parts_are_those_of_the_batch(latents):
     loss = gradients.compute(7)
     whole = latent_dit.batch_loss(model, draw_batch(TINY, *latents, 7), TINY, torch.float32)
     assert loss == pytest.approx(whole.item(), rel=1e-5)
-    for found, expected in zip(model.parameters(), torch.autograd.grad(whole, model.parameters()), strict=True):
-        torch.testing.assert_close(found.grad, expected, atol=1e-6, rtol=1e-3)
+    for parameter, expected in zip(model.parameters(), torch.autograd.grad(whole, model.parameters()), strict=True):
+        torch.testing.assert_close(parameter.grad, expected, atol=1e-6, rtol=1e-3)
 
 
 def test_a_lost_process_is_named(latents):
@@ -264,10 +264,10 @@ def test_the_loss_falls(latents, tmp_path):
     recipe = dataclasses.replace(TINY, learning_rate=3e-3)
     checks = []
     average = plain_training(recipe, latents, tmp_path, 60, check_steps=25, check=lambda m, n: checks.append(n) or {})
-    found = losses(tmp_path)
-    assert len(found) == 60 and np.mean(found[-10:]) < 0.5 * np.mean(found[:3]) and checks == [1000, 2000]
+    curve = losses(tmp_path)
+    assert len(curve) == 60 and np.mean(curve[-10:]) < 0.5 * np.mean(curve[:3]) and checks == [1000, 2000]
     held_out = latent_dit.held_out_loss(average, recipe, latents[0][0, :32], latents[1][:32])
-    assert held_out < 0.7 * np.mean(found[:3])  # the averaged weights have learned as well
+    assert held_out < 0.7 * np.mean(curve[:3])  # the averaged weights have learned as well
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
