@@ -9,9 +9,9 @@ What is promised is told from images that the plan wasn't fitted on, and holds f
   as were seen would be rarer than 1 − confidence.
 
 A rule chooses a plan for each image: the sparsest of which it predicts a PSNR above a threshold, by ridge regression,
-or of which slide 7's network is sure enough that it is good. Thresholds are tried
-from the highest down, until one fails: so each is tried only if all before it keep the promise, and the confidence
-holds for the one that is taken, with no correction for how many were tried (fixed-sequence testing; Bauer 1991).
+or of which slide 7's network is sure enough that it is good. Thresholds are tried from the highest down, until one
+fails: so each is tried only if all before it keep the promise, and the confidence holds for the one that is taken, with
+no correction for how many were tried (fixed-sequence testing; Bauer 1991).
 """
 
 from __future__ import annotations

@@ -324,6 +324,7 @@ class OutputForecast:
             label: torch.tensor([row for row, own in enumerate(known) if own == label], device=device)
             for label in dict.fromkeys(known)
         }
+        self._places = torch.cat(list(self.rows.values())).argsort()
         unread, self._unread = self._unread, []
         for arguments in unread:
             self.read_out(*arguments)
@@ -333,7 +334,7 @@ class OutputForecast:
         if len(self.rows) == 1:
             return make(*self.rows, *tensors)
         made = [make(label, *(x[rows] for x in tensors)) for label, rows in self.rows.items()]
-        return torch.cat(made)[torch.cat(list(self.rows.values())).argsort()]
+        return torch.cat(made)[self._places]
 
     def nbytes(self, newest: torch.Tensor) -> int:
         """Bytes kept, of both branches; all of ``newest`` ``[B, ...]`` counts once, unless it is kept in fewer bits."""

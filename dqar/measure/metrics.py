@@ -151,6 +151,11 @@ def count_macs(call: Callable[[], object]) -> int:
     return counter.flops // 2
 
 
+def cost_clock(device: str) -> Callable[[], float]:
+    """What tells the cost of a call: this process's CPU time on a CPU, whatever else runs there; else the wall's."""
+    return time.process_time if device == "cpu" else time.perf_counter
+
+
 def interleaved_times(
     calls: Mapping[str, Callable[[], object]],
     repeats: int,
@@ -159,8 +164,7 @@ def interleaved_times(
 ) -> pd.DataFrame:
     """Times the calls in turn (A B C A B C ...) after one warm-up each; tidy: method, repeat, seconds.
 
-    Only ratios within one such table are meaningful: never compare across runs. ``clock=time.process_time`` takes this
-    process's CPU time, whatever else runs on the machine.
+    Only ratios within one such table are meaningful: never compare across runs. ``clock`` may be ``cost_clock``'s.
     """
     rows = []
     for repeat in tqdm(range(-1, repeats), desc="timing", leave=False):

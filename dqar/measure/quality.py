@@ -231,7 +231,12 @@ def reference_of(model: str, folder: Path) -> Reference | None:
         return load_reference(path)
     if model not in CLASS_NAMES:
         return None
-    return Reference(Gaussian.of(classify_held_out(classifier(model), cast(Dataset, model))[1]))
+    return Reference(_held_out(model))
+
+
+@functools.cache
+def _held_out(model: str) -> Gaussian:
+    return Gaussian.of(classify_held_out(classifier(model), cast(Dataset, model))[1])
 
 
 def classify_held_out(classifier: Classifier, dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
 
 import pandas as pd
 
@@ -43,7 +42,7 @@ def record_batches(recording: Recording) -> pd.DataFrame:
         wall time), all methods and sizes in turn.
     """
     sizes, profile = recording.sizes, recording.profile
-    clock = time.process_time if profile.device == "cpu" else time.perf_counter
+    clock = metrics.cost_clock(profile.device)
 
     def at_once(number: int) -> Profile:
         return dataclasses.replace(profile, batch_size=number)

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -106,7 +105,7 @@ def record_overhead(recording: Recording) -> pd.DataFrame:
 
     def measure() -> pd.DataFrame:
         calls = {m.name: functools.partial(m.draw, profile, RESULT_SEED, num_samples=4) for m in methods}
-        clock = time.process_time if profile.device == "cpu" else time.perf_counter
+        clock = metrics.cost_clock(profile.device)
         return metrics.interleaved_times({**calls, "maps": by_maps}, 4 * profile.repeats, profile.device, clock)
 
     return recording.table("overhead", {"all": measure}, RESULT_SEED)
