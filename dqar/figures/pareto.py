@@ -50,7 +50,12 @@ KINDS = {
     "DQAR inside the blocks": ("#E69F00", "v"),
 }
 """``arena.KINDS`` in the order in which they are drawn."""
-WAYS = {plans.LADDER: (ACCENT, "D"), plans.MIX: (BLUE, "o"), plans.FIXED: (GREY, "X")}
+WAYS = {
+    plans.LADDER: (ACCENT, "D"),
+    plans.NETWORK: ("#CC79A7", "P"),
+    plans.MIX: (BLUE, "o"),
+    plans.FIXED: (GREY, "X"),
+}
 SIGNS = {"ahead": "✓", "level": "=", "behind": "✗"}
 TARGETS: dict[Target, str] = {"reference": "to the 50-step reference", "converged": "to the converged solution"}
 COMPARED = {"reference": "full compute", "converged": "converged"}
@@ -236,12 +241,13 @@ def slide12_promise(run: Run, judged: pd.DataFrame | None) -> Figure:
         return missing(run, "slide12_promise", "enough images of several plans to promise anything")
     figure, panels = plt.subplots(1, 2, width_ratios=(3, 2))
     speedups = plans.typical(judged)
+    ways = {way: style for way, style in WAYS.items() if way in speedups}
     for place, (decibels, share) in enumerate(speedups.index):
         splits = judged[(judged.decibels == decibels) & (judged.share == share)]
-        for number, (way, (color, marker)) in enumerate(WAYS.items()):
+        for number, (way, (color, marker)) in enumerate(ways.items()):
             for axes, values in zip(panels, (splits.macs_speedup, 100 * splits.kept), strict=True):
                 low, middle, high = np.quantile(values[splits.way == way], [0.05, 0.5, 0.95])
-                where = place + 0.24 * (number - 1)
+                where = place + 0.2 * (number - (len(ways) - 1) / 2)
                 axes.vlines(where, low, high, color=color, lw=3)
                 axes.plot(where, middle, marker, color=color, ms=12, ls="none", label=None if place else way)
         panels[1].hlines(100 * share, place - 0.4, place + 0.4, color=DARK, ls="--", lw=2)

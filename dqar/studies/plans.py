@@ -24,7 +24,7 @@ from dqar.measure.metrics import decibels
 from dqar.measure.results import Run, load_table
 from dqar.models.profiles import Profile
 from dqar.studies import pareto, results
-from dqar.studies.arena import IDENTICAL
+from dqar.studies.arena import IDENTICAL, JUDGED, gain
 from dqar.studies.compare import FULL, Method, compare
 from dqar.studies.recording import ARENA_SEED, RESULT_SEED, Recording
 
@@ -37,8 +37,6 @@ WAYS = LADDER, MIX, FIXED = "a plan for each image", "random mix of two plans", 
 NETWORK = "a plan for each image, by slide 7's network"
 RULES: dict[str, Rule] = {LADDER: "linear", NETWORK: "policy"}
 """What chooses each image's plan."""
-RULE_SPLITS = 10
-"""Of the recorded images, for a comparison of the rules: a network takes a second for each plan."""
 SPARSER = np.linspace(0, 1, 21)
 """Shares of the sparser plan in a random mix, tried in this order."""
 BUDGET = 3
@@ -63,11 +61,18 @@ def ladder_methods(profile: Profile, folder: Path) -> dict[int, Method]:
 
 
 def promises(run: Run) -> pd.DataFrame | None:
-    """``judged`` of the recorded images; ``None`` if they aren't recorded with the plans that there are."""
+    """``judged`` of the recorded images; ``None`` if they aren't recorded with the plans that there are.
+
+    ``NETWORK`` is among the ways where ``record_rules`` has judged it.
+    """
     table, methods = run.recorded("promise"), ladder_methods(run.profile, run.recordings)
     if table is None or set(methods) != set(table.computed):
         return None
-    return judged(table, list(map(_plan, methods.values())))
+    outcomes, network = judged(table, list(map(_plan, methods.values()))), run.recorded("rules")
+    if network is not None:
+        facts, outcomes = outcomes.attrs, pd.concat([outcomes, network], ignore_index=True)
+        outcomes.attrs = facts
+    return outcomes
 
 
 def judged(
@@ -205,6 +210,25 @@ def classes(run: Run) -> pd.DataFrame | None:
     return None if table is None else _quality(table, ["calibration_images", "weights"])
 
 
+def class_gains(run: Run) -> pd.DataFrame | None:
+    """How many dB weights of each class gain on the same images: by ``calibration_images`` and measure.
+
+    Returns:
+        ``gain``, and its 95 % interval from ``low`` to ``high``: paired bootstrap over the images.
+    """
+    table = run.recorded("classes")
+    if table is None:
+        return None
+    rows = {}
+    for images, part in table.groupby("calibration_images"):
+        errors = part.pivot(index="image", columns="weights", values="mse")
+        for measure in JUDGED:
+            rows[images, measure] = gain(errors[COMMON].to_numpy(), errors[OF_CLASS].to_numpy(), measure)
+    gains = pd.DataFrame.from_dict(rows, orient="index", columns=["gain", "low", "high"])
+    gains.index = pd.MultiIndex.from_tuples(rows, names=["calibration_images", "measure"])
+    return gains
+
+
 def _quality(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     errors = table.assign(mse=table.mse.clip(lower=IDENTICAL)).groupby(by).mse
     return pd.DataFrame(
@@ -245,7 +269,7 @@ def _promise(recording: Recording, methods: Mapping[int, Method]) -> pd.DataFram
 
 
 def record_rules(recording: Recording) -> None:
-    """``judged`` of the images of ``record_promise`` by each of ``RULES``.
+    """``judged`` of the images of ``record_promise`` by slide 7's network, which takes a second for each of its plans.
 
     Raises:
         ValueError: no promise is recorded.
@@ -254,7 +278,7 @@ def record_rules(recording: Recording) -> None:
     if not path.exists() or not methods:
         raise ValueError("no images with features are recorded: record promise first")
     own = list(map(_plan, methods.values()))
-    judge = functools.partial(judged, load_table(path), own, RULE_SPLITS, ways=tuple(RULES))
+    judge = functools.partial(judged, load_table(path), own, ways=(NETWORK,))
     recording.table("rules", {"all": judge}, RESULT_SEED)
 
 

@@ -98,6 +98,26 @@ def test_first_steps_are_what_a_ladder_sees(monkeypatch):
     torch.testing.assert_close(told, seen, rtol=1e-4, atol=1e-5)
 
 
+def test_weights_of_each_class_gain_what_their_errors_say():
+    """Ten times smaller errors are 10 dB in every measure, and on every draw of the images."""
+    errors = np.geomspace(1e-6, 1e-4, 20)
+    of = {plans.OF_CLASS: errors / 10, plans.COMMON: errors}
+    tables = [pd.DataFrame({"image": range(20), "mse": mse, "weights": own}) for own, mse in of.items()]
+    table = pd.concat(tables).assign(calibration_images=120).sample(frac=1, random_state=0)  # in any order
+    gains = plans.class_gains(SimpleNamespace(recorded={"classes": table}.get))
+    assert gains.index.tolist() == [(120, measure) for measure in ("mean", "median", "5th percentile")]
+    np.testing.assert_allclose(gains, 10.0)
+
+
+def test_the_networks_ladder_stands_beside_the_other_ways_once_it_is_recorded(monkeypatch):
+    table, network = recorded(0.95, images=300), pd.DataFrame({"way": [plans.NETWORK], "kept": [0.5]})
+    methods = {number: Method("a plan", config=ladder()[0]) for number in table.computed.unique()}
+    monkeypatch.setattr(plans, "ladder_methods", lambda profile, folder: methods)
+    monkeypatch.setattr(plans, "judged", lambda table, given: pd.DataFrame({"way": [plans.MIX], "kept": [0.9]}))
+    run = SimpleNamespace(profile=None, recordings=None, recorded={"promise": table, "rules": network}.get)
+    assert plans.promises(run).way.tolist() == [plans.MIX, plans.NETWORK]
+
+
 def test_what_is_recorded_of_a_plan(tmp_path, monkeypatch):
     """A tiny model: the plan under each sampler, in each format of its history, by class, and beside first steps."""
     pipes = {name: image_pipeline(name) for name in ("dpm-solver++", *plans.OTHER_SAMPLERS)}
@@ -110,7 +130,8 @@ def test_what_is_recorded_of_a_plan(tmp_path, monkeypatch):
         recordings=recording.folder,
         recorded=lambda name: load_table(path) if (path := recording.folder / f"{name}.parquet").exists() else None,
     )
-    assert plans.promises(run) is plans.samplers(run) is plans.history(run) is plans.classes(run) is None
+    unrecorded = plans.promises, plans.samplers, plans.history, plans.classes, plans.class_gains
+    assert all(table(run) is None for table in unrecorded)
     records = plans.record_promise, plans.record_samplers, plans.record_history, plans.record_classes
     for record in records:
         with pytest.raises(ValueError, match="record plans first"):
@@ -134,6 +155,10 @@ def test_what_is_recorded_of_a_plan(tmp_path, monkeypatch):
     weights = [plans.OF_CLASS, plans.COMMON]
     assert by_class.index.tolist() == [(images, own) for images in (10, 20) for own in weights]
     assert by_class["mean"].nunique() == 4 and (by_class.images == 2).all()
+    means = by_class["mean"].unstack()
+    for images in (10, 20):
+        gained = plans.class_gains(run).gain[images, "mean"]
+        assert gained == pytest.approx(means[plans.OF_CLASS][images] - means[plans.COMMON][images])
     under = plans.samplers(run)["mean"]
     assert under.index.tolist() == [(name, "dpm-solver++") for name in ("ddim", "dpm-solver++", "dpm-solver++3")]
     assert under.nunique() == 3
