@@ -18,6 +18,7 @@ from dqar.forecast.fit import Calibration, Target, fit_plan
 from dqar.forecast.ladder import PlanLadder
 from dqar.forecast.plan import HISTORY_BITS, ForecastPlan
 from dqar.forecast.profiles import calibrate_profile, profile_calls, with_provenance
+from dqar.forecast.promise import Rule
 from dqar.models.pipelines import check_device, load_pipeline
 from dqar.models.profiles import SCHEDULERS, profile_of
 
@@ -66,6 +67,10 @@ def run(arguments: list[str]) -> int:
     parser.add_argument(
         "--promise", type=float, nargs=2, metavar=("DB", "SHARE"),
         help="fits a ladder of plans: at least so many dB of PSNR to all steps computed in this share of images",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rule", choices=get_args(Rule),
+        help="that chooses each image's plan of a --promise; policy: slide 7's network (default: linear)",
     )  # fmt: skip
     parser.add_argument(
         "--history-bits", type=int, choices=HISTORY_BITS, default=16,
@@ -147,7 +152,7 @@ def _ladder(options: argparse.Namespace, pipe: Any, calls: list[dict[str, Any]],
     ladder = fit_plan(
         pipe, calls, steps, options.macs, options.target,
         promise=tuple(options.promise), refinements=options.refinements, work=options.work,
-        history_bits=options.history_bits,
+        history_bits=options.history_bits, rule=options.rule or "linear",
     )  # fmt: skip
     assert isinstance(ladder, PlanLadder)
     return ladder
@@ -162,6 +167,8 @@ def _budget(options: argparse.Namespace, steps: int) -> tuple[int, list[tuple[in
     starts = [] if options.start is None else [tuple(sorted(ForecastPlan.load(options.start).computed))]
     if starts and len(starts[0]) != number:
         raise ValueError(f"{options.start} computes {len(starts[0])} steps, {number} are wanted")
+    if options.rule and not options.promise:
+        raise ValueError(f"--rule={options.rule} is not accepted: only with --promise, whose plans it chooses from")
     if starts and options.promise:
         raise ValueError("--start is for one plan: leave it out with --promise")
     return number, starts

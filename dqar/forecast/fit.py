@@ -33,6 +33,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from tqdm.auto import tqdm
 
 from dqar.checks import check, check_choice
@@ -221,7 +222,8 @@ class Calibration:
         with Lockstep(pipe, num_inference_steps):  # refuses pipelines of another kind
             models = transformers(pipe)
         self._model = describe_models(models)
-        weights = [p.flatten()[:8].float() for model in models for p in bare(model).parameters() if not p.is_meta]
+        parameters = (p for model in models for p in bare(model).parameters() if not p.is_meta)
+        weights = [begin for p in parameters for begin in _begins(p)]
         # Diffusers notes there which values were given, in an order that differs from process to process.
         config = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
         scheduler = type(pipe.scheduler).__name__, config
@@ -737,6 +739,13 @@ def neighbourhoods(tensors: Sequence[torch.Tensor], kernel: tuple[int, ...]) -> 
             padded = padded.unfold(2 + axis, side, 1)
         seen.append(padded.reshape(*x.shape, -1))
     return torch.cat(seen, -1)
+
+
+def _begins(weights: torch.Tensor) -> list[torch.Tensor]:
+    """The first numbers of a parameter, or of all that a quantized one is made of."""
+    if is_traceable_wrapper_subclass(weights):
+        return [first for name in weights.__tensor_flatten__()[0] for first in _begins(getattr(weights, name))]
+    return [weights.flatten()[:8].float()]
 
 
 def trust(errors: torch.Tensor) -> torch.Tensor:

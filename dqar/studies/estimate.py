@@ -114,6 +114,11 @@ def works(profile: Profile, folder: Path) -> dict[str, Work]:
             **dict.fromkeys(("images", "scored"), 5 * sizes.arena_images),
             kept=sizes.arena_images,
         ),
+        "w8a8": Work(
+            sizes.plan_images * 2 * (steps + computed) + sizes.arena_images * (2 * steps + 2 * computed),
+            **dict.fromkeys(("images", "scored"), 5 * sizes.arena_images),
+            kept=2 * sizes.arena_images,
+        ),
         "samples": Work((drawn + sizes.samples) * steps, images=drawn, scored=drawn, kept=sizes.samples),
         "batches": Work(
             (2 * len(batches.SIZES) + 1) * sizes.batch_images * steps,

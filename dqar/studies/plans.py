@@ -1,4 +1,4 @@
-"""Notebook 11, on plans alone: their promises, other samplers, a quantized history, and weights of each class."""
+"""Notebook 11, on plans alone: promises, other samplers, a quantized history or model, and weights of each class."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dqar.forecast.plan import HISTORY_BITS, ForecastPlan
 from dqar.forecast.profiles import calibrate_profile, profile_calls
 from dqar.forecast.promise import RULE_SHARE, Rule, images_needed, is_certain, ladder_from
 from dqar.measure.metrics import decibels
-from dqar.measure.results import Run, load_table
+from dqar.measure.results import Run, load_table, slug
 from dqar.models.profiles import Profile
 from dqar.studies import pareto, results
 from dqar.studies.arena import IDENTICAL, JUDGED, gain
@@ -45,6 +45,8 @@ OTHER_SAMPLERS = ("ddim", "dpm-solver++3")
 """On the timesteps of ``dpm-solver++``: of first and of third order."""
 COMMON, OF_CLASS = "common", "by-class"
 """Weights that a plan has."""
+QUANTIZED = Method("W8A8", w8a8="plain")
+"""A model in integers, all steps computed."""
 NO_PLAN = "no plan that this is about is recorded: record plans first"
 
 
@@ -229,6 +231,17 @@ def class_gains(run: Run) -> pd.DataFrame | None:
     return gains
 
 
+def w8a8(run: Run) -> pd.DataFrame | None:
+    """PSNR (dB) of what a W8A8 model draws, by ``plan`` (the model that it was fitted on, or ``"none"``) and what it is
+    compared ``to``: full compute of the model as it was, or of the W8A8 one."""
+    table = run.recorded("w8a8")
+    if table is None:
+        return None
+    errors = {"the model as it was": table.mse, "the W8A8 model": table.mse_w8a8}
+    both = pd.concat([table.assign(mse=mse, to=to) for to, mse in errors.items()])
+    return _quality(both, ["to", "plan"])
+
+
 def _quality(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     errors = table.assign(mse=table.mse.clip(lower=IDENTICAL)).groupby(by).mse
     return pd.DataFrame(
@@ -363,6 +376,33 @@ def record_classes(recording: Recording) -> None:
         for weights, least in fitted.items()
     }
     recording.table("classes", parts, ARENA_SEED)
+
+
+def record_w8a8(recording: Recording) -> None:
+    """A W8A8 model in full compute, and by the steps of the plan of ``BUDGET``, fitted on it or on the model as it was.
+
+    ``plan``, and columns of ``compare``, a row an image; ``mse_w8a8`` is to the W8A8 model's full compute.
+
+    Raises:
+        ValueError: no plan is recorded.
+    """
+    profile, sizes, steps = recording.profile, recording.sizes, tuple(sorted(_of_budget(recording).computed))
+    full = Method(FULL.name, scheduler=profile.scheduler)
+
+    def measure(fitted_on: Method | None) -> pd.DataFrame:
+        method = QUANTIZED
+        if fitted_on is not None:
+            pipe, work = fitted_on.pipeline(profile), recording.parts / "fits" / slug(fitted_on.name)
+            fits = calibrate_profile(pipe, profile, "reference", sizes.plan_images, work)
+            plan = fits.plan_of(fits.fit(steps, fits.images))
+            method = dataclasses.replace(QUANTIZED, name=f"plan of {fitted_on.name}", config=plan)
+        reference, own = (recording.drawn(drawn, ARENA_SEED, 0, sizes.arena_images) for drawn in (full, QUANTIZED))
+        rows = compare(method, reference, recording.many_at_once, ARENA_SEED, beside={"w8a8": own.images})
+        return _numbers(rows).assign(mse_w8a8=rows.mse_w8a8, plan="none" if fitted_on is None else fitted_on.name)
+
+    fitted = {"none": None, "full": full, "w8a8": QUANTIZED}
+    parts = {name: functools.partial(measure, method) for name, method in fitted.items()}
+    recording.table("w8a8", parts, ARENA_SEED)
 
 
 def _of_budget(recording: Recording) -> ForecastPlan:

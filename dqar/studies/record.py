@@ -48,6 +48,7 @@ TABLES: dict[str, Callable[[Recording], object]] = {
     "history": plans.record_history,
     "formats": quantized_cache.record_formats,
     "classes": plans.record_classes,
+    "w8a8": plans.record_w8a8,
     "layers": layers.record_layers,
     "video": video.record_video,
     "batches": batches.record_batches,

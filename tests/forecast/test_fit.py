@@ -300,7 +300,12 @@ def test_the_command_line_saves_a_ladder(tmp_path, capsys, monkeypatch):
     options = ["--profile", "smoke", "--macs", "2", "--images", "32", "--refinements", "0", "--out", str(path)]
     assert main(["plan", *options, "--promise", "10", "0.5"]) == 0
     assert "5, 4 computed steps; PSNR >= 10 dB in 50% of images" in capsys.readouterr().out
-    assert PlanLadder.load(path).plans[1].provenance["profile"]["name"] == "smoke"
+    ladder = PlanLadder.load(path)
+    assert ladder.plans[1].provenance["profile"]["name"] == "smoke" and not ladder.hidden
+    assert main(["plan", *options, "--promise", "10", "0.5", "--rule", "policy"]) == 0
+    assert len(PlanLadder.load(path).hidden) == 2  # a network for each plan
+    assert main(["plan", *options, "--rule", "policy"]) == 2
+    assert "--rule=policy is not accepted: only with --promise" in capsys.readouterr().err
     assert main(["plan", *options, "--promise", "10", "1.5"]) == 2 and "share=1.5" in capsys.readouterr().err
 
 

@@ -16,6 +16,7 @@ from dqar.forecast.ladder import PlanLadder, Promise
 from dqar.forecast.profiles import profile_calls
 from dqar.measure.results import load_table
 from dqar.models.profiles import get_profile
+from dqar.peers.w8a8 import quantize_transformer
 from dqar.studies import pareto, plans
 from dqar.studies.compare import Method
 from dqar.studies.recording import Recording
@@ -121,7 +122,13 @@ def test_the_networks_ladder_stands_beside_the_other_ways_once_it_is_recorded(mo
 def test_what_is_recorded_of_a_plan(tmp_path, monkeypatch):
     """A tiny model: the plan under each sampler, in each format of its history, by class, and beside first steps."""
     pipes = {name: image_pipeline(name) for name in ("dpm-solver++", *plans.OTHER_SAMPLERS)}
-    monkeypatch.setattr(Method, "pipeline", lambda method, own: pipes[method.scheduler or own.scheduler])
+    quantized = image_pipeline("dpm-solver++")
+    quantized.transformer = quantize_transformer(quantized.transformer)
+
+    def pipeline(method, profile):
+        return quantized if method.w8a8 else pipes[method.scheduler or profile.scheduler]
+
+    monkeypatch.setattr(Method, "pipeline", pipeline)
     monkeypatch.setattr(plans, "CLASS_IMAGES", 1)
     profile = get_profile("smoke", num_inference_steps=8)
     recording = Recording(profile, tmp_path / "work", tmp_path)
@@ -130,9 +137,10 @@ def test_what_is_recorded_of_a_plan(tmp_path, monkeypatch):
         recordings=recording.folder,
         recorded=lambda name: load_table(path) if (path := recording.folder / f"{name}.parquet").exists() else None,
     )
-    unrecorded = plans.promises, plans.samplers, plans.history, plans.classes, plans.class_gains
+    unrecorded = plans.promises, plans.samplers, plans.history, plans.classes, plans.class_gains, plans.w8a8
     assert all(table(run) is None for table in unrecorded)
     records = plans.record_promise, plans.record_samplers, plans.record_history, plans.record_classes
+    records = (*records, plans.record_w8a8)
     for record in records:
         with pytest.raises(ValueError, match="record plans first"):
             record(recording)
@@ -159,6 +167,10 @@ def test_what_is_recorded_of_a_plan(tmp_path, monkeypatch):
     for images in (10, 20):
         gained = plans.class_gains(run).gain[images, "mean"]
         assert gained == pytest.approx(means[plans.OF_CLASS][images] - means[plans.COMMON][images])
+    drawn = plans.w8a8(run)["mean"]
+    assert drawn["the W8A8 model", "none"] == 120 and drawn["the model as it was", "none"] < 120
+    fitted = [drawn["the W8A8 model", own.name] for own in (plans.QUANTIZED, plans.FULL)]
+    assert fitted[0] != fitted[1] and all(quality < 120 for quality in fitted)
     under = plans.samplers(run)["mean"]
     assert under.index.tolist() == [(name, "dpm-solver++") for name in ("ddim", "dpm-solver++", "dpm-solver++3")]
     assert under.nunique() == 3
