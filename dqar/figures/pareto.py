@@ -66,6 +66,21 @@ def slide13_pareto(run: Run, sampler: str, table: pd.DataFrame | None) -> Figure
     name = f"slide13_pareto_{slug(sampler).replace('-', '_')}"
     if table is None:
         return missing(run, name, f"many images of every method at its best, {SAMPLER_NAMES[sampler]}")
+    return _pareto(run, name, f"With {SAMPLER_NAMES[sampler]}", table)
+
+
+@recorded("many images of every method at its best")
+def slide13_photographs(run: Run, table: pd.DataFrame) -> Figure:
+    """The same of a latent model of photographs.
+
+    Args:
+        run: of the profile ``cifar10``.
+        table: of ``arena.recorded``.
+    """
+    return _pareto(run, "slide13_photographs", "On photographs of 32 × 32 pixels", table)
+
+
+def _pareto(run: Run, name: str, where: str, table: pd.DataFrame) -> Figure:
     figure, panels = plt.subplots(1, 2, sharey=True)
     for axes, (target, label) in zip(panels, TARGETS.items(), strict=True):
         _draw_kinds(axes, arena.best_of_kinds(table, target))
@@ -78,7 +93,7 @@ def slide13_pareto(run: Run, sampler: str, table: pd.DataFrame | None) -> Figure
     drawn = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     panels[1].legend(drawn.values(), drawn.keys(), loc="upper right", handlelength=1.3, labelspacing=0.3)
     panels[0].set_ylabel("PSNR (dB)")
-    headline(figure, f"With {SAMPLER_NAMES[sampler]}, {_lead(arena.verdicts(table))}{rivals_drawn([table])}")
+    headline(figure, f"{where}, {_lead(arena.verdicts(table))}{rivals_drawn([table])}")
     note = f"line: median to 5th percentile, ○: of the mean error; n = {table.image.nunique()} images"
     return save(run, name, figure, table, note)
 

@@ -84,8 +84,8 @@ def slide14(run: Run, sites: pd.DataFrame, gated: pd.DataFrame) -> Figure:
             *(f"{claim.snr}", f"{by_step.snr[step]:.3g}"),
             *(f"{claim.events}", f"{deck[step]:.0f}", f"{calibrated[step]:.0f}"),
         )
-    columns = ["Step", "Entropy claimed", "entropy measured", "SNR claimed", "SNR measured", "Events claimed",
-               "events: deck's gate", "events: calibrated"]  # fmt: skip
+    columns = ["Step", "Entropy claimed", "Entropy measured", "SNR claimed", "SNR measured", "Events claimed",
+               "Events, deck's gate", "Events, calibrated"]  # fmt: skip
     table = pd.DataFrame(list(rows.values()), columns=columns)
     peak = int(calibrated[list(rows)].idxmax())
     title = (
