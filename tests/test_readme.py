@@ -60,12 +60,7 @@ def test_what_an_engine_gains_is_what_was_recorded(row, method, file):
 
 
 def test_what_can_be_promised_is_what_was_recorded():
-    run = SimpleNamespace(
-        profile=get_profile("digits"),
-        recordings=RECORDED / "digits",
-        recorded=lambda name: load_table(RECORDED / "digits" / f"{name}.parquet"),
-    )
-    judged = plans.promises(run)
+    judged = plans.promises(digits())
     speedups, kept = plans.typical(judged), plans.typical(judged, "kept")
     for decibels, share in speedups.index:
         own = [(speedups[way][decibels, share], kept[way][decibels, share]) for way in plans.WAYS]
@@ -74,6 +69,30 @@ def test_what_can_be_promised_is_what_was_recorded():
     ours, mix, alone = (1 / speedups[way][45.0, 0.95] for way in plans.WAYS)
     said = f"takes {1 - ours / alone:.0%} fewer MACs than one plan for all, and {1 - ours / mix:.0%} fewer than the"
     assert said in " ".join(README.split())
+
+
+def digits():
+    folder = RECORDED / "digits"
+
+    def recorded(name):
+        return load_table(path) if (path := folder / f"{name}.parquet").exists() else None
+
+    return SimpleNamespace(profile=get_profile("digits"), recordings=folder, recorded=recorded)
+
+
+def test_what_weights_of_each_class_gain_is_what_was_recorded():
+    gains, said = plans.class_gains(digits()), " ".join(README.split())
+    first, second = (gains.loc[images, "median"] for images in (120, 240))
+    assert f"median {first.gain:+.1f} dB (95% interval {first.low:+.1f} to {first.high:+.1f}, n = 200)" in said
+    assert f"with 120 images in all, {second.gain:+.1f} ({second.low:+.1f} to {second.high:+.1f}) with 240" in said
+    tail = gains.xs("5th percentile", level="measure")
+    assert ((tail.low < 0) & (tail.high > 0)).all()  # "within its interval"
+
+
+def test_what_a_plan_does_on_a_quantized_model_is_what_was_recorded():
+    median = plans.w8a8(digits())["median"]["the model as it was"]
+    said = f"{median['full compute']:.1f} dB to full compute of the model as it was, where one fitted on the copy has "
+    assert said + f"{median['W8A8']:.1f}." in " ".join(README.split())
 
 
 def test_the_time_of_a_reuse_plan_at_the_decks_size_is_what_was_recorded():
