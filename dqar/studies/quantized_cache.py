@@ -14,12 +14,14 @@ import torch
 
 from dqar.config import CacheFormat, DQARConfig, ReuseTarget
 from dqar.measure import metrics
+from dqar.measure.bits import choose_bits, layer_errors, step_errors, unquantized, with_layer_bits
 from dqar.measure.results import Run
 from dqar.measure.sampling import OPEN, sample
 from dqar.models.pipelines import cached_pipeline
 from dqar.quantizer import QuantizeMode, quantize
+from dqar.studies import arena
 from dqar.studies.compare import FULL, Method, compare, draw, summarize
-from dqar.studies.recording import RESULT_SEED, Recording
+from dqar.studies.recording import LABEL_SEED, RESULT_SEED, Recording
 
 FORMATS = tuple(itertools.product((8, 4, 2), get_args(QuantizeMode), (False, True)))
 """Bits, mode, and whether the levels are fitted."""
@@ -30,6 +32,10 @@ DRAWN = tuple(
 )
 """Of these, the ones that images are drawn with: a scale a channel, with fitted levels too where bits are few, and the
 deck's one scale a tensor."""
+UNIFORM, BUDGETS = (4, 2), (1, 0.6, 0.3)
+"""Bits that all layers have; and the bytes that mixed ones are chosen for: from INT2's so far towards INT4's."""
+MIXED: tuple[ReuseTarget, ...] = ("output", "kv")
+"""The targets whose layers' bits are chosen, as they are recorded: the cheaper first."""
 
 
 def quantization_error(run: Run) -> pd.DataFrame:
@@ -107,16 +113,12 @@ def quantization_quality(run: Run, configs: Sequence[DQARConfig] | None = None) 
             return summarized(recorded)
         return run.table("quantization_quality", lambda: measure([cache_methods("kv"), cache_methods("output")]))
 
-    def unquantized(config: DQARConfig) -> DQARConfig:
-        cache = dataclasses.replace(config.cache, fitted=False)
-        return dataclasses.replace(config, quantize_bits=16, mixed_precision=False, balance=False, cache=cache)
-
     return measure(
         [
             [
                 Method(f"{number}: 16 bit", config=unquantized(config)),
                 Method(
-                    f"{number}: INT{config.quantize_bits} {config.quantize_mode}{' + CSB' * config.balance}",
+                    f"{number}: INT{config.mean_bits:g} {config.quantize_mode}{' + CSB' * config.balance}",
                     config=config,
                 ),
             ]
@@ -150,3 +152,70 @@ def record_formats(recording: Recording) -> None:
     groups = [cache_methods(target) for target in targets]
     parts = {method.name: functools.partial(part, method, group[0]) for group in groups for method in group}
     recording.growing("formats", parts, RESULT_SEED)
+
+
+# --- bits by layer ---------------------------------------------------------------------------------------------------
+
+
+def record_bits(recording: Recording) -> None:
+    """What few bits do layer by layer and step by step; and bits of each layer chosen by that, on other images.
+
+    Every second step is reused, and levels are fitted. For each of ``MIXED``, ``bits-errors-…`` has the rows of
+    ``measure.bits.layer_errors`` and ``step_errors``; ``bits-…`` the columns of ``compare`` of uniform and of mixed
+    bits, ``mse`` being to an unquantized cache, with ``layer_bits`` as a text and ``share`` of a 16-bit cache's bytes.
+    """
+    for target in MIXED:
+        _record_bits(recording, target)
+
+
+def _record_bits(recording: Recording, target: ReuseTarget) -> None:
+    profile, sizes = recording.many_at_once, recording.sizes
+    pipe, config = cached_pipeline(profile), cached(target, 8, cache=CacheFormat(fitted=True))
+
+    def layers() -> pd.DataFrame:
+        return layer_errors(pipe, profile, LABEL_SEED, config, sizes.layer_images).assign(method="layers")
+
+    def steps() -> pd.DataFrame:
+        return step_errors(pipe, profile, LABEL_SEED, config, sizes.step_images).assign(method="steps")
+
+    table = recording.growing(f"bits-errors-{target}", {"layers": layers, "steps": steps}, LABEL_SEED)
+    errors = table[table.method == "layers"]
+    kept = errors.groupby(["layer", "bits"]).bytes.mean().unstack()
+    most, least = (kept[bits].sum() for bits in UNIFORM)
+    half = kept[16].sum() * 2 / profile.dtype.itemsize
+    reference = functools.partial(recording.drawn, cache_methods(target)[0], RESULT_SEED, 0, sizes.arena_images)
+
+    def part(method: Method, bits: tuple[int, ...]) -> pd.DataFrame:
+        rows = compare(method, reference(), profile, RESULT_SEED)
+        return rows.assign(share=rows.cache_bytes / half, layer_bits=" ".join(map(str, bits)))
+
+    chosen = {f"INT{bits}": (bits,) * len(kept) for bits in UNIFORM}
+    for budget in BUDGETS:
+        allowed = least + budget * (most - least)
+        chosen[f"mixed, {allowed / half:.2f} of 16 bits"] = choose_bits(errors, allowed)
+    parts = {}
+    for name, bits in chosen.items():
+        method = Method(name, "mixed" if name.startswith("mixed") else "uniform", with_layer_bits(config, bits))
+        parts[name] = functools.partial(part, method, bits)
+    recording.growing(f"bits-{target}", parts, RESULT_SEED)
+
+
+def gains(table: pd.DataFrame) -> pd.DataFrame:
+    """What mixed bits gain over uniform ones.
+
+    Args:
+        table: ``bits-…`` of ``record_bits``.
+
+    Returns:
+        One row for each mixed and uniform method and each of ``arena.SHOWN``: ``mixed``, ``uniform``, ``measure``; the
+        bytes' ``share`` and ``uniform_share`` of 16 bits; ``gain`` in dB with its 95 % interval ``low`` and ``high``,
+        paired bootstrap over the images.
+    """
+    errors = table.pivot(index="image", columns="method", values="mse")
+    points, rows = table.drop_duplicates("method").set_index("method"), []
+    by_family = {family: part.index for family, part in points.groupby("family", sort=False)}
+    for mixed, uniform, measure in itertools.product(by_family["mixed"], by_family["uniform"], arena.SHOWN):
+        change = arena.gain(errors[uniform].to_numpy(), errors[mixed].to_numpy(), measure)
+        rows.append((mixed, uniform, measure, points.share[mixed], points.share[uniform], *change))
+    columns = ["mixed", "uniform", "measure", "share", "uniform_share", "gain", "low", "high"]
+    return pd.DataFrame(rows, columns=columns)

@@ -47,6 +47,7 @@ TABLES: dict[str, Callable[[Recording], object]] = {
     "samplers": plans.record_samplers,
     "history": plans.record_history,
     "formats": quantized_cache.record_formats,
+    "bits": quantized_cache.record_bits,
     "classes": plans.record_classes,
     "layers": layers.record_layers,
     "video": video.record_video,
