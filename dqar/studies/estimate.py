@@ -79,10 +79,10 @@ def works(profile: Profile, folder: Path) -> dict[str, Work]:
     qat_images = tuned * len(qat.MODELS) * len(qat.CACHES) * sizes.tuned_images
     formats = 1 + 2 * len(quantized_cache.cache_methods("kv"))
     # Each width of each layer, and of each step that is reused once: every second.
-    widths, layers = len(bits.FEW), len(taken_layers(cached_pipeline(profile).transformer))
-    by_bits = (1 + widths * layers) * sizes.layer_images + (1 + widths * (steps // 2)) * sizes.step_images
-    mixed = (1 + len(quantized_cache.UNIFORM) + len(quantized_cache.BUDGETS)) * sizes.arena_images
-    targets = len(quantized_cache.MIXED)
+    layers = len(taken_layers(cached_pipeline(profile).transformer))
+    by_bits = (2 + len(bits.FEW) * (layers + steps // 2)) * sizes.bits_images
+    mixed = sum(1 + len(uniform) + len(budgets) for uniform, budgets in quantized_cache.MIXED.values())
+    mixed, by_bits = mixed * sizes.arena_images, by_bits * len(quantized_cache.MIXED)
     return {
         "reference": Work(*(own_reference * x for x in (sizes.samples * steps, 0, 0, *3 * (sizes.samples,)))),
         "labels": Work(
@@ -117,10 +117,10 @@ def works(profile: Profile, folder: Path) -> dict[str, Work]:
             kept=3 * sizes.arena_images,
         ),
         "bits": Work(
-            targets * (by_bits + mixed) * steps,
-            images=targets * (by_bits + mixed),
-            scored=targets * mixed,
-            kept=targets * sizes.arena_images,
+            (by_bits + mixed) * steps,
+            images=by_bits + mixed,
+            scored=mixed,
+            kept=len(quantized_cache.MIXED) * sizes.arena_images,
         ),
         "classes": Work(
             sizes.plan_images * (2 * steps + 6 * computed) + sizes.arena_images * (steps + 4 * computed),

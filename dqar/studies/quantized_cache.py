@@ -32,10 +32,11 @@ DRAWN = tuple(
 )
 """Of these, the ones that images are drawn with: a scale a channel, with fitted levels too where bits are few, and the
 deck's one scale a tensor."""
-UNIFORM, BUDGETS = (4, 2), (1, 0.6, 0.3)
+MIXED: dict[ReuseTarget, tuple[tuple[int, ...], tuple[float, ...]]] = {
+    "output": ((4, 2), (1, 0.6, 0.3)),
+    "kv": ((4,), (1,)),  # whose levels take long to fit
+}
 """Bits that all layers have; and the bytes that mixed ones are chosen for: from INT2's so far towards INT4's."""
-MIXED: tuple[ReuseTarget, ...] = ("output", "kv")
-"""The targets whose layers' bits are chosen, as they are recorded: the cheaper first."""
 
 
 def quantization_error(run: Run) -> pd.DataFrame:
@@ -164,24 +165,24 @@ def record_bits(recording: Recording) -> None:
     ``measure.bits.layer_errors`` and ``step_errors``; ``bits-…`` the columns of ``compare`` of uniform and of mixed
     bits, ``mse`` being to an unquantized cache, with ``layer_bits`` as a text and ``share`` of a 16-bit cache's bytes.
     """
-    for target in MIXED:
-        _record_bits(recording, target)
+    for target, widths_and_budgets in MIXED.items():
+        _record_bits(recording, target, *widths_and_budgets)
 
 
-def _record_bits(recording: Recording, target: ReuseTarget) -> None:
+def _record_bits(recording: Recording, target: ReuseTarget, uniform: Sequence[int], budgets: Sequence[float]) -> None:
     profile, sizes = recording.many_at_once, recording.sizes
     pipe, config = cached_pipeline(profile), cached(target, 8, cache=CacheFormat(fitted=True))
 
     def layers() -> pd.DataFrame:
-        return layer_errors(pipe, profile, LABEL_SEED, config, sizes.layer_images).assign(method="layers")
+        return layer_errors(pipe, profile, LABEL_SEED, config, sizes.bits_images).assign(method="layers")
 
     def steps() -> pd.DataFrame:
-        return step_errors(pipe, profile, LABEL_SEED, config, sizes.step_images).assign(method="steps")
+        return step_errors(pipe, profile, LABEL_SEED, config, sizes.bits_images).assign(method="steps")
 
     table = recording.growing(f"bits-errors-{target}", {"layers": layers, "steps": steps}, LABEL_SEED)
     errors = table[table.method == "layers"]
     kept = errors.groupby(["layer", "bits"]).bytes.mean().unstack()
-    most, least = (kept[bits].sum() for bits in UNIFORM)
+    most, least = (kept[bits].sum() for bits in (4, 2))
     half = kept[16].sum() * 2 / profile.dtype.itemsize
     reference = functools.partial(recording.drawn, cache_methods(target)[0], RESULT_SEED, 0, sizes.arena_images)
 
@@ -189,8 +190,8 @@ def _record_bits(recording: Recording, target: ReuseTarget) -> None:
         rows = compare(method, reference(), profile, RESULT_SEED)
         return rows.assign(share=rows.cache_bytes / half, layer_bits=" ".join(map(str, bits)))
 
-    chosen = {f"INT{bits}": (bits,) * len(kept) for bits in UNIFORM}
-    for budget in BUDGETS:
+    chosen = {f"INT{bits}": (bits,) * len(kept) for bits in uniform}
+    for budget in budgets:
         allowed = least + budget * (most - least)
         chosen[f"mixed, {allowed / half:.2f} of 16 bits"] = choose_bits(errors, allowed)
     parts = {}
