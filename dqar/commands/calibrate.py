@@ -26,7 +26,7 @@ def run(arguments: list[str]) -> int:
         OSError: the weights can't be read.
     """
     parser = Parser(
-        "calibrate", "Proposes a gate for a share of reuse or a quality, or layers' bits for a cache's size."
+        "calibrate", "Proposes a gate for a share of reuse or for a quality, or bits by layer for a cache's size."
     )
     parser.add_profile()
     parser.add_changes("weights", "device", "set")

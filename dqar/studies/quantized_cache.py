@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, get_args
 
@@ -161,44 +161,46 @@ def record_formats(recording: Recording) -> None:
 def record_bits(recording: Recording) -> None:
     """What few bits do layer by layer and step by step; and bits of each layer chosen by that, on other images.
 
-    Every second step is reused, and levels are fitted. For each of ``MIXED``, ``bits-errors-…`` has the rows of
-    ``measure.bits.layer_errors`` and ``step_errors``; ``bits-…`` the columns of ``compare`` of uniform and of mixed
-    bits, ``mse`` being to an unquantized cache, with ``layer_bits`` as a text and ``share`` of a 16-bit cache's bytes.
+    Every second step is reused, and levels are fitted. For each of ``MIXED``, ``bits-layers-…`` and ``bits-steps-…``
+    hold what ``measure.bits`` measures; ``bits-…`` has the columns of ``compare`` for uniform and for mixed bits, ``mse``
+    being to an unquantized cache, with ``layer_bits`` as a text and ``share`` of a 16-bit cache's bytes.
     """
-    for target, widths_and_budgets in MIXED.items():
-        _record_bits(recording, target, *widths_and_budgets)
+    profile, number = recording.many_at_once, recording.sizes.bits_images
+    pipe = cached_pipeline(profile)
+
+    def measured(name: str, measure: Callable[..., pd.DataFrame], target: ReuseTarget) -> pd.DataFrame:
+        part = functools.partial(measure, pipe, profile, LABEL_SEED, _fitted(target), number)
+        return recording.table(f"bits-{name}-{target}", {"all": part}, LABEL_SEED)
+
+    for target, (uniform, budgets) in MIXED.items():
+        _record_mixed(recording, target, measured("layers", layer_errors, target), uniform, budgets)
+    for target in MIXED:
+        measured("steps", step_errors, target)
 
 
-def _record_bits(recording: Recording, target: ReuseTarget, uniform: Sequence[int], budgets: Sequence[float]) -> None:
-    profile, sizes = recording.many_at_once, recording.sizes
-    pipe, config = cached_pipeline(profile), cached(target, 8, cache=CacheFormat(fitted=True))
-
-    def layers() -> pd.DataFrame:
-        return layer_errors(pipe, profile, LABEL_SEED, config, sizes.bits_images).assign(method="layers")
-
-    def steps() -> pd.DataFrame:
-        return step_errors(pipe, profile, LABEL_SEED, config, sizes.bits_images).assign(method="steps")
-
-    table = recording.growing(f"bits-errors-{target}", {"layers": layers, "steps": steps}, LABEL_SEED)
-    errors = table[table.method == "layers"]
+def _record_mixed(
+    recording: Recording, target: ReuseTarget, errors: pd.DataFrame, uniform: Sequence[int], budgets: Sequence[float]
+) -> None:
     kept = errors.groupby(["layer", "bits"]).bytes.mean().unstack()
     most, least = (kept[bits].sum() for bits in (4, 2))
-    half = kept[16].sum() * 2 / profile.dtype.itemsize
-    reference = functools.partial(recording.drawn, cache_methods(target)[0], RESULT_SEED, 0, sizes.arena_images)
-
-    def part(method: Method, bits: tuple[int, ...]) -> pd.DataFrame:
-        rows = compare(method, reference(), profile, RESULT_SEED)
-        return rows.assign(share=rows.cache_bytes / half, layer_bits=" ".join(map(str, bits)))
-
+    half = kept[16].sum() * 2 / recording.profile.dtype.itemsize
     chosen = {f"INT{bits}": (bits,) * len(kept) for bits in uniform}
     for budget in budgets:
         allowed = least + budget * (most - least)
         chosen[f"mixed, {allowed / half:.2f} of 16 bits"] = choose_bits(errors, allowed)
-    parts = {}
-    for name, bits in chosen.items():
-        method = Method(name, "mixed" if name.startswith("mixed") else "uniform", with_layer_bits(config, bits))
-        parts[name] = functools.partial(part, method, bits)
+
+    def part(name: str, bits: tuple[int, ...]) -> pd.DataFrame:
+        reference = recording.drawn(cache_methods(target)[0], RESULT_SEED, 0, recording.sizes.arena_images)
+        method = Method(name, "mixed" if "mixed" in name else "uniform", with_layer_bits(_fitted(target), bits))
+        rows = compare(method, reference, recording.many_at_once, RESULT_SEED)
+        return rows.assign(share=rows.cache_bytes / half, layer_bits=" ".join(map(str, bits)))
+
+    parts = {name: functools.partial(part, name, bits) for name, bits in chosen.items()}
     recording.growing(f"bits-{target}", parts, RESULT_SEED)
+
+
+def _fitted(target: ReuseTarget) -> DQARConfig:
+    return cached(target, 8, cache=CacheFormat(fitted=True))
 
 
 def gains(table: pd.DataFrame) -> pd.DataFrame:
@@ -214,8 +216,8 @@ def gains(table: pd.DataFrame) -> pd.DataFrame:
     """
     errors = table.pivot(index="image", columns="method", values="mse")
     points, rows = table.drop_duplicates("method").set_index("method"), []
-    by_family = {family: part.index for family, part in points.groupby("family", sort=False)}
-    for mixed, uniform, measure in itertools.product(by_family["mixed"], by_family["uniform"], arena.SHOWN):
+    families = (points.index[points.family == family] for family in ("mixed", "uniform"))
+    for mixed, uniform, measure in itertools.product(*families, arena.SHOWN):
         change = arena.gain(errors[uniform].to_numpy(), errors[mixed].to_numpy(), measure)
         rows.append((mixed, uniform, measure, points.share[mixed], points.share[uniform], *change))
     columns = ["mixed", "uniform", "measure", "share", "uniform_share", "gain", "low", "high"]
