@@ -162,8 +162,8 @@ def record_bits(recording: Recording) -> None:
     """What few bits do layer by layer and step by step; and bits of each layer chosen by that, on other images.
 
     Every second step is reused, and levels are fitted. For each of ``MIXED``, ``bits-layers-…`` and ``bits-steps-…``
-    hold what ``measure.bits`` measures; ``bits-…`` has the columns of ``compare`` for uniform and for mixed bits, ``mse``
-    being to an unquantized cache, with ``layer_bits`` as a text and ``share`` of a 16-bit cache's bytes.
+    hold what ``measure.bits`` measures; ``bits-…`` has the columns of ``compare`` for uniform and for mixed bits: its
+    ``mse`` is to an unquantized cache, ``layer_bits`` a text, ``share`` of a 16-bit cache's bytes.
     """
     profile, number = recording.many_at_once, recording.sizes.bits_images
     pipe = cached_pipeline(profile)
@@ -222,3 +222,22 @@ def gains(table: pd.DataFrame) -> pd.DataFrame:
         rows.append((mixed, uniform, measure, points.share[mixed], points.share[uniform], *change))
     columns = ["mixed", "uniform", "measure", "share", "uniform_share", "gain", "low", "high"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def of_equal_bytes(table: pd.DataFrame) -> pd.Series:
+    """The row of ``gains`` in the median for mixed bits of INT4's bytes over INT4.
+
+    Args:
+        table: ``bits-…`` of ``record_bits``.
+    """
+    changes = gains(table).query("uniform == 'INT4' and measure == 'median'")
+    return changes.loc[changes.share.idxmax()]
+
+
+def mixed_in_words(output: pd.DataFrame, kv: pd.DataFrame) -> str:
+    """The finding of ``record_bits``, of its tables ``bits-output`` and ``bits-kv``."""
+    ours, theirs = of_equal_bytes(output), of_equal_bytes(kv)
+    return (
+        f"In INT4's bytes, bits chosen by layer change the median by {ours.gain:+.1f} dB ({ours.low:+.1f} to "
+        f"{ours.high:+.1f}) for outputs, {theirs.gain:+.1f} ({theirs.low:+.1f} to {theirs.high:+.1f}) for K and V"
+    )
