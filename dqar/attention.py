@@ -62,7 +62,8 @@ def apply_dqar(
         The session: its ``trace`` and ``controller`` stay readable after removal.
 
     Raises:
-        ValueError: no attention that DQAR can take over, DQAR is there already, or a plan for another model.
+        ValueError: no attention that DQAR can take over, DQAR is there already, or a plan or ``layer_bits`` for another
+            model.
     """
     if isinstance(config, ReusePlan):
         config = DQARConfig(plan=config)

@@ -215,7 +215,8 @@ class QuantizedCache:
         stored: dict[Name, Stored] = {}
         if all(name in tensors for name in names):
             names = (*names, *(name for name in tensors if name.startswith("text_")))
-            stored = {name: self._store(name, tensors[name], partners.get(name), check_finite) for name in names}
+            bits = self.config.bits_of(layer_id)
+            stored = {name: self._store(name, tensors[name], bits, partners.get(name), check_finite) for name in names}
         nbytes = sum(whole.nbytes for whole in stored.values())
         batch = len(next(iter(stored.values())).data) if stored else 1
         self._separate(layer_id, rows)
@@ -257,17 +258,19 @@ class QuantizedCache:
                 for past in (entry, *entry.history):
                     past.separate()
 
-    def _store(self, name: Name, x: torch.Tensor, partner: torch.Tensor | None, check_finite: bool) -> Stored:
+    def _store(
+        self, name: Name, x: torch.Tensor, bits: int, partner: torch.Tensor | None, check_finite: bool
+    ) -> Stored:
         config = self.config
+        if bits == 16:
+            return StoredTensor(x.detach().clone(), x.dtype)  # a view would keep the whole batch's memory alive
         if name in ("k", "text_k") and config.mixed_precision:
             half = torch.float16 if x.dtype == torch.float32 else x.dtype
             return StoredTensor(x.detach().to(half, copy=True), x.dtype)
-        if config.quantize_bits == 16:
-            return StoredTensor(x.detach().clone(), x.dtype)  # a view would keep the whole batch's memory alive
         # batch_dims=1: a shared scale would let one image of a batch change another.
         return quantize(
             x.detach(),
-            config.quantize_bits,
+            bits,
             config.quantize_mode,
             batch_dims=1,
             partner=partner if config.balance else None,

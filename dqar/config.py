@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -17,6 +18,8 @@ from dqar.scheduler import ScheduleKind
 ReuseTarget = Literal["kv", "output", "block", "residual"]
 EntropyUnit = Literal["nats", "normalized"]
 SNRSource = Literal["predicted", "schedule"]
+WIDTHS = (16, 8, 4, 2)
+"""Bits that a cached value can have."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class CacheFormat:
             bits that keeps 4 levels instead of 3 (slide 16). Of K and V it is the error of their products, with the
             queries and with the map, that counts, unless they are balanced or keep channels. Storing takes 5 (one
             image) to 40 times as long (48 at once), of K and V twice that.
+        layer_bits: bits of each layer in place of ``quantize_bits``, from the first layer on: 16, 8, 4 or 2 each.
         cross_attention: keep the caption's K and V for the whole run, where there is cross-attention: exact.
         modulations: reuse DiT's modulations in later runs of equal timesteps and labels (64 MB at most), and compute
             them once where blocks have equal weights. Exact.
@@ -43,6 +47,7 @@ class CacheFormat:
     forecast_order: int = 0
     keep_channels: int = 0
     fitted: bool = False
+    layer_bits: tuple[int, ...] | None = None
     cross_attention: bool = True
     modulations: bool = True
 
@@ -50,6 +55,11 @@ class CacheFormat:
         order = self.forecast_order
         check("cache.forecast_order", order, is_count(order, 0) and order <= 2, "an int from 0 to 2")
         check_count("cache.keep_channels", self.keep_channels, 0)
+        bits = self.layer_bits
+        if bits is not None:
+            each = isinstance(bits, (tuple, list)) and all(is_count(width) and width in WIDTHS for width in bits)
+            check("cache.layer_bits", bits, each, "None or 16, 8, 4 or 2 for each layer")
+            object.__setattr__(self, "layer_bits", tuple(bits))
         for flag in ("fitted", "cross_attention", "modulations"):
             check_choice(f"cache.{flag}", getattr(self, flag), (True, False))
 
@@ -111,9 +121,9 @@ class DQARConfig:
             ``"block"``: that and the feed-forward's, by one decision. Their adaLN gates, and PixArt's cross-attention,
             stay fresh. ``"residual"``: all that the block adds to its input, gates and cross-attention included.
             Joint attention (SD3, Flux) takes the first two, of image and caption.
-        quantize_bits: 8, 4 or 2; 16 keeps the model's own dtype.
+        quantize_bits: 8, 4 or 2; 16 keeps the model's own dtype. ``cache.layer_bits`` may give each layer its own.
         quantize_mode: what shares one scale (slide 6): the sample's whole tensor, a channel, or a token.
-        mixed_precision: K in 16 bit, V quantized (slide 6); only with ``reuse_target="kv"``.
+        mixed_precision: K in 16 bit, V quantized (slide 6), where a layer is; only with ``reuse_target="kv"``.
         balance: channel-wise salience balancing of K and V before they are quantized (slide 15); ``"kv"`` only.
         cache: what else is kept.
         probe: what is measured, and how.
@@ -149,7 +159,7 @@ class DQARConfig:
             pair = isinstance(bounds, (tuple, list)) and len(bounds) == 2 and all(map(is_number, bounds))
             check("snr_range", bounds, pair and bounds[0] <= bounds[1], "None or two numbers, 0 <= low <= high")
             object.__setattr__(self, "snr_range", tuple(bounds))
-        check_choice("quantize_bits", self.quantize_bits, (16, 8, 4, 2))
+        check_choice("quantize_bits", self.quantize_bits, WIDTHS)
         check_choice("quantize_mode", self.quantize_mode, get_args(QuantizeMode))
         check_choice("reuse_target", self.reuse_target, get_args(ReuseTarget))
         check_choice("schedule", self.schedule, get_args(ScheduleKind))
@@ -165,17 +175,27 @@ class DQARConfig:
         check("plan", self.plan, planned, "None or a ReusePlan; apply_dqar(pipe, plan) takes a ForecastPlan")
         for name, group in (("cache", CacheFormat), ("probe", Probe)):
             check(name, getattr(self, name), isinstance(getattr(self, name), group), f"a {group.__name__}")
+        quantizes = min(self.cache.layer_bits or (self.quantize_bits,)) < 16
+        bits = "only with quantize_bits 8, 4 or 2, or such cache.layer_bits"
         for flag in ("mixed_precision", "balance"):
             check_choice(flag, getattr(self, flag), (True, False))
             if getattr(self, flag):
                 check(flag, True, self.reuse_target == "kv", "only with reuse_target='kv'")
-                check(flag, True, self.quantize_bits < 16, "only with quantize_bits 8, 4 or 2")
+                check(flag, True, quantizes, bits)
         order, kept = self.cache.forecast_order, self.cache.keep_channels
         others = "only with reuse_target 'output', 'block' or 'residual'"
         check("cache.forecast_order", order, order == 0 or self.reuse_target != "kv", others)
-        bits = "only with quantize_bits 8, 4 or 2"
-        check("cache.keep_channels", kept, kept == 0 or self.quantize_bits < 16, bits)
-        check("cache.fitted", self.cache.fitted, not self.cache.fitted or self.quantize_bits < 16, bits)
+        check("cache.keep_channels", kept, kept == 0 or quantizes, bits)
+        check("cache.fitted", self.cache.fitted, not self.cache.fitted or quantizes, bits)
+
+    def bits_of(self, layer_id: int) -> int:
+        """Bits of a layer's cached values."""
+        return self.quantize_bits if self.cache.layer_bits is None else self.cache.layer_bits[layer_id]
+
+    @property
+    def mean_bits(self) -> float:
+        """Bits of a cached value, mean of the layers."""
+        return statistics.mean(self.cache.layer_bits or (self.quantize_bits,))
 
     @property
     def spares_products(self) -> bool:

@@ -71,7 +71,7 @@ class DQARController:
         trace: to write to, if it is shared with others.
 
     Raises:
-        ValueError: ``num_layers`` below 1, or a plan for another number.
+        ValueError: ``num_layers`` below 1, or a plan or ``layer_bits`` for another number.
     """
 
     def __init__(self, num_layers: int, config: DQARConfig | None = None, trace: Trace | None = None):
@@ -80,6 +80,9 @@ class DQARController:
         self.config = config or DQARConfig()
         if self.config.plan is not None:
             self.config.plan.check_layers(num_layers)
+        bits = self.config.cache.layer_bits
+        right = bits is None or len(bits) == num_layers
+        check("cache.layer_bits", bits, right, f"the model has {num_layers} layers, these are {len(bits or ())}")
         self.cache = QuantizedCache(self.config)
         self.trace = Trace() if trace is None else trace
         self._gate = make_gate(self.config, num_layers)

@@ -54,8 +54,8 @@ class ReuseEngine:
         group: ranks that decide together, where signals decide; see ``apply_dqar``.
 
     Raises:
-        ValueError: no attention that it can take over, a ``reuse_target`` that isn't for it, a plan for another number
-            of layers, or a group that this rank doesn't belong to.
+        ValueError: no attention that it can take over, a ``reuse_target`` that isn't for it, a plan or ``layer_bits``
+            for another number of layers, or a group that this rank doesn't belong to.
     """
 
     def __init__(

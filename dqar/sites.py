@@ -313,10 +313,11 @@ class KeysAndValues(Site):
         output, entropy = self._weighted(query, key, value, measure)
         kept: Tensors = {"k": key, "v": value}
         partners: Tensors = {}
-        if self.config.balance and choice.fresh:
+        quantized = bool(choice.fresh) and self.config.bits_of(layer_id) < 16
+        if quantized and self.config.balance:
             weights = _largest_weights(attn.to_out[0], value).expand(len(value), 1, -1)
             partners = {"k": query.abs().amax(dim=1, keepdim=True), "v": weights}
-        elif self.config.spares_products and attn.norm_k is None and choice.fresh:
+        elif quantized and self.config.spares_products and attn.norm_k is None:
             some = stats.spread(self._heads(query, attn.norm_q), SAMPLED_QUERIES).float()
             scores = some @ self._heads(key).float().mT * some.shape[-1] ** -0.5
             partners = {"k": some, "v": scores.softmax(-1)}

@@ -110,6 +110,8 @@ def test_reuse_equals_a_naive_one(target):
         ({**COARSE, **KEPT}, COARSE),
         ({**COARSE, **KEPT}, {**COARSE, "cache": CacheFormat(keep_channels=5)}),
         ({**COARSE, **KEPT}, {**COARSE, **KEPT, "balance": True}),
+        ({"cache": CacheFormat(layer_bits=(2, 8, 8, 8))}, {"cache": CacheFormat(layer_bits=(8, 8, 8, 2))}),
+        ({"cache": CacheFormat(layer_bits=(4, 4, 4, 8))}, COARSE),
         ({**COARSE, **KEPT, "reuse_target": "output"}, {**COARSE, "reuse_target": "output"}),
         (SHARING, {"schedule": "none"}),
         ({**SHARING, "reuse_target": "output"}, SHARING),
@@ -780,6 +782,66 @@ def test_fitted_levels_of_keys_and_values_keep_their_products(pipe):
                 )
                 assert (kept.dequantize() == of_product.dequantize()).double().mean() > 0.99
                 assert not torch.equal(kept.dequantize(), nearest.dequantize()) and kept.nbytes == nearest.nbytes
+
+
+@pytest.mark.parametrize(
+    "options, extras",
+    [
+        ({"reuse_target": "output"}, {"fitted": True}),
+        ({"reuse_target": "block", "schedule": "static"}, {"forecast_order": 2}),
+        ({"reuse_target": "residual"}, {"keep_channels": 2}),
+        ({"reuse_target": "kv"}, {"fitted": True}),
+        ({"reuse_target": "kv", "mixed_precision": True, "balance": True, "quantize_mode": "per_tensor"}, {}),
+    ],
+)
+def test_the_same_bits_in_every_layer_are_uniform_bits(pipe, options, extras):
+    drawn, traces = [], []
+    mixed = {"quantize_bits": 8, "cache": CacheFormat(**extras, layer_bits=(4, 4, 4, 4))}
+    for bits in ({"quantize_bits": 4, "cache": CacheFormat(**extras)}, mixed):
+        with apply_dqar(pipe, DQARConfig(**{**OPEN, **options, **bits})) as session:
+            drawn.append(draw(pipe))
+        traces.append(session.trace.to_pandas())
+    assert torch.equal(*drawn)
+    pandas.testing.assert_frame_equal(*traces)
+
+
+@pytest.mark.parametrize("target", ["kv", "output"])
+def test_each_layer_reuses_what_its_own_bits_leave(target):
+    """Against hooks that quantize what the modules returned, layer by layer."""
+    widths = (2, 16, 8, 4)
+    config = {**OPEN, "schedule": "static", "reuse_target": target}
+    pipe = embedded_pipeline()
+    with apply_dqar(pipe, DQARConfig(**config, cache=CacheFormat(layer_bits=widths))) as session:
+        got = draw(pipe)
+    for layer, block in enumerate(pipe.transformer.transformer_blocks):
+        for module in (block.attn1.to_k, block.attn1.to_v) if target == "kv" else (block.attn1,):
+            module.register_forward_hook(every_second(widths[layer]))
+    torch.testing.assert_close(got, draw(pipe), rtol=1e-5, atol=1e-5)
+    table = session.trace.to_pandas()
+    sizes = table[table.step == 7].groupby("layer").bytes.sum()
+    assert sizes[1] > sizes[2] > sizes[3] > sizes[0] > 0
+
+
+def every_second(bits):
+    """A hook that returns at every second step what the step before did, in so many bits."""
+    kept, steps = [], iter(range(1000))
+
+    def hook(_module, _args, output):
+        if next(steps) % 2:
+            return kept.pop()
+        kept.append(output if bits == 16 else quantize(output, bits, "per_channel", batch_dims=1).dequantize())
+        return output
+
+    return hook
+
+
+@pytest.mark.parametrize("widths", [(), (8,), (8, 8, 8, 8, 4)])
+def test_bits_of_another_number_of_layers_are_refused_before_the_first_image(pipe, widths):
+    before = state(pipe)
+    with pytest.raises(ValueError) as error:
+        apply_dqar(pipe, DQARConfig(cache=CacheFormat(layer_bits=widths)))
+    number = f"the model has 4 layers, these are {len(widths)}"
+    assert str(error.value) == f"cache.layer_bits={widths} is not accepted: {number}" and state(pipe) == before
 
 
 @pytest.mark.parametrize(

@@ -128,3 +128,37 @@ def test_outputs_keep_channels_too():
     config = DQARConfig(**PER_TENSOR, reuse_target="output", cache=CacheFormat(keep_channels=2))
     entry = put(QuantizedCache(config), output=keys())
     assert entry.output.kept.shape == (2, 16, 2)
+
+
+@pytest.mark.parametrize(
+    "target, options",
+    [
+        ("kv", {}),
+        ("kv", {"mixed_precision": True}),
+        ("output", {"cache": {"fitted": True}}),
+        ("block", {"cache": {"keep_channels": 2}}),
+        ("residual", {"cache": {"forecast_order": 1}}),
+    ],
+)
+def test_each_layer_is_kept_in_its_own_bits(target, options):
+    """Against a cache that has these bits in all layers."""
+
+    def config(**bits):
+        extras = {"layer_bits": bits.pop("layer_bits", None), **options.get("cache", {})}
+        return DQARConfig(**{**options, **bits, "reuse_target": target, "cache": CacheFormat(**extras)})
+
+    tensors = {name: keys(seed) for seed, name in enumerate(("k", "v", "output", "feed_forward"))}
+    widths = (8, 16, 2, 4)
+    mixed, total = QuantizedCache(config(layer_bits=widths)), 0
+    for layer, bits in enumerate(widths):
+        entry = put(mixed, layer, **tensors)
+        if bits == 16:
+            assert all(torch.equal(kept.dequantize(), tensors[name]) for name, kept in entry.stored.items())
+            total += sum(tensors[name].nbytes for name in entry.stored)
+            continue
+        uniform = put(QuantizedCache(config(quantize_bits=bits)), **tensors)
+        assert entry.stored.keys() == uniform.stored.keys() and entry.nbytes == uniform.nbytes
+        for name, kept in entry.stored.items():
+            assert torch.equal(kept.dequantize(), uniform.stored[name].dequantize())
+        total += uniform.nbytes
+    assert mixed.nbytes == total

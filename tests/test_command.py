@@ -44,7 +44,7 @@ def test_every_subcommand_has_help(name, capsys):
         (["plan", "--set", "images=0"], "dqar plan: profile field images=0 is not accepted"),
         (["plan", "--pipeline", "x", "--prompts", "y", "--weights", "z"], "dqar plan: --weights changes a profile"),
         (["calibrate", "--share", "0.5", "--set", "steps=9"], "dqar calibrate: profile field 'steps' is unknown"),
-        (["calibrate"], "dqar calibrate: one of the arguments --share --psnr is required"),
+        (["calibrate"], "dqar calibrate: one of the arguments --share --psnr --bytes is required"),
         (["train", "imagenet"], "dqar train: argument model: invalid choice: 'imagenet' (choose from "),
     ],
 )

@@ -49,6 +49,7 @@ BITS, FLAG, SHARE = "choose one of 16, 8, 4, 2", "choose one of True, False", "a
         ("probe", (None, "record", CacheFormat()), "a Probe"),
         ("cache.forecast_order", (-1, 3, 1.0, True, None), "an int from 0 to 2"),
         ("cache.keep_channels", (-1, 1.0, True), "an int of 0 or more"),
+        ("cache.layer_bits", (8, "84", (8, 3), [4, None], (8.0,)), "None or 16, 8, 4 or 2 for each layer"),
         ("cache.cross_attention", ("yes", None), FLAG),
         ("cache.modulations", ("yes", None), FLAG),
         ("probe.entropy_unit", ("bits",), "choose one of 'nats', 'normalized'"),
@@ -77,12 +78,21 @@ def test_a_wrong_value_is_named_with_its_field(field, values, accepted):
             "cache.forecast_order=1 .* only with reuse_target 'output', 'block'",
         ),
         ({"cache": CacheFormat(fitted=True), "quantize_bits": 16}, "cache.fitted=True .* only with quantize_b"),
+        ({"cache": CacheFormat(fitted=True, layer_bits=(16, 16))}, "cache.fitted=True .* or such cache.layer_bits"),
         ({"cache": CacheFormat(keep_channels=4), "quantize_bits": 16}, "cache.keep_channels=4 .* only with quantize_b"),
     ],
 )
 def test_fields_that_need_one_another_say_so(options, message):
     with pytest.raises(ValueError, match=message):
         DQARConfig(**options)
+
+
+def test_bits_of_layers_take_the_place_of_quantize_bits():
+    config = DQARConfig(quantize_bits=16, balance=True, cache=CacheFormat(fitted=True, layer_bits=[8, 2, 2]))
+    assert config.cache.layer_bits == (8, 2, 2) and hash(config)
+    assert [config.bits_of(layer) for layer in range(3)] == [8, 2, 2] and config.mean_bits == 4
+    uniform = DQARConfig(quantize_bits=4)
+    assert uniform.bits_of(27) == uniform.mean_bits == 4 and isinstance(uniform.mean_bits, int)
 
 
 def test_a_forecast_plan_is_for_the_other_engine():

@@ -1,5 +1,6 @@
 """Trace and reuse where attention isn't DiT's: joint with the caption (SD3.5, Flux); Latte."""
 
+import dataclasses
 import functools
 import math
 
@@ -10,7 +11,7 @@ from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProc
 from planned import state, unchanged
 from tiny import drawn, flux, flux_control, latte, sd3
 
-from dqar import DQARConfig, Probe, ReusePlan, apply_dqar, stats
+from dqar import CacheFormat, DQARConfig, Probe, ReusePlan, apply_dqar, stats
 
 STEPS, CPU = 6, torch.device("cpu")
 MAKERS = {
@@ -281,6 +282,23 @@ def test_a_static_schedule_returns_what_was_kept(loaded, name, target):
     assert set(table[table.decision == "reuse"].step) == {1, 3, 5}
     assert (table[table.step % 2 == 1].decision == "reuse").all()
     assert torch.equal(draw(pipe, call), untouched)
+
+
+@pytest.mark.parametrize("name, target", TARGETS)
+def test_each_layer_keeps_all_its_streams_in_its_own_bits(loaded, name, target):
+    pipe, call = loaded(name)
+    drawn, sizes, mixed = {}, {}, (4, *[16] * (len(LAYERS[name]) - 1))
+    for bits in (4, 16, mixed, (16,) * len(mixed)):
+        config = static(target, 8 if isinstance(bits, tuple) else bits)
+        if isinstance(bits, tuple):
+            config = dataclasses.replace(config, cache=CacheFormat(layer_bits=bits))
+        with apply_dqar(pipe, config) as session:
+            drawn[bits] = draw(pipe, call)
+        table = session.trace.to_pandas()
+        sizes[bits] = table[table.step == 1].groupby("layer").bytes.sum()
+    assert torch.equal(drawn[16], drawn[(16,) * len(mixed)])
+    assert not torch.equal(drawn[mixed], drawn[16]) and not torch.equal(drawn[mixed], drawn[4])
+    assert sizes[mixed].tolist() == [sizes[4][0], *sizes[16][1:]]
 
 
 @pytest.mark.parametrize("name", ("sd3", "latte"))

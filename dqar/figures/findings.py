@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from dqar.figures.style import SLIDE14
+from dqar.measure import metrics
 from dqar.measure.results import Run
 from dqar.studies import arena
 from dqar.studies import benchmarks as benchmark_tables
@@ -125,11 +126,30 @@ def quantized_cache(run: Run, quality: pd.DataFrame) -> str:
     unseen = [int(bits) for bits in sorted(best.index) if best[bits] >= 40]
     fewest = f"{unseen[0]} bits are enough" if unseen else "no width below 16 bits is enough"
     sizes = quality[quality.target == "output"].set_index(["bits", "mode"]).cache_bytes
+    tables = [run.recorded(name) for name in ("bits-layers-output", "bits-output")]
     half = sizes[8, "per_channel"] / (sizes[16].iloc[0] * 2 / run.profile.dtype.itemsize)
     return (
         f"For a median image at 40 dB or more to an unquantized cache's, {fewest}: at their best, 8, 4 and 2 bits come "
         f"to {best[8]:.0f}, {best[4]:.0f} and {best[2]:.0f} dB (n = {quality.images.iloc[0]}). INT8 does not quite "
         f"halve FP16's memory, because scales are kept too: an attention output takes {half:.2f} of it."
+        + (layers_apart(*tables) if all(table is not None for table in tables) else "")
+    )
+
+
+def layers_apart(layers: pd.DataFrame, mixed: pd.DataFrame) -> str:
+    """How far apart layers are in what their bits do, and what that spares.
+
+    Args:
+        layers, mixed: ``bits-layers-…`` and ``bits-…`` of ``quantized_cache.record_bits``.
+    """
+    alone = metrics.decibels(layers[layers.bits == 2].groupby("layer").mse.mean())
+    points = arena.standings(mixed, "reference", ("family", "share")).set_index("method")
+    four, cheap = points.loc["INT4"], points[points.family == "mixed"].sort_values("share").iloc[-2]
+    return (
+        f" Layers differ: with the output of one alone in 2 bits, images have {alone.min():.0f} dB (layer "
+        f"{alone.idxmin()}) to {alone.max():.0f} dB (layer {alone.idxmax()}). With bits chosen for each, "
+        f"{cheap.share:.2f} of FP16's memory gives {cheap['median']:.1f} dB, where INT4 takes {four.share:.2f} for "
+        f"{four['median']:.1f} dB (n = {mixed.image.nunique()})."
     )
 
 

@@ -7,8 +7,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from dqar.figures.style import ACCENT, BLUE, DARK, GREY, headline, plain_ticks, save
+from dqar.figures.style import ACCENT, BLUE, DARK, GREY, headline, plain_ticks, recorded, save
+from dqar.measure import metrics
 from dqar.measure.results import Run
+from dqar.studies import arena
+from dqar.studies import quantized_cache as study
 
 CACHES = {
     # bits and mode of a row of quantization_quality: what it is called
@@ -102,6 +105,46 @@ def slide06_errors(run: Run, error: pd.DataFrame, quality: pd.DataFrame) -> Figu
     )
     note = f"n = {quality.images[0]} images, every 2nd step reused; errors: of one image, median of K, V, output"
     return save(run, "slide06_errors", figure, quality, note)
+
+
+@recorded("bits of each layer")
+def slide06_layers(
+    run: Run, layers: pd.DataFrame, steps: pd.DataFrame, output: pd.DataFrame, kv: pd.DataFrame
+) -> Figure:
+    """Which layers and steps tolerate which bits; and quality against bytes, of uniform and of mixed bits.
+
+    Args:
+        layers, steps, output, kv: ``bits-layers-output``, ``bits-steps-output``, ``bits-output`` and ``bits-kv`` of
+            ``studies.quantized_cache.record_bits``.
+    """
+    figure, axes = plt.subplot_mosaic([["layer", "bytes"], ["step", "bytes"]], width_ratios=(5, 4))
+    colors = {8: GREY, 4: BLUE, 2: ACCENT}
+    for place, table in (("layer", layers), ("step", steps)):
+        quality = metrics.decibels(table[table.bits < 16].groupby([place, "bits"]).mse.mean()).unstack()
+        for bits, color in colors.items():
+            axes[place].plot(quality.index, quality[bits], color=color, lw=2.5, label=f"INT{bits}")
+        axes[place].set(xlabel=f"the only {place} whose cache is in few bits", ylabel="PSNR (dB)")
+        if place == "layer":
+            shown = output[output.method == study.of_equal_bytes(output).mixed]
+            chosen = [int(bits) for bits in shown.layer_bits.iloc[0].split()]
+            axes[place].scatter(quality.index, [quality.at[layer, bits] for layer, bits in enumerate(chosen)], s=60,
+                                color=[colors[bits] for bits in chosen])  # fmt: skip
+    axes["layer"].set_title("Dots: the bits chosen in INT4's bytes")
+    axes["step"].legend(ncols=3, columnspacing=1, handlelength=1.2)
+    for table, target, face in ((output, "output", None), (kv, "K and V", "white")):
+        points = arena.standings(table, "reference", ("family", "share")).sort_values("share")
+        for family, color in (("uniform", BLUE), ("mixed", ACCENT)):
+            part = points[points.family == family]
+            axes["bytes"].plot(part.share, part["median"], color=color, lw=2.5, marker="o", ms=11, mew=2.5,
+                               mfc=face or color, label=f"{target}, {family}")  # fmt: skip
+            axes["bytes"].vlines(part.share, part["5th percentile"], part["median"], color=color, lw=1.5)
+    axes["bytes"].set(xlabel="share of a 16-bit cache's bytes", ylabel="PSNR to an unquantized cache (dB)")
+    axes["bytes"].set_title("On other images")
+    axes["bytes"].legend(loc="lower right")
+    headline(figure, study.mixed_in_words(output, kv))
+    note = f"left: output, n = {layers.image.nunique()}; right: median, line to 5th percentile"
+    note += f", n = {output.image.nunique()}"
+    return save(run, "slide06_layers", figure, output, note)
 
 
 def _by_levels(table: pd.DataFrame) -> pd.DataFrame:

@@ -80,7 +80,7 @@ class Method:
         facts["dtype"] = None if self.dtype is None else str(self.dtype).removeprefix("torch.")
         if isinstance(self.config, DQARConfig):
             config = self.config
-            facts |= {"target": config.reuse_target, "schedule": config.schedule, "bits": config.quantize_bits}
+            facts |= {"target": config.reuse_target, "schedule": config.schedule, "bits": config.mean_bits}
             mode = f"{config.quantize_mode} fitted" if config.cache.fitted else config.quantize_mode
             facts |= {"mode": "mixed" if config.mixed_precision else mode}
             facts |= {"order": config.cache.forecast_order}

@@ -10,10 +10,12 @@ from typing import get_args
 import pandas as pd
 import torch
 
+from dqar.families import taken_layers
 from dqar.forecast.fit import FINER, Target
-from dqar.measure import metrics
+from dqar.measure import bits, metrics
 from dqar.measure.quality import extractor_of, scores
 from dqar.measure.sampling import LOOK
+from dqar.models.pipelines import cached_pipeline
 from dqar.models.profiles import Profile
 from dqar.peers.registry import RIVALS
 from dqar.studies import arena, batches, pareto, plans, policy, qat, quantized_cache, results
@@ -76,6 +78,11 @@ def works(profile: Profile, folder: Path) -> dict[str, Work]:
     tuned, tunings = profile.model == "digits", len(qat.MODELS) - 1
     qat_images = tuned * len(qat.MODELS) * len(qat.CACHES) * sizes.tuned_images
     formats = 1 + 2 * len(quantized_cache.cache_methods("kv"))
+    # Each width of each layer, and of each step that is reused once: every second.
+    layers = len(taken_layers(cached_pipeline(profile).transformer))
+    by_bits = (2 + len(bits.FEW) * (layers + steps // 2)) * sizes.bits_images
+    mixed = sum(1 + len(uniform) + len(budgets) for uniform, budgets in quantized_cache.MIXED.values())
+    mixed, by_bits = mixed * sizes.arena_images, by_bits * len(quantized_cache.MIXED)
     return {
         "reference": Work(*(own_reference * x for x in (sizes.samples * steps, 0, 0, *3 * (sizes.samples,)))),
         "labels": Work(
@@ -108,6 +115,12 @@ def works(profile: Profile, folder: Path) -> dict[str, Work]:
             formats * sizes.arena_images * steps,
             **dict.fromkeys(("images", "scored"), formats * sizes.arena_images),
             kept=3 * sizes.arena_images,
+        ),
+        "bits": Work(
+            (by_bits + mixed) * steps,
+            images=by_bits + mixed,
+            scored=mixed,
+            kept=len(quantized_cache.MIXED) * sizes.arena_images,
         ),
         "classes": Work(
             sizes.plan_images * (2 * steps + 6 * computed) + sizes.arena_images * (steps + 4 * computed),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, get_args
 
@@ -14,12 +14,14 @@ import torch
 
 from dqar.config import CacheFormat, DQARConfig, ReuseTarget
 from dqar.measure import metrics
+from dqar.measure.bits import choose_bits, layer_errors, step_errors, unquantized, with_layer_bits
 from dqar.measure.results import Run
 from dqar.measure.sampling import OPEN, sample
 from dqar.models.pipelines import cached_pipeline
 from dqar.quantizer import QuantizeMode, quantize
+from dqar.studies import arena
 from dqar.studies.compare import FULL, Method, compare, draw, summarize
-from dqar.studies.recording import RESULT_SEED, Recording
+from dqar.studies.recording import LABEL_SEED, RESULT_SEED, Recording
 
 FORMATS = tuple(itertools.product((8, 4, 2), get_args(QuantizeMode), (False, True)))
 """Bits, mode, and whether the levels are fitted."""
@@ -30,6 +32,11 @@ DRAWN = tuple(
 )
 """Of these, the ones that images are drawn with: a scale a channel, with fitted levels too where bits are few, and the
 deck's one scale a tensor."""
+MIXED: dict[ReuseTarget, tuple[tuple[int, ...], tuple[float, ...]]] = {
+    "output": ((4, 2), (1, 0.6, 0.3)),
+    "kv": ((4,), (1,)),  # whose levels take long to fit
+}
+"""Bits that all layers have; and the bytes that mixed ones are chosen for: from INT2's so far towards INT4's."""
 
 
 def quantization_error(run: Run) -> pd.DataFrame:
@@ -107,16 +114,12 @@ def quantization_quality(run: Run, configs: Sequence[DQARConfig] | None = None) 
             return summarized(recorded)
         return run.table("quantization_quality", lambda: measure([cache_methods("kv"), cache_methods("output")]))
 
-    def unquantized(config: DQARConfig) -> DQARConfig:
-        cache = dataclasses.replace(config.cache, fitted=False)
-        return dataclasses.replace(config, quantize_bits=16, mixed_precision=False, balance=False, cache=cache)
-
     return measure(
         [
             [
                 Method(f"{number}: 16 bit", config=unquantized(config)),
                 Method(
-                    f"{number}: INT{config.quantize_bits} {config.quantize_mode}{' + CSB' * config.balance}",
+                    f"{number}: INT{config.mean_bits:g} {config.quantize_mode}{' + CSB' * config.balance}",
                     config=config,
                 ),
             ]
@@ -150,3 +153,91 @@ def record_formats(recording: Recording) -> None:
     groups = [cache_methods(target) for target in targets]
     parts = {method.name: functools.partial(part, method, group[0]) for group in groups for method in group}
     recording.growing("formats", parts, RESULT_SEED)
+
+
+# --- bits by layer ---------------------------------------------------------------------------------------------------
+
+
+def record_bits(recording: Recording) -> None:
+    """What few bits do layer by layer and step by step; and bits of each layer chosen by that, on other images.
+
+    Every second step is reused, and levels are fitted. For each of ``MIXED``, ``bits-layers-…`` and ``bits-steps-…``
+    hold what ``measure.bits`` measures; ``bits-…`` has the columns of ``compare`` for uniform and for mixed bits: its
+    ``mse`` is to an unquantized cache, ``layer_bits`` a text, ``share`` of a 16-bit cache's bytes.
+    """
+    profile, number = recording.many_at_once, recording.sizes.bits_images
+    pipe = cached_pipeline(profile)
+
+    def measured(name: str, measure: Callable[..., pd.DataFrame], target: ReuseTarget) -> pd.DataFrame:
+        part = functools.partial(measure, pipe, profile, LABEL_SEED, _fitted(target), number)
+        return recording.table(f"bits-{name}-{target}", {"all": part}, LABEL_SEED)
+
+    for target, (uniform, budgets) in MIXED.items():
+        _record_mixed(recording, target, measured("layers", layer_errors, target), uniform, budgets)
+    for target in MIXED:
+        measured("steps", step_errors, target)
+
+
+def _record_mixed(
+    recording: Recording, target: ReuseTarget, errors: pd.DataFrame, uniform: Sequence[int], budgets: Sequence[float]
+) -> None:
+    kept = errors.groupby(["layer", "bits"]).bytes.mean().unstack()
+    most, least = (kept[bits].sum() for bits in (4, 2))
+    half = kept[16].sum() * 2 / recording.profile.dtype.itemsize
+    chosen = {f"INT{bits}": (bits,) * len(kept) for bits in uniform}
+    for budget in budgets:
+        allowed = least + budget * (most - least)
+        chosen[f"mixed, {allowed / half:.2f} of 16 bits"] = choose_bits(errors, allowed)
+
+    def part(name: str, bits: tuple[int, ...]) -> pd.DataFrame:
+        reference = recording.drawn(cache_methods(target)[0], RESULT_SEED, 0, recording.sizes.arena_images)
+        method = Method(name, "mixed" if "mixed" in name else "uniform", with_layer_bits(_fitted(target), bits))
+        rows = compare(method, reference, recording.many_at_once, RESULT_SEED)
+        return rows.assign(share=rows.cache_bytes / half, layer_bits=" ".join(map(str, bits)))
+
+    parts = {name: functools.partial(part, name, bits) for name, bits in chosen.items()}
+    recording.growing(f"bits-{target}", parts, RESULT_SEED)
+
+
+def _fitted(target: ReuseTarget) -> DQARConfig:
+    return cached(target, 8, cache=CacheFormat(fitted=True))
+
+
+def gains(table: pd.DataFrame) -> pd.DataFrame:
+    """What mixed bits gain over uniform ones.
+
+    Args:
+        table: ``bits-…`` of ``record_bits``.
+
+    Returns:
+        One row for each mixed and uniform method and each of ``arena.SHOWN``: ``mixed``, ``uniform``, ``measure``; the
+        bytes' ``share`` and ``uniform_share`` of 16 bits; ``gain`` in dB with its 95 % interval ``low`` and ``high``,
+        paired bootstrap over the images.
+    """
+    errors = table.pivot(index="image", columns="method", values="mse")
+    points, rows = table.drop_duplicates("method").set_index("method"), []
+    families = (points.index[points.family == family] for family in ("mixed", "uniform"))
+    for mixed, uniform, measure in itertools.product(*families, arena.SHOWN):
+        change = arena.gain(errors[uniform].to_numpy(), errors[mixed].to_numpy(), measure)
+        rows.append((mixed, uniform, measure, points.share[mixed], points.share[uniform], *change))
+    columns = ["mixed", "uniform", "measure", "share", "uniform_share", "gain", "low", "high"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def of_equal_bytes(table: pd.DataFrame) -> pd.Series:
+    """The row of ``gains`` in the median for mixed bits of INT4's bytes over INT4.
+
+    Args:
+        table: ``bits-…`` of ``record_bits``.
+    """
+    changes = gains(table).query("uniform == 'INT4' and measure == 'median'")
+    return changes.loc[changes.share.idxmax()]
+
+
+def mixed_in_words(output: pd.DataFrame, kv: pd.DataFrame) -> str:
+    """The finding of ``record_bits``, of its tables ``bits-output`` and ``bits-kv``."""
+    ours, theirs = of_equal_bytes(output), of_equal_bytes(kv)
+    return (
+        f"In INT4's bytes, bits chosen by layer change the median by {ours.gain:+.1f} dB ({ours.low:+.1f} to "
+        f"{ours.high:+.1f}) for outputs, {theirs.gain:+.1f} ({theirs.low:+.1f} to {theirs.high:+.1f}) for K and V"
+    )

@@ -47,6 +47,7 @@ TABLES: dict[str, Callable[[Recording], object]] = {
     "samplers": plans.record_samplers,
     "history": plans.record_history,
     "formats": quantized_cache.record_formats,
+    "bits": quantized_cache.record_bits,
     "classes": plans.record_classes,
     "w8a8": plans.record_w8a8,
     "layers": layers.record_layers,

@@ -48,6 +48,8 @@ class Sizes:
     """Settings of each family at most; ``None``: all."""
     arena_images: int = 200
     """Of each family's best settings."""
+    bits_images: int = 4
+    """That the bits of each layer are chosen by."""
     search_trials: int = 60
     search_images: int = 24
     """Of each trial; they are drawn at once, since a gate decides for a batch."""
@@ -76,12 +78,12 @@ FEW: dict[str, Any] = {
     **{"sites_per_step": 2, "sweep_images": 2, "part": 3, "plan_images": 10, "refinements": 1, "solver_pairs": 4},
     **{"solver_iterations": 2, "pareto_images": 2, "pareto_settings": 1, "arena_images": 2, "search_trials": 3},
     **{"search_images": 2, "front_points": 1, "front_images": 2, "batch_images": 2, "batch_repeats": 1},
-    **{"tuning_steps": 2, "tuning_batch": 4, "tuned_images": 2},
+    **{"bits_images": 2, "tuning_steps": 2, "tuning_batch": 4, "tuned_images": 2},
 }
 """``Sizes`` that show whether all works."""
 LIMITED = (
     *("sweep_images", "part", "pareto_images", "arena_images", "search_images", "front_images", "batch_images"),
-    "tuned_images",
+    *("tuned_images", "bits_images"),
 )
 """``Sizes`` that are a profile's ``images`` at most."""
 

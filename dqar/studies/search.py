@@ -20,6 +20,7 @@ import pandas as pd
 
 from dqar.checks import check_count
 from dqar.config import CacheFormat, DQARConfig
+from dqar.families import taken_layers
 from dqar.measure import metrics
 from dqar.measure.results import provenance, save_table, settings
 from dqar.models.profiles import Profile
@@ -32,12 +33,13 @@ if TYPE_CHECKING:
 
 SEARCH_SEED, FRONT_SEED = 1000, 1100
 """Of the images that are searched on, and of those that the front is measured on again."""
+THIRDS = ("bits_shallow", "bits_middle", "bits_deep")
 SPACE: dict[str, tuple[Any, ...]] = {
     "target": ("kv", "output", "block", "residual", "model"),
     "schedule": ("static", "all", "depth_aware", "linear"),
     "interval": (2, 6),
     "order": (0, 2),
-    "bits": (2, 4, 8, 16),
+    **dict.fromkeys(THIRDS, (2, 4, 8, 16)),
     "entropy": (2.5, 4.2),
     "snr": (0.3, 3.0),
     "last": (0, 8),
@@ -46,17 +48,17 @@ SPACE: dict[str, tuple[Any, ...]] = {
 
 ``target``: of reuse, or ``"model"``: the whole model's output is extrapolated, and schedule, bits, entropy and snr
 have no say. ``interval``: every n-th step computes; outside the static schedule, every site at least at every n-th.
-``order``: of the forecast; K and V have none. ``entropy`` (nats), ``snr``: reuse below, and from there on. ``last``:
-steps at the end that always compute.
+``order``: of the forecast; K and V have none. ``bits_…``: of the cache, by thirds of the layers. ``entropy`` (nats),
+``snr``: reuse below, and from there on. ``last``: steps at the end that always compute.
 """
-CHOICES, LOGARITHMIC = ("target", "schedule", "bits"), ("snr",)
+CHOICES, LOGARITHMIC = ("target", "schedule", *THIRDS), ("snr",)
 KNOWN: tuple[dict[str, Any], ...] = (
     {"target": "model", "interval": 3, "order": 1, "last": 4},
     {"target": "block", "interval": 2, "order": 1, "last": 4},
     {"target": "output", "schedule": "all", "interval": 4, "order": 0, "entropy": 3.56, "snr": 0.5, "last": 0},
 )
 """Settings of this project's other notebooks, to begin with."""
-OPEN = {"schedule": "static", "bits": 8, "entropy": SPACE["entropy"][1], "snr": SPACE["snr"][0]}
+OPEN = {"schedule": "static", **dict.fromkeys(THIRDS, 8), "entropy": SPACE["entropy"][1], "snr": SPACE["snr"][0]}
 """What ``KNOWN`` leaves out."""
 BEST = 80.0
 """dB that count as identical."""
@@ -214,16 +216,17 @@ def method_of(number: int, values: Mapping[str, Any], profile: Profile) -> Metho
     if values["target"] == "model":
         plan = extrapolated(profile, values["interval"], max(1, values["last"]), values["order"])
         return Method(name, family, plan)
+    layers = len(taken_layers(FULL.pipeline(profile).transformer))
+    bits = tuple(values[THIRDS[len(THIRDS) * layer // layers]] for layer in range(layers))
     config = DQARConfig(
         entropy_threshold=values["entropy"],
         snr_range=(values["snr"], math.inf),
-        quantize_bits=values["bits"],
         reuse_target=values["target"],
         schedule=values["schedule"],
         static_interval=values["interval"],
         max_reuse_streak=values["interval"] - 1,
         cooldown=values["last"],
-        cache=CacheFormat(forecast_order=0 if values["target"] == "kv" else values["order"]),
+        cache=CacheFormat(0 if values["target"] == "kv" else values["order"], layer_bits=bits),
     )
     return Method(name, family, config)
 

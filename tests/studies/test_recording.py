@@ -112,7 +112,17 @@ def test_work_is_what_a_recording_asks_of_the_model(tmp_path):
     handle = cached_pipeline(profile).transformer.register_forward_pre_hook(count, with_kwargs=True)
     expected = estimate.works(profile, recording.folder)
     try:
-        for name in ("reference", "labels", "oracle", "policy", "deciders", "overhead", "accumulation", "sharing"):
+        for name in (
+            "reference",
+            "labels",
+            "oracle",
+            "policy",
+            "deciders",
+            "overhead",
+            "accumulation",
+            "sharing",
+            "bits",
+        ):
             rows[0] = 0
             record.TABLES[name](recording)
             work = expected.get(name, estimate.Work(0))

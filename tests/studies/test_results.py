@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import image_pipeline
 
-from dqar import DQARConfig, ReusePlan
+from dqar import CacheFormat, DQARConfig, ReusePlan
 from dqar.__main__ import main
 from dqar.figures import pareto as pareto_figures
 from dqar.figures import policy as figures
@@ -263,6 +263,20 @@ def test_the_command_proposes_a_gate(capsys, monkeypatch):
     DQARConfig(**proposal)
     assert "measured on 1 images of profile smoke, 8 steps" in said and "τ(p)" in said
     assert main(["calibrate", "--profile", "smoke", "--share", "2"]) == 2
+
+
+def test_the_command_proposes_bits_of_layers(capsys, monkeypatch):
+    monkeypatch.setattr("dqar.commands.calibrate.load_pipeline", lambda profile: image_pipeline())
+    asked = ["calibrate", "--profile", "smoke", "--num-samples", "1", "--reuse-target", "kv", "--bytes"]
+    assert main([*asked, "0.3"]) == 0
+    said = capsys.readouterr().out
+    proposal = json.loads(said[said.index("{") :])
+    config = DQARConfig(**{**proposal, "cache": CacheFormat(**proposal["cache"])})
+    assert len(config.cache.layer_bits) == 4 and config.reuse_target == "kv" and config.schedule == "static"
+    assert "measured on 1 images of profile smoke, 8 steps" in said and "of a 16-bit cache at" in said
+    assert main([*asked, "0.1"]) == 2
+    assert "bytes=0.1 is not accepted: the fewest bits take 0.2" in capsys.readouterr().err
+    assert main([*asked, "0.3", "--share", "0.2"]) == 2
 
 
 def test_a_trained_policy_runs_in_the_controller(tmp_path):

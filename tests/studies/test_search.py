@@ -92,7 +92,7 @@ def search_space():
 def test_a_study_of_another_search_space_or_no_study_is_refused(asked, tmp_path, monkeypatch, capsys):
     recording = Recording(get_profile("smoke"), tmp_path / "work", tmp_path / "out")
     assert search.Trials(recording).study.user_attrs["facts"]["images"] == 2
-    monkeypatch.setitem(search.SPACE, "bits", (4, 8))
+    monkeypatch.setitem(search.SPACE, "bits_deep", (4, 8))
     assert main(asked) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert "search.db is a study of another search space: space is " in said and "choose another --work" in said
@@ -110,12 +110,22 @@ def test_settings_that_were_tried_twice_take_one_place_of_the_front():
 
 
 def test_settings_become_the_method_that_they_name():
-    values = {"target": "block", "schedule": "static", "interval": 3, "order": 1, "bits": 4}
+    values = {
+        "target": "block",
+        "schedule": "static",
+        "interval": 3,
+        "order": 1,
+        "bits_shallow": 8,
+        "bits_middle": 4,
+        "bits_deep": 2,
+    }
     values |= {"entropy": 3.5, "snr": 0.5, "last": 2}
     profile = get_profile("smoke")
     config = search.method_of(7, values, profile).config
     assert (config.reuse_target, config.static_interval, config.max_reuse_streak, config.cooldown) == ("block", 3, 2, 2)
-    assert (config.entropy_threshold, config.snr_range[0], config.quantize_bits) == (3.5, 0.5, 4)
+    assert (config.entropy_threshold, config.snr_range[0]) == (3.5, 0.5)
+    assert config.cache.layer_bits == (8,) * 10 + (4,) * 9 + (2,) * 9  # thirds of 28 layers
+    assert config.cache.forecast_order == 1
     assert search.method_of(7, {**values, "target": "kv"}, profile).config.cache.forecast_order == 0
     plan = search.method_of(7, {**values, "target": "model"}, profile).config
     assert set(plan.computed) == {0, 3, 6, 7}
