@@ -126,6 +126,18 @@ def test_the_readme_says_what_was_recorded(profile, sampler, name):
             assert f"| {name}, to the {where}, {measure} | {numbers} |" in text
 
 
+def test_the_readme_says_how_many_rivals_were_drawn():
+    table = load_table(RECORDED / "digits/arena-dpm-solver.parquet")
+    verdicts = arena.shown(arena.verdicts(table))
+    [drawn, *counts] = [verdicts.family.nunique(), *verdicts.groupby("budget").family.nunique()]
+    caches = drawn - len({"fewer steps", "output extrapolation", "bespoke solver"})
+    rivals = len({"fewer steps", "output extrapolation", *pareto.SOLVERS.values(), *pareto.RIVALS})
+    said = " ".join((RECORDED.parent / "README.md").read_text().split())
+    assert f"Of {rivals} rivals, {drawn} have been drawn on so many images" in said
+    assert f"a learned solver and {caches} caches." in said
+    assert "All {} stand in the comparison at 2×, {} at 3× and {} at 4×".format(*counts) in said
+
+
 def test_the_readme_says_what_the_plans_save_in_time():
     profile, speed = get_profile("digits"), load_table(RECORDED / "digits" / "speed.parquet")
     speedups = metrics.speedups(speed, "full compute").speedup
