@@ -69,7 +69,6 @@ def slide13_pareto(run: Run, sampler: str, table: pd.DataFrame | None) -> Figure
     return _pareto(run, name, f"With {SAMPLER_NAMES[sampler]}", table)
 
 
-@recorded("many images of every method at its best")
 def slide13_photographs(run: Run, table: pd.DataFrame) -> Figure:
     """The same of a latent model of photographs.
 
