@@ -111,7 +111,7 @@ def verdicts(run: Run) -> pd.DataFrame:
 def future_work(run: Run) -> pd.DataFrame:
     """Slide 16, direction by direction: ``direction``, ``deck``, ``verdict`` (as in ``verdicts``), ``measured``."""
     distance = trace.sites(run)[["layer_change", "change"]].median()
-    bits = lower_bits(run, quantized_cache.quantization_quality(run))
+    bits = lower_bits(run, quantized_cache.quantization_quality(run), run.recorded("bits-output"))
     plan = searched(arena.recorded(run, run.profile.scheduler))
     rows = [
         *(
@@ -135,18 +135,26 @@ def future_work(run: Run) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["direction", "deck", "verdict", "measured"])
 
 
-def lower_bits(run: Run, quality: pd.DataFrame) -> list[tuple[str, str]]:
+def lower_bits(run: Run, quality: pd.DataFrame, mixed: pd.DataFrame | None) -> list[tuple[str, str]]:
     """Verdict and measurement of INT4 and of INT2, each in its best mode: good is a median image 40 dB from FP16's
     cache.
 
     Args:
         quality: of ``quantized_cache.quantization_quality``.
+        mixed: ``bits-output`` of ``quantized_cache.record_bits``: below 4 bits, its fewest bytes stand beside INT2's.
     """
     names = {"kv": "K and V", "output": "attention output"}
     unquantized = quality[quality.bits == 16].set_index("target").cache_bytes
     integers = quality[(quality.bits < 16) & (quality["mode"] != "mixed")]  # which keeps K in FP16
     best = integers.loc[integers.groupby("bits")["median"].idxmax()].set_index("bits").loc[[8, 4, 2]]
     shares = best.cache_bytes / best.target.map(unquantized) * run.profile.dtype.itemsize / 2
+    images = int(quality.images.iloc[0])
+    beside = dict.fromkeys((4, 2), f"INT8: {best['median'][8]:.0f} dB in {shares[8]:.2f}; n = {images}")
+    if mixed is not None:
+        points, number = arena.standings(mixed, "reference", ("family", "share")), mixed.image.nunique()
+        fewest = points[points.family == "mixed"].nsmallest(1, "share").iloc[0]
+        beside[2] = f"by layer: {fewest['median']:.0f} dB in {fewest.share:.2f}; n = {images}"
+        beside[2] += f", {number}" * (number != images)
     judged = []
     for bits in (4, 2):
         row = best.loc[bits]
@@ -154,8 +162,8 @@ def lower_bits(run: Run, quality: pd.DataFrame) -> list[tuple[str, str]]:
         judged.append(
             (
                 _verdict(row["median"] >= 40),
-                f"{row['median']:.0f} dB in {shares[bits]:.2f} of FP16's bytes ({names[row.target]}{fitted}); INT8: "
-                f"{best['median'][8]:.0f} dB in {shares[8]:.2f}; n = {row.images}",
+                f"{row['median']:.0f} dB in {shares[bits]:.2f} of FP16's bytes ({names[row.target]}{fitted}); "
+                + beside[bits],
             )
         )
     return judged

@@ -29,10 +29,15 @@ def test_lower_bits_are_two_judgements_each_at_its_best_and_40_db_away(run, two_
     ]
     quality = pd.DataFrame(rows, columns=["target", "bits", "mode", "median", "cache_bytes"]).assign(images=9)
     eight = "INT8: 72 dB in 0.52; n = 9"
-    assert conclusions.lower_bits(run, quality) == [
-        ("holds", f"46 dB in 0.28 of FP16's bytes (attention output, levels fitted); {eight}"),
-        (verdict, f"{two_bits:.0f} dB in 0.16 of FP16's bytes (K and V, levels fitted); {eight}"),
-    ]
+    four, two = conclusions.lower_bits(run, quality, None)
+    assert four == ("holds", f"46 dB in 0.28 of FP16's bytes (attention output, levels fitted); {eight}")
+    assert two == (verdict, f"{two_bits:.0f} dB in 0.16 of FP16's bytes (K and V, levels fitted); {eight}")
+    drawn = [("INT2", "uniform", 0.16, 1e-9), ("mixed", "mixed", 0.19, 1e-4), ("mixed, more", "mixed", 0.25, 1e-5)]
+    mixed = pd.DataFrame(drawn, columns=["method", "family", "share", "mse"]).assign(image=0)
+    beside = two[1].replace(eight, "by layer: 40 dB in 0.19; n = 9, 1")
+    assert conclusions.lower_bits(run, quality, mixed) == [four, (verdict, beside)]
+    mixed = mixed.merge(pd.DataFrame({"image": range(9)}), how="cross", suffixes=("_", ""))
+    assert conclusions.lower_bits(run, quality, mixed)[1][1].endswith("by layer: 40 dB in 0.19; n = 9")
 
 
 @pytest.mark.parametrize("plan", [44.2, 41.0])
