@@ -10,7 +10,7 @@ import pytest
 from dqar.measure import metrics
 from dqar.measure.results import RECORDED, load_table
 from dqar.models.profiles import WEIGHTS, get_profile
-from dqar.studies import arena, benchmarks, conclusions, layers, plans, qat, video
+from dqar.studies import arena, benchmarks, conclusions, layers, plans, qat, quantized_cache, video
 
 README = (RECORDED.parent / "README.md").read_text()
 ROWS = {
@@ -88,6 +88,11 @@ def test_what_weights_of_each_class_gain_is_what_was_recorded():
     assert f"with 120 images in all, {second.gain:+.1f} ({second.low:+.1f} to {second.high:+.1f}) with 240" in said
     tail = gains.xs("5th percentile", level="measure")
     assert ((tail.low < 0) & (tail.high > 0)).all()  # "within its interval"
+
+
+def test_what_bits_of_each_layer_gain_is_what_was_recorded():
+    said = quantized_cache.mixed_in_words(digits().recorded("bits-output"), digits().recorded("bits-kv"))
+    assert said[0].lower() + said[1:] in " ".join(README.split())
 
 
 def test_what_a_plan_does_on_a_quantized_model_is_what_was_recorded():
