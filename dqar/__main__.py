@@ -25,7 +25,7 @@ COMMANDS = {
     "workbook": Command("dqar.workbook", "run the notebooks and make the figures", resumes=True),
     "deck": Command("dqar.commands.deck", "make a PowerPoint file and a PDF of the figures"),
     "plan": Command("dqar.commands.plan", "fit a forecast plan, which computes only some steps of a run"),
-    "calibrate": Command("dqar.commands.calibrate", "propose entropy threshold and SNR range for a model"),
+    "calibrate": Command("dqar.commands.calibrate", "propose a gate, or the bits of each layer, for a model"),
     "record": Command("dqar.commands.record", "make the long measurements that the figures draw from", resumes=True),
     "sweep": Command("dqar.commands.sweep", "measure methods on many seeds, by many processes", resumes=True),
     "search": Command("dqar.commands.search", "search settings by Optuna: MACs against dB", resumes=True),

@@ -221,11 +221,11 @@ def conclusions(verdicts: pd.DataFrame, hopes: pd.DataFrame) -> str:
     for what, table, reason in (("claims", verdicts, "reason"), ("hopes", hopes, "measured")):
         count = table.verdict.value_counts()
         counts = (
-            f"{count.get(verdict, 0)} {verb}: {names(table, reason, verdict)}"
-            for verdict, verb in (
-                ("holds", "hold here"),
-                ("does not hold", "do not hold"),
-                ("not testable here", "can't be tested here"),
+            f"{count.get(verdict, 0)} {one if count.get(verdict) == 1 else more}: {names(table, reason, verdict)}"
+            for verdict, one, more in (
+                ("holds", "holds here", "hold here"),
+                ("does not hold", "does not hold", "do not hold"),
+                ("not testable here", "can't be tested here", "can't be tested here"),
             )
         )
         lines.append(f"Of slide {17 if what == 'claims' else 16}'s {len(table)} {what}, {'. '.join(counts)}.")

@@ -132,7 +132,9 @@ def _lead(verdicts: pd.DataFrame) -> str:
     count, least = judged.verdict.value_counts(), judged.loc[judged.lead.idxmin()]
     rivals, all_of_them = judged.family.nunique(), len(judged)
     if count.get("ahead", 0) == all_of_them:
-        return f"DQAR's plans are ahead of {rivals} rivals, in the median and the tail, by {least.lead:.1f} dB or more"
+        drawn = [f"{number} at {budget:g}×" for budget, number in judged.groupby("budget").family.nunique().items()]
+        rivals_at = drawn[0].replace(" at", " rivals at") + "".join(f", {more}" for more in drawn[1:])
+        return f"DQAR's plans are ahead of {rivals_at}, in the median and the tail, by {least.lead:.1f} dB or more"
     return (
         f"DQAR's plans are ahead of {rivals} rivals in {count.get('ahead', 0)} of {all_of_them} comparisons, level in "
         f"{count.get('level', 0)}, behind in {count.get('behind', 0)}"

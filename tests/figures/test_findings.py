@@ -225,8 +225,8 @@ def test_conclusions_name_every_claim_under_its_verdict_with_its_number():
     )
     said = findings.conclusions(verdicts, hopes)
     assert said == (
-        "Of slide 17's 3 claims, 2 hold here: “a”; “c” (2 of 2). 1 do not hold: “b” (it ran at 0.73×). 0 can't be "
-        "tested here: none. Of slide 16's 2 hopes, 0 hold here: none. 1 do not hold: “e” (8, 4 bits: 72, 48 dB). 1 "
+        "Of slide 17's 3 claims, 2 hold here: “a”; “c” (2 of 2). 1 does not hold: “b” (it ran at 0.73×). 0 can't be "
+        "tested here: none. Of slide 16's 2 hopes, 0 hold here: none. 1 does not hold: “e” (8, 4 bits: 72, 48 dB). 1 "
         "can't be tested here: “d”."
     )
 

@@ -141,7 +141,10 @@ def test_the_readme_says_how_many_rivals_were_drawn():
 def test_the_readme_says_what_the_plans_save_in_time():
     profile, speed = get_profile("digits"), load_table(RECORDED / "digits" / "speed.parquet")
     speedups = metrics.speedups(speed, "full compute").speedup
-    plans = [m for m in results.methods(profile, RECORDED / "digits") if m.family == "DQAR plan"]
-    numbers = " | ".join(f"{speedups[plan.name]:.2f}×" for plan in plans)
-    row = f"| speedup by DPM-Solver++'s plans to the reference, two cores | {numbers} |"
-    assert row in (RECORDED.parent / "README.md").read_text()
+    methods = results.methods(profile, RECORDED / "digits")
+    text = (RECORDED.parent / "README.md").read_text()
+    for family, name in (("DQAR plan", "the plans"), ("extrapolation", "output extrapolation")):
+        numbers = " | ".join(f"{speedups[m.name]:.2f}×" for m in methods if m.name.startswith(family))
+        assert f"| time: speedup of {name} | {numbers} |" in text
+    numbers = " | ".join(f"{speedups[f'{steps} steps']:.2f}×" for steps in (33, 25, 16, 12))
+    assert f"| time: speedup of fewer steps | {numbers} |" in text
