@@ -69,14 +69,14 @@ def slide13_pareto(run: Run, sampler: str, table: pd.DataFrame | None) -> Figure
     return _pareto(run, name, f"With {SAMPLER_NAMES[sampler]}", table)
 
 
-def slide13_photographs(run: Run, table: pd.DataFrame) -> Figure:
-    """The same of a latent model of photographs.
-
-    Args:
-        run: of the profile ``cifar10``.
-        table: of ``arena.recorded``.
-    """
-    return _pareto(run, "slide13_photographs", "On photographs of 32 × 32 pixels", table)
+def slide13_fronts(run: Run, tables: dict[str, pd.DataFrame]) -> list[Figure]:
+    """``slide13_pareto`` of each sampler, and the same of the photographs' model once that is recorded."""
+    fronts = [slide13_pareto(run, sampler, table) for sampler, table in tables.items()]
+    if (run.recordings.parent / "cifar10/arena-dpm-solver.parquet").exists():
+        second = Run("cifar10", run.seed, run.figures.parent)
+        table = arena.recorded(second, second.profile.scheduler)
+        fronts.append(_pareto(second, "slide13_photographs", "On photographs of 32 × 32 pixels", table))
+    return fronts
 
 
 def _pareto(run: Run, name: str, where: str, table: pd.DataFrame) -> Figure:

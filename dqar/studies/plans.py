@@ -242,6 +242,18 @@ def w8a8(run: Run) -> pd.DataFrame | None:
     return _quality(both, ["to", "plan"])
 
 
+def other_ways(run: Run) -> dict[str, pd.DataFrame]:
+    """What is recorded of the plan of ``BUDGET`` in other ways, by what differs."""
+    tables = {
+        "other samplers": samplers(run),
+        "quantized history": history(run),
+        "W8A8": w8a8(run),
+        "weights of each class": classes(run),
+        "what they gain": class_gains(run),
+    }
+    return {what: table.round(2) for what, table in tables.items() if table is not None}
+
+
 def _quality(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     errors = table.assign(mse=table.mse.clip(lower=IDENTICAL)).groupby(by).mse
     return pd.DataFrame(

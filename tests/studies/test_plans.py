@@ -167,6 +167,8 @@ def test_what_is_recorded_of_a_plan(tmp_path, monkeypatch):
     for images in (10, 20):
         gained = plans.class_gains(run).gain[images, "mean"]
         assert gained == pytest.approx(means[plans.OF_CLASS][images] - means[plans.COMMON][images])
+    names = ["other samplers", "quantized history", "W8A8", "weights of each class", "what they gain"]
+    assert list(plans.other_ways(run)) == names
     drawn = plans.w8a8(run)["mean"]
     assert drawn["the W8A8 model", "none"] == 120 and drawn["the model as it was", "none"] < 120
     fitted = [drawn["the W8A8 model", own.name] for own in (plans.QUANTIZED, plans.FULL)]
