@@ -48,7 +48,8 @@ class Promise:
     def __str__(self) -> str:
         return (
             f"PSNR >= {self.decibels:g} dB in {self.share:.0%} of images, with {self.confidence:.0%} confidence: "
-            f"{self.kept} of {self.images} others have it, at {self.macs_speedup:.2f}× fewer MACs"
+            f"{self.kept} of {self.images} others have it, at {self.macs_speedup:.2f}× fewer MACs; the next image has "
+            f"{self.expected:.1f} dB or more with a probability of {self.share:.0%}"
         )
 
 

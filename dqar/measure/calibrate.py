@@ -64,13 +64,13 @@ def propose_gate(sites: pd.DataFrame, share: float = 0.5, snr_range: tuple[float
     return DQARConfig(entropy_threshold=threshold, snr_range=snr_range, schedule="all")
 
 
-def propose_snr_range(sites: pd.DataFrame, steps_kept: float = 0.75) -> tuple[float, float]:
-    """The SNRs of the ``steps_kept`` of the steps at which a reuse errs least, first to last of them.
+def propose_snr_range(sites: pd.DataFrame) -> tuple[float, float]:
+    """The SNRs of the three quarters of the steps at which a reuse errs least, first to last of them.
 
     Steps are ranked by the mean ``change`` of all their sites; the range is rounded outwards to two digits.
     """
     by_step = sites.dropna(subset=["change"]).groupby("step")[["change", "snr"]].mean()
-    calm = by_step[by_step.change <= by_step.change.quantile(steps_kept)]
+    calm = by_step[by_step.change <= by_step.change.quantile(0.75)]
     return _round(calm.snr.min(), math.floor), _round(calm.snr.max(), math.ceil)
 
 

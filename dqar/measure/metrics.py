@@ -44,6 +44,10 @@ def mean_psnr(images: torch.Tensor, reference: torch.Tensor) -> float:
     return float(-10 * (images.double() - reference.double()).square().mean().log10())
 
 
+IDENTICAL = 1e-12
+"""A mean squared error that counts as none: 120 dB."""
+
+
 def decibels(squared_error: float | pd.Series) -> Any:
     """PSNR in dB of a mean squared error of images in [0, 1], or of a series of them; ``inf`` at 0."""
     with np.errstate(divide="ignore"):

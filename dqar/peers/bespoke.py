@@ -25,6 +25,10 @@ Prediction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """The guided noise ``[B, ...]`` in latents ``[B, ...]`` at a timestep ``[]``, of the images numbered ``[B]``."""
 
 
+BATCH, AT_ONCE = 8, 16
+"""Pairs in an iteration, and those that are drawn at once without gradients."""
+
+
 class BespokeScheduler(SchedulerMixin, ConfigMixin):
     """A solver of a fixed number of steps: ``x_{i+1} = a_i x_T + Σ_{j ≤ i} w_ij x0_j``, with ``x0_j`` predicted at t_j.
 
@@ -212,13 +216,12 @@ def best_start(
     num_inference_steps: int,
     noise: torch.Tensor,
     target: torch.Tensor,
-    batch_size: int = 16,
 ) -> SchedulerMixin:
     """The one of ``starts`` with the least ``log_error`` on all pairs ``[N, ...]``; the others as for ``learn``."""
     errors = []
     for start in starts:
         solver = BespokeSolver(start, num_inference_steps)
-        parts = torch.arange(len(noise)).split(batch_size)
+        parts = torch.arange(len(noise)).split(AT_ONCE)
         drawn = torch.cat([solver(predict, noise[images], images) for images in parts])
         errors.append(log_error(drawn, target).item())
     return starts[errors.index(min(errors))]
@@ -231,8 +234,6 @@ def learn(
     target: torch.Tensor,
     *,
     iterations: int,
-    batch_size: int = 8,
-    seed: int = 0,
 ) -> BespokeScheduler:
     """Learns a solver end to end, through all model calls, from pairs of noise and what it should become.
 
@@ -242,18 +243,17 @@ def learn(
         solver: as it begins.
         predict: differentiable in latents and timestep.
         noise, target: ``[N, ...]``: x_T, and the converged solution or the reference for it.
-        iterations, batch_size: of Adam, with a cosine to zero.
-        seed: of the order of the images.
+        iterations: of Adam on ``BATCH`` pairs each, with a cosine to zero.
     """
     optimizer = torch.optim.Adam(solver.parameters(), lr=solver.learning_rate, betas=(0.9, 0.99))
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     order: list[int] = []
     with tqdm(range(iterations), desc=f"solver of {len(solver.gaps)} steps", leave=False) as progress:
         for _ in progress:
-            if len(order) < batch_size:
+            if len(order) < BATCH:
                 order = torch.randperm(len(noise), generator=generator).tolist()
-            images, order = torch.tensor(order[:batch_size]), order[batch_size:]
+            images, order = torch.tensor(order[:BATCH]), order[BATCH:]
             loss = log_error(solver(predict, noise[images], images), target[images])
             optimizer.zero_grad()
             loss.backward()

@@ -38,8 +38,6 @@ ERRORS: dict[Target, str] = {"reference": "mse", "converged": "mse_converged"}
 """Columns of ``compare`` by what a plan is made for."""
 FACTS = ("family", "made_for", "macs_speedup", "fd")
 """Columns of ``compare`` that ``standings`` keep."""
-IDENTICAL = 1e-12
-"""A squared error that counts as none: 120 dB."""
 
 
 def finalists(methods: list[Method], screened: pd.DataFrame) -> list[Method]:
@@ -92,7 +90,7 @@ def gain(before: np.ndarray, after: np.ndarray, measure: str = "median") -> tupl
     Returns:
         The gain, and its 95 % interval: paired bootstrap over the images.
     """
-    errors = np.stack([before, after]).clip(min=IDENTICAL)
+    errors = np.stack([before, after]).clip(min=metrics.IDENTICAL)
     chosen = np.random.default_rng(0).integers(0, errors.shape[1], (5000, errors.shape[1]))
     gains = np.diff(MEASURES[measure](errors[:, chosen]), axis=0)[0]
     low, high = np.quantile(gains, (0.025, 0.975))
@@ -108,7 +106,7 @@ def standings(table: pd.DataFrame, target: Target, facts: Sequence[str] = FACTS)
     return points.reset_index()
 
 
-def verdicts(table: pd.DataFrame, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
+def verdicts(table: pd.DataFrame, resamples: int = 2000) -> pd.DataFrame:
     """At each budget: a plan beside every other family at its best setting, with a paired bootstrap interval.
 
     The plan is the one that computes the most steps within the budget. A rival's setting is chosen by the very images
@@ -116,14 +114,14 @@ def verdicts(table: pd.DataFrame, resamples: int = 2000, seed: int = 0) -> pd.Da
 
     Args:
         table: of ``record_arena``.
-        resamples, seed: of the bootstrap.
+        resamples: of the bootstrap.
 
     Returns:
         ``target``, ``budget``, ``measure`` (of ``JUDGED``), ``family``, ``method``, ``plan``; ``ours``, ``theirs`` and
         ``lead`` in dB; ``lead_low``, ``lead_high``: its 95 % interval; ``verdict``: ``"ahead"`` or ``"behind"`` where
         that is without 0, else ``"level"``.
     """
-    generator, rows = np.random.default_rng(seed), []
+    generator, rows = np.random.default_rng(0), []
     for target in get_args(Target):
         errors, points = _errors(table, target), standings(table, target)
         chosen = generator.integers(errors.shape[1], size=(resamples, errors.shape[1]))
@@ -185,4 +183,4 @@ def lossless(table: pd.DataFrame) -> float:
 def _errors(table: pd.DataFrame, target: Target) -> pd.DataFrame:
     """Squared errors, methods by images, in the table's order."""
     wide = table.pivot(index="method", columns="image", values=ERRORS[target])
-    return wide.clip(lower=IDENTICAL).loc[table.method.unique()]
+    return wide.clip(lower=metrics.IDENTICAL).loc[table.method.unique()]

@@ -84,7 +84,7 @@ def points(table: pd.DataFrame) -> pd.DataFrame:
     ratio = timed.assign(ratio=timed.repeat.map(alone) / timed.seconds).groupby(["together", "method"]).ratio
     speed = ratio.quantile([0.25, 0.5, 0.75]).unstack().set_axis(["speed_low", "speed", "speed_high"], axis=1)
     drawn = table[table.image.notna()]
-    psnr = drawn.assign(psnr=metrics.decibels(drawn.mse.clip(lower=1e-12))).groupby(["together", "method"])
+    psnr = drawn.assign(psnr=metrics.decibels(drawn.mse.clip(lower=metrics.IDENTICAL))).groupby(["together", "method"])
     quality = psnr.psnr.agg(median="median", worst="min").join(psnr[["sites_reused", "macs_speedup"]].first())
     points = speed.join(quality, how="outer").reset_index()
     points.attrs = table.attrs

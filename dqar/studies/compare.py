@@ -31,6 +31,8 @@ from dqar.trace import MODEL, SELF_ATTENTION
 
 CALIBRATION_SEED = 300
 """Of the images that W8A8's salience is measured on: none that is compared."""
+AGREEMENT = 3.0
+"""dB between what is recorded and what is drawn anew."""
 SMALL_BATCH = 5
 """Images at once for rivals that decide for a whole batch."""
 OURS = ("DQAR rule", "DQAR policy", "DQAR sites", "DQAR plan")
@@ -275,9 +277,10 @@ def check_again(
     seed: int,
     number: int,
     full: Method = FULL,
-    tolerance: float = 3.0,
 ) -> pd.DataFrame:
     """Draws the first images anew, and warns of every method that disagrees with what was recorded of it.
+
+    ``AGREEMENT`` dB count as agreement, and so do any beyond 60 dB.
 
     Args:
         methods: that decide nothing by measured signals: a gate decides for a batch as a whole, so that fewer images at
@@ -286,7 +289,6 @@ def check_again(
         profile, seed: of the recorded rows.
         number: of images.
         full: whose images the recorded errors are to.
-        tolerance: dB that count as agreement; so do any beyond 60 dB.
 
     Returns:
         ``method``, and the PSNR (dB) of these images, ``recorded`` and ``live``.
@@ -296,9 +298,9 @@ def check_again(
     for method in methods:
         before = recorded[(recorded.method == method.name) & (recorded.image < number)].mse.mean()
         now = compare(method, reference, profile, seed).mse.mean()
-        was, live = (float(metrics.decibels(max(mse, 1e-12))) for mse in (before, now))
+        was, live = (float(metrics.decibels(max(mse, metrics.IDENTICAL))) for mse in (before, now))
         rows.append({"method": method.name, "recorded": was, "live": live})
-        if abs(was - live) > tolerance and min(was, live) < 60:
+        if abs(was - live) > AGREEMENT and min(was, live) < 60:
             text = f"{method.name}: recorded {was:.1f} dB, now {live:.1f} dB: run `dqar record` anew"
             warnings.warn(text, stacklevel=2)
     return pd.DataFrame(rows, columns=["method", "recorded", "live"])

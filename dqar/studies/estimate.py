@@ -18,7 +18,7 @@ from dqar.measure.sampling import LOOK
 from dqar.models.pipelines import cached_pipeline
 from dqar.models.profiles import Profile
 from dqar.peers.registry import RIVALS
-from dqar.studies import arena, batches, pareto, plans, policy, qat, quantized_cache, results
+from dqar.studies import arena, batches, layers, pareto, plans, policy, qat, quantized_cache, results
 from dqar.studies.compare import FULL, Method
 from dqar.studies.recording import Sizes
 
@@ -47,6 +47,8 @@ class Work:
 
 def works(profile: Profile, folder: Path) -> dict[str, Work]:
     """The work of every part that takes time, by its name in ``record.TABLES``.
+
+    ``policy`` and ``rules`` ask nothing of the model; ``solvers`` and ``video`` are recorded of embedded models alone.
 
     Args:
         folder: of the recorded tables. What their methods will be is counted as far as it is known without them.
@@ -79,8 +81,9 @@ def works(profile: Profile, folder: Path) -> dict[str, Work]:
     qat_images = tuned * len(qat.MODELS) * len(qat.CACHES) * sizes.tuned_images
     formats = 1 + 2 * len(quantized_cache.cache_methods("kv"))
     # Each width of each layer, and of each step that is reused once: every second.
-    layers = len(taken_layers(cached_pipeline(profile).transformer))
-    by_bits = (2 + len(bits.FEW) * (layers + steps // 2)) * sizes.bits_images
+    number = len(taken_layers(cached_pipeline(profile).transformer))
+    by_bits = (2 + len(bits.FEW) * (number + steps // 2)) * sizes.bits_images
+    shared = 2 * len(layers.THETAS) + 2  # alone and on top of reuse, that reuse, and full compute
     mixed = sum(1 + len(uniform) + len(budgets) for uniform, budgets in quantized_cache.MIXED.values())
     mixed, by_bits = mixed * sizes.arena_images, by_bits * len(quantized_cache.MIXED)
     return {
@@ -131,6 +134,11 @@ def works(profile: Profile, folder: Path) -> dict[str, Work]:
             sizes.plan_images * 2 * (steps + computed) + sizes.arena_images * (2 * steps + 2 * computed),
             **dict.fromkeys(("images", "scored"), 5 * sizes.arena_images),
             kept=2 * sizes.arena_images,
+        ),
+        "layers": Work(
+            (shared * sweep + min(layers.IMAGES, profile.num_samples)) * steps,
+            **dict.fromkeys(("images", "scored"), shared * sweep),
+            kept=sweep,
         ),
         "samples": Work((drawn + sizes.samples) * steps, images=drawn, scored=drawn, kept=sizes.samples),
         "batches": Work(

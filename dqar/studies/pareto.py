@@ -248,7 +248,7 @@ def _deciding(sampler: str, folder: Path) -> list[Method]:
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
     """``summarize`` of a recorded comparison, with ``psnr_reference`` and ``psnr_converged`` (dB, at most 120)."""
-    errors = {name: table[name].clip(lower=1e-12) for name in ("mse", "mse_converged")}
+    errors = {name: table[name].clip(lower=metrics.IDENTICAL) for name in ("mse", "mse_converged")}
     return summarize(table.assign(**errors)).rename(columns={"psnr": "psnr_reference"})
 
 
@@ -318,8 +318,9 @@ class Denoising:
     psnr: float
 
 
-def denoising(run: Run, budget: float = 3, number: int = 10) -> Denoising | None:
-    """Draws ``number`` images by full compute and by the recorded plan of a budget; ``None`` without that plan."""
+def denoising(run: Run, budget: float = 3) -> Denoising | None:
+    """Draws ten images by full compute and by the recorded plan of a budget; ``None`` without that plan."""
+    number = 10
     profile = dataclasses.replace(run.profile, batch_size=number)
     plan = recorded_plan(run.recordings, profile, budget)
     if plan is None:
@@ -353,7 +354,7 @@ def _states(scheduler: Any) -> Iterator[list[torch.Tensor]]:
         del scheduler.step
 
 
-def check_recorded(run: Run, sampler: str, table: pd.DataFrame, number: int = 2) -> pd.DataFrame:
+def check_recorded(run: Run, sampler: str, table: pd.DataFrame) -> pd.DataFrame:
     """``check_again`` with the first recorded one of DQAR's plans, and of its plainest rivals."""
     full, profile = Method(FULL.name, scheduler=sampler), run.profile
     taylorseer = (method for method in rivals(profile, sampler) if method.family == "TaylorSeer")
@@ -361,7 +362,7 @@ def check_recorded(run: Run, sampler: str, table: pd.DataFrame, number: int = 2)
     there = set(table.method)
     first = [next((method for method in methods if method.name in there), None) for methods in (*kinds, taylorseer)]
     chosen = [method for method in first if method is not None]
-    return check_again(chosen, table, profile, PARETO_SEED, number, full)
+    return check_again(chosen, table, profile, PARETO_SEED, 2, full)
 
 
 # --- recording -------------------------------------------------------------------------------------------------------

@@ -20,11 +20,11 @@ from dqar.forecast.lockstep import Lockstep
 from dqar.forecast.plan import HISTORY_BITS, ForecastPlan
 from dqar.forecast.profiles import calibrate_profile, profile_calls
 from dqar.forecast.promise import RULE_SHARE, Rule, images_needed, is_certain, ladder_from
-from dqar.measure.metrics import decibels
+from dqar.measure.metrics import IDENTICAL, decibels
 from dqar.measure.results import Run, load_table, slug
 from dqar.models.profiles import Profile
 from dqar.studies import pareto, results
-from dqar.studies.arena import IDENTICAL, JUDGED, gain
+from dqar.studies.arena import JUDGED, gain
 from dqar.studies.compare import FULL, Method, compare
 from dqar.studies.recording import ARENA_SEED, RESULT_SEED, Recording
 
@@ -81,7 +81,6 @@ def judged(
     table: pd.DataFrame,
     plans: Sequence[ForecastPlan],
     splits: int = 40,
-    seed: int = 0,
     ways: Sequence[str] = WAYS,
 ) -> pd.DataFrame:
     """Ways to keep each promise with ``CONFIDENCE``, on images that none of them was calibrated on.
@@ -93,7 +92,7 @@ def judged(
     Args:
         table: of ``record_promise``.
         plans: that it was recorded with.
-        splits, seed: of the images.
+        splits: of the images.
         ways: of ``WAYS`` and ``RULES``.
 
     Returns:
@@ -107,7 +106,7 @@ def judged(
     first = table[table.computed == numbers[0]].set_index("image").loc[wide.index]
     features = torch.tensor(np.stack(list(first.features))).double()
     costs = 1 / table.groupby("computed").macs_speedup.first()[numbers].to_numpy()
-    generator, number, rows = np.random.default_rng(seed), int(HELD_OUT * len(wide)), []
+    generator, number, rows = np.random.default_rng(0), int(HELD_OUT * len(wide)), []
     for split in range(splits):
         held_out, others = np.split(generator.permutation(len(wide)), [number])
         draws = generator.random(number)

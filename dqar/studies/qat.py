@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from diffusers import DiffusionPipeline, DiTTransformer2DModel
 
+from dqar.measure import metrics
 from dqar.measure.quality import Reference
 from dqar.models.pipelines import with_parts
 from dqar.models.profiles import Profile
@@ -113,7 +114,7 @@ def summary(table: pd.DataFrame, real: Reference) -> pd.DataFrame:
     points = by_method[["family", "bits", "macs_speedup"]].first()
     points["class_accuracy"] = (table.predicted == table.label).groupby(table.method).mean()
     for prefix, column in (("", "mse_shipped"), ("reuse_", "mse")):
-        errors = table.pivot(index="method", columns="image", values=column).clip(lower=arena.IDENTICAL)
+        errors = table.pivot(index="method", columns="image", values=column).clip(lower=metrics.IDENTICAL)
         errors = errors.loc[by_method[column].max() > 0]
         chosen = np.random.default_rng(0).integers(0, errors.shape[1], (2000, errors.shape[1]))
         trials = np.array([arena.MEASURES["median"](row[chosen]) for row in errors.to_numpy()])

@@ -177,7 +177,7 @@ COLUMNS = [
 ]
 
 
-def frechet_intervals(images: pd.DataFrame, real: Reference, resamples: int = 200, seed: int = 0) -> pd.DataFrame:
+def frechet_intervals(images: pd.DataFrame, real: Reference, resamples: int = 200) -> pd.DataFrame:
     """Fréchet distance to a reference by method, and its growth over full compute, with 95 % intervals.
 
     Images are drawn with replacement, the same ones for all methods. A set with doublets is farther away than one
@@ -187,7 +187,7 @@ def frechet_intervals(images: pd.DataFrame, real: Reference, resamples: int = 20
     Args:
         images: rows with ``method``, ``image`` and ``features``; ``"full compute"`` among the methods.
         real: the reference.
-        resamples, seed: of the bootstrap; of more than 256 features 50 resamples at most.
+        resamples: of the bootstrap; of more than 256 features 50 resamples at most.
 
     Returns:
         ``method``, ``fd`` and ``fd_growth``, each with ``_low`` and ``_high``; ``sfid`` where images and reference have
@@ -199,7 +199,7 @@ def frechet_intervals(images: pd.DataFrame, real: Reference, resamples: int = 20
     features = {method: torch.tensor(np.stack(wide[method])).double() for method in images.method.unique()}
     if len(real.features.mean) > 256:  # a distance of Inception's features takes seconds
         resamples = min(resamples, 50)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     chosen = torch.randint(len(wide), (resamples, len(wide)), generator=generator)
     values = {method: metrics.frechet_distance(x, real.features) for method, x in features.items()}
     trials = {
@@ -222,14 +222,14 @@ def frechet_intervals(images: pd.DataFrame, real: Reference, resamples: int = 20
     return table
 
 
-def check_recorded(run: Run, number: int = 4) -> pd.DataFrame:
+def check_recorded(run: Run) -> pd.DataFrame:
     """``check_again`` with the recorded methods that decide nothing by measured signals: baselines, and one of W8A8."""
     fixed = [m for m in methods(run.profile, run.recordings) if m.family in ("fewer steps", "static reuse", "W8A8")]
     half = run.profile.num_inference_steps // 2
     fixed = [m for m in fixed if m.w8a8 != "plain" and m.num_inference_steps in (None, half)]
     images = samples(run, fixed)
     recorded = [method for method in fixed if method.name in set(images.method)]
-    return check_again(recorded, images, run.profile, RESULT_SEED, number)
+    return check_again(recorded, images, run.profile, RESULT_SEED, 4)
 
 
 # --- recording -------------------------------------------------------------------------------------------------------

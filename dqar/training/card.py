@@ -76,14 +76,13 @@ def quality(
     }
 
 
-def convergence(pipe: DiffusionPipeline, profile: Profile, number: int = 20) -> dict[str, float]:
+def convergence(pipe: DiffusionPipeline, profile: Profile) -> dict[str, float]:
     """PSNR in dB between images of the profile's steps and of five times as many, under DPM-Solver++ and DDIM."""
     decibels, scheduler, steps = {}, pipe.scheduler, profile.num_inference_steps
     for name in ("dpm-solver++", "ddim"):
         pipe.scheduler = make_scheduler(name, scheduler)
         coarse, fine = (
-            sample(pipe, profile, 0, num_samples=number, num_inference_steps=count).images
-            for count in (steps, 5 * steps)
+            sample(pipe, profile, 0, num_samples=20, num_inference_steps=count).images for count in (steps, 5 * steps)
         )
         decibels[name] = metrics.mean_psnr(coarse, fine)
     pipe.scheduler = scheduler

@@ -52,13 +52,11 @@ CLASSIFIER_RECIPES = {
 }
 
 
-def train_classifier(
-    recipe: ClassifierRecipe, out: Path, *, device: str = "cpu", checkpoint_seconds: float = 300
-) -> Classifier:
+def train_classifier(recipe: ClassifierRecipe, out: Path, *, device: str = "cpu") -> Classifier:
     """The classifier, in eval mode on the CPU.
 
-    Goes on from the checkpoint in ``out``, which is written at the end of an epoch if the last is
-    ``checkpoint_seconds`` old. Convolutions compute in BF16.
+    Goes on from the checkpoint in ``out``, which is written at the end of an epoch if the last is five
+    minutes old. Convolutions compute in BF16.
 
     Raises:
         ValueError: the checkpoint is unreadable, or another recipe's.
@@ -94,7 +92,7 @@ def train_classifier(
             total += loss.item() * len(chosen)
         if recipe.dataset != "digits":
             print(f"classifier: epoch {epoch + 1} of {recipe.epochs}, loss {total / len(images):.4f}", flush=True)
-        if time.monotonic() - saved > checkpoint_seconds or epoch + 1 == recipe.epochs:
+        if time.monotonic() - saved > 300 or epoch + 1 == recipe.epochs:
             state = {"recipe": asdict(recipe), "epoch": epoch + 1, "model": model.state_dict()}
             state |= {"optimizers": [x.state_dict() for x in optimizers], "rates": [x.state_dict() for x in rates]}
             save_checkpoint(checkpoint, state)

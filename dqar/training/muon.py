@@ -42,14 +42,14 @@ class StackedMuon(torch.optim.Optimizer):
                 parameter.add_(matrices.view_as(parameter), alpha=-group["lr"] * max(1, height / width) ** 0.5)
 
 
-def orthogonalized(matrices: torch.Tensor, iterations: int = 5) -> torch.Tensor:
+def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
     """Each of ``[..., out, in]`` with its singular values brought to between about 0.7 and 1.2, computed in BF16."""
     a, b, c = _COEFFICIENTS
     x = matrices.bfloat16()
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    for _ in range(iterations):
+    for _ in range(5):
         square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x
     return (x.mT if tall else x).to(matrices.dtype)

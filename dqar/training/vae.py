@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from dqar.training.checkpoints import cut_log, load_checkpoint, save_checkpoint
+from dqar.training.digits import learning_rate
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def train_vae(
     out.mkdir(parents=True, exist_ok=True)
     checkpoint, log = out / "vae-checkpoint.pt", out / "vae-loss.jsonl"
     vae = build_vae(recipe).to(device, memory_format=torch.channels_last).train()
+    rate = learning_rate(recipe.warmup_steps, recipe.num_steps)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=recipe.learning_rate, weight_decay=0.0, fused=True)
     state = load_checkpoint(checkpoint, asdict(recipe), device)
     first, seconds = 0, 0.0
@@ -85,7 +87,7 @@ def train_vae(
             shape = (recipe.batch_size, recipe.latent_channels, seen.shape[2] // 2, seen.shape[3] // 2)
             noise = torch.randn(shape, generator=generator).to(device)
             for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate * _cosine(step, recipe.warmup_steps, recipe.num_steps)
+                group["lr"] = recipe.learning_rate * rate(step)
             with torch.autocast(torch.device(device).type, torch.bfloat16):
                 posterior = vae.encode(seen.contiguous(memory_format=torch.channels_last)).latent_dist
                 mean, std, logvar = (x.float() for x in (posterior.mean, posterior.std, posterior.logvar))
@@ -117,12 +119,6 @@ def train_vae(
     return vae
 
 
-def _cosine(step: int, warmup_steps: int, num_steps: int) -> float:
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (num_steps - warmup_steps)))
-
-
 def _decibels(squared_error: float) -> float:
     """PSNR of images in [-1, 1]."""
     return -10 * math.log10(squared_error / 4)
@@ -147,9 +143,9 @@ def normalise_latents(vae: AutoencoderKL, images: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, images: torch.Tensor, batch_size: int = 50) -> torch.Tensor:
+def encode(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
     """Mean latents ``[N, 4, 16, 16]`` float32 of images ``[N, 3, 32, 32]`` in [-1, 1]."""
-    parts = tqdm(images.split(batch_size), desc="encode", mininterval=10, delay=5)  # minutes for the training images
+    parts = tqdm(images.split(50), desc="encode", mininterval=10, delay=5)  # minutes for the training images
     return torch.cat([vae.encode(part).latent_dist.mean for part in parts])
 
 

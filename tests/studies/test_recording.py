@@ -101,7 +101,7 @@ def test_a_wrong_revision_is_named(tmp_path, capsys, monkeypatch):
 
 def test_work_is_what_a_recording_asks_of_the_model(tmp_path):
     """Counted by a hook: rows of guided batches, half of them being images."""
-    weights = Weights(str(save_dit(tmp_path / "dit", num_layers=1)))
+    weights = Weights(str(save_dit(tmp_path / "dit", num_layers=2)))
     changes = {"weights": weights, "device": "cpu", "dtype": torch.float32, "images": 2, "repeats": 1}
     profile = get_profile("dit-xl-2", rehearsal=True, num_inference_steps=4, **changes)
     recording, rows = Recording(profile, tmp_path / "work", tmp_path / "out"), [0]
@@ -122,12 +122,13 @@ def test_work_is_what_a_recording_asks_of_the_model(tmp_path):
             "accumulation",
             "sharing",
             "bits",
+            "layers",
         ):
             rows[0] = 0
             record.TABLES[name](recording)
             work = expected.get(name, estimate.Work(0))
             most = work.steps + work.small + work.alone  # two parts that draw the same full compute share it
-            assert 0.95 * most <= rows[0] <= most, name
+            assert 0.9 * most <= rows[0] <= most, name
     finally:
         handle.remove()
     table = estimate.estimate(profile, recording.folder)
