@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import matplotlib.pyplot as plt
@@ -29,13 +30,14 @@ from dqar.figures.style import (
     recorded,
     save,
     save_animation,
+    save_plain_table,
     save_table,
     write_table,
 )
 from dqar.forecast.fit import Target
 from dqar.forecast.plan import ForecastPlan
 from dqar.measure.results import Run, provenance, slug
-from dqar.peers.registry import RIVALS
+from dqar.peers.registry import ALL_RIVALS, RIVALS
 from dqar.studies import arena, cache_memory, pareto, plans
 from dqar.studies.compare import FULL
 from dqar.studies.recording import Sizes
@@ -92,7 +94,7 @@ def _pareto(run: Run, name: str, where: str, table: pd.DataFrame) -> Figure:
     drawn = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     panels[1].legend(drawn.values(), drawn.keys(), loc="upper right", handlelength=1.3, labelspacing=0.3)
     panels[0].set_ylabel("PSNR (dB)")
-    headline(figure, f"{where}, {_lead(arena.verdicts(table))}{rivals_drawn([table])}")
+    headline(figure, f"{where}, {_lead(arena.verdicts(table))}{rivals_drawn(run, [table])}")
     note = f"line: median to 5th percentile, ○: of the mean error; n = {table.image.nunique()} images"
     return save(run, name, figure, table, note)
 
@@ -111,13 +113,15 @@ def _draw_kinds(axes: Axes, points: pd.DataFrame) -> None:
     axes.set(xlabel="fewer MACs than full compute", xlim=(-0.5, max(len(budgets), 1) - 0.5))
 
 
-def rivals_drawn(tables: Iterable[pd.DataFrame]) -> str:
-    """How many of all rivals have been drawn on many images, and whether a learned solver is among them; for a title.
+def rivals_drawn(run: Run, tables: Iterable[pd.DataFrame]) -> str:
+    """How many of the rivals that are fast enough to be compared have been drawn on many images, for a title.
 
-    Nothing where all have been.
+    Nothing where all have been; else it says too if no learned solver is among them.
     """
     solvers = set(pareto.SOLVERS.values())
-    rivals = {"fewer steps", "output extrapolation", *solvers, *RIVALS}
+    fastest = arena.fastest(run)
+    slow = set(fastest.index[fastest < arena.BUDGETS[0]])
+    rivals = {"fewer steps", "output extrapolation", *solvers, *RIVALS} - slow
     drawn = rivals & {family for table in tables for family in table.family}
     if drawn == rivals:
         return ""
@@ -157,7 +161,7 @@ def slide12_pareto(run: Run, tables: dict[str, pd.DataFrame]) -> Figure:
     signs = ", ".join(f"{sign} {name}" for name, sign in SIGNS.items())
     note = f"plan / rival (dB); {signs} (95% interval); n = {table.image.nunique()}"
     widths = [14, 17, 14, *[13] * (len(wide.columns) - 3)]
-    title = f"{_lead(verdicts)}{rivals_drawn(tables.values())}"
+    title = f"{_lead(verdicts)}{rivals_drawn(run, tables.values())}"
     figure = save_table(run, "slide12_pareto", title[0].upper() + title[1:], wide, widths, table, note)
     shown = pd.DataFrame(
         {
@@ -174,6 +178,36 @@ def slide12_pareto(run: Run, tables: dict[str, pd.DataFrame]) -> Figure:
     )
     write_table(run, "slide12_pareto", shown)
     return figure
+
+
+def slide12_rivals(run: Run, tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """What each cache keeps, where it comes from, and at which budgets it has been compared; as files, no picture.
+
+    Args:
+        tables: of ``arena.recorded``, by sampler.
+    """
+    at: dict[str, set[float]] = {}
+    for table in tables.values():
+        for (family, budget), _ in arena.verdicts(table, resamples=1).groupby(["family", "budget"]):
+            at.setdefault(family, set()).add(budget)
+    fastest = arena.fastest(run)
+
+    def compared(name: str) -> str:
+        if name not in at and fastest.get(name, math.inf) < arena.BUDGETS[0]:
+            return f"none: reaches {fastest[name]:.2f}×"
+        return ", ".join(f"{budget:g}×" for budget in sorted(at.get(name, ()))) or "not yet"
+
+    shown = pd.DataFrame(
+        {
+            "cache": list(ALL_RIVALS),
+            "keeps": [rival.keeps for rival in ALL_RIVALS.values()],
+            "source": [rival.source for rival in ALL_RIVALS.values()],
+            "compared at": [rival.unusable or compared(name) for name, rival in ALL_RIVALS.items()],
+        }
+    )
+    others = len(ALL_RIVALS) - len(RIVALS)
+    title = f"{len(RIVALS)} caches run on DiT, {others} others don't: what each keeps, and its source"
+    return save_plain_table(run, "slide12_rivals", title, shown)
 
 
 @recorded("images of plans and their rivals")

@@ -81,6 +81,15 @@ def recorded(run: Run, sampler: str) -> pd.DataFrame | None:
     return run.recorded(f"arena-{slug(sampler)}")
 
 
+def fastest(run: Run) -> pd.Series:
+    """By family, the most times fewer MACs that any of its settings takes, of all samplers' screenings."""
+    screened = [table for sampler in pareto.SAMPLERS if (table := pareto.recorded(run, sampler)) is not None]
+    columns = ["family", "macs_speedup"]
+    return (
+        pd.concat([pd.DataFrame(columns=columns), *(x[columns] for x in screened)]).groupby("family").macs_speedup.max()
+    )
+
+
 def gain(before: np.ndarray, after: np.ndarray, measure: str = "median") -> tuple[float, float, float]:
     """How many dB a measure of the same images' squared errors ``[N]`` gains from ``before`` to ``after``.
 
