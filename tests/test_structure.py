@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from dqar.peers.registry import ALL_RIVALS
 from dqar.studies import architecture
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
 BELOW = {
     "core": set(),
@@ -119,10 +122,35 @@ def is_named(error: str, docstring: str) -> bool:
     return any(kind.__name__ in docstring for kind in vars(builtins)[error].__mro__[:-3])
 
 
+def first_line(name: str) -> str:
+    docstring = ast.get_docstring(parsed(name))
+    assert docstring
+    return docstring.splitlines()[0]
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("[0-9]*.ipynb")), ids=lambda path: path.stem)
+def test_a_question_is_a_notebook_a_study_and_a_figure_file_under_one_word(path):
+    number, word = path.stem.split("_", 1)
+    assert first_line(f"studies.{word}").startswith(f"Notebook {number}")
+    assert first_line(f"figures.{word}").startswith(f"Figures of notebook {number}")
+
+
+def test_a_command_is_the_file_of_its_name():
+    files = {name.removeprefix("commands.") for name in architecture.module_names() if name.startswith("commands.")}
+    for name in files - {"parser"}:
+        assert first_line(f"commands.{name}").startswith(f"``dqar {name}``")
+
+
+@pytest.mark.parametrize("rival", ALL_RIVALS.values(), ids=lambda rival: rival.name)
+def test_a_rival_names_what_it_keeps_and_its_paper_or_library(rival):
+    assert rival.keeps and re.search(r"arXiv \d{4}\.\d{5}|\b(19|20)\d\d\b|diffusers|cache-dit", rival.source)
+
+
 @pytest.mark.parametrize("name", architecture.module_names())
-def test_public_names_are_explained_with_shapes_and_errors(name):
+def test_public_names_are_explained_with_shapes_units_and_errors(name):
     for node, docstring in public(name):
         assert docstring, f"{node.name} has no docstring"
+        assert "PSNR" not in docstring or "dB" in docstring, f"{node.name} doesn't say that PSNR is in dB"
         if takes_or_returns_a_tensor(node):
             assert SHAPE.search(docstring), f"{node.name} says of no tensor which shape it has"
         missing = {error for error in errors_of(node) if not is_named(error, docstring)}

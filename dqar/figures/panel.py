@@ -81,7 +81,7 @@ def decision_map(trial: Trial) -> Figure:
 
 
 def summary(trial: Trial) -> str:
-    """One sentence: sites reused, MACs and PSNR."""
+    """One sentence: sites reused, MACs and PSNR (dB)."""
     saved = 1 - 1 / trial.macs_speedup
     macs = f"{saved:.0%} fewer MACs" if saved >= 0 else f"{-saved:.0%} more MACs, as looking costs some"
     images = "identical images" if math.isinf(trial.psnr) else f"images at {trial.psnr:.1f} dB to full compute's"

@@ -1,4 +1,4 @@
-"""Quality against speed: the figures of plans, peers and forecasting caches, drawn from recorded tables."""
+"""Figures of notebook 11: quality against speed, of plans, peers and forecasting caches (slides 6, 8, 12, 13)."""
 
 from __future__ import annotations
 
@@ -64,7 +64,10 @@ COMPARED = {"reference": "full compute", "converged": "converged"}
 
 
 def slide13_pareto(run: Run, sampler: str, table: pd.DataFrame | None) -> Figure:
-    """Every kind of method at its best at each budget (``arena.recorded``): median, mean and 5th percentile of PSNR."""
+    """Every kind of method at its best at each budget (``arena.recorded``): median, mean and 5th percentile of PSNR.
+
+    All in dB.
+    """
     name = f"slide13_pareto_{slug(sampler).replace('-', '_')}"
     if table is None:
         return missing(run, name, f"many images of every method at its best, {SAMPLER_NAMES[sampler]}")

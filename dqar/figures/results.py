@@ -191,7 +191,7 @@ def compared(ours: pd.Series, distance: str) -> str:
 
 
 def slide13_distances(run: Run, summary: pd.DataFrame) -> Figure:
-    """Fréchet distance's growth over full compute and PSNR, for DQAR and the plainest rivals."""
+    """Fréchet distance's growth over full compute and PSNR (dB), for DQAR and the plainest rivals."""
     if summary.fd.isna().all():
         return missing(run, "slide13_distances", "images of every method")
     half = f"{run.profile.num_inference_steps // 2} steps"

@@ -94,7 +94,7 @@ def slide08_maps(run: Run, maps: pd.DataFrame) -> Figure:
 
 
 def slide08_quality(run: Run, schedules: pd.DataFrame) -> Figure:
-    """PSNR against MACs saved: schedules and reuse targets, and the plainest rival, fewer steps."""
+    """PSNR (dB) against MACs saved: schedules and reuse targets, and the plainest rival, fewer steps."""
     figure, axes = plt.subplots()
     table = schedules.assign(kind=schedules.target.fillna("fewer steps"))
     labels = {"kv": "reuse of K and V", "output": "reuse of the attention output", "fewer steps": "fewer steps"}

@@ -100,9 +100,9 @@ def fit_plan(
         num_inference_steps: of the runs that the plan is for.
         macs: full compute's multiply-accumulates over the plan's, at least.
         target: what the plan is to reach: the run itself, or the solution that five times the steps find.
-        promise: ``(decibels, share)``: the least PSNR that this share of images is to have to the same call without the
-            plan. Half the calls are then kept to fit no plan on, but to choose and to calibrate: 140 images in all, or
-            more, for a share of 0.95.
+        promise: ``(decibels, share)``: the least PSNR (dB) that this share of images is to have to the same call
+            without the plan. Half the calls are then kept to fit no plan on, but to choose and to calibrate: 140
+            images in all, or more, for a share of 0.95.
         refinements: neighbouring sets of steps to try.
         seed: of the first call without generator or latents; the next one's is one more.
         work: a folder for what was computed: a fit that was interrupted goes on from there.

@@ -86,7 +86,7 @@ def fit_ladder(
     """A ladder that keeps a promise at the least cost found: the rule that chooses a plan for each image, calibrated.
 
     Every call is drawn in full compute and by every plan. On the first ``RULE_SHARE`` of the images the rule learns to
-    tell each plan's PSNR from ``first_step_features``; on the others the lowest threshold is sought with
+    tell each plan's PSNR (dB) from ``first_step_features``; on the others the lowest threshold is sought with
     which the images keep the promise.
 
     Args:

@@ -1,4 +1,4 @@
-"""What the mechanism costs at DiT-XL/2's size: ``dqar benchmark`` (``make benchmarks``).
+"""Notebook 10: what the mechanism costs at DiT-XL/2's size (``dqar benchmark``, ``make benchmarks``).
 
 Everything is timed in turn within one run and read as ratios. Each device has a table of its own in
 ``recorded/benchmarks``: a GPU's stands beside a CPU's, and the two are never mixed. ``--overhead`` measures instead

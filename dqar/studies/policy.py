@@ -243,7 +243,7 @@ def calibrated_delta(oracle: pd.DataFrame) -> float:
 
     Returns:
         The largest ``delta`` whose run keeps the Fréchet distance to its reference within ``DELTA_FD`` of full
-        compute's (where that is NaN: images ``DELTA_PSNR``); of the smallest run, if none does.
+        compute's (where that is NaN: whose images have ``DELTA_PSNR`` dB); of the smallest run, if none does.
     """
     table = accepted_runs(oracle)
     good = table.psnr >= DELTA_PSNR if table.fd.isna().all() else table.fd_growth <= DELTA_FD

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,11 @@ from dqar import __main__ as command
 def answering(monkeypatch, run):
     """Makes ``run`` what ``dqar train`` does."""
     monkeypatch.setitem(sys.modules, "dqar.commands.train", types.SimpleNamespace(run=run))
+
+
+def test_a_citation_names_the_packages_version():
+    citation = (Path(__file__).parents[2] / "CITATION.cff").read_text()
+    assert f"\nversion: {dqar.__version__}\n" in citation
 
 
 def test_help_is_there_before_torch_is():
