@@ -8,7 +8,7 @@ from dqar.commands.parser import Parser, asked_profile
 from dqar.measure.results import RECORDED
 from dqar.models.profiles import profile_of
 from dqar.studies.recording import Recording, check_recordable
-from dqar.studies.search import KNOWN, points, record_search
+from dqar.studies.search import BY_HAND, points, record_search
 
 
 def run(arguments: list[str]) -> int:
@@ -32,6 +32,6 @@ def run(arguments: list[str]) -> int:
     front = points(record_search(recording, options.trials))
     print(front.sort_values("macs_speedup")[["trial", "macs_speedup", "psnr_5th"]].round(2).to_string(index=False))
     images = recording.sizes.front_images
-    print(f"trials 0 to {len(KNOWN) - 1} are settings by hand; {images} images that weren't searched on")
+    print(f"trials 0 to {len(BY_HAND) - 1} are settings by hand; {images} images that weren't searched on")
     print(f"saved: {recording.folder}/search*.parquet")
     return 0

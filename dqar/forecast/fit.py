@@ -795,12 +795,12 @@ def _forecast(
         tensors = [channels_first(x[moment.part].to(device), channels) for x in (*outputs, moment.latents)]
         forecast = torch.zeros_like(tensors[0], dtype=torch.float64)
         for label in dict.fromkeys(moment.classes):
-            rows = [row for row, own in enumerate(moment.classes) if own == label]
+            rows = [row for row, other in enumerate(moment.classes) if other == label]
             weights, matrices = fits[None]
             if label in fits and label is not None:
-                own, read_own = fits[label]
-                weights = weights + own
-                matrices = None if matrices is None or read_own is None else matrices + read_own
+                class_weights, class_matrices = fits[label]
+                weights = weights + class_weights
+                matrices = None if matrices is None or class_matrices is None else matrices + class_matrices
             part = weighted_sum([x[rows] for x in tensors], weights[number])
             if matrices is not None:
                 states = moment.hidden_states[branch][rows].to(device).double()

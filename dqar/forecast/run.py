@@ -319,10 +319,10 @@ class OutputForecast:
 
         Until then no hidden states are read: the unconditional branch, if it comes first, doesn't tell the class.
         """
-        known = [label if label in self.plan.classes else None for label in classes or (None,)]
+        labels = [label if label in self.plan.classes else None for label in classes or (None,)]
         self.rows = {
-            label: torch.tensor([row for row, own in enumerate(known) if own == label], device=device)
-            for label in dict.fromkeys(known)
+            label: torch.tensor([row for row, other in enumerate(labels) if other == label], device=device)
+            for label in dict.fromkeys(labels)
         }
         self._places = torch.cat(list(self.rows.values())).argsort()
         unread, self._unread = self._unread, []

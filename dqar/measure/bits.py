@@ -124,13 +124,13 @@ def choose_bits(errors: pd.DataFrame, budget: float) -> tuple[int, ...]:
     unit = np.median(mse[mse > 0]) if mse.any() else 1.0  # solvers stop at a millionth, and errors of images are less
     each = LinearConstraint(np.kron(np.eye(layers), np.ones(widths)), 1, 1)
     within = LinearConstraint(sizes.reshape(1, -1) / budget, ub=1)
-    found = milp(
+    solution = milp(
         mse.ravel() / unit, integrality=np.ones(mse.size), bounds=Bounds(0, 1), constraints=[each, within],
         options={"mip_rel_gap": 0},
     )  # fmt: skip
-    assert found.x is not None, found.message
+    assert solution.x is not None, solution.message
     names = costs.index.unique("bits").sort_values()
-    return tuple(int(names[place]) for place in found.x.reshape(layers, widths).argmax(axis=1))
+    return tuple(int(names[place]) for place in solution.x.reshape(layers, widths).argmax(axis=1))
 
 
 def calibrate_bits(

@@ -12,6 +12,7 @@ import functools
 import pandas as pd
 
 from dqar.measure import metrics
+from dqar.measure.calibrate import propose_gate
 from dqar.models.profiles import Profile
 from dqar.studies import arena, policy
 from dqar.studies.compare import FULL, Method, compare
@@ -27,7 +28,7 @@ BUDGET = 3
 
 def methods(recording: Recording) -> list[Method]:
     """Full compute, the calibrated gate on the attention's output, and a forecast plan if one is recorded."""
-    gate = policy.rule_gate(policy.recorded_labels(recording, "output"))
+    gate = propose_gate(policy.recorded_labels(recording, "output"))
     chosen = [FULL, Method(GATE, config=dataclasses.replace(gate, reuse_target="output"))]
     plan = recorded_plan(recording.folder, recording.profile, BUDGET)
     return chosen if plan is None else [*chosen, Method(PLAN, config=plan)]

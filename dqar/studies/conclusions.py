@@ -235,7 +235,7 @@ def by_search(trials: pd.DataFrame | None, front: pd.DataFrame | None, plan: str
     Both take 2× fewer MACs or more, and are judged on the same images, which nothing was searched on.
 
     Args:
-        trials, front: of ``search.record_search``; the settings by hand are ``search.KNOWN``.
+        trials, front: of ``search.record_search``; the settings by hand are ``search.BY_HAND``.
         plan: of ``searched``, which finds steps alone.
     """
     if trials is None or front is None:

@@ -23,6 +23,7 @@ from dqar.forecast.fit import FINER, Target
 from dqar.forecast.plan import ForecastPlan, extrapolation
 from dqar.forecast.profiles import calibrate_profile, with_provenance
 from dqar.measure import metrics
+from dqar.measure.calibrate import propose_gate
 from dqar.measure.quality import Reference, reference_of
 from dqar.measure.results import Run, load_table, slug
 from dqar.measure.sampling import OPEN
@@ -238,7 +239,7 @@ def _deciding(sampler: str, folder: Path) -> list[Method]:
     labels, network = folder / "labels-block.parquet", policy.policy_path(folder, "block")
     if not (labels.exists() and network.exists()):
         return []
-    rule = dataclasses.replace(policy.rule_gate(load_table(labels)), reuse_target="block")
+    rule = dataclasses.replace(propose_gate(load_table(labels)), reuse_target="block")
     configs = {"rule, 8 bit": rule, "policy, 8 bit": policy.policy_config(network, "block")}
     return [_method(SITES, name, sampler, config=config) for name, config in configs.items()]
 

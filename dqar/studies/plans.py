@@ -65,16 +65,20 @@ def ladder_methods(profile: Profile, folder: Path) -> dict[int, Method]:
 def promises(run: Run) -> pd.DataFrame | None:
     """``judged`` of the recorded images; ``None`` if they aren't recorded with the plans that there are.
 
-    ``NETWORK`` is among the ways where ``record_rules`` has judged it.
+    ``NETWORK`` is among the ways where ``record_rules`` has judged it on these images, and not on earlier ones.
     """
     table, methods = run.recorded("promise"), ladder_methods(run.profile, run.recordings)
     if table is None or set(methods) != set(table.computed):
         return None
     outcomes, network = judged(table, list(map(_plan, methods.values()))), run.recorded("rules")
-    if network is not None:
+    if network is not None and _date(network) >= _date(table):
         facts, outcomes = outcomes.attrs, pd.concat([outcomes, network], ignore_index=True)
         outcomes.attrs = facts
     return outcomes
+
+
+def _date(table: pd.DataFrame) -> str:
+    return table.attrs["provenance"]["date"]
 
 
 def judged(

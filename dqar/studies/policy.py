@@ -81,7 +81,7 @@ def study(labels: pd.DataFrame, delta: float, total_steps: int, **training: Any)
     with torch.no_grad():
         scores = network(judged).numpy()
     rows = labels[test.numpy()]
-    gate = rule_gate(labels)
+    gate = propose_gate(labels)
     inside = rows.snr.between(*(gate.snr_range or (0, np.inf)))
     rule = np.where(inside, -rows.entropy, -rows.entropy - labels.entropy.max())
     held_out = rows.assign(harmless=harmless[test].bool().numpy(), policy=scores, rule=rule)
@@ -125,11 +125,6 @@ def correlations(labels: pd.DataFrame) -> pd.DataFrame:
         rho = partial_correlation(part, "entropy", ("step", "snr"))
         rows.append({"signal": "entropy", "given": "step and SNR", "layer": layer, "rho": rho})
     return pd.DataFrame(rows)
-
-
-def rule_gate(labels: pd.DataFrame, share: float = 0.5) -> DQARConfig:
-    """The deck's rule, its threshold above ``share`` of the entropies inside the deck's SNR window."""
-    return propose_gate(labels, share)
 
 
 def predicted_errors(labels: pd.DataFrame, total_steps: int, num_layers: int) -> pd.Series:
@@ -181,7 +176,7 @@ def deciders(
     for share in (0.1, 0.2, 0.3, 0.4):
         # A gate open for a of the sites at random reuses a / (1 + a) of them, if none twice in a row.
         opened = share / (1 - share)
-        rule = rule_gate(labels, min(1.0, opened / inside))
+        rule = propose_gate(labels, min(1.0, opened / inside))
         configs["rule", share] = dataclasses.replace(
             base, entropy_threshold=rule.entropy_threshold, snr_range=rule.snr_range
         )

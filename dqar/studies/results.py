@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from dqar.config import DQARConfig, ReuseTarget
 from dqar.measure import metrics
+from dqar.measure.calibrate import propose_gate
 from dqar.measure.quality import Reference, reference_of
 from dqar.measure.results import Run, load_table, slug
 from dqar.measure.sampling import OPEN
@@ -37,7 +38,7 @@ def methods(profile: Profile, folder: Path) -> list[Method]:
         folder: of the profile's recorded tables. What needs one that isn't there is left out.
     """
     steps, labels = profile.num_inference_steps, folder / "labels-output.parquet"
-    gate = policy.rule_gate(load_table(labels)) if labels.exists() else None
+    gate = propose_gate(load_table(labels)) if labels.exists() else None
     dtypes = {"FP16": torch.float16, "BF16": torch.bfloat16, "FP32": torch.float32}
     static = dataclasses.replace(OPEN, schedule="static")
     chosen = [

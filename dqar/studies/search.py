@@ -52,14 +52,14 @@ have no say. ``interval``: every n-th step computes; outside the static schedule
 ``snr``: reuse below, and from there on. ``last``: steps at the end that always compute.
 """
 CHOICES, LOGARITHMIC = ("target", "schedule", *THIRDS), ("snr",)
-KNOWN: tuple[dict[str, Any], ...] = (
+BY_HAND: tuple[dict[str, Any], ...] = (
     {"target": "model", "interval": 3, "order": 1, "last": 4},
     {"target": "block", "interval": 2, "order": 1, "last": 4},
     {"target": "output", "schedule": "all", "interval": 4, "order": 0, "entropy": 3.56, "snr": 0.5, "last": 0},
 )
 """Settings of this project's other notebooks, to begin with."""
-OPEN = {"schedule": "static", **dict.fromkeys(THIRDS, 8), "entropy": SPACE["entropy"][1], "snr": SPACE["snr"][0]}
-"""What ``KNOWN`` leaves out."""
+DEFAULTS = {"schedule": "static", **dict.fromkeys(THIRDS, 8), "entropy": SPACE["entropy"][1], "snr": SPACE["snr"][0]}
+"""What ``BY_HAND`` leaves out."""
 BEST = 80.0
 """dB that count as identical."""
 
@@ -120,8 +120,8 @@ class Trials:
         before = study.user_attrs.get("facts")
         if before is None:
             study.set_user_attr("facts", now)
-            for values in KNOWN:
-                study.enqueue_trial({**OPEN, **values})
+            for values in BY_HAND:
+                study.enqueue_trial({**DEFAULTS, **values})
         elif (differs := [name for name in now if before.get(name) != now[name]]) or before.keys() != now.keys():
             name = differs[0] if differs else next(iter(before.keys() - now.keys()))
             raise ValueError(
@@ -254,14 +254,14 @@ def front_of(table: pd.DataFrame, most: int) -> pd.DataFrame:
 
 
 def remeasured(trials: pd.DataFrame, rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """``points`` of ``search-front``'s ``rows``: the front of ``trials``, the least saving first, and ``KNOWN``."""
+    """``points`` of ``search-front``'s ``rows``: the front of ``trials``, the least saving first, and ``BY_HAND``."""
     table = points(rows).sort_values("macs_speedup", ignore_index=True)
-    return table[table.trial.isin(trials.trial[trials.front])], table[table.trial < len(KNOWN)]
+    return table[table.trial.isin(trials.trial[trials.front])], table[table.trial < len(BY_HAND)]
 
 
 def record_search(recording: Recording, trials: int | None = None) -> pd.DataFrame:
     """Searches until so many trials are finished (``sizes.search_trials`` if left out), then measures the front again,
-    and ``KNOWN`` beside it.
+    and ``BY_HAND`` beside it.
 
     Writes ``search`` (``Trials.table``), ``search-importance`` (``Trials.importance``) and ``search-front``: the rows
     of ``compare`` with ``trial``, on images of ``FRONT_SEED``; ``remeasured`` tells the two apart.
@@ -281,7 +281,7 @@ def record_search(recording: Recording, trials: int | None = None) -> pd.DataFra
     save_table(table, recording.folder / "search.parquet", source)
     save_table(study.importance(), recording.folder / "search-importance.parquet", source)
     front, tried = front_of(table, sizes.front_points), points(table)
-    chosen = tried[(tried.trial < len(KNOWN)) | tried.trial.isin(front.trial)]
+    chosen = tried[(tried.trial < len(BY_HAND)) | tried.trial.isin(front.trial)]
 
     def again(row: Any) -> pd.DataFrame:
         method = method_of(row.trial, row._asdict(), recording.profile)

@@ -116,7 +116,10 @@ def test_the_networks_ladder_stands_beside_the_other_ways_once_it_is_recorded(mo
     monkeypatch.setattr(plans, "ladder_methods", lambda profile, folder: methods)
     monkeypatch.setattr(plans, "judged", lambda table, given: pd.DataFrame({"way": [plans.MIX], "kept": [0.9]}))
     run = SimpleNamespace(profile=None, recordings=None, recorded={"promise": table, "rules": network}.get)
-    assert plans.promises(run).way.tolist() == [plans.MIX, plans.NETWORK]
+    for second, ways in (("09", [plans.MIX, plans.NETWORK]), ("07", [plans.MIX])):  # the promise was recorded at 08
+        table.attrs["provenance"] = {"date": "2026-11-28T08:00:08+00:00"}
+        network.attrs["provenance"] = {"date": f"2026-11-28T08:00:{second}+00:00"}
+        assert plans.promises(run).way.tolist() == ways
 
 
 def test_what_is_recorded_of_a_plan(tmp_path, monkeypatch):
