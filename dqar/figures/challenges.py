@@ -92,7 +92,7 @@ def slide15(
     title = "A scale for each channel beats balancing" if best else "Balancing channels helps"
     title = f"{title}; exact entropy at every site adds {cost['fused']} to a step; sharing branches costs quality"
     repeats, images = overhead.repeat.nunique(), sharing.image.nunique()
-    note = f"n = {len(labels):,} reuses (1, 3: early stop), {images} images (2, 5: 95%), {repeats} runs (4: quartiles)"
+    note = f"n = {len(labels):,} reuses (1, 3: early stop), {images} images (2; 5: 95%), {repeats} runs (4: quartiles)"
     return save_table(run, "slide15", title, table, [20, 27, 48], sharing, note)
 
 

@@ -57,7 +57,7 @@ def slide16(run: Run, directions: pd.DataFrame) -> Figure:
     )
     title = f"Of {len(table)} hopes for future work, {_counts(directions)}"
     note = "bits: dB to an unquantized cache, ✓ from 40; =: the interval includes 0; ( ): 95%"
-    return save_table(run, "slide16", title, table, [17, 17, 12, 60], directions, note)
+    return save_table(run, "slide16", title, table, [17, 16, 12, 60], directions, note)
 
 
 def slide17(run: Run, verdicts: pd.DataFrame) -> Figure:

@@ -68,12 +68,8 @@ def slide09(run: Run, gated: pd.DataFrame) -> Figure:
     right.set(xlabel="denoising step", ylabel="layer")
     right.set_title("What it answered")
     share = (table.decision == "reuse").mean()
-    steps, layers = table.step.nunique(), table.layer.nunique()
     both = (gated[calibrated].decision == "reuse").mean()
-    note = (
-        f"calibrated gate, conditional branch: n = {len(table):,} sites ({steps} steps × {layers} layers), 4 images "
-        f"that decide together; both branches: {both:.0%}"
-    )
+    note = f"calibrated gate, conditional branch, 4 images: n = {len(table):,} sites; both branches: {both:.0%}"
     headline(figure, f"The controller gives a reason for every decision; here it reused {share:.0%} of the sites")
     return save(run, "slide09", figure, gated, note)
 

@@ -15,6 +15,13 @@ from dqar.measure.results import Run
 from dqar.studies import policy, trace
 from dqar.studies.gate import calibrated_gate
 
+REUSED = {
+    "calibrated gate, output": "outputs reused by the calibrated gate",
+    "every 2nd step, output": "outputs at every 2nd step",
+    "every 2nd step, kv, INT2": "K and V in INT2 at every 2nd step",
+}
+"""Of ``studies.gate.sample_methods``: what each reuses, in words."""
+
 
 def slide05(run: Run, sites: pd.DataFrame) -> Figure:
     """The rule, and the entropy-SNR plane: where the gates open, and how far sites move from step to step there."""
@@ -144,10 +151,7 @@ def samples(run: Run, images: dict[str, torch.Tensor]) -> Figure:
         label = "5 × difference" if is_difference else method.replace("kv", "K and V").replace(", ", ",\n", 1)
         line[0].set_ylabel(label, rotation=0, ha="right", va="center", size=16)
     decibels = {name: mean_psnr(drawn[: len(reference)], reference) for name, drawn in list(images.items())[1:]}
-    said = [
-        f"{psnr:.0f} dB with the {name}" if "gate" in name else f"{psnr:.0f} with {name} reused"
-        for name, psnr in ((name.replace("kv", "K and V"), psnr) for name, psnr in decibels.items())
-    ]
-    headline(figure, f"The same {pictures(run)} as by full compute: {'; '.join(said)}")
+    said = ", ".join(f"{psnr:.0f} dB with {REUSED.get(name, name)}" for name, psnr in decibels.items())
+    headline(figure, f"How near {pictures(run)} come to full compute's: {said}")
     note = f"n = {len(reference)} images of the same seeds; dB: PSNR of the mean squared error, no interval"
     return save(run, "samples", figure, pd.Series(decibels).to_frame("psnr"), note)

@@ -195,9 +195,9 @@ def slide13_plan_distances(run: Run, table: pd.DataFrame) -> Figure:
         )
         for x, row in zip(where, line.itertuples(), strict=True):
             top = (x, row.fd_growth_high)
-            axes.annotate(f"{row.psnr:.0f} dB", top, (0, 6), textcoords="offset points", ha="center",
-                          bbox={"fc": "white", "ec": "none", "pad": 1})  # fmt: skip
-    axes.axhline(0, color=DARK, ls="--", lw=2)
+            axes.annotate(f"{row.psnr:.0f} dB", top, (0, 9), textcoords="offset points", ha="center", zorder=1,
+                          bbox={"fc": "white", "ec": "none", "pad": 0})  # fmt: skip
+    axes.axhline(0, color=DARK, ls="--", lw=2, zorder=0.8)
     axes.set_xticks(range(len(budgets)), [f"{budget:g}× fewer MACs" for budget in budgets])
     axes.set(xlim=(-0.5, len(budgets) - 0.5), ylabel=f"{run.profile.distance} over full compute's")
     axes.margins(y=0.12)

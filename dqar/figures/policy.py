@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from sklearn.calibration import calibration_curve
+from scipy.stats import binomtest
 from sklearn.metrics import roc_curve
 
 from dqar.figures.style import ACCENT, COMPUTE, DARK, GREY, headline, pictures, plain_ticks, recorded, save
@@ -99,16 +99,26 @@ def slide07_training(run: Run, labels: pd.DataFrame, oracle: pd.DataFrame) -> Fi
     roc.plot([0, 1], [0, 1], color=GREY, ls="--")
     roc.set(xlabel="harmful reuses accepted", ylabel="harmless reuses accepted")
     roc.set_title(f"Held-out {pictures(run)}")
-    really, said = calibration_curve(study.held_out.harmless, study.held_out.policy, n_bins=8, strategy="quantile")
+    groups = study.held_out.groupby(pd.qcut(study.held_out.policy, 8, duplicates="drop"), observed=True)
+    said, really = groups.policy.mean(), groups.harmless.mean()
+    tests = [binomtest(int(part.sum()), len(part)) for _, part in groups.harmless]
+    ends = np.array([test.proportion_ci(method="wilson") for test in tests]).T
+    spread = np.clip([really - ends[0], ends[1] - really], 0, None)
     calibration.plot([0, 1], [0, 1], color=GREY, ls="--")
-    calibration.plot(said, really, color=ACCENT, lw=3, marker="o")
+    calibration.errorbar(said, really, spread, color=ACCENT, lw=3, marker="o", elinewidth=1.5, capsize=4)
     calibration.set(xlabel="predicted probability", ylabel="share that is harmless")
     calibration.set_title("Calibration")
     worst = np.abs(really - said).max()
     headline(
-        figure, f"The network's probabilities are off by at most {worst:.2f} on {pictures(run)} that it has not seen"
+        figure,
+        f"On {pictures(run)} that it has not seen, the network's probabilities are off by at most {worst:.2f}, which "
+        f"is within the intervals"
+        if all(low <= p <= high for p, low, high in zip(said, *ends, strict=True))
+        else f"On {pictures(run)} that it has not seen, the network's probabilities are off by up to {worst:.2f}",
     )
-    return save(run, "slide07_training", figure, labels, f"n = {len(study.held_out)} held-out reuses")
+    note = f"n = {len(study.held_out)} held-out reuses; calibration: {len(groups)} groups of some "
+    note += f"{len(study.held_out) // len(groups)}, bars: 95%"
+    return save(run, "slide07_training", figure, labels, note)
 
 
 @recorded("errors of single reuses")
@@ -191,8 +201,9 @@ def slide07_delta(run: Run, oracle: pd.DataFrame) -> Figure:
     chosen = shown[shown.delta == delta].iloc[0]
     moves = ""
     if by_distance:
-        moves = f"moves {run.profile.distance} by {chosen.fd_growth:+.1%} ({chosen.growth_low:+.1%} to "
-        moves += f"{chosen.growth_high:+.1%}), but "
+        certain = not chosen.growth_low <= 0 <= chosen.growth_high
+        moves = f"moves {run.profile.distance} by {f'{chosen.fd_growth:+.1%}' if certain else 'no measurable amount'} "
+        moves += f"({chosen.growth_low:+.1%} to {chosen.growth_high:+.1%}), but "
     headline(
         figure,
         f"Reusing the {chosen.share:.0%} of the sites with the smallest single errors {moves}leaves images at "

@@ -59,7 +59,7 @@ def slide06(run: Run, quality: pd.DataFrame) -> Figure:
         f"INT8 with one scale a channel takes {scales:.2f} of FP16's memory; "
         f"the mixed mode keeps K in FP16 and takes {mixed:.2f}",
     )
-    note = f"n = {table.images[0]}, every 2nd step reused; median PSNR to an unquantized cache (5th percentile)"
+    note = f"n = {table.images[0]}, every 2nd step reused; dB to an unquantized cache: median (5th percentile)"
     return save(run, "slide06", figure, quality, note)
 
 

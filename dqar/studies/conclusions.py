@@ -119,7 +119,7 @@ def future_work(run: Run) -> pd.DataFrame:
             (f"Lower bit-widths: INT{width}", before, *judged)
             for (width, before), judged in zip(((4, "INT8 → INT4"), (2, "INT4 → INT2")), bits, strict=True)
         ),
-        ("Cross-layer sharing", "2–3× more speed", *across_layers(distance, run.recorded("layers"))),
+        ("Cross-layer sharing", "2–3× faster", *across_layers(distance, run.recorded("layers"))),
         ("Video DiTs", "reuse across frames", *across_frames(run.recorded("video"))),
         (
             "Quantization-aware training",
