@@ -247,7 +247,7 @@ def slide08_plans(run: Run, plans: dict[str, list[ForecastPlan]]) -> Figure:
     headline(
         figure,
         f"A plan computes the steps that matter: the error it predicts ranks {len(trials)} sets of steps "
-        f"like the measured one (correlation {rho:.2f})",
+        f"much as the measured one does (rank correlation {rho:.2f})",
     )
     trials.attrs["provenance"] = next(iter(plans.values()))[-1].provenance
     note = f"n = {len(trials)} sets of steps; errors: root mean square, to full compute or converged"
