@@ -229,7 +229,8 @@ def slide15_sharing(run: Run, sharing: pd.DataFrame) -> Figure:
                       elinewidth=1.5, capsize=4, label=label)  # fmt: skip
         for row in part.drop_duplicates("macs_speedup").itertuples():  # beyond some ε all is shared that may be
             place, side = ((8, 8), "left") if target == "output" else ((-10, -14), "right")
-            text, point = f"below {row.epsilon:g}", (row.macs_speedup, row.psnr)
+            text = "all" if np.isinf(row.epsilon) else f"below {row.epsilon:g}"
+            point = row.macs_speedup, row.psnr
             axes.annotate(text, point, place, textcoords="offset points", ha=side)
     axes.set(xlabel="MACs of full compute / of this", ylabel="PSNR to full compute (dB)")
     axes.margins(0.15)
