@@ -54,7 +54,7 @@ def slide12_benchmarks(run: Run, tables: dict[str, pd.DataFrame]) -> Figure:
         axes.set_title(device)
         axes.grid(axis="y", visible=False)
     panels[0, 0].invert_yaxis()
-    panels[0, -1].legend(loc="lower right")
+    panels[0, -1].legend(loc="lower right", markerscale=0.5)
     costs = steps.set_index("method").cost
     headline(
         figure,

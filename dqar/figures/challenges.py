@@ -25,6 +25,14 @@ from dqar.measure.results import Run
 from dqar.studies import challenges, policy
 from dqar.studies.recording import Sizes
 
+CACHES = {
+    "per tensor": "one scale",
+    "per tensor + CSB": "balanced",
+    "per tensor + top 4": "top 4 kept",
+    "per tensor + CSB + top 4": "balanced, top 4 kept",
+    "per channel": "a scale a channel",
+}
+"""Variants of ``challenges.record_accumulation``, in words."""
 LOOKING = {
     "fused": "exact, tile by tile",
     "fused, every 4th step": "exact, tile by tile,\nevery 4th step",
@@ -76,7 +84,7 @@ def slide15(
             "5. CFG branch sharing",
             "separate caches, sharing where entropies agree",
             f"separate caches are exact; sharing saves {1 - 1 / shared.macs_speedup:.0%} of the MACs at "
-            f"{shared.psnr:.0f} dB",
+            f"{shared.psnr:.1f} dB ({shared.psnr_low:.1f} to {shared.psnr_high:.1f})",
         ),
     ]
     table = pd.DataFrame(rows, columns=["Problem", "The deck's solution", "Measured"])
@@ -84,7 +92,7 @@ def slide15(
     title = "A scale for each channel beats balancing" if best else "Balancing channels helps"
     title = f"{title}; exact entropy at every site adds {cost['fused']} to a step; sharing branches costs quality"
     repeats, images = overhead.repeat.nunique(), sharing.image.nunique()
-    note = f"n = {len(labels):,} reuses (1, 3), {images} images (2, 5), {repeats} runs (4, quartiles); 3: stopped early"
+    note = f"n = {len(labels):,} reuses (1, 3: early stop), {images} images (2; 5: 95%), {repeats} runs (4: quartiles)"
     return save_table(run, "slide15", title, table, [20, 27, 48], sharing, note)
 
 
@@ -97,7 +105,7 @@ def slide15_thresholds(run: Run, labels: pd.DataFrame) -> Figure:
         x="entropy",
         hue="label",
         ax=axes,
-        palette=[ACCENT] * labels.label.nunique(),
+        palette=[BLUE] * labels.label.nunique(),
         lw=2.5,
         alpha=0.5,
         legend=False,
@@ -119,14 +127,15 @@ def slide15_thresholds(run: Run, labels: pd.DataFrame) -> Figure:
 def slide15_accumulation(run: Run, accumulation: pd.DataFrame) -> Figure:
     """Challenge 2: error of the latents over the steps in 8, 4 and 2 bits, with CSB and kept channels."""
     figure, axes = plt.subplots(1, 3, sharey=True)
-    variants = list(dict.fromkeys(accumulation.variant))
+    variants = list(CACHES)
     colors = dict(zip(variants, [GREY, BLUE, GREEN, ACCENT, DARK], strict=True))
     for ax, bits in zip(axes, (8, 4, 2), strict=True):
         for variant in variants:
             part = accumulation[
                 (accumulation.bits == bits) & (accumulation.variant == variant) & (accumulation.step > 0)
             ]
-            ax.plot(part.step, part.relative_error.replace(0, np.nan), color=colors[variant], lw=3, label=variant)
+            ax.plot(part.step, part.relative_error.replace(0, np.nan), color=colors[variant], lw=3,
+                    label=CACHES[variant])  # fmt: skip
         ax.set(yscale="log", xlabel="denoising step")
         plain_ticks(ax.yaxis, percent=True)
         ax.set_title(f"INT{bits}")
@@ -139,7 +148,10 @@ def slide15_accumulation(run: Run, accumulation: pd.DataFrame) -> Figure:
         figure,
         f"In 8, 4 and 2 bits the latents end {errors} off; balancing the channels makes that {gains} times smaller",
     )
-    note = f"n = {Sizes.of(run.profile).sweep_images} images (means); K and V of every 2nd step from the cache"
+    note = (
+        f"n = {Sizes.of(run.profile).sweep_images} images (means, no interval); K and V of every 2nd step from the "
+        "cache; orange: all that the deck proposes"
+    )
     return save(run, "slide15_accumulation", figure, accumulation, note)
 
 
@@ -166,7 +178,10 @@ def slide15_overfitting(run: Run, labels: pd.DataFrame, oracle: pd.DataFrame) ->
         f"network has not seen, a hundred times as much by {more - without:+.3f}",
     )
     classes = f"{labels.label.nunique()} classes, {len(policy.TEST)} held out"
-    note = f"n = {len(labels):,} single reuses of {classes}; these run to the end, slide 15's are stopped early"
+    note = (
+        f"n = {len(labels):,} single reuses of {classes}; one training each, no interval; these run to the end, slide "
+        "15's are stopped early"
+    )
     return save(run, "slide15_overfitting", figure, labels, note)
 
 
@@ -207,11 +222,16 @@ def slide15_sharing(run: Run, sharing: pd.DataFrame) -> Figure:
     """Challenge 5: one branch takes the other's attention where entropies differ by less than ε."""
     runs = challenges.shared_runs(sharing)
     figure, axes = plt.subplots()
-    for target, label, color in (("kv", "K and V shared", BLUE), ("output", "output shared", ACCENT)):
+    for target, label, face in (("kv", "K and V shared", "white"), ("output", "attention output shared", ACCENT)):
         part = runs[runs.target == target]
-        axes.plot(part.macs_speedup, part.psnr, color=color, lw=3, marker="o", ms=10, label=label)
+        spread = [part.psnr - part.psnr_low, part.psnr_high - part.psnr]
+        axes.errorbar(part.macs_speedup, part.psnr, spread, color=ACCENT, lw=3, marker="o", ms=11, mew=2.5, mfc=face,
+                      elinewidth=1.5, capsize=4, label=label)  # fmt: skip
         for row in part.drop_duplicates("macs_speedup").itertuples():  # beyond some ε all is shared that may be
-            axes.annotate(f"ε = {row.epsilon:g}", (row.macs_speedup, row.psnr), (8, 8), textcoords="offset points")
+            place, side = ((8, 8), "left") if target == "output" else ((-10, -14), "right")
+            text = "all" if np.isinf(row.epsilon) else f"below {row.epsilon:g}"
+            point = row.macs_speedup, row.psnr
+            axes.annotate(text, point, place, textcoords="offset points", ha=side)
     axes.set(xlabel="MACs of full compute / of this", ylabel="PSNR to full compute (dB)")
     axes.margins(0.15)
     axes.legend()
@@ -219,6 +239,10 @@ def slide15_sharing(run: Run, sharing: pd.DataFrame) -> Figure:
     headline(
         figure,
         f"Sharing attention between the two branches saves at most {1 - 1 / best.macs_speedup:.0%} of the MACs, "
-        f"at {best.psnr:.0f} dB",
+        f"at {best.psnr:.1f} dB ({best.psnr_low:.1f} to {best.psnr_high:.1f})",
     )
-    return save(run, "slide15_sharing", figure, sharing, f"n = {sharing.image.nunique()} images")
+    note = (
+        f"n = {sharing.image.nunique()} images, bars: 95%, PSNR of the mean squared error; below: entropies (nats) "
+        "that differ by less are taken for equal"
+    )
+    return save(run, "slide15_sharing", figure, sharing, note)

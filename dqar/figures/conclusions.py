@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
@@ -10,6 +12,7 @@ from dqar.figures.style import (
     ACCENT,
     BLUE,
     COMPUTE,
+    DARK,
     GREY,
     headline,
     recorded,
@@ -35,7 +38,7 @@ SETTINGS = {
     "last": "how many last steps are computed",
 }
 """Of ``studies.search.SPACE``, in words."""
-MARKS = {"holds": "✓", "does not hold": "✗", "not testable here": "not testable here"}
+MARKS = {"holds": "✓", "does not hold": "✗", "not certain": "=", "not testable here": "not testable here"}
 
 
 def slide16(run: Run, directions: pd.DataFrame) -> Figure:
@@ -53,8 +56,8 @@ def slide16(run: Run, directions: pd.DataFrame) -> Figure:
         }
     )
     title = f"Of {len(table)} hopes for future work, {_counts(directions)}"
-    note = "bits: dB to an unquantized cache, ✓ from 40; more: appendix"
-    return save_table(run, "slide16", title, table, [17, 16, 12, 55], directions, note)
+    note = "bits: dB to an unquantized cache, ✓ from 40; =: the interval includes 0; ( ): 95%"
+    return save_table(run, "slide16", title, table, [17, 16, 12, 60], directions, note)
 
 
 def slide17(run: Run, verdicts: pd.DataFrame) -> Figure:
@@ -88,18 +91,23 @@ def slide16_batches(run: Run, batches: pd.DataFrame) -> Figure:
     Args:
         batches: of ``studies.batches.record_batches``.
     """
-    points, colors = batch_study.points(batches), {batch_study.GATE: BLUE, batch_study.PLAN: ACCENT, FULL.name: GREY}
+    points = batch_study.points(batches)
+    looks: dict[str, dict[str, Any]] = {
+        batch_study.GATE: {"color": ACCENT, "marker": "o", "mfc": "white", "mew": 2.5},
+        batch_study.PLAN: {"color": ACCENT, "marker": "D"},
+        FULL.name: {"color": GREY, "marker": "o"},
+    }
     names = {batch_study.GATE: "a gate, one for all", batch_study.PLAN: f"a plan, {batch_study.BUDGET}× fewer MACs"}
     figure, (left, right) = plt.subplots(1, 2)
     for method, line in points.groupby("method", sort=False):
-        look = {"color": colors[method], "lw": 3, "marker": "o", "ms": 10, "label": names.get(method, method)}
+        look = {**looks[method], "lw": 3, "ms": 10, "label": names.get(method, method)}
         spread = [line.speed - line.speed_low, line.speed_high - line.speed]
         left.errorbar(line.together, line.speed, yerr=spread, capsize=6, **look)
         if line["median"].notna().any():
             right.plot(line.together, line["median"], **{**look, "label": "_"})
             right.plot(line.together, line.worst, **{**look, "ls": ":", "label": "_"})
     gate = points[points.method == batch_study.GATE].set_index("together")
-    right.axhline(gate["median"][1], color=BLUE, lw=1.5, ls="--", label="a gate of each image's own")
+    right.axhline(gate["median"][1], color=DARK, lw=1.5, ls="--", label="a gate of each image's own")
     right.plot([], [], color=GREY, lw=3, label="the median image")
     right.plot([], [], color=GREY, lw=3, ls=":", label="the worst image")
     for axes in (left, right):
@@ -134,33 +142,36 @@ def slide16_search(run: Run, trials: pd.DataFrame, front: pd.DataFrame, importan
     tried, (again, by_hand) = search_study.points(trials), search_study.remeasured(trials, front)
     before = tried.set_index("trial").psnr_5th.reindex(again.trial)
     figure, (left, right) = plt.subplots(1, 2, width_ratios=[3, 2])
-    left.scatter(tried.macs_speedup, tried.psnr_5th, s=60, color=COMPUTE, edgecolor=GREY, label="a trial")
-    left.plot(again.macs_speedup, before, color=GREY, lw=2, ls="--", marker="o", ms=9, label="front, searched on")
-    left.plot(again.macs_speedup, again.psnr_5th, color=ACCENT, lw=3, marker="o", ms=10, label="front, other images")
+    left.scatter(tried.macs_speedup, tried.psnr_5th, s=60, color=COMPUTE, edgecolor=GREY, label="settings tried")
+    left.plot(again.macs_speedup, before, color=GREY, lw=2, ls="--", marker="o", ms=9, label="the best, as searched")
+    left.plot(again.macs_speedup, again.psnr_5th, color=ACCENT, lw=3, marker="o", ms=10, label="the best, other images")
     left.plot(by_hand.macs_speedup, by_hand.psnr_5th, "s", color=BLUE, ms=11, label="by hand, other images")
     left.set(xlabel="MACs of full compute / of this", ylabel="PSNR at the 5th percentile (dB)")
     left.legend()
     shares = importance[importance.objective == "dB"].set_index("setting").importance.rename(SETTINGS).nlargest(8)[::-1]
-    right.barh(shares.index, shares, color=ACCENT)
+    right.barh(shares.index, shares, color=GREY)
     right.xaxis.set_major_formatter("{x:.0%}")
     right.set(xlabel=f"share of variance, {len(shares)} largest")
     change = (again.psnr_5th.to_numpy() - before.to_numpy()).mean()
     headline(
         figure,
-        f"On other images than those searched on, the front's 5th percentile changes by {change:+.1f} dB (mean); "
+        f"On other images, the best settings' 5th percentile changes by {change:+.1f} dB (mean of {len(again)}); "
         f"what matters most to quality is {shares.index[-1]} ({shares.iloc[-1]:.0%} of its variance)",
     )
     note = (
         f"n = {trials.image.nunique()} images of each of {len(tried)} settings, {front.image.nunique()} others of the "
-        f"{len(again)} best"
+        f"{len(again)} best; no interval (slide 16 has that of the lead over the settings by hand)"
     )
     return save(run, "slide16_search", figure, trials, note)
 
 
 def _counts(table: pd.DataFrame) -> str:
     counts = table.verdict.value_counts()
-    holding = counts.get("holds", 0)
-    return (
-        f"{holding} {'holds' if holding == 1 else 'hold'} here, {counts.get('does not hold', 0)} do not, "
-        f"{counts.get('not testable here', 0)} can't be tested here"
-    )
+    holding, failing, level = (counts.get(verdict, 0) for verdict in ("holds", "does not hold", "not certain"))
+    parts = [
+        f"{holding} {'holds' if holding == 1 else 'hold'} here",
+        f"{failing} {'does' if failing == 1 else 'do'} not",
+    ]
+    if level:
+        parts.append(f"{level} {'is' if level == 1 else 'are'} not certain")
+    return f"{', '.join(parts)}, {counts.get('not testable here', 0)} can't be tested here"

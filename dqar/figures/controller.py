@@ -68,8 +68,8 @@ def slide09(run: Run, gated: pd.DataFrame) -> Figure:
     right.set(xlabel="denoising step", ylabel="layer")
     right.set_title("What it answered")
     share = (table.decision == "reuse").mean()
-    steps, layers = table.step.nunique(), table.layer.nunique()
-    note = f"calibrated gate, conditional branch, 4 images; n = {len(table):,} sites ({steps} steps × {layers} layers)"
+    both = (gated[calibrated].decision == "reuse").mean()
+    note = f"calibrated gate, conditional branch, 4 images: n = {len(table):,} sites; both branches: {both:.0%}"
     headline(figure, f"The controller gives a reason for every decision; here it reused {share:.0%} of the sites")
     return save(run, "slide09", figure, gated, note)
 
@@ -81,7 +81,7 @@ BOXES = {
     "Scheduler": ((0.375, 0.47), "says which layers\nmay reuse", ("scheduler.py",)),
     "Stats": ((0.625, 0.47), "measures entropy,\nSNR and norms", ("stats.py",)),
     "Cache": ((0.875, 0.47), "stores K and V\nor the output", ("cache.py",)),
-    "Quantizer": ((0.875, 0.12), "INT8, INT4, INT2;\nbalanced channels", ("quantizer.py",)),
+    "Quantizer": ((0.875, 0.13), "INT8, INT4, INT2;\nbalanced channels", ("quantizer.py",)),
 }
 
 
@@ -106,7 +106,7 @@ def slide10(run: Run) -> Figure:
     for name in ("Policy", "Scheduler", "Stats", "Cache"):
         x = BOXES[name][0][0]
         axes.annotate("", (x, 0.585), (x, 0.65), arrowprops=arrow)
-    axes.annotate("", (0.875, 0.235), (0.875, 0.35), arrowprops=arrow)
+    axes.annotate("", (0.875, 0.245), (0.875, 0.35), arrowprops=arrow)
     headline(
         figure, "The code has slide 10's six parts: a controller, four modules that it asks, and the cache's quantizer"
     )
@@ -136,7 +136,7 @@ def _draw_imports(run: Run, name: str, graph: dict[str, set[str]], title: str) -
     figure, axes = plt.subplots()
     axes.fill_between([-0.5, len(order) - 0.5], [-0.5, len(order) - 0.5], -0.5, color=COMPUTE, lw=0, zorder=0)
     size = min(30, 250 / len(order))
-    axes.plot(*zip(*dots, strict=True), "o", color=ACCENT, ms=size)
+    axes.plot(*zip(*dots, strict=True), "o", color=BLUE, ms=size)
     numbers = range(len(order))
     axes.set(xlim=(-0.5, len(order) - 0.5), ylim=(len(order) - 0.5, -0.5), xticks=numbers, yticks=numbers)
     axes.set_yticklabels([f"{part}  {number + 1}" for part, number in place.items()])

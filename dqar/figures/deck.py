@@ -28,7 +28,7 @@ from dqar.figures.style import ACCENT, CLAIMS, DARK, GREEN, GREY, SMALLEST, TITL
 WIDTH, HEIGHT = 12.8, 7.2
 """Inches, as of the figures: text has the same size in a picture and beside it."""
 FOOTER = 0.33
-"""Inches below the picture: how many images, model, hardware, seed."""
+"""Inches of each line below the picture: how many images, model, hardware, seed."""
 NIGHT = "#14181D"
 """Background of a dark deck."""
 FONT = "Arial"
@@ -122,7 +122,7 @@ def notes(slide: int, sidecar: dict[str, Any], errata: list[dict[str, str]]) -> 
     subject, claim = CLAIMS[slide]
     lines = [f"Slide {slide}: {subject}", f"The deck claims: {claim}.", f"Measured: {sidecar['title']}."]
     if sidecar["note"]:
-        lines.append(f"How: {sidecar['note']}.")
+        lines.append(f"How: {' '.join(sidecar['note'].split())}.")
     for row in errata:
         if str(slide) in row["slide"].split(", "):
             lines.append(f"Claimed: {row['claimed']}. Bound: {row['bound']}. Measured: {row['measured']}.")
@@ -152,15 +152,16 @@ def darkened(color: tuple[int, int, int]) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def picture_of(path: Path, top: float, look: Look) -> Image.Image:
+def picture_of(path: Path, top: float, look: Look, footer: float = FOOTER) -> Image.Image:
     """A figure without its title and footer, in the look's colours.
 
     Args:
         path: of a PNG with a palette.
         top: share of the picture that its title takes.
+        footer: inches at its bottom.
     """
     with Image.open(path) as whole:
-        edges = round(top * whole.height), round((1 - FOOTER / HEIGHT) * whole.height)
+        edges = round(top * whole.height), round((1 - footer / HEIGHT) * whole.height)
         picture = whole.crop((0, edges[0], whole.width, edges[1]))
     palette = picture.getpalette() or []
     colors = [(palette[i], palette[i + 1], palette[i + 2]) for i in range(0, len(palette), 3)]
@@ -207,14 +208,15 @@ def _add_slide(deck: Any, figures: Path, number: int, errata: list[dict[str, str
     title.left, title.top, title.width, title.height = (Inches(x) for x in (0.3, 0.04, WIDTH - 0.6, top - 0.04))
     _write(title.text_frame, sidecar["title"], look.color(DARK), TITLE_SIZE, bold=True, align=PP_ALIGN.CENTER)
     title.text_frame.vertical_anchor = MSO_ANCHOR.MIDDLE
-    box = (0.3, top + 0.06, WIDTH - 0.6, HEIGHT - FOOTER - top - 0.1)
+    foot = FOOTER * (sidecar["note"].count("\n") + 1)
+    box = (0.3, top + 0.06, WIDTH - 0.6, HEIGHT - foot - top - 0.1)
     if "table" in sidecar:
         _add_table(slide, sidecar["table"], box, look).set("descr", sidecar["alt"])
     elif "charts" in sidecar:
         _add_charts(slide, sidecar["charts"], box, look)
     else:
         file = io.BytesIO()
-        picture_of(path, sidecar["body_top"], look).save(file, "PNG")
+        picture_of(path, sidecar["body_top"], look, foot).save(file, "PNG")
         shown = slide.shapes.add_picture(file, 0, Inches(sidecar["body_top"] * HEIGHT), width=Inches(WIDTH))
         shown.name = path.stem
         shown._element._nvXxPr.cNvPr.set("descr", sidecar["alt"])
@@ -223,7 +225,7 @@ def _add_slide(deck: Any, figures: Path, number: int, errata: list[dict[str, str
             # Nine inches for the longer one, at either side; the shorter never reaches so far.
             left = 0.0 if align == PP_ALIGN.LEFT else WIDTH - 5
             width = 9.0 if align == PP_ALIGN.LEFT else 5
-            footer = slide.shapes.add_textbox(*(Inches(x) for x in (left, HEIGHT - FOOTER, width, FOOTER)))
+            footer = slide.shapes.add_textbox(*(Inches(x) for x in (left, HEIGHT - foot, width, foot)))
             _write(footer.text_frame, text, look.color(GREY), SMALLEST, align=align)
     slide.notes_slide.notes_text_frame.text = notes(number, sidecar, errata)
 

@@ -225,8 +225,10 @@ def conclusions(verdicts: pd.DataFrame, hopes: pd.DataFrame) -> str:
             for verdict, one, more in (
                 ("holds", "holds here", "hold here"),
                 ("does not hold", "does not hold", "do not hold"),
+                ("not certain", "is not certain", "are not certain"),
                 ("not testable here", "can't be tested here", "can't be tested here"),
             )
+            if verdict != "not certain" or verdict in count
         )
         lines.append(f"Of slide {17 if what == 'claims' else 16}'s {len(table)} {what}, {'. '.join(counts)}.")
     return " ".join(lines)

@@ -15,6 +15,13 @@ from dqar.measure.results import Run
 from dqar.studies import policy, trace
 from dqar.studies.gate import calibrated_gate
 
+REUSED = {
+    "calibrated gate, output": "outputs reused by the calibrated gate",
+    "every 2nd step, output": "outputs at every 2nd step",
+    "every 2nd step, kv, INT2": "K and V in INT2 at every 2nd step",
+}
+"""Of ``studies.gate.sample_methods``: what each reuses, in words."""
+
 
 def slide05(run: Run, sites: pd.DataFrame) -> Figure:
     """The rule, and the entropy-SNR plane: where the gates open, and how far sites move from step to step there."""
@@ -50,7 +57,9 @@ def slide05(run: Run, sites: pd.DataFrame) -> Figure:
         f"{change:.0%} a step, over all sites by {everywhere:.0%} (medians)",
     )
     layers, steps = shown.layer.nunique(), shown.step.nunique()
-    note = f"n = {run.profile.num_samples} images; sites: {layers} layers × {steps} steps after the first × 2 branches"
+    quartiles = (part.change.quantile([0.25, 0.75]) for part in (inside, shown))
+    halves = ", ".join(f"{100 * low:.0f}–{high:.0%}" for low, high in quartiles)
+    note = f"n = {run.profile.num_samples} images; {layers} layers, {steps} steps, 2 branches; middle halves: {halves}"
     return save(run, "slide05", figure, sites, note)
 
 
@@ -91,17 +100,23 @@ def slide05_correlations(run: Run, sites: pd.DataFrame, labels: pd.DataFrame) ->
     """
     relations = trace.relations(sites)
     held = policy.correlations(labels).query("layer < 0 and signal == 'entropy'").set_index("given").rho
-    rows = {
+    changes = {
         "change since the step before,\nall sites": relations["entropy"],
         "change since the step before,\nwithin one step": relations["entropy_within_step"],
-        "error of the finished image,\nall sites": held["nothing"],
-        "error of the finished image,\nstep and SNR held fixed": held["step and SNR"],
-        "error of the finished image,\nstep, SNR and layer held fixed": held["step, SNR and layer"],
     }
+    errors = {
+        f"error of the finished image,\n{'all sites' if given == 'nothing' else f'{given} held fixed'}": rho
+        for given, rho in held.items()
+    }
+    intervals = np.array([policy.correlation_interval(labels, "entropy", policy.GIVEN[given]) for given in held.index])
     figure, axes = plt.subplots()
-    values = list(rows.values())
-    bars = axes.barh(list(rows), values, color=[ACCENT if value > 0 else BLUE for value in values])
-    axes.bar_label(bars, [f"{value:+.2f}" for value in values], padding=6)
+    axes.barh(list(changes), list(changes.values()), color=GREY)
+    axes.barh(list(errors), list(errors.values()), color=BLUE)
+    axes.hlines(list(errors), *intervals.T, color=DARK, lw=2.5)
+    ends = [(rho, rho) for rho in changes.values()] + intervals.tolist()
+    for y, (rho, (low, high)) in enumerate(zip([*changes.values(), *errors.values()], ends, strict=True)):
+        place, side = ((high, 8), "left") if rho > 0 else ((low, -8), "right")
+        axes.annotate(f"{rho:+.2f}", (place[0], y), (place[1], 0), textcoords="offset points", ha=side, va="center")
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.axvline(0, color=GREY)
@@ -114,7 +129,10 @@ def slide05_correlations(run: Run, sites: pd.DataFrame, labels: pd.DataFrame) ->
         f"Where entropy is low, the change since the step before is {change}, "
         f"and the error that a reuse leaves in the image is {error}",
     )
-    note = f"n = {sites.change.notna().sum():,} sites; {len(labels):,} single reuses in {labels.image.nunique()} images"
+    note = (
+        f"change: {sites.change.notna().sum():,} sites, means of {run.profile.num_samples} images, no interval; error: "
+        f"n = {len(labels):,} single reuses in {labels.image.nunique()} images, lines: 95% (images drawn anew)"
+    )
     return save(run, "slide05_correlations", figure, labels, note)
 
 
@@ -132,8 +150,8 @@ def samples(run: Run, images: dict[str, torch.Tensor]) -> Figure:
             ax.set(xticks=[], yticks=[])
         label = "5 × difference" if is_difference else method.replace("kv", "K and V").replace(", ", ",\n", 1)
         line[0].set_ylabel(label, rotation=0, ha="right", va="center", size=16)
-    shown = {name.replace("kv", "K and V"): drawn[: len(reference)] for name, drawn in images.items()}
-    decibels = "; ".join(f"{name}: {mean_psnr(drawn, reference):.0f} dB" for name, drawn in list(shown.items())[1:])
-    headline(figure, f"How near the same {pictures(run)} come to full compute's: {decibels}")
-    note = f"n = {len(reference)} images of the same seeds; dB: PSNR of the mean squared error"
-    return save(run, "samples", figure, pd.DataFrame(), note)
+    decibels = {name: mean_psnr(drawn[: len(reference)], reference) for name, drawn in list(images.items())[1:]}
+    said = ", ".join(f"{psnr:.0f} dB with {REUSED.get(name, name)}" for name, psnr in decibels.items())
+    headline(figure, f"How near {pictures(run)} come to full compute's: {said}")
+    note = f"n = {len(reference)} images of the same seeds; dB: PSNR of the mean squared error, no interval"
+    return save(run, "samples", figure, pd.Series(decibels).to_frame("psnr"), note)

@@ -31,10 +31,13 @@ def slide16_layers(run: Run, table: pd.DataFrame, overlaps: pd.DataFrame) -> Fig
         axes.set(xlabel=f"whose map is taken\n(layer below: {below:.2f})", title=f"Step {step}")
     panels[0].set(ylabel="layer")
     figure.colorbar(picture, ax=panels[:2], pad=0.02, label="overlap of two layers' maps, 1: equal")
-    looks = {layers.ALONE: (ACCENT, "o"), layers.STEPWISE: (BLUE, "s")}
-    for family, (color, marker) in looks.items():
+    looks = {
+        layers.ALONE: ("sharing alone", BLUE, "o"),
+        layers.STEPWISE: ("sharing, and reuse\nover steps", ACCENT, "s"),
+    }
+    for family, (label, color, marker) in looks.items():
         line = points[points.family == family].sort_values("macs_speedup")
-        panels[2].plot(line.macs_speedup, line["median"], marker=marker, ms=10, color=color, label=family)
+        panels[2].plot(line.macs_speedup, line["median"], marker=marker, ms=10, color=color, label=label)
         panels[2].vlines(line.macs_speedup, line["5th percentile"], line["median"], color=color, lw=1.2)
     panels[2].set(xlabel="times fewer MACs", ylabel="PSNR to full compute (dB)")
     panels[2].legend(loc="upper right")

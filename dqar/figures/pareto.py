@@ -232,8 +232,9 @@ def slide13_plan_distances(run: Run, table: pd.DataFrame) -> Figure:
         )
         for x, row in zip(where, line.itertuples(), strict=True):
             top = (x, row.fd_growth_high)
-            axes.annotate(f"{row.psnr:.0f} dB", top, (0, 6), textcoords="offset points", ha="center")
-    axes.axhline(0, color=DARK, ls="--", lw=2)
+            axes.annotate(f"{row.psnr:.0f} dB", top, (0, 9), textcoords="offset points", ha="center", zorder=1,
+                          bbox={"fc": "white", "ec": "none", "pad": 0})  # fmt: skip
+    axes.axhline(0, color=DARK, ls="--", lw=2, zorder=0.8)
     axes.set_xticks(range(len(budgets)), [f"{budget:g}× fewer MACs" for budget in budgets])
     axes.set(xlim=(-0.5, len(budgets) - 0.5), ylabel=f"{run.profile.distance} over full compute's")
     axes.margins(y=0.12)
@@ -258,17 +259,18 @@ def slide08_plans(run: Run, plans: dict[str, list[ForecastPlan]]) -> Figure:
     shown = sorted(shown, key=lambda plan: min(abs(plan.macs_speedup - x) for x in pareto.BUDGETS))[:8]
     shown.sort(key=lambda plan: plan.macs_speedup)
     rows = [[step in plan.computed for step in range(plan.num_inference_steps)] for plan in shown]
-    colors = ListedColormap([COMPUTE, ACCENT])
+    colors = ListedColormap([ACCENT, COMPUTE])
     left.pcolormesh(np.array(rows), cmap=colors, vmin=0, vmax=1, ec="white", lw=0.4, rasterized=True)
     left.invert_yaxis()
     left.set_yticks(np.arange(len(shown)) + 0.5, [f"{plan.macs_speedup:.2g}×" for plan in shown])
     left.set(xlabel="denoising step", ylabel="MAC reduction")
-    left.set_title(f"Computed steps (orange), {SAMPLER_NAMES[sampler.split(',')[0]]}")
+    left.set_title(f"Forecast steps (orange), {SAMPLER_NAMES[sampler.split(',')[0]]}")
     left.grid(False)
     pairs = []
-    for (name, made), color in zip(plans.items(), (ACCENT, BLUE, GREEN, GREY), strict=False):
+    for (name, made), color in zip(plans.items(), (BLUE, GREEN, DARK, "#A9B4BF"), strict=False):
         trials = pd.DataFrame([trial for plan in made for trial in plan.provenance["trials"]])
         name = name.replace("dpm-solver++", "DPM-Solver++").replace("ddim", "DDIM")
+        name = name.replace("reference", "full compute")
         right.scatter(trials.predicted**0.5, trials.measured**0.5, color=color, s=45, lw=0, alpha=0.8, label=name)
         pairs.append(trials)
     right.set(xscale="log", yscale="log", xlabel="predicted error (latents)", ylabel="measured error (images)")
@@ -282,10 +284,11 @@ def slide08_plans(run: Run, plans: dict[str, list[ForecastPlan]]) -> Figure:
     headline(
         figure,
         f"A plan computes the steps that matter: the error it predicts ranks {len(trials)} sets of steps "
-        f"like the measured one (correlation {rho:.2f})",
+        f"much as the measured one does (rank correlation {rho:.2f})",
     )
     trials.attrs["provenance"] = next(iter(plans.values()))[-1].provenance
-    return save(run, "slide08_plans", figure, trials, f"n = {len(trials)} sets of steps; errors: root mean square")
+    note = f"n = {len(trials)} sets of steps; errors: root mean square, to full compute or converged"
+    return save(run, "slide08_plans", figure, trials, note)
 
 
 def slide12_promise(run: Run, judged: pd.DataFrame | None) -> Figure:
@@ -376,7 +379,7 @@ def denoising(run: Run, drawn: pareto.Denoising | None) -> Figure | DisplayedIma
 def slide06_forecast_cache(run: Run, points: pd.DataFrame) -> Figure:
     """DQAR inside the blocks (``pareto.site_points``): what forecast order and bits do to quality, against bytes."""
     figure, panels = plt.subplots(1, 2, width_ratios=(3, 2))
-    markers, colors = {16: "o", 8: "s", 4: "^"}, {0: GREY, 1: ACCENT, 2: BLUE}
+    markers, colors = {16: "o", 8: "s", 4: "^"}, {0: GREY, 1: BLUE, 2: GREEN}
     for row in points[points.interval <= 3].itertuples():
         filled = colors[row.order] if row.interval == 2 else "none"
         panels[0].scatter(row.cache_bytes / 1e6, row.psnr_reference, marker=markers[row.bits], s=170, color=filled,
@@ -387,7 +390,7 @@ def slide06_forecast_cache(run: Run, points: pd.DataFrame) -> Figure:
         panels[0].scatter(
             [], [], color="#222222", marker=marker, s=120, label="unquantized" if bits == 16 else f"INT{bits}"
         )
-    panels[0].set(xscale="log", xlabel="cache (MB an image)", ylabel="PSNR to the reference (dB)")
+    panels[0].set(xscale="log", xlabel="cache (MB an image)", ylabel="PSNR to full compute (dB)")
     panels[0].set_xticks([0.75, 1.5, 3, 6], ["0.75", "1.5", "3", "6"])
     panels[0].minorticks_off()
     panels[0].set_title("Filled: every 2nd step computed, hollow: every 3rd", size=16)
@@ -396,7 +399,7 @@ def slide06_forecast_cache(run: Run, points: pd.DataFrame) -> Figure:
     losses = [linear.psnr_reference[16] - linear.psnr_reference[bits] for bits in (8, 4)]
     half_precision = linear.cache_bytes[16] * 2 / run.profile.dtype.itemsize  # kept as it is, a value takes these bytes
     shares = [linear.cache_bytes[bits] / half_precision for bits in (8, 4)]
-    bars = panels[1].bar(["INT8", "INT4"], losses, color=[ACCENT, BLUE])
+    bars = panels[1].bar(["INT8", "INT4"], losses, color=BLUE)
     panels[1].bar_label(bars, [f"{x:.2f} dB\n{s:.2f} of FP16" for x, s in zip(losses, shares, strict=True)])
     panels[1].margins(y=0.25)
     panels[1].set(ylabel="PSNR lost to quantization (dB)")
@@ -406,7 +409,10 @@ def slide06_forecast_cache(run: Run, points: pd.DataFrame) -> Figure:
         f"Forecasting attention and feed-forward from an INT8 cache loses {losses[0]:.2f} dB and takes "
         f"{shares[0]:.2f} of FP16's bytes",
     )
-    note = f"n = {Sizes.of(run.profile).pareto_images} images; unquantized: {8 * run.profile.dtype.itemsize} bits here"
+    note = (
+        f"n = {Sizes.of(run.profile).pareto_images} images, mean squared error, no interval; unquantized: "
+        f"{8 * run.profile.dtype.itemsize} bits here"
+    )
     return save(run, "slide06_forecast_cache", figure, points, note)
 
 

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from sklearn.calibration import calibration_curve
+from scipy.stats import binomtest
 from sklearn.metrics import roc_curve
 
-from dqar.figures.style import ACCENT, BLUE, COMPUTE, DARK, GREY, headline, pictures, plain_ticks, recorded, save
+from dqar.figures.style import ACCENT, COMPUTE, DARK, GREY, headline, pictures, plain_ticks, recorded, save
+from dqar.measure.quality import reference_of
 from dqar.measure.results import Run
-from dqar.studies import policy
+from dqar.studies import policy, results
+from dqar.studies.compare import FULL
 
-DECIDERS = {"oracle": DARK, "policy": ACCENT, "rule": BLUE, "chance": GREY}
+LOOKS: dict[str, dict[str, Any]] = {
+    "oracle": {"color": DARK, "ls": "--", "marker": "o"},
+    "policy": {"color": ACCENT, "ls": "-", "marker": "o"},
+    "rule": {"color": ACCENT, "ls": ":", "marker": "s", "mfc": "white", "mew": 2.5},
+    "chance": {"color": GREY, "ls": "-", "marker": "o"},
+}
+"""Of deciders: DQAR's network filled, its rule hollow."""
 NAMES = {"oracle": "measured errors", "policy": "the network", "rule": "the rule", "chance": "chance"}
 
 
@@ -49,7 +59,7 @@ def slide07(run: Run, labels: pd.DataFrame, oracle: pd.DataFrame) -> Figure:
         spread = np.clip([[area["mean"] - area["min"]], [area["max"] - area["mean"]]], 0, None)
         right.bar(number, area["mean"], yerr=spread, color=ACCENT, capsize=8, alpha=1 if number == 0 else 0.55)
         right.text(number, area["max"] + 0.02, f"{area['mean']:.2f}", ha="center")
-    right.bar(2, rule, color=GREY)
+    right.bar(2, rule, color="white", edgecolor=ACCENT, lw=3, ls=":")
     right.text(2, rule + 0.02, f"{rule:.2f}", ha="center")
     right.axhline(0.5, color=DARK, ls="--", lw=2)
     right.text(2.45, 0.52, "chance", ha="right")
@@ -81,25 +91,34 @@ def slide07_training(run: Run, labels: pd.DataFrame, oracle: pd.DataFrame) -> Fi
     losses.set(xlabel="epoch", ylabel="cross-entropy (nats)")
     losses.legend()
     losses.set_title("Training")
-    for score, color in (("policy", ACCENT), ("rule", BLUE)):
+    for score, place in (("policy", (0.14, 0.74)), ("rule", (0.6, 0.17))):  # off both curves
         wrong, right, _ = roc_curve(study.held_out.harmless, study.held_out[score])
-        roc.plot(wrong, right, color=color, lw=3)
-        place, side = ((0.14, 0.7), "left") if score == "policy" else ((0.97, 0.17), "right")  # off both curves
-        text = f"{NAMES[score]}:\narea {study.auc(score):.2f}"
-        roc.text(*place, text, color=color, ha=side, va="top", weight="bold")
+        roc.plot(wrong, right, color=ACCENT, lw=3, ls=LOOKS[score]["ls"])
+        text = f"{NAMES[score].removeprefix('the ')}:\narea {study.auc(score):.2f}"
+        roc.text(*place, text, color=ACCENT, va="top", weight="bold")
     roc.plot([0, 1], [0, 1], color=GREY, ls="--")
     roc.set(xlabel="harmful reuses accepted", ylabel="harmless reuses accepted")
     roc.set_title(f"Held-out {pictures(run)}")
-    really, said = calibration_curve(study.held_out.harmless, study.held_out.policy, n_bins=8, strategy="quantile")
+    groups = study.held_out.groupby(pd.qcut(study.held_out.policy, 8, duplicates="drop"), observed=True)
+    said, really = groups.policy.mean(), groups.harmless.mean()
+    tests = [binomtest(int(part.sum()), len(part)) for _, part in groups.harmless]
+    ends = np.array([test.proportion_ci(method="wilson") for test in tests]).T
+    spread = np.clip([really - ends[0], ends[1] - really], 0, None)
     calibration.plot([0, 1], [0, 1], color=GREY, ls="--")
-    calibration.plot(said, really, color=ACCENT, lw=3, marker="o")
+    calibration.errorbar(said, really, spread, color=ACCENT, lw=3, marker="o", elinewidth=1.5, capsize=4)
     calibration.set(xlabel="predicted probability", ylabel="share that is harmless")
     calibration.set_title("Calibration")
     worst = np.abs(really - said).max()
     headline(
-        figure, f"The network's probabilities are off by at most {worst:.2f} on {pictures(run)} that it has not seen"
+        figure,
+        f"On {pictures(run)} that it has not seen, the network's probabilities are off by at most {worst:.2f}, which "
+        f"is within the intervals"
+        if all(low <= p <= high for p, low, high in zip(said, *ends, strict=True))
+        else f"On {pictures(run)} that it has not seen, the network's probabilities are off by up to {worst:.2f}",
     )
-    return save(run, "slide07_training", figure, labels, f"n = {len(study.held_out)} held-out reuses")
+    note = f"n = {len(study.held_out)} held-out reuses; calibration: {len(groups)} groups of some "
+    note += f"{len(study.held_out) // len(groups)}, bars: 95%"
+    return save(run, "slide07_training", figure, labels, note)
 
 
 @recorded("errors of single reuses")
@@ -109,9 +128,10 @@ def slide07_entropy_by_layer(run: Run, labels: pd.DataFrame) -> Figure:
     figure, axes = plt.subplots()
     table = correlations[correlations.layer >= 0]
     axes.plot(table.layer, table.rho, color=GREY, lw=1.5, zorder=1)
-    axes.scatter(table.layer, table.rho, s=160, color=[ACCENT if rho > 0 else BLUE for rho in table.rho], zorder=2)
-    axes.axhline(0, color=DARK)
     noise = 1.96 / (len(labels) / len(table)) ** 0.5
+    colors = [DARK if abs(rho) > noise else GREY for rho in table.rho]
+    axes.scatter(table.layer, table.rho, s=160, color=colors, zorder=2)
+    axes.axhline(0, color=DARK)
     axes.axhspan(-noise, noise, color=COMPUTE, zorder=0)
     axes.set(xlabel="layer", ylabel="rank correlation, step and SNR held fixed")
     rising, falling = int((table.rho > noise).sum()), int((table.rho < -noise).sum())
@@ -130,19 +150,24 @@ def slide07_deciders(run: Run, deciders: pd.DataFrame) -> Figure:
     figure, axes = plt.subplots(1, 2, sharey=True)
     runs = policy.runs_of_deciders(deciders)
     for ax, target in zip(axes, ("output", "kv"), strict=True):
-        for name, color in DECIDERS.items():
+        for name, look in LOOKS.items():
             part = runs[(runs.target == target) & (runs.method == name)].sort_values("sites_reused")
-            ax.plot(part.sites_reused, part.psnr, color=color, lw=3, marker="o", ms=9, label=NAMES[name],
-                    ls="--" if name == "oracle" else "-")  # fmt: skip
+            spread = [part.psnr - part.psnr_low, part.psnr_high - part.psnr]
+            ax.errorbar(part.sites_reused, part.psnr, np.clip(spread, 0, None), **look, lw=3, ms=9, elinewidth=1.5,
+                        capsize=4, label=NAMES[name])  # fmt: skip
         ax.xaxis.set_major_formatter("{x:.0%}")
         ax.set(xlabel="sites reused (share)")
         ax.set_title(f"reuse of {'K and V' if target == 'kv' else 'the attention output'}")
     axes[0].set_ylabel("median PSNR to full compute (dB)")
     axes[0].legend()
     at = policy.psnr_at_share(runs[runs.target == "output"])
-    kept = ", ".join(f"{at[name]:.0f} dB by {NAMES[name]}" for name in DECIDERS if name in at)
+    kept = ", ".join(f"{at[name]:.0f} dB by {NAMES[name]}" for name in LOOKS if name in at)
     headline(figure, f"Reusing 20% of the attention outputs keeps {kept}")
-    note = f"n = {deciders.image.nunique()} images; no site twice in a row"
+    note = f"n = {deciders.image.nunique()} images, bars: 95%; no site twice in a row"
+    lead, low, high = policy.lead_at_share(deciders, "rule", "chance")
+    if not np.isnan(lead):
+        note += f"; rule over chance at 20%: {lead:+.1f} dB ({low:+.1f} to {high:+.1f})"
+    note += "; the rule has a threshold for each share, slide 12's gate another"
     return save(run, "slide07_deciders", figure, deciders, note)
 
 
@@ -153,7 +178,14 @@ def slide07_delta(run: Run, oracle: pd.DataFrame) -> Figure:
     figure, (left, right) = plt.subplots(1, 2)
     shown = accepted[accepted.share > 0]
     by_distance = shown.fd_growth.notna().all()
-    left.plot(shown.share, shown.fd_growth if by_distance else shown.psnr, color=ACCENT, lw=4, marker="o", ms=10)
+    look = {"color": DARK, "lw": 3, "marker": "o", "ms": 10, "capsize": 5}
+    interval = [shown.psnr - shown.psnr_low, shown.psnr_high - shown.psnr]
+    if by_distance:
+        shown = shown.merge(_growth_intervals(run, oracle), on="share")
+        spread = [shown.fd_growth - shown.growth_low, shown.growth_high - shown.fd_growth]
+        left.errorbar(shown.share, shown.fd_growth, np.clip(spread, 0, None), **look)
+    else:
+        left.errorbar(shown.share, shown.psnr, interval, **look)
     left.axhline(policy.DELTA_FD if by_distance else policy.DELTA_PSNR, color=GREY, ls="--", label="accepted")
     left.xaxis.set_major_formatter("{x:.0%}")
     left.set(xlabel="sites reused", ylabel="PSNR of the run (dB)")
@@ -161,17 +193,33 @@ def slide07_delta(run: Run, oracle: pd.DataFrame) -> Figure:
         left.yaxis.set_major_formatter("{x:.1%}")
         left.set_ylabel(f"growth of {run.profile.distance}")
     left.legend()
-    right.plot(1e9 * shown.delta, shown.psnr, color=ACCENT, lw=4, marker="o", ms=10)
+    right.errorbar(1e9 * shown.delta, shown.psnr, interval, **look)
     right.axvline(1e9 * delta, color=GREY, ls="--", label="accepted")
     right.set(xscale="log", xlabel="largest error accepted (MSE, billionths)", ylabel="PSNR of the run (dB)")
     plain_ticks(right.xaxis)
     right.legend()
     chosen = shown[shown.delta == delta].iloc[0]
+    moves = ""
+    if by_distance:
+        certain = not chosen.growth_low <= 0 <= chosen.growth_high
+        moves = f"moves {run.profile.distance} by {f'{chosen.fd_growth:+.1%}' if certain else 'no measurable amount'} "
+        moves += f"({chosen.growth_low:+.1%} to {chosen.growth_high:+.1%}), but "
     headline(
         figure,
-        f"Reusing the {chosen.share:.0%} of the sites with the smallest single errors "
-        + ("" if np.isnan(chosen.fd_growth) else f"moves {run.profile.distance} by {chosen.fd_growth:+.1%}, but ")
-        + f"leaves images at {chosen.psnr:.0f} dB",
+        f"Reusing the {chosen.share:.0%} of the sites with the smallest single errors {moves}leaves images at "
+        f"{chosen.psnr:.0f} dB ({chosen.psnr_low:.0f} to {chosen.psnr_high:.0f})",
     )
-    judged = f"distance: {run.profile.distance}" if by_distance else "too few for a Fréchet distance"
-    return save(run, "slide07_delta", figure, oracle, f"n = {oracle.image.nunique()} images; {judged}")
+    note = f"n = {oracle.image.nunique()} images; bars: 95%; PSNR: of the mean squared error"
+    return save(run, "slide07_delta", figure, oracle, note if by_distance else f"{note}; too few for a distance")
+
+
+def _growth_intervals(run: Run, oracle: pd.DataFrame) -> pd.DataFrame:
+    """95 % intervals of each run's growth of the distance, relative: ``share``, ``growth_low``, ``growth_high``."""
+    real = reference_of(run.profile.model, run.recordings)
+    assert real is not None  # else there were no distances
+    names = oracle.share.map(lambda share: f"{share:g}" if share else FULL.name)
+    distances = results.frechet_intervals(oracle.assign(method=names), real)
+    full = distances.fd[distances.method == FULL.name].item()
+    grown = distances[distances.method != FULL.name]
+    ends = {"growth_low": grown.fd_growth_low / full, "growth_high": grown.fd_growth_high / full}
+    return pd.DataFrame({"share": grown.method.astype(float), **ends})

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from dqar.figures.style import ACCENT, BLUE, DARK, GREY, headline, plain_ticks, recorded, save
+from dqar.figures.style import ACCENT, BLUE, DARK, GREEN, GREY, headline, plain_ticks, recorded, save
 from dqar.measure import metrics
 from dqar.measure.results import Run
 from dqar.studies import arena
@@ -38,7 +38,7 @@ def slide06(run: Run, quality: pd.DataFrame) -> Figure:
     share = table.cache_bytes.where(table.bits < 16, unquantized) / unquantized
     figure, axes = plt.subplots()
     names = list(CACHES.values())
-    colors = [GREY if bits == 16 else BLUE if mode == "mixed" else ACCENT for bits, mode in CACHES]
+    colors = [GREY if bits == 16 else ACCENT for bits, _ in CACHES]
     bars = axes.barh(names, share, color=colors)
     dbs = table[["median", "5th percentile"]].to_numpy()
     quality_of = ["" if np.isinf(most) else f" of FP16; {most:.0f} dB ({least:.0f})" for most, least in dbs]
@@ -59,7 +59,7 @@ def slide06(run: Run, quality: pd.DataFrame) -> Figure:
         f"INT8 with one scale a channel takes {scales:.2f} of FP16's memory; "
         f"the mixed mode keeps K in FP16 and takes {mixed:.2f}",
     )
-    note = f"n = {table.images[0]}, every 2nd step reused; median PSNR to an unquantized cache (5th percentile)"
+    note = f"n = {table.images[0]}, every 2nd step reused; dB to an unquantized cache: median (5th percentile)"
     return save(run, "slide06", figure, quality, note)
 
 
@@ -73,7 +73,7 @@ def slide06_errors(run: Run, error: pd.DataFrame, quality: pd.DataFrame) -> Figu
     figure, (left, right) = plt.subplots(1, 2)
     means = _by_levels(error).groupby(["tensor", "bits", "scale", "fitted"], as_index=False)
     means = means[["relative_error", "bytes_per_value"]].mean()
-    for scale, color in (("tensor", GREY), ("channel", ACCENT), ("token", BLUE)):
+    for scale, color in (("tensor", "#A9B4BF"), ("channel", DARK), ("token", GREY)):
         for fitted, line in ((False, "-"), (True, "--")):
             part = means[(means.scale == scale) & (means.fitted == fitted)].groupby("bits")
             left.plot(part.bytes_per_value.mean(), part.relative_error.median(), color=color, lw=3, ls=line, marker="o",
@@ -83,12 +83,12 @@ def slide06_errors(run: Run, error: pd.DataFrame, quality: pd.DataFrame) -> Figu
     left.minorticks_off()
     left.set_title("Error of the cached tensors")
     plain_ticks(left.yaxis, percent=True)
-    left.plot([], [], color=DARK, lw=3, ls="--", marker="o", ms=10, mfc="white", mew=2.5, label="levels fitted")
+    left.plot([], [], color=GREY, lw=3, ls="--", marker="o", ms=10, mfc="white", mew=2.5, label="levels fitted")
     left.legend(title="one scale a", loc="lower left")
     shown = _by_levels(quality[(quality.bits < 16) & (quality["mode"] != "mixed")])
     rows = {8: 0, 4: 1, 2: 2}
     for (target, fitted), part in shown.groupby(["target", "fitted"]):
-        color, shift = {"kv": (BLUE, -0.15), "output": (ACCENT, 0.15)}[target]
+        color, shift = {"kv": (BLUE, -0.15), "output": (GREEN, 0.15)}[target]
         name = {"kv": "K and V", "output": "output"}[target] + ", fitted" * fitted
         right.scatter(part["median"], part.bits.map(rows) + shift, s=150, marker="D" if fitted else "o", lw=2.5,
                       color="white" if fitted else color, ec=color, label=name)  # fmt: skip
@@ -100,10 +100,13 @@ def slide06_errors(run: Run, error: pd.DataFrame, quality: pd.DataFrame) -> Figu
     two = shown[shown.bits == 2].groupby("fitted")["median"].max()
     headline(
         figure,
-        f"The best caches of K and V or the output give {best[8]:.0f}, {best[4]:.0f} and {best[2]:.0f} dB in 8, 4 and "
-        f"2 bits; in 2 bits the best image has {two[False]:.0f} dB with even levels, {two[True]:.0f} with fitted ones",
+        f"At its best a cache gives {best[8]:.0f}, {best[4]:.0f} and {best[2]:.0f} dB in 8, 4 and 2 bits; in 2 bits "
+        f"{two[False]:.0f} dB with even levels, {two[True]:.0f} with fitted ones",
     )
-    note = f"n = {quality.images[0]} images, every 2nd step reused; errors: of one image, median of K, V, output"
+    note = (
+        f"n = {quality.images[0]} images, every 2nd step reused, no interval; left: of one image, median of K, V and "
+        "attention output"
+    )
     return save(run, "slide06_errors", figure, quality, note)
 
 
@@ -118,7 +121,7 @@ def slide06_layers(
             ``studies.quantized_cache.record_bits``.
     """
     figure, axes = plt.subplot_mosaic([["layer", "bytes"], ["step", "bytes"]], width_ratios=(5, 4))
-    colors = {8: GREY, 4: BLUE, 2: ACCENT}
+    colors = {8: DARK, 4: BLUE, 2: GREEN}
     for place, table in (("layer", layers), ("step", steps)):
         quality = metrics.decibels(table[table.bits < 16].groupby([place, "bits"]).mse.mean()).unstack()
         for bits, color in colors.items():
@@ -133,11 +136,12 @@ def slide06_layers(
     axes["step"].legend(ncols=3, columnspacing=1, handlelength=1.2)
     for table, target, face in ((output, "output", None), (kv, "K and V", "white")):
         points = arena.standings(table, "reference", ("family", "share")).sort_values("share")
-        for family, color in (("uniform", BLUE), ("mixed", ACCENT)):
+        for family, words, color in (("uniform", "equal bits", GREY), ("mixed", "by layer", ACCENT)):
             part = points[points.family == family]
-            axes["bytes"].plot(part.share, part["median"], color=color, lw=2.5, marker="o", ms=11, mew=2.5,
-                               mfc=face or color, label=f"{target}, {family}")  # fmt: skip
-            axes["bytes"].vlines(part.share, part["5th percentile"], part["median"], color=color, lw=1.5)
+            place = part.share + (0.003 if face else 0)  # beside the output's, whose bytes are the same
+            axes["bytes"].plot(place, part["median"], color=color, lw=2.5, marker="o", ms=11, mew=2.5,
+                               mfc=face or color, label=f"{target}, {words}")  # fmt: skip
+            axes["bytes"].vlines(place, part["5th percentile"], part["median"], color=color, lw=1.5, zorder=0)
     axes["bytes"].set(xlabel="share of a 16-bit cache's bytes", ylabel="PSNR to an unquantized cache (dB)")
     axes["bytes"].set_title("On other images")
     axes["bytes"].legend(loc="lower right")

@@ -58,7 +58,7 @@ def slide08(run: Run, sites: pd.DataFrame) -> Figure:
     right.legend(title="layers", loc="upper center", bbox_to_anchor=(0.5, 0.94))
     right.set_title("Median and middle half, by depth")
     headline(figure, settling_in_words(settling(shown, steps)))
-    note = f"n = {run.profile.num_samples} images, both branches; early, late: first, last 30 % of the steps"
+    note = f"n = {run.profile.num_samples} images, both branches; early, late: first, last 30% of the steps"
     return save(run, "slide08", figure, sites, note)
 
 
@@ -98,12 +98,15 @@ def slide08_quality(run: Run, schedules: pd.DataFrame) -> Figure:
     figure, axes = plt.subplots()
     table = schedules.assign(kind=schedules.target.fillna("fewer steps"))
     labels = {"kv": "reuse of K and V", "output": "reuse of the attention output", "fewer steps": "fewer steps"}
-    for kind, color, marker in (("kv", BLUE, "o"), ("output", ACCENT, "D"), ("fewer steps", GREY, "X")):
+    for kind, color, marker in (("kv", ACCENT, "o"), ("output", ACCENT, "D"), ("fewer steps", GREY, "X")):
         part = table[table.kind == kind]
-        axes.scatter(part.macs_speedup, part.psnr, color=color, marker=marker, s=200, zorder=3, label=labels[kind])
+        spread = [part.psnr - part.psnr_low, part.psnr_high - part.psnr]
+        axes.errorbar(part.macs_speedup, part.psnr, spread, fmt=marker, color=color, ms=13, mew=2.5, capsize=4, lw=1.5,
+                      mfc="white" if kind == "kv" else color, label=labels[kind])  # fmt: skip
         for row in part[part.kind != "kv"].itertuples():  # the points of K and V lie too close together for names
             text, place = NAMES.get(row.family, row.method), (row.macs_speedup, row.psnr)
-            axes.annotate(text, place, (10, 6), textcoords="offset points", color=color)
+            below = row.family == "depth_aware"  # else over another's bar
+            axes.annotate(text, place, (10, -20 if below else 6), textcoords="offset points", color=color)
     axes.set(xlabel="MACs of full compute / of this (further right is cheaper)", ylabel="PSNR to full compute (dB)")
     axes.margins(0.15)
     axes.legend(loc="upper right")
@@ -116,4 +119,5 @@ def slide08_quality(run: Run, schedules: pd.DataFrame) -> Figure:
         if ahead < 2
         else f"{ahead} of {len(ours)} schedules of attention reuse beat fewer steps at equal MACs",
     )
-    return save(run, "slide08_quality", figure, schedules, f"n = {run.profile.num_samples} images")
+    note = f"n = {run.profile.num_samples} images; PSNR of the mean squared error; bars: 95%"
+    return save(run, "slide08_quality", figure, schedules, note)

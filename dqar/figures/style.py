@@ -19,7 +19,6 @@ import seaborn as sns
 import torch
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.text import Text
 from PIL import Image, ImageChops, UnidentifiedImageError
 
@@ -27,7 +26,7 @@ from dqar.files import atomic_path
 from dqar.measure.results import Run, provenance
 
 ACCENT = "#D55E00"
-"""DQAR, in every figure."""
+"""DQAR, and nothing else; where several of its methods stand side by side, markers tell them apart."""
 REUSE, COMPUTE = ACCENT, "#DCE3EA"
 BLUE, GREEN, GREY, DARK = "#0072B2", "#009E73", "#5B6670", "#222222"
 SMALLEST = 16
@@ -110,9 +109,9 @@ def save(
 ) -> Figure:
     """Writes ``name`` as PNG (1920 × 1080, with a palette), SVG and JSON sidecar; closes and returns the figure.
 
-    The footer says what was measured: ``note`` (how many images, what the bars are), model, device and seed. Date and
-    commit stand in the sidecar alone, and the files are written only where picture or words have changed: drawing the
-    same thing again changes no file.
+    The footer (``add_footer``) says what was measured: ``note`` (how many images, what the bars are), model, device and
+    seed. Date and commit stand in the sidecar alone, and the files are written only where picture or words have
+    changed: drawing the same thing again changes no file.
 
     Args:
         name: ``"slide14"`` is slide 14 of the deck; any other name, such as ``"slide14_curves"``, is appendix.
@@ -124,16 +123,11 @@ def save(
     """
     source = table.attrs.get("provenance") or provenance(run.profile, run.seed)
     device = source["device"].replace("(R)", "").removesuffix(" Processor")
-    layout = figure.get_layout_engine()
-    assert isinstance(layout, ConstrainedLayoutEngine)  # as ``use_style`` asks for
-    layout.set(rect=(0, 0.045, 1, 0.955))
-    place: dict[str, Any] = {"size": SMALLEST, "color": GREY, "va": "bottom"}
-    figure.text(0.008, 0.008, note, ha="left", **place)
     rehearsal = REHEARSAL if run.profile.rehearsal else ""
     measured_on = ""
     if len(table.columns):  # something was measured
         measured_on = f"{source['profile']['name']} · {device} · seed {source['seed']}"
-    figure.text(0.992, 0.008, " · ".join(filter(None, (rehearsal, measured_on))), ha="right", **place)
+    note = add_footer(figure, with_minus(note), " · ".join(filter(None, (rehearsal, measured_on))))
     for text in figure.findobj(Text):
         if (signed := with_minus(text.get_text())) != text.get_text():
             text.set_text(signed)
@@ -192,10 +186,35 @@ def save_animation(
     return target
 
 
-def add_footer(figure: Figure, note: str) -> None:
-    """Writes a note below what will be drawn, as ``save`` does."""
-    figure.set_layout_engine("constrained", rect=(0, 0.045, 1, 0.955))
-    figure.text(0.008, 0.008, note, size=SMALLEST, color=GREY, va="bottom")
+def add_footer(figure: Figure, note: str, source: str = "") -> str:
+    """Writes a note at the left below what will be drawn, and at the right where that comes from.
+
+    The note is broken into as few lines as end before the source, of about equal length, and what is drawn makes room
+    for them.
+
+    Returns:
+        The note, with its line breaks.
+
+    Raises:
+        ValueError: no room is left for a word of the note.
+    """
+    place: dict[str, Any] = {"y": 0.008, "size": SMALLEST, "color": GREY, "va": "bottom"}
+    right = figure.text(0.992, s=source, ha="right", **place)
+    left = figure.text(0.008, s=note, ha="left", **place)
+    room = right.get_window_extent().x0 - 0.016 * figure.bbox.width
+    said, lines = "", 0
+    for width in range(max(len(note), 1), 0, -1):
+        broken = textwrap.wrap(note, width, break_long_words=False)
+        if lines and len(broken) > lines:
+            break
+        left.set_text("\n".join(broken))
+        if left.get_window_extent().x1 <= room:
+            said, lines = left.get_text(), max(len(broken), 1)
+    if not lines:
+        raise ValueError(f"the note {note!r} has no room beside {source!r}: write less")
+    left.set_text(said)
+    figure.set_layout_engine("constrained", rect=(0, 0.045 * lines, 1, 1 - 0.045 * lines))
+    return said
 
 
 def frame_of(figure: Figure) -> Image.Image:
@@ -390,7 +409,7 @@ def save_table(
             axes.axhspan(top, top + height, color="#F3F5F7", zorder=0)
         for left, cell in zip(lefts, row, strict=True):
             ours = number and row[0].startswith("DQAR")
-            color = ACCENT if ours or cell == "✗" else GREEN if cell == "✓" else DARK
+            color = ACCENT if ours else GREEN if cell == "✓" else DARK
             weight = "bold" if number == 0 or ours else "normal"
             place: dict[str, Any] = {
                 "va": "center",

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from dqar.figures.style import ACCENT, BLUE, GREY, SLIDE14, headline, plain_ticks, save, save_table
+from dqar.figures.style import ACCENT, BLUE, COMPUTE, GREY, SLIDE14, headline, plain_ticks, save, save_table
 from dqar.measure.results import Run
 
 
@@ -20,9 +20,9 @@ def slide04(run: Run, sites: pd.DataFrame) -> Figure:
     left.text(0.5, 1.015, "plotted: mean over the queries i, not their sum", transform=left.transAxes, ha="center",
               va="bottom", color=GREY)  # fmt: skip
     by_step = sites.groupby("step").entropy.quantile([0.0, 0.25, 0.5, 0.75, 1.0]).unstack()
-    left.plot(by_step.index, by_step[0.5], color=ACCENT, lw=4, label=f"median of {layers} layers")
-    left.fill_between(by_step.index, by_step[0.25], by_step[0.75], color=ACCENT, alpha=0.3, lw=0, label="middle half")
-    left.fill_between(by_step.index, by_step[0.0], by_step[1.0], color=ACCENT, alpha=0.12, lw=0, label="all layers")
+    left.plot(by_step.index, by_step[0.5], color=BLUE, lw=4, label=f"median of {layers} layers")
+    left.fill_between(by_step.index, by_step[0.25], by_step[0.75], color=BLUE, alpha=0.3, lw=0, label="middle half")
+    left.fill_between(by_step.index, by_step[0.0], by_step[1.0], color=BLUE, alpha=0.12, lw=0, label="all layers")
     left.axhline(np.log(tokens), color=GREY, ls="--", lw=3)
     left.text(sites.step.max(), np.log(tokens) + 0.04, f"most possible: ln {tokens} = {np.log(tokens):.2f}", ha="right",
               va="bottom", color=GREY)  # fmt: skip
@@ -30,9 +30,9 @@ def slide04(run: Run, sites: pd.DataFrame) -> Figure:
     left.legend(loc="lower left")
     right.set_title(r"$\mathrm{SNR}_t=\|x_0\|_2^2\,/\,\left(\|x_t-x_0\|_2^2+\varepsilon\right)$", size=20, pad=50)
     snr = sites.groupby("step")[["snr", "snr_schedule"]].mean()
-    right.plot(snr.index, snr.snr, color=ACCENT, lw=4, label=r"with the predicted $x_0$")
+    right.plot(snr.index, snr.snr, color=BLUE, lw=4, label=r"with the predicted $x_0$")
     right.plot(snr.index, snr.snr_schedule, color=GREY, lw=3, ls="--", label="by the noise schedule alone")
-    right.axhspan(0.5, 50, color=BLUE, alpha=0.1, lw=0, label="the deck's window, 0.5 to 50")
+    right.axhspan(0.5, 50, color=COMPUTE, alpha=0.6, lw=0, label="the deck's window, 0.5 to 50")
     right.set(xlabel="denoising step", ylabel="SNR", yscale="log")
     plain_ticks(right.yaxis)
     right.legend(loc="upper left")
@@ -49,7 +49,7 @@ def slide14_curves(run: Run, sites: pd.DataFrame, gated: pd.DataFrame) -> Figure
     figure, axes = plt.subplots(3, 1, sharex=True)
     by_step = sites.groupby("step")[["entropy", "snr"]].mean()
     for ax, column, label in ((axes[0], "entropy", "entropy (nats)"), (axes[1], "snr", "SNR")):
-        ax.plot(by_step.index, by_step[column], color=ACCENT, lw=4, label="measured")
+        ax.plot(by_step.index, by_step[column], color=BLUE, lw=4, label="measured")
         ax.plot(SLIDE14.step, SLIDE14[column], color=GREY, lw=2, ls=":", marker="o", ms=6, label="claimed")
         ax.set_ylabel(label)
     axes[1].set_yscale("log")
@@ -67,7 +67,7 @@ def slide14_curves(run: Run, sites: pd.DataFrame, gated: pd.DataFrame) -> Figure
         f"Entropy does not fall steadily: it changes by {change:+.2f} nats in all and falls in {falls:.0%} of the "
         f"steps; the deck's gate reuses {deck.sum():.0f} times",
     )
-    return save(run, "slide14_curves", figure, sites, f"{_images(run)}; events: of 4 images, which decide together")
+    return save(run, "slide14_curves", figure, sites, f"{_images(run)}; {events_in_words(gated, run)}")
 
 
 def slide14(run: Run, sites: pd.DataFrame, gated: pd.DataFrame) -> Figure:
@@ -94,11 +94,7 @@ def slide14(run: Run, sites: pd.DataFrame, gated: pd.DataFrame) -> Figure:
         if deck.sum() == 0
         else f"The deck's gate reuses {deck.sum():.0f} times, of these steps a calibrated one most at step {peak}"
     )
-    counted = gated[(gated.family == "calibrated") & (gated.target == "kv")]
-    note = (
-        f"{_images(run)}; events of 4: {calibrated.sum():,.0f} of {len(counted) // counted.run.nunique():,} sites "
-        f"(slide 12: of {run.profile.images:,})"
-    )
+    note = f"{_images(run)}; {events_in_words(gated, run)}"
     return save_table(run, "slide14", title, table, [9, 12, 12, 11, 12, 12, 12, 14], sites, note)
 
 
@@ -131,6 +127,18 @@ def events(gated: pd.DataFrame, family: str) -> pd.Series:
     """Reuses of K and V by step, of a trace of ``gate.gated_sites``; the images of one batch are decided alike."""
     rows = gated[(gated.family == family) & (gated.target == "kv")]
     return (rows.decision == "reuse").groupby(rows.step).sum() / rows.run.nunique()
+
+
+def events_in_words(gated: pd.DataFrame, run: Run) -> str:
+    """How many sites the calibrated gate reuses in the trace of ``gate.gated_sites``, and why slide 12 has another
+    number: a batch shares its decisions, so that other images are other decisions."""
+    counted = gated[(gated.family == "calibrated") & (gated.target == "kv")]
+    share = (counted.decision == "reuse").mean()
+    sites = len(counted) // counted.run.nunique()
+    return (
+        f"events: {share * sites:,.0f} of {sites:,} sites ({share:.0%}) in 4 images (slide 12: in "
+        f"{run.profile.images:,})"
+    )
 
 
 def times(series: pd.Series) -> str:

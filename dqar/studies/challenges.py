@@ -123,7 +123,7 @@ class Solutions:
         off: by kind of cache in INT8, the relative error of the finished latents.
         auc, auc_without_l2: of a trained policy on unseen classes.
         looking: by way of measuring the entropy, the share of a step that it adds: its quartiles, by 0.25, 0.5, 0.75.
-        shared: of the cheapest run with shared outputs, ``macs_speedup`` and ``psnr`` (dB to full compute).
+        shared: of the cheapest run with shared outputs, a row of ``shared_runs``.
     """
 
     between: float
@@ -172,9 +172,12 @@ def looking(overhead: pd.DataFrame) -> pd.DataFrame:
 
 
 def shared_runs(sharing: pd.DataFrame) -> pd.DataFrame:
-    """Mean quality and cost of each target and ε; ``psnr`` in dB to full compute."""
-    runs = sharing.groupby(["target", "epsilon"], as_index=False)[["mse", "macs_speedup", "sites_reused"]].mean()
-    return runs.assign(psnr=metrics.decibels(runs.mse.replace(0, math.nan)))
+    """Mean quality and cost of each target and ε; ``psnr`` in dB to full compute, of the mean squared error, with its
+    95 % interval ``psnr_low`` and ``psnr_high``."""
+    by = sharing.groupby(["target", "epsilon"])
+    runs = by[["mse", "macs_speedup", "sites_reused"]].mean()
+    low, high = zip(*(metrics.psnr_interval(part.mse.to_numpy()) for _, part in by), strict=True)
+    return runs.assign(psnr=metrics.decibels(runs.mse.replace(0, math.nan)), psnr_low=low, psnr_high=high).reset_index()
 
 
 # --- whole maps ------------------------------------------------------------------------------------------------------

@@ -39,6 +39,14 @@ DELTA_PSNR = 40.0
 """Accepted in its place where images have no features or are too few for them: PSNR to full compute, in dB."""
 
 
+GIVEN: dict[str, tuple[str, ...]] = {
+    "nothing": (),
+    "step and SNR": ("step", "snr"),
+    "step, SNR and layer": ("step", "snr", "layer"),
+}
+"""What ``correlations`` hold fixed, and its columns."""
+
+
 def features_of(labels: pd.DataFrame, total_steps: int) -> torch.Tensor:
     """Slide 7's features ``[B, 5]`` of labelled sites; class labels are prompts of one word."""
     lengths = labels.get("prompt_length", pd.Series(1.0, index=labels.index))
@@ -109,16 +117,22 @@ def partial_correlation(labels: pd.DataFrame, of: str, given: tuple[str, ...]) -
     return float(np.corrcoef(rest(of), rest("error"))[0, 1])
 
 
+def correlation_interval(
+    labels: pd.DataFrame, of: str, given: tuple[str, ...], resamples: int = 400
+) -> tuple[float, float]:
+    """The 95 % interval of ``partial_correlation``, low and high: bootstrap over images, each with all its sites."""
+    images = [part for _, part in labels.groupby("image")]
+    chosen = np.random.default_rng(0).integers(0, len(images), (resamples, len(images)))
+    trials = [partial_correlation(pd.concat([images[i] for i in rows]), of, given) for rows in chosen]
+    low, high = np.quantile(trials, (0.025, 0.975))
+    return float(low), float(high)
+
+
 def correlations(labels: pd.DataFrame) -> pd.DataFrame:
     """Does entropy tell more than step and SNR do? ``signal``, ``given``, ``layer`` (-1: all), ``rho``."""
-    given: dict[str, tuple[str, ...]] = {
-        "nothing": (),
-        "step and SNR": ("step", "snr"),
-        "step, SNR and layer": ("step", "snr", "layer"),
-    }
     rows = [
         {"signal": "entropy", "given": name, "layer": -1, "rho": partial_correlation(labels, "entropy", columns)}
-        for name, columns in given.items()
+        for name, columns in GIVEN.items()
     ]
     rows.append({"signal": "snr", "given": "step", "layer": -1, "rho": partial_correlation(labels, "snr", ("step",))})
     for layer, part in labels.groupby("layer"):
@@ -189,9 +203,11 @@ def deciders(
 
 def runs_of_deciders(table: pd.DataFrame) -> pd.DataFrame:
     """One row a ``target``, ``method`` and share ``wanted`` of ``record_deciders``' table: ``psnr``, the median image's
-    (dB), and ``sites_reused``."""
-    by = table.assign(psnr=metrics.decibels(table.mse)).groupby(["target", "method", "wanted"], as_index=False)
-    return by.agg({"psnr": "median", "sites_reused": "mean"})
+    (dB), with its 95 % interval ``psnr_low`` and ``psnr_high``, and ``sites_reused``."""
+    by = table.assign(psnr=metrics.decibels(table.mse)).groupby(["target", "method", "wanted"])
+    runs = by.agg({"psnr": "median", "sites_reused": "mean"})
+    low, high = zip(*(metrics.psnr_interval(part.mse.to_numpy(), np.median) for _, part in by), strict=True)
+    return runs.assign(psnr_low=low, psnr_high=high).reset_index()
 
 
 def psnr_at_share(runs: pd.DataFrame, share: float = 0.2) -> dict[str, float]:
@@ -247,7 +263,8 @@ def calibrated_delta(oracle: pd.DataFrame) -> float:
 
 
 def accepted_runs(oracle: pd.DataFrame) -> pd.DataFrame:
-    """Of each run of accepted decisions: ``share``, ``delta``, ``psnr`` (dB to full compute), ``fd``, ``fd_growth``.
+    """Of each run of accepted decisions: ``share``, ``delta``, ``psnr`` (dB to full compute, of the mean squared error)
+    with its 95 % interval ``psnr_low`` and ``psnr_high``, ``fd``, ``fd_growth``.
 
     The Fréchet distance is to the reference of the model that ``oracle``'s provenance names, beside which it lies; NaN
     where images have no features, or are fewer than their features: of 100 images Inception's distance is bias mostly.
@@ -257,7 +274,9 @@ def accepted_runs(oracle: pd.DataFrame) -> pd.DataFrame:
     for (share, delta), part in oracle.groupby(["share", "delta"]):
         if real is not None and "features" in part and len(part) >= len(part.features.iloc[0]):
             distance = metrics.frechet_distance(torch.tensor(np.stack(list(part.features))).float(), real.features)
-        rows.append({"share": share, "delta": delta, "psnr": metrics.decibels(part.mse.mean()), "fd": distance})
+        low, high = metrics.psnr_interval(part.mse.to_numpy())
+        quality = {"psnr": metrics.decibels(part.mse.mean()), "psnr_low": low, "psnr_high": high}
+        rows.append({"share": share, "delta": delta, **quality, "fd": distance})
     table = pd.DataFrame(rows).sort_values("share", ignore_index=True)
     return table.assign(fd_growth=table.fd / table.fd[table.share == 0].item() - 1)
 

@@ -192,3 +192,24 @@ def test_a_headline_is_broken_into_lines_of_equal_length(text, lines):
     broken = figure.get_suptitle().splitlines()
     plt.close(figure)
     assert len(broken) == lines and max(map(len, broken)) - min(map(len, broken)) < 14
+
+
+@pytest.mark.parametrize("words, lines", [(0, 1), (10, 1), (26, 2), (39, 3)])
+def test_a_footer_is_broken_before_it_reaches_what_it_was_measured_on_and_the_picture_makes_room(words, lines):
+    figure, axes = plt.subplots()
+    axes.set_xlabel("denoising step")
+    said = style.add_footer(figure, " ".join(["reuse"] * words), "digits · AMD EPYC · seed 100")
+    figure.canvas.draw()
+    right, left = (text.get_window_extent() for text in figure.texts)
+    label = axes.xaxis.label.get_window_extent()
+    plt.close(figure)
+    assert said.count("\n") + 1 == lines and said.split() == ["reuse"] * words
+    assert left.x0 >= 0 and left.x1 < right.x0 and right.x1 <= figure.bbox.width
+    assert left.y1 <= label.y0 and min(left.y0, right.y0) >= 0
+
+
+def test_a_word_without_room_beside_what_it_was_measured_on_is_refused(tmp_path):
+    figure = plt.figure()
+    with pytest.raises(ValueError, match="has no room beside 'digits'"):
+        style.add_footer(figure, "reuse" * 60, "digits")
+    plt.close(figure)

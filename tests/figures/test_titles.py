@@ -1,9 +1,11 @@
 """Verdicts in titles, from tables so small that each can be judged by eye."""
 
+import json
+
 import pandas as pd
 import pytest
 
-from dqar.figures import pareto, results, schedules
+from dqar.figures import conclusions, pareto, results, schedules
 from dqar.measure.results import Run
 from dqar.studies.schedules import settling
 
@@ -48,6 +50,25 @@ def test_whether_shallow_layers_stabilise_first_is_said(shallow, deep, verdict):
 def test_a_distance_has_moved_only_where_the_interval_of_pairs_leaves_out_zero(low, high, said):
     ours = pd.Series({"fd_growth": -0.35, "fd_growth_low": low, "fd_growth_high": high})
     assert results.compared(ours, "FD-digits").endswith(said)
+
+
+@pytest.mark.parametrize(
+    "verdicts, said",
+    [
+        (["holds", "does not hold"], "1 holds here, 1 does not, 0 can't be tested here"),
+        (
+            ["holds", "holds", "not certain", "not testable here"],
+            "2 hold here, 0 do not, 1 is not certain, 1 can't be tested here",
+        ),
+    ],
+)
+def test_what_is_not_certain_is_counted_apart_and_has_a_mark_of_its_own(tmp_path, verdicts, said):
+    run = Run("smoke", 0, tmp_path)
+    conclusions.slide16(run, pd.DataFrame({"direction": "x", "deck": "y", "verdict": verdicts, "measured": "z"}))
+    sidecar = json.loads((run.figures / "deck/slide16.json").read_text())
+    assert sidecar["title"] == f"Of {len(verdicts)} hopes for future work, {said}"
+    marks = [row[2] for row in sidecar["table"]["rows"]]
+    assert marks.count("=") == verdicts.count("not certain") and "=: " in sidecar["note"]
 
 
 def test_a_title_says_how_many_rivals_are_drawn_so_far(tmp_path, monkeypatch):

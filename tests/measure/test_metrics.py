@@ -15,6 +15,18 @@ def test_psnr_by_hand():
     assert metrics.mean_psnr(images, reference) == pytest.approx(20 + 10 * np.log10(2))
 
 
+@pytest.mark.parametrize("measure", [np.mean, np.median])
+def test_the_interval_of_a_psnr_is_that_of_a_naive_bootstrap(measure):
+    mse = 10 ** -np.random.default_rng(1).uniform(3, 5, 40)
+    low, high = metrics.psnr_interval(mse, measure)
+    rng = np.random.default_rng(2)
+    trials = [-10 * np.log10(measure([mse[rng.integers(40)] for _ in mse])) for _ in range(2000)]
+    assert [low, high] == pytest.approx(np.quantile(trials, [0.025, 0.975]), abs=0.25)
+    assert low < -10 * np.log10(measure(mse)) < high
+    assert metrics.psnr_interval(np.full(5, 1e-3)) == pytest.approx((30, 30))
+    assert metrics.psnr_interval(np.zeros(5)) == (np.inf, np.inf)
+
+
 def test_ssim_is_one_only_for_equal_images():
     images = torch.rand(3, 1, 8, 8)
     assert metrics.ssim(images, images).tolist() == pytest.approx([1.0] * 3)

@@ -72,6 +72,14 @@ def test_a_search_holds_where_its_settings_beat_those_by_hand_at_2_times_fewer_m
     assert conclusions.by_search(trials, front, "fitted steps") == (verdict, f"{said}; fitted steps")
 
 
+def test_a_search_is_not_certain_where_the_interval_of_its_lead_includes_0():
+    by_hand = searched_rows((0, 2.5, 31.0))
+    trials = pd.concat([by_hand, searched_rows((7, 2.2, 34.0))])
+    front = trials.assign(mse=trials.mse.where(~trials.front | (trials.image == 0), 10**-2.8))  # 34 and 28 dB
+    verdict, said = conclusions.by_search(trials, front, "")
+    assert verdict == "not certain" and "(-3.0 to +3.0)" in said
+
+
 def test_a_search_that_is_not_recorded_is_not_judged_by_fitted_steps():
     untested, none = "not testable here", "layers, thresholds and bits: no search is recorded"
     assert conclusions.by_search(None, None, "fitted steps") == (untested, f"{none}; fitted steps")

@@ -62,3 +62,13 @@ def test_a_deciders_lead_is_that_of_its_median_image_at_the_share_asked_for():
     assert policy.lead_at_share(table, "rule", "chance", 0.25) == pytest.approx((4.5, 4.5, 4.5))
     assert all(map(math.isnan, policy.lead_at_share(table, "rule", "oracle")))
     assert all(map(math.isnan, policy.lead_at_share(table, "rule", "chance", 0.5)))
+
+
+def test_the_interval_of_a_correlation_draws_images_and_not_sites():
+    rng = np.random.default_rng(0)
+    entropy = rng.random(300)
+    labels = pd.DataFrame({"image": np.arange(300) % 3, "entropy": entropy, "error": entropy + 0.3 * rng.random(300)})
+    low, high = policy.correlation_interval(labels, "entropy", ())
+    assert low < policy.partial_correlation(labels, "entropy", ()) < high
+    doubled = pd.concat([labels, labels])  # twice the sites, of the same images
+    assert policy.correlation_interval(doubled, "entropy", ()) == pytest.approx((low, high), abs=1e-3)

@@ -60,7 +60,7 @@ def test_a_search_goes_on_and_its_front_is_measured_on_other_images(asked, tmp_p
     run = Run("smoke", 0, tmp_path / "figures")
     title = " ".join(figures.slide16_search(run, trials, front, importance).get_suptitle().split())
     change = again.psnr_5th - points.set_index("trial").psnr_5th.loc[again.trial].to_numpy()
-    assert f"the front's 5th percentile changes by {change.mean():+.1f} dB".replace("-", "−") in title
+    assert f"the best settings' 5th percentile changes by {change.mean():+.1f} dB".replace("-", "−") in title
     assert figures.slide16_search(run, None, front, importance).get_suptitle() == ""
     assert conclusions.by_search(trials, front, "")[0] in ("holds", "does not hold", "not testable here")
 
