@@ -116,6 +116,27 @@ def test_what_a_learned_solver_comes_to_is_what_was_recorded():
     said = f"comes to {solver['median']:.1f} dB (median) and {solver['5th percentile']:.1f} dB (5th percentile) at 3×, "
     said += f"where the plan has {plan['median']:.1f} and {plan['5th percentile']:.1f}."
     assert said in " ".join(README.split())
+    photographs = load_table(RECORDED / "cifar10/arena-dpm-solver.parquet")
+    table = arena.standings(photographs, "reference").set_index("method")
+    numbers = (table.loc[name, measure] for name in (solver.name, plan.name) for measure in arena.SHOWN)
+    said = "On photographs it comes to {:.1f} and {:.1f}, the plan to {:.1f} and {:.1f}."
+    assert said.format(*numbers) in " ".join(README.split())
+
+
+def test_what_plans_do_on_photographs_is_what_was_recorded():
+    table = load_table(RECORDED / "cifar10/arena-dpm-solver.parquet")
+    points = arena.standings(table, "converged").set_index("method")
+    full, few = points.loc["full compute"], points.loc["fewer steps: 24 of unipc3-exponential"]
+    assert few["median"] > full["median"] and few["5th percentile"] > full["5th percentile"]
+    rivals = arena.shown(arena.verdicts(table)).groupby("budget").family.nunique()
+    for said in (
+        f"n = {table.image.nunique()} held-out images of `cifar10`",
+        f"is {full['median']:.1f} dB (median) and {full['5th percentile']:.1f} dB (5th percentile) away from the",
+        f"A plan of {arena.lossless(table):.1f} times fewer MACs is nearer to it than full compute",
+        f"so is UniPC in 24 steps at {few.macs_speedup:.1f}×",
+        "{} rivals are compared at 2×, {} at 3× and {} at 4×".format(*rivals),
+    ):
+        assert said in " ".join(README.split())
 
 
 def test_what_the_photograph_model_draws_is_what_its_card_says():

@@ -274,11 +274,24 @@ def benchmarks(tables: Mapping[str, pd.DataFrame], deciding: pd.DataFrame) -> st
 @recorded
 def pareto(run: Run, tables: Mapping[str, pd.DataFrame]) -> str:
     """Notebook 11: plans against every rival, by the verdicts' intervals."""
+    lines = _plans_and_rivals(tables)
+    if not lines:
+        return f"No plan has been compared yet for the profile {run.profile.name}."
+    if (photographs := arena.of_photographs(run)) and photographs[0].profile.name != run.profile.name:
+        [first, *others] = _plans_and_rivals({"photographs": photographs[1]})
+        lines += [f"On photographs: {first[0].lower()}{first[1:]}", *others]
+    lines.append(
+        "A plan is a solver with fitted numbers: it has to be fitted for each model and number of steps, as learned "
+        "solvers do; most other rivals need no fitting."
+    )
+    return " ".join(lines)
+
+
+def _plans_and_rivals(tables: Mapping[str, pd.DataFrame]) -> list[str]:
+    """Where plans stand among their rivals, and from how many MACs on they are as good as full compute."""
     verdicts = pd.concat(
         arena.shown(arena.verdicts(table)).assign(n=table.image.nunique()) for table in tables.values()
     )
-    if verdicts.empty:
-        return f"No plan has been compared yet for the profile {run.profile.name}."
     lines = []
     for measure, judged in verdicts.groupby("measure", sort=False):
         count, least = judged.verdict.value_counts(), judged.loc[judged.lead.idxmin()]
@@ -289,16 +302,12 @@ def pareto(run: Run, tables: Mapping[str, pd.DataFrame]) -> str:
             f"at {least.budget:g}×."
         )
     lossless = max(arena.lossless(table) for table in tables.values())
-    if not math.isnan(lossless):
+    if lines and not math.isnan(lossless):
         lines.append(
             f"By median and 5th percentile, a plan that takes {lossless:.1f} times fewer MACs is as near to the "
             "converged solution as full compute."
         )
-    lines.append(
-        "A plan is a solver with fitted numbers: it has to be fitted for each model and number of steps, as learned "
-        "solvers do; most other rivals need no fitting."
-    )
-    return " ".join(lines)
+    return lines
 
 
 @recorded

@@ -21,6 +21,7 @@ from dqar.figures.style import (
     GREEN,
     GREY,
     REHEARSAL,
+    SMALLEST,
     add_footer,
     frame_of,
     headline,
@@ -77,9 +78,8 @@ def slide13_pareto(run: Run, sampler: str, table: pd.DataFrame | None) -> Figure
 def slide13_fronts(run: Run, tables: dict[str, pd.DataFrame]) -> list[Figure]:
     """``slide13_pareto`` of each sampler, and the same of the photographs' model once that is recorded."""
     fronts = [slide13_pareto(run, sampler, table) for sampler, table in tables.items()]
-    if (run.recordings.parent / "cifar10/arena-dpm-solver.parquet").exists():
-        second = Run("cifar10", run.seed, run.figures.parent)
-        table = arena.recorded(second, second.profile.scheduler)
+    if photographs := arena.of_photographs(run):
+        second, table = photographs
         fronts.append(_pareto(second, "slide13_photographs", "On photographs of 32 × 32 pixels", table))
     return fronts
 
@@ -93,12 +93,13 @@ def _pareto(run: Run, name: str, where: str, table: pd.DataFrame) -> Figure:
     full = points[points.family == FULL.name]["median"].iloc[0]
     panels[1].axhline(full, color=DARK, ls="--", lw=2, label="full compute itself")
     low, high = panels[1].get_ylim()
-    panels[1].set_ylim(low, high + 0.25 * (high - low))  # room for the legend
+    panels[1].set_ylim(low, high + 0.5 * (high - low))  # room for the legend
     drawn = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    panels[1].legend(drawn.values(), drawn.keys(), loc="upper right", handlelength=1.3, labelspacing=0.3)
+    tight = {"handlelength": 1.0, "handletextpad": 0.4, "columnspacing": 0.6, "labelspacing": 0.3, "ncols": 2}
+    panels[1].legend(drawn.values(), drawn.keys(), loc="upper center", fontsize=SMALLEST, **tight)
     panels[0].set_ylabel("PSNR (dB)")
     headline(figure, f"{where}, {_lead(arena.verdicts(table))}{rivals_drawn(run, [table])}")
-    note = f"line: median to 5th percentile, ○: of the mean error; n = {table.image.nunique()} images"
+    note = f"line: median to 5th percentile, ○: of the mean squared error; n = {table.image.nunique()} images"
     return save(run, name, figure, table, note)
 
 

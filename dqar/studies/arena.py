@@ -81,6 +81,13 @@ def recorded(run: Run, sampler: str) -> pd.DataFrame | None:
     return run.recorded(f"arena-{slug(sampler)}")
 
 
+def of_photographs(run: Run) -> tuple[Run, pd.DataFrame] | None:
+    """The same of the embedded model of photographs, beside whatever ``run`` is of; ``None`` until it is recorded."""
+    photographs = Run("cifar10", run.seed, run.figures.parent)
+    table = recorded(photographs, photographs.profile.scheduler)
+    return None if table is None else (photographs, table)
+
+
 def fastest(run: Run) -> pd.Series:
     """By family, the most times fewer MACs that any of its settings takes, of all samplers' screenings."""
     screened = [table for sampler in pareto.SAMPLERS if (table := pareto.recorded(run, sampler)) is not None]
