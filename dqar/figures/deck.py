@@ -113,7 +113,7 @@ def write_pdf(deck: Path) -> Path:
 
 
 def notes(slide: int, sidecar: dict[str, Any], errata: list[dict[str, str]]) -> str:
-    """A slide's speaker notes: claimed, bound, measured, hardware, seed, commit.
+    """A slide's speaker notes: claimed, bound, measured, hardware, seed, commits of measurement and drawing.
 
     Args:
         sidecar: of the slide's figure.
@@ -133,7 +133,7 @@ def notes(slide: int, sidecar: dict[str, Any], errata: list[dict[str, str]]) -> 
     )
     if images := sidecar.get("images"):  # times and images were recorded apart
         lines.append(f"Images: {_source(images)}; commit {images['commit']}, {images['date'][:10]}.")
-    lines.append(f"Commit {sidecar['commit']}, {sidecar['date'][:10]}.")
+    lines.append(f"Measured at commit {sidecar['commit']}, {sidecar['date'][:10]}; drawn at {sidecar['drawn_at']}.")
     return "\n".join(lines)
 
 

@@ -17,8 +17,8 @@ PICTURES = (".png", ".gif")
 def publish(drawn: Path, committed: Path) -> list[str]:
     """Copies to ``committed`` what shows something else than what is there, and writes the gallery.
 
-    A picture with the same pixels and words keeps its files, and so the date and commit of when it was first drawn. One
-    that says that something isn't measured yet has no title, and stays where it was drawn.
+    A picture with the same pixels and words keeps its files, and so the commit that it was first drawn at. One that
+    says that something isn't measured yet has no title, and stays where it was drawn.
 
     Returns:
         The files that were written, as paths below ``committed``.
@@ -51,8 +51,9 @@ def gallery(folder: Path) -> str:
         "# Figures",
         "",
         "Written by `dqar workbook --figures figures`; don't edit. `deck/` has one picture a slide, `appendix/` the"
-        " rest. Beside each PNG lie an SVG, a JSON file (title, alternative text, hardware, seed, commit) and, for"
-        " tables, Markdown and LaTeX. `dqar deck` makes a PowerPoint file of `deck/`.",
+        " rest. Beside each PNG lie an SVG, a JSON file (title, alternative text, hardware, seed, the commits that it"
+        " was measured and drawn at) and, for tables, Markdown and LaTeX. `dqar deck` makes a PowerPoint file of"
+        " `deck/`.",
         "",
         "| slide | picture | the deck claims | measured | command |",
         "| --- | --- | --- | --- | --- |",

@@ -64,27 +64,24 @@ TARGETS: dict[Target, str] = {"reference": "to the 50-step reference", "converge
 COMPARED = {"reference": "full compute", "converged": "converged"}
 
 
-def slide13_pareto(run: Run, sampler: str, table: pd.DataFrame | None) -> Figure:
-    """Every kind of method at its best at each budget (``arena.recorded``): median, mean and 5th percentile of PSNR.
-
-    All in dB.
-    """
-    name = f"slide13_pareto_{slug(sampler).replace('-', '_')}"
-    if table is None:
-        return missing(run, name, f"many images of every method at its best, {SAMPLER_NAMES[sampler]}")
-    return _pareto(run, name, f"With {SAMPLER_NAMES[sampler]}", table)
-
-
 def slide13_fronts(run: Run, tables: dict[str, pd.DataFrame]) -> list[Figure]:
-    """``slide13_pareto`` of each sampler, and the same of the photographs' model once that is recorded."""
-    fronts = [slide13_pareto(run, sampler, table) for sampler, table in tables.items()]
+    """Every kind of method at its best at each budget: median, mean and 5th percentile of PSNR, in dB.
+
+    Args:
+        tables: of ``arena.recorded``, by sampler: a picture each. One more is of photographs, once they are recorded.
+    """
+    pictures = [
+        _front(run, f"slide13_fronts_{slug(sampler).replace('-', '_')}", f"With {SAMPLER_NAMES[sampler]}", table)
+        for sampler, table in tables.items()
+    ]
     if photographs := arena.of_photographs(run):
-        second, table = photographs
-        fronts.append(_pareto(second, "slide13_photographs", "On photographs of 32 × 32 pixels", table))
-    return fronts
+        other_run, table = photographs
+        where = "On photographs of 32 × 32 pixels"
+        pictures.append(_front(other_run, "slide13_fronts_photographs", where, table))
+    return pictures or [missing(run, "slide13_fronts", "many images of every method at its best")]
 
 
-def _pareto(run: Run, name: str, where: str, table: pd.DataFrame) -> Figure:
+def _front(run: Run, name: str, where: str, table: pd.DataFrame) -> Figure:
     figure, panels = plt.subplots(1, 2, sharey=True)
     for axes, (target, label) in zip(panels, TARGETS.items(), strict=True):
         _draw_kinds(axes, arena.best_of_kinds(table, target))

@@ -23,7 +23,7 @@ from matplotlib.text import Text
 from PIL import Image, ImageChops, UnidentifiedImageError
 
 from dqar.files import atomic_path
-from dqar.measure.results import Run, provenance
+from dqar.measure.results import Run, commit, provenance
 
 ACCENT = "#D55E00"
 """DQAR, and nothing else; where several of its methods stand side by side, markers tell them apart."""
@@ -110,8 +110,8 @@ def save(
     """Writes ``name`` as PNG (1920 × 1080, with a palette), SVG and JSON sidecar; closes and returns the figure.
 
     The footer (``add_footer``) says what was measured: ``note`` (how many images, what the bars are), model, device and
-    seed. Date and commit stand in the sidecar alone, and the files are written only where picture or words have
-    changed: drawing the same thing again changes no file.
+    seed. The date and the commits of measurement and drawing stand in the sidecar alone, and the files are written only
+    where picture or words have changed: drawing the same thing again changes no file.
 
     Args:
         name: ``"slide14"`` is slide 14 of the deck; any other name, such as ``"slide14_curves"``, is appendix.
@@ -270,7 +270,7 @@ def _write_with_sidecar(target: Path, picture: bytes, words: dict, source: dict[
 
 def _write_sidecar(target: Path, words: dict, source: dict[str, Any]) -> None:
     with atomic_path(target) as path:
-        path.write_text(json.dumps({**words, **source}, indent=2, ensure_ascii=False) + "\n")
+        path.write_text(json.dumps({**words, "drawn_at": commit(), **source}, indent=2, ensure_ascii=False) + "\n")
 
 
 def pictures(run: Run) -> str:

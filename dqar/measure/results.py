@@ -93,7 +93,7 @@ def provenance(profile: Profile, seed: int) -> dict[str, Any]:
         "dtype": str(profile.dtype).removeprefix("torch."),
         "versions": {name: version(name) for name in ("torch", "diffusers", "numpy", "pandas")},
         "python": platform.python_version(),
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "fingerprint": _fingerprint(profile, seed),
     }
@@ -173,16 +173,17 @@ def recorded_hash(label: str) -> str:
 
 
 @functools.cache
-def _commit() -> str:
+def commit() -> str:
+    """The commit that the code is at, with ``+changes`` if it was changed since; words where there is no checkout."""
     git = ["git", "-C", str(PACKAGE)]
     try:
-        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
         status = subprocess.run(
             [*git, "status", "--porcelain", "--", "*.py", "*.safetensors"], capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown (no git checkout)"
-    return commit.stdout.strip() + ("+changes" if status.stdout.strip() else "")
+    return head.stdout.strip() + ("+changes" if status.stdout.strip() else "")
 
 
 def _cpu_name() -> str:

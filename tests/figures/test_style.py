@@ -10,6 +10,7 @@ from PIL import Image
 
 from dqar.figures import style
 from dqar.figures.gallery import NOTEBOOKS, publish
+from dqar.measure import results
 from dqar.measure.results import Run
 
 FIGURES = NOTEBOOKS.parent / "figures"
@@ -176,7 +177,8 @@ def test_an_animation_keeps_every_frame_its_time_and_its_words(tmp_path):
             assert gif.info["duration"] == milliseconds
             assert np.array_equal(np.array(gif.convert("RGB")), np.array(frames[number]))
     sidecar = json.loads(path.with_suffix(".json").read_text())
-    assert sidecar == {"figure": "moves", "title": "Three frames", "alt": "Three frames.", **source}
+    words = {"figure": "moves", "title": "Three frames", "alt": "Three frames."}
+    assert sidecar == {**words, "drawn_at": results.commit(), **source}  # measured at another commit than drawn
     for file in (path, path.with_suffix(".json")):
         os.utime(file, (1, 1))
     style.save_animation(run, "moves", frames, [100, 100, 4000], "Three frames", {"commit": "def", "seed": 0})
