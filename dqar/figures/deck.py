@@ -270,7 +270,7 @@ def _add_table(slide: Any, table: dict[str, Any], box: tuple[float, ...], look: 
             cell = native.cell(number, place)
             cell.vertical_anchor = MSO_ANCHOR.MIDDLE
             cell.margin_left = cell.margin_right = Inches(0.06)
-            light = ACCENT if ours or text == "✗" else GREEN if text == "✓" else DARK
+            light = ACCENT if ours else GREEN if text == "✓" else DARK
             _write(cell.text_frame, text, look.color(light), SMALLEST, bold=number == 0 or ours)
             if number and number % 2 == 0 and not look.transparent:
                 cell.fill.solid()
