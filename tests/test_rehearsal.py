@@ -84,7 +84,8 @@ def test_every_slide_of_the_deck_is_made(name, tmp_path):
     python(tmp_path, "-c", IN_ONE_SHELL, parameters, *sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))[1:])
     drawn = {path.stem: path for path in (tmp_path / "out/figures").rglob("*.json")}
     assert {f"slide{slide:02}" for slide in CLAIMS} <= drawn.keys()
-    assert {path.stem for path in COMMITTED.rglob("*.png")} <= drawn.keys()
+    photographs = {"slide13_fronts_photographs"}  # of another model, which nothing is recorded of here
+    assert {path.stem for path in COMMITTED.rglob("*.png")} - photographs <= drawn.keys()
     for figure, path in drawn.items():
         words = json.loads(path.read_text())
         assert words["title"] or figure in UNTOLD, f"{figure} says that something is missing"
