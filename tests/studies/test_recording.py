@@ -125,10 +125,12 @@ def test_work_is_what_a_recording_asks_of_the_model(tmp_path):
             "layers",
         ):
             rows[0] = 0
+            if name == "layers":  # counts the full compute that an earlier part has drawn
+                next(recording.parts.glob("full-compute*-200-0-*.pt")).unlink()
             record.TABLES[name](recording)
             work = expected.get(name, estimate.Work(0))
             most = work.steps + work.small + work.alone  # two parts that draw the same full compute share it
-            assert 0.9 * most <= rows[0] <= most, name
+            assert 0.95 * most <= rows[0] <= most, name
     finally:
         handle.remove()
     table = estimate.estimate(profile, recording.folder)
