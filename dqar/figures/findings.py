@@ -277,7 +277,7 @@ def pareto(run: Run, tables: Mapping[str, pd.DataFrame]) -> str:
     lines = _plans_and_rivals(tables)
     if not lines:
         return f"No plan has been compared yet for the profile {run.profile.name}."
-    if (photographs := arena.of_photographs(run)) and photographs[0].profile.name != run.profile.name:
+    if photographs := arena.of_photographs(run):
         [first, *others] = _plans_and_rivals({"photographs": photographs[1]})
         lines += [f"On photographs: {first[0].lower()}{first[1:]}", *others]
     lines.append(

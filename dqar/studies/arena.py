@@ -82,8 +82,10 @@ def recorded(run: Run, sampler: str) -> pd.DataFrame | None:
 
 
 def of_photographs(run: Run) -> tuple[Run, pd.DataFrame] | None:
-    """The same of the embedded model of photographs, beside whatever ``run`` is of; ``None`` until it is recorded."""
+    """The same of the embedded model of photographs, beside another run; ``None`` beside its own, or if unrecorded."""
     photographs = Run("cifar10", run.seed, run.figures.parent)
+    if run.profile.name == photographs.profile.name:
+        return None
     table = recorded(photographs, photographs.profile.scheduler)
     return None if table is None else (photographs, table)
 

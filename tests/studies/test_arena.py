@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dqar.measure.results import load_table, provenance, save_table
+from dqar.measure.results import Run, load_table, provenance, save_table
 from dqar.models.profiles import get_profile
 from dqar.studies import arena, pareto
 from dqar.studies.compare import FULL, Method
@@ -78,6 +78,12 @@ def test_lossless_is_as_near_to_the_converged_solution_as_full_compute_in_median
     own = {"full": [44] * 5, "plan 2": [45] * 5, "plan 3": [50, 50, 50, 50, 30]}
     assert arena.lossless(table(own, "converged")) == 2
     assert math.isnan(arena.lossless(table({**own, "plan 2": [43] * 5}, "converged")))
+
+
+def test_photographs_stand_beside_other_runs_and_not_twice_in_their_own(tmp_path):
+    beside = arena.of_photographs(Run("digits", 0, tmp_path))
+    assert beside is not None and beside[0].profile.name == "cifar10" and beside[1].image.nunique() == 250
+    assert arena.of_photographs(Run("cifar10", 0, tmp_path)) is None
 
 
 def test_finalists_are_the_best_at_some_budget_and_the_plans_that_are_judged():
