@@ -20,7 +20,7 @@ CHANGES = {"device": "cpu", "dtype": "float32", "num_inference_steps": "6", "bat
 COMMITTED, NOTEBOOKS = (Path(__file__).parent.parent / name for name in ("figures", "notebooks"))
 
 
-UNTOLD = ("slide12_pareto", "slide12_promise")
+UNTOLD = ("slide12_pareto", "slide13_conditions", "slide12_promise")
 UNTOLD += ("slide16_qat", "slide16_video", "slide16_contact_sheet", "slide16_moving_digits")
 """Without a result: one setting of each rival is screened, none so fast that a verdict could be passed; so few images
 can't tell a promise; the digits model alone is tuned, and the video model is one of digits."""

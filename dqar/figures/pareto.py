@@ -181,6 +181,78 @@ def slide12_pareto(run: Run, tables: dict[str, pd.DataFrame]) -> Figure:
     return figure
 
 
+def slide13_conditions(run: Run, tables: dict[arena.Condition, pd.DataFrame]) -> Figure:
+    """The plan's lead over the strongest rival, with its interval, wherever it has been recorded.
+
+    Args:
+        tables: of ``arena.conditions``.
+    """
+    judged = {condition: arena.shown(arena.verdicts(table)) for condition, table in tables.items()}
+    judged = {condition: verdicts for condition, verdicts in judged.items() if len(verdicts)}
+    if not judged:
+        return missing(run, "slide13_conditions", "many images of every method at its best")
+    figure, panels = plt.subplots(1, 2, sharey=True, sharex=True)
+    rows, ticks, place = [], dict[float, str](), 0.0
+    for condition, verdicts in judged.items():
+        facing, number = arena.strongest(verdicts), tables[condition].image.nunique()
+        at = {budget: place + 1 + line for line, budget in enumerate(sorted(facing.budget.unique()))}
+        ticks |= {line: f"{budget:g}×" for budget, line in at.items()}
+        rows.append(facing.assign(condition=_where(condition), n=number, place=facing.budget.map(at)))
+        for axes, text in zip(panels, (_where(condition), f"n = {number} images"), strict=True):
+            where = axes.get_yaxis_transform()
+            axes.text(0.01, place, text, transform=where, va="center", size=SMALLEST, weight="bold", in_layout=False)
+        place += len(at) + 1.4
+    table = pd.concat(rows, ignore_index=True)
+    table.attrs = next(iter(tables.values())).attrs
+    for axes, (target, title) in zip(panels, TARGETS.items(), strict=True):
+        for measure, color, marker, shift in (("median", ACCENT, "D", -0.15), ("5th percentile", DARK, "o", 0.15)):
+            part = table[(table.target == target) & (table.measure == measure)]
+            spread = [part.lead - part.lead_low, part.lead_high - part.lead]
+            axes.errorbar(
+                part.lead,
+                part.place + shift,
+                xerr=spread,
+                fmt=marker,
+                color=color,
+                ms=9,
+                lw=3,
+                capsize=4,
+                label=measure,
+            )
+        axes.axvline(0, color=GREY, ls="--", lw=2, zorder=0.8)
+        axes.set_title(title.replace("50", str(run.profile.num_inference_steps)))
+        axes.set(xlabel="lead over the strongest rival (dB)", ylim=(place - 0.6, -0.6))
+        axes.margins(x=0.08)
+        axes.grid(axis="y", visible=False)
+    panels[0].set_yticks(list(ticks), list(ticks.values()), size=SMALLEST)
+    panels[1].legend(loc="upper right", ncols=2, fontsize=SMALLEST, borderpad=0.2, columnspacing=0.8, handletextpad=0.3)
+    headline(figure, leads_in_words(table))
+    shown = table[["condition", "n", "target", "budget", "measure", "plan", "method", "verdict"]]
+    shown = shown.rename(columns={"method": "strongest rival"})
+    shown["lead (dB), 95%"] = [f"{r.lead:.1f} ({r.lead_low:.1f} to {r.lead_high:.1f})" for r in table.itertuples()]
+    write_table(run, "slide13_conditions", shown)
+    return save(run, "slide13_conditions", figure, table, "bars: 95%, paired images; no mark: not measured")
+
+
+def _where(condition: arena.Condition) -> str:
+    """A condition in words."""
+    model = {"cifar10": "photographs"}.get(condition.profile.model, condition.profile.name)
+    how = f"{model}, {SAMPLER_NAMES[condition.sampler]}, guidance {condition.profile.guidance_scale:g}"
+    return f"{how}, latents" if condition.latents else how
+
+
+def leads_in_words(strongest: pd.DataFrame) -> str:
+    """Where plans stand beside the strongest rivals of several conditions, in words that follow from the intervals."""
+    count = strongest.verdict.value_counts()
+    where = f"in {strongest.condition.nunique()} settings of model, sampler and guidance"
+    if count.get("ahead", 0) == len(strongest):
+        return f"DQAR's plans are ahead of the strongest rival by {strongest.lead.min():.1f} dB or more, {where}"
+    return (
+        f"DQAR's plans are ahead of the strongest rival {count.get('ahead', 0)} times, level {count.get('level', 0)}, "
+        f"behind {count.get('behind', 0)}, {where}"
+    )
+
+
 def slide12_rivals(run: Run, tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """What each cache keeps, where it comes from, and at which budgets it has been compared; as files, no picture.
 

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from typing import get_args
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
+import torch
+from diffusers import DiffusionPipeline
 
 from dqar.forecast.fit import Target
 from dqar.measure import metrics
-from dqar.measure.results import Run, slug
+from dqar.measure.results import RECORDED, Run, load_table, slug
+from dqar.models.profiles import PROFILES, Profile
 from dqar.studies import pareto
-from dqar.studies.compare import FULL, OURS, Method
+from dqar.studies.compare import FULL, OURS, Method, draw
 from dqar.studies.recording import ARENA_SEED, Recording
 
 BUDGETS = (2, 3, 4)
@@ -38,6 +45,23 @@ ERRORS: dict[Target, str] = {"reference": "mse", "converged": "mse_converged"}
 """Columns of ``compare`` by what a plan is made for."""
 FACTS = ("family", "made_for", "macs_speedup", "fd")
 """Columns of ``compare`` that ``standings`` keep."""
+GUIDANCE_SCALE = 4.0
+"""At which arenas are recorded beside a profile's own: ``dqar record --set guidance_scale=4``."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Where an arena was recorded.
+
+    Attributes:
+        profile: model, guidance and number of steps.
+        sampler: a key of ``pareto.SAMPLERS``.
+        latents: whether errors are those of the latents, before the decoder.
+    """
+
+    profile: Profile
+    sampler: str
+    latents: bool = False
 
 
 def finalists(methods: list[Method], screened: pd.DataFrame) -> list[Method]:
@@ -76,6 +100,55 @@ def record_arena(recording: Recording) -> None:
         recording.growing(f"arena-{name}", parts, ARENA_SEED)
 
 
+def record_latents(recording: Recording) -> None:
+    """How far latents are from full compute's before the decoder: of the plans and the strongest rivals of the arena.
+
+    Nothing of a model that draws pixels, or whose arena has no plan beside a rival.
+    """
+    profile = recording.profile
+    name, path = slug(profile.scheduler), recording.folder / f"arena-{slug(profile.scheduler)}.parquet"
+    if not (path.exists() and getattr(FULL.pipeline(profile), "vae", None)):
+        return
+    judged = strongest(shown(verdicts(load_table(path))))
+    names = set(judged[judged.target == "reference"][["plan", "method"]].to_numpy().flat)
+    number = recording.sizes.arena_images
+
+    @functools.cache
+    def drawn(method: Method) -> tuple[torch.Tensor, float]:
+        with _decoded(method.pipeline(profile)) as seen:
+            macs = draw(method, recording.many_at_once, ARENA_SEED, num_samples=number).macs
+        return torch.cat(seen)[-number:].double(), macs
+
+    def one(method: Method) -> pd.DataFrame:
+        (reference, full), (latents, macs) = drawn(FULL), drawn(method)
+        errors = (latents - reference).square().flatten(1).mean(1).numpy()
+        return pd.DataFrame({"image": range(number), "mse": errors}).assign(
+            **method.columns(), macs_speedup=full / macs
+        )
+
+    methods = pareto.contenders(profile, profile.scheduler, recording.folder)
+    if parts := {method.name: functools.partial(one, method) for method in methods if method.name in names}:
+        recording.growing(f"latents-{name}", parts, ARENA_SEED)
+
+
+@contextmanager
+def _decoded(pipe: DiffusionPipeline) -> Iterator[list[torch.Tensor]]:
+    """The latents ``[N, C, H, W]`` that a pipeline decodes meanwhile, as the model has them."""
+    seen: list[torch.Tensor] = []
+    decode = pipe.vae.decode
+
+    @functools.wraps(decode)
+    def watched(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append(latents * pipe.vae.config.scaling_factor)
+        return decode(latents, *args, **kwargs)
+
+    pipe.vae.decode = watched
+    try:
+        yield seen
+    finally:
+        del pipe.vae.decode
+
+
 def recorded(run: Run, sampler: str) -> pd.DataFrame | None:
     """The recorded arena under one sampler."""
     return run.recorded(f"arena-{slug(sampler)}")
@@ -88,6 +161,23 @@ def of_photographs(run: Run) -> tuple[Run, pd.DataFrame] | None:
         return None
     table = recorded(photographs, photographs.profile.scheduler)
     return None if table is None else (photographs, table)
+
+
+def conditions(run: Run) -> dict[Condition, pd.DataFrame]:
+    """All that is recorded of a run's model and of photographs: samplers, guidance, latents; the run's own first."""
+    profiles = [
+        dataclasses.replace(profile, guidance_scale=guidance)
+        for profile in dict.fromkeys((run.profile, PROFILES["cifar10"]))
+        for guidance in dict.fromkeys((profile.guidance_scale, GUIDANCE_SCALE))
+    ]
+    kinds = itertools.product(profiles, pareto.SAMPLERS, (False, True))
+    paths = {
+        Condition(profile, sampler, latents): RECORDED
+        / profile.label
+        / f"{'latents' if latents else 'arena'}-{slug(sampler)}.parquet"
+        for profile, sampler, latents in kinds
+    }
+    return {condition: load_table(path) for condition, path in paths.items() if path.exists()}
 
 
 def fastest(run: Run) -> pd.Series:
@@ -131,7 +221,7 @@ def verdicts(table: pd.DataFrame, resamples: int = 2000) -> pd.DataFrame:
     and measure that it is judged by, which favours it. Images are drawn with replacement, the same ones for both.
 
     Args:
-        table: of ``record_arena``.
+        table: of ``record_arena`` or ``record_latents``.
         resamples: of the bootstrap.
 
     Returns:
@@ -140,7 +230,9 @@ def verdicts(table: pd.DataFrame, resamples: int = 2000) -> pd.DataFrame:
         that is without 0, else ``"level"``.
     """
     generator, rows = np.random.default_rng(0), []
-    for target in get_args(Target):
+    for target, column in ERRORS.items():
+        if column not in table:
+            continue
         errors, points = _errors(table, target), standings(table, target)
         chosen = generator.integers(errors.shape[1], size=(resamples, errors.shape[1]))
         for budget, measure in itertools.product(BUDGETS, JUDGED):

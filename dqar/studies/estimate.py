@@ -66,6 +66,9 @@ def works(profile: Profile, folder: Path) -> dict[str, Work]:
     )
     families = sum(len({method.family for method in methods}) for methods in compared)
     finalists = families * len(get_args(Target)) * len(arena.BUDGETS)
+    # Full compute, and at each budget a plan and a rival by each measure.
+    has_decoder = getattr(FULL.pipeline(profile), "vae", None) is not None
+    before_decoder = has_decoder * (1 + len(arena.BUDGETS) * (1 + len(arena.SHOWN))) * sizes.arena_images
     # Rule and policy for two targets, and for each budget a plan, fewer steps and two rivals, are still to come.
     methods = max(len(results.methods(profile, folder)), 11 + 4 + 4 * len(pareto.BUDGETS))
     dtypes = 2 * part
@@ -105,6 +108,7 @@ def works(profile: Profile, folder: Path) -> dict[str, Work]:
             (finalists + len(compared) * (1 + FINER)) * sizes.arena_images * steps,
             images=finalists * sizes.arena_images,
         ),
+        "latents": Work(before_decoder * steps, images=before_decoder),
         "speed": Work(0, small=methods * (profile.repeats + 1) * 4 * steps, images=methods * 4 * (profile.repeats + 1)),
         "memory": Work(0, small=methods * 4 * steps, images=methods * 4),
         "promise": Work(sizes.samples),

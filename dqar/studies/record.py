@@ -39,6 +39,7 @@ TABLES: dict[str, Callable[[Recording], object]] = {
     "solvers": solvers.record_solvers,
     "pareto": pareto.record_pareto,
     "arena": arena.record_arena,
+    "latents": arena.record_latents,
     "speed": results.record_speed,
     "memory": results.record_memory,
     "samples": results.record_samples,

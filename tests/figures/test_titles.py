@@ -71,6 +71,18 @@ def test_what_is_not_certain_is_counted_apart_and_has_a_mark_of_its_own(tmp_path
     assert marks.count("=") == verdicts.count("not certain") and "=: " in sidecar["note"]
 
 
+@pytest.mark.parametrize(
+    "leads, verdicts, said",
+    [
+        ([3.04, 5.0], ["ahead", "ahead"], "are ahead of the strongest rival by 3.0 dB or more, in 2 settings"),
+        ([3.0, -1.0], ["ahead", "level"], "are ahead of the strongest rival 1 times, level 1, behind 0, in 2 settings"),
+    ],
+)
+def test_the_smallest_lead_is_told_only_where_plans_are_ahead_everywhere(leads, verdicts, said):
+    table = pd.DataFrame({"condition": ["digits", "photographs"], "lead": leads, "verdict": verdicts})
+    assert said in pareto.leads_in_words(table)
+
+
 def test_a_title_says_how_many_rivals_are_drawn_so_far(tmp_path, monkeypatch):
     """Of those that are as fast as the least budget in some setting."""
     monkeypatch.setattr(pareto.arena, "fastest", lambda _run: pd.Series({"PAB": 1.5, "SeaCache": 2.0, "DQAR plan": 5}))

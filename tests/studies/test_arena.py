@@ -3,12 +3,14 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
-from dqar.measure.results import Run, load_table, provenance, save_table
+from dqar.measure.results import Run, load_table, provenance, save_table, slug
+from dqar.measure.sampling import first_latents
 from dqar.models.profiles import get_profile
-from dqar.studies import arena, pareto
+from dqar.studies import arena, pareto, solvers
 from dqar.studies.compare import FULL, Method
-from dqar.studies.recording import Recording
+from dqar.studies.recording import ARENA_SEED, Recording
 
 SPEEDUPS = {"full": 1, "plan 2": 2, "plan 3": 3.1, "other plan": 2, "20 steps": 2.5, "25 steps": 2, "cache": 3}
 
@@ -84,6 +86,63 @@ def test_photographs_stand_beside_other_runs_and_not_twice_in_their_own(tmp_path
     beside = arena.of_photographs(Run("digits", 0, tmp_path))
     assert beside is not None and beside[0].profile.name == "cifar10" and beside[1].image.nunique() == 250
     assert arena.of_photographs(Run("cifar10", 0, tmp_path)) is None
+
+
+def test_conditions_are_what_is_recorded_of_the_model_and_of_photographs(tmp_path, monkeypatch):
+    monkeypatch.setattr(arena, "RECORDED", tmp_path / "recorded")
+    digits, photographs = get_profile("digits"), get_profile("cifar10")
+    guided = get_profile("digits", guidance_scale=4.0)
+    conditions = [arena.Condition(*x) for x in ((digits, "dpm-solver++"), (guided, "ddim"), (photographs, "ddim"))]
+    conditions.append(arena.Condition(photographs, "dpm-solver++", latents=True))
+    for condition in reversed(conditions):
+        name = f"{'latents' if condition.latents else 'arena'}-{slug(condition.sampler)}.parquet"
+        path = tmp_path / "recorded" / condition.profile.label / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_table(table({"full": [50, 50]}), path, provenance(condition.profile, 1))
+    assert set(arena.conditions(Run("digits", 0, tmp_path))) == set(conditions)
+    assert list(arena.conditions(Run("digits", 0, tmp_path)))[0] == conditions[0]
+    assert set(arena.conditions(Run("cifar10", 0, tmp_path))) == set(conditions[2:])
+
+
+def test_a_table_without_converged_errors_is_judged_by_the_reference_alone():
+    own = table({"full": [90] * 5, "plan 2": [45] * 5, "25 steps": [40] * 5}).drop(columns="mse_converged")
+    assert set(arena.verdicts(own, 50).target) == {"reference"}
+
+
+def test_latents_are_compared_before_the_decoder(tmp_path):
+    profile = get_profile("cifar10", num_inference_steps=6, images=2, device="cpu")
+    own, sampler = Recording(profile, tmp_path / "work", tmp_path / "out"), profile.scheduler
+    path = pareto.plan_path(own.folder, sampler, "reference", 2)
+    path.parent.mkdir()
+    pareto.extrapolated(profile, 5, 1, 1).save(path)  # steps 0 and 5
+    methods = [m for m in pareto.contenders(profile, sampler, own.folder) if m.family == pareto.PLAN]
+    few = Method("fewer steps: 2 of dpm-solver++", "fewer steps", num_inference_steps=2, scheduler=sampler)
+    own.growing("arena-dpm-solver", pareto.comparisons(own, [few, *methods], sampler, ARENA_SEED, 2), ARENA_SEED)
+    vae = FULL.pipeline(profile).vae
+    arena.record_latents(own)
+    assert "decode" not in vars(vae)
+    recorded = load_table(own.folder / "latents-dpm-solver.parquet")
+    # Without the pipeline: the same noise through the scheduler.
+    pipe, images = FULL.pipeline(profile), torch.arange(2)
+    predict, ends = solvers.guided(pipe, profile.guidance_scale), []
+    for steps in (6, 2):
+        latents = first_latents(pipe, pipe.scheduler, ARENA_SEED, images)
+        pipe.scheduler.set_timesteps(steps)
+        for t in pipe.scheduler.timesteps:
+            latents = pipe.scheduler.step(predict(latents, t, images).detach(), t, latents).prev_sample
+        ends.append(latents.double())
+    expected = (ends[0] - ends[1]).square().flatten(1).mean(1)
+    found = recorded[recorded.method == few.name].mse.to_numpy()
+    assert found == pytest.approx(expected.numpy(), rel=1e-3)
+    assert set(recorded.method) == {few.name, *(m.name for m in methods)}
+    assert set(arena.verdicts(recorded, 50).budget) == {2}
+
+
+def test_nothing_is_before_the_decoder_of_a_model_of_pixels(tmp_path):
+    own = recording(tmp_path)
+    own.growing("arena-dpm-solver", {"full compute": lambda: table({"full": [50, 50]})}, 1)
+    arena.record_latents(own)
+    assert not (own.folder / "latents-dpm-solver.parquet").exists()
 
 
 def test_finalists_are_the_best_at_some_budget_and_the_plans_that_are_judged():
