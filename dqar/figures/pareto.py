@@ -198,7 +198,8 @@ def slide13_conditions(run: Run, tables: dict[arena.Condition, pd.DataFrame]) ->
         at = {budget: place + 1 + line for line, budget in enumerate(sorted(facing.budget.unique()))}
         ticks |= {line: f"{budget:g}×" for budget, line in at.items()}
         rows.append(facing.assign(condition=_where(condition), n=number, place=facing.budget.map(at)))
-        for axes, text in zip(panels, (_where(condition), f"n = {number} images"), strict=True):
+        beside = f"n = {number}, {verdicts.family.nunique()} rivals"
+        for axes, text in zip(panels, (_where(condition), beside), strict=True):
             where = axes.get_yaxis_transform()
             axes.text(0.01, place, text, transform=where, va="center", size=SMALLEST, weight="bold", in_layout=False)
         place += len(at) + 1.4
@@ -231,7 +232,7 @@ def slide13_conditions(run: Run, tables: dict[arena.Condition, pd.DataFrame]) ->
     shown = shown.rename(columns={"method": "strongest rival"})
     shown["lead (dB), 95%"] = [f"{r.lead:.1f} ({r.lead_low:.1f} to {r.lead_high:.1f})" for r in table.itertuples()]
     write_table(run, "slide13_conditions", shown)
-    return save(run, "slide13_conditions", figure, table, "bars: 95%, paired images; no mark: not measured")
+    return save(run, "slide13_conditions", figure, table, "n: images; bars: 95%, paired; no mark: not measured")
 
 
 def _where(condition: arena.Condition) -> str:

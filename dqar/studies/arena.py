@@ -107,7 +107,7 @@ def record_latents(recording: Recording) -> None:
     """
     profile = recording.profile
     name, path = slug(profile.scheduler), recording.folder / f"arena-{slug(profile.scheduler)}.parquet"
-    if not (path.exists() and getattr(FULL.pipeline(profile), "vae", None)):
+    if not (path.exists() and pareto.has_decoder(profile)):
         return
     judged = strongest(shown(verdicts(load_table(path))))
     names = set(judged[judged.target == "reference"][["plan", "method"]].to_numpy().flat)

@@ -59,7 +59,8 @@ def works(profile: Profile, folder: Path) -> dict[str, Work]:
     numbers = [pareto.computed_steps(profile, budget) for budget in pareto.PLAN_BUDGETS]
     budgets = sorted(set(numbers))
     fits = sum((4 + sizes.refinements * budgets[-1] // number) * number for number in budgets)
-    follow = len(pareto.SAMPLERS) * sizes.plan_images * (steps + FINER * steps + 2 * fits)
+    # For the converged solution, from twice as many images.
+    follow = len(pareto.SAMPLERS) * sizes.plan_images * (steps + fits + 2 * (FINER * steps + fits))
     compared = [_some(profile, sampler, folder, sizes) for sampler in pareto.SAMPLERS]
     calibrated = sum(
         RIVALS[name].calibration_images for methods in compared for name in {m.family for m in methods} & RIVALS.keys()
@@ -67,8 +68,9 @@ def works(profile: Profile, folder: Path) -> dict[str, Work]:
     families = sum(len({method.family for method in methods}) for methods in compared)
     finalists = families * len(get_args(Target)) * len(arena.BUDGETS)
     # Full compute, and at each budget a plan and a rival by each measure.
-    has_decoder = getattr(FULL.pipeline(profile), "vae", None) is not None
-    before_decoder = has_decoder * (1 + len(arena.BUDGETS) * (1 + len(arena.SHOWN))) * sizes.arena_images
+    before_decoder = (
+        pareto.has_decoder(profile) * (1 + len(arena.BUDGETS) * (1 + len(arena.SHOWN))) * sizes.arena_images
+    )
     # Rule and policy for two targets, and for each budget a plan, fewer steps and two rivals, are still to come.
     methods = max(len(results.methods(profile, folder)), 11 + 4 + 4 * len(pareto.BUDGETS))
     dtypes = 2 * part

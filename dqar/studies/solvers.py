@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ def record_solvers(recording: Recording) -> None:
         if missing:
             pairs = make_pairs(profile, target, sizes.solver_pairs)
             for path, (kind, number) in missing.items():
-                save_solver(profile, pairs, kind, number, round(SHARES[kind] * sizes.solver_iterations), path)
+                save_solver(profile, pairs, kind, number, math.ceil(SHARES[kind] * sizes.solver_iterations), path)
 
 
 def make_pairs(profile: Profile, target: Target, number: int) -> Pairs:

@@ -19,6 +19,11 @@ def test_pairs_are_what_the_pipeline_draws(target):
     torch.testing.assert_close((pairs.target / 2 + 0.5).clamp(0, 1), images, rtol=0, atol=1e-4)
 
 
+def test_a_solver_for_half_the_macs_has_a_step_less_with_a_decoder():
+    assert pareto.solver_steps(get_profile("digits")) == [25, 16, 12]
+    assert pareto.solver_steps(get_profile("cifar10", device="cpu")) == [24, 16, 12]
+
+
 def test_solvers_are_recorded_once_and_draw_with_as_many_steps_as_they_have(tmp_path, monkeypatch):
     monkeypatch.setattr(pareto, "SOLVER_BUDGETS", (2,))
     monkeypatch.setattr(solvers, "STARTS", dict.fromkeys(solvers.STARTS, solvers.SPACED[:2]))
