@@ -123,6 +123,20 @@ def test_what_a_learned_solver_comes_to_is_what_was_recorded():
     assert said.format(*numbers) in " ".join(README.split())
 
 
+def test_what_solvers_learned_for_the_converged_solution_come_to_is_what_was_recorded():
+    table = load_table(RECORDED / "digits/arena-dpm-solver.parquet")
+    points = arena.standings(table, "converged").set_index("method")
+    solvers = points.loc[[f"bespoke solver: {steps} steps for the converged" for steps in (25, 16, 12)]]
+    said = (
+        "with 25, 16 and 12 steps it comes to {:.1f}, {:.1f} and {:.1f} dB, and to {:.1f}, {:.1f} and {:.1f} dB in the"
+    )
+    assert said.format(*solvers["median"], *solvers["5th percentile"]) in " ".join(README.split())
+    strongest = arena.strongest(arena.verdicts(table)).set_index(["target", "measure"])
+    assert set(strongest.loc[("converged", "median")].family) == {"bespoke solver"}
+    timesteps = points[points.family == "learned timesteps"]  # they "come to less"
+    assert timesteps["median"].max() < points["median"]["bespoke solver: 16 steps for the converged"]
+
+
 def test_what_plans_do_on_photographs_is_what_was_recorded():
     table = load_table(RECORDED / "cifar10/arena-dpm-solver.parquet")
     points = arena.standings(table, "converged").set_index("method")

@@ -130,15 +130,15 @@ def test_the_readme_says_how_many_rivals_were_drawn(tmp_path):
     table = load_table(RECORDED / "digits/arena-dpm-solver.parquet")
     verdicts = arena.shown(arena.verdicts(table))
     [drawn, *counts] = [verdicts.family.nunique(), *verdicts.groupby("budget").family.nunique()]
-    caches = drawn - len({"fewer steps", "output extrapolation", "bespoke solver"})
+    caches = drawn - len({"fewer steps", "output extrapolation", *pareto.SOLVERS})
     fastest = arena.fastest(Run("digits", 0, tmp_path))
     slow = set(fastest.index[fastest < 2])
     rivals = {"fewer steps", "output extrapolation", *pareto.SOLVERS.values(), *pareto.RIVALS} - slow
     said = " ".join((RECORDED.parent / "README.md").read_text().split())
-    assert f"Of {len(rivals)} rivals that reach 2×, {drawn} have been drawn on so many images" in said
+    assert drawn == len(rivals) and f"All {drawn} rivals that reach 2× have been drawn on so many images" in said
     assert all(f"{name} reaches {fastest[name]:.2f}× at most" in said for name in slow & {*pareto.RIVALS})
-    assert f"a learned solver and {caches} caches." in said
-    assert "All {} stand in the comparison at 2×, {} at 3× and {} at 4×".format(*counts) in said
+    assert f"two learned solvers and {caches} caches." in said
+    assert "{} stand in the comparison at 2×, {} at 3× and {} at 4×".format(*counts) in said
 
 
 def test_the_readme_says_what_the_plans_save_in_time():
