@@ -150,6 +150,7 @@ class LearnedSolver(nn.Module):
     """
 
     learning_rate: float
+    """Relative to the root mean squared error that it begins with: what is nearly right takes small steps."""
 
     def __init__(self, timesteps: list[float], alphas_cumprod: torch.Tensor):
         super().__init__()
@@ -188,25 +189,39 @@ class LearnedSolver(nn.Module):
 class BespokeSolver(LearnedSolver):
     """Learns timesteps and weights.
 
+    The weights are those that keep a constant prediction right at any timesteps, plus what is learned: how much each
+    older prediction counts in place of the newest, and corrections of both sums. Learned as they stand, all weights of
+    a step would change its noise level together.
+
     Args:
         start: the solver that it begins as; its ``alphas_cumprod`` are the model's.
         num_inference_steps: model calls.
     """
 
-    learning_rate = 5e-3
+    learning_rate = 0.04
 
     def __init__(self, start: SchedulerMixin, num_inference_steps: int):
         timesteps, noise_weights, clean_weights = as_weights(start, num_inference_steps)
         super().__init__(timesteps, start.alphas_cumprod)
-        self.noise_weights = nn.Parameter(torch.tensor(noise_weights, dtype=torch.float64))
         rows = torch.zeros(num_inference_steps, num_inference_steps, dtype=torch.float64)
         for i, row in enumerate(clean_weights):
             rows[i, : i + 1] = torch.tensor(row, dtype=torch.float64)
-        self.clean_weights = nn.Parameter(rows)
+        noise, clean = self._sums()
+        self.older = nn.Parameter(rows.tril(-1))
+        self.noise_correction = nn.Parameter(torch.tensor(noise_weights, dtype=torch.float64) - noise.detach())
+        self.clean_correction = nn.Parameter(rows.sum(1) - clean.detach())
+
+    def _sums(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each step, the weight of the noise, and the sum of the predictions' weights if all of them agreed."""
+        signals, sigmas = signal_and_noise(self.alphas_cumprod, self.timesteps())
+        noise = torch.cat([sigmas[1:], sigmas.new_zeros(1)]) / sigmas[0]
+        return noise, torch.cat([signals[1:], signals.new_ones(1)]) - noise * signals[0]
 
     def weights(self) -> tuple[torch.Tensor, torch.Tensor]:
         """``[steps]`` and ``[steps, steps]``, as they were learned."""
-        return self.noise_weights, self.clean_weights
+        noise, clean = self._sums()
+        older = self.older.tril(-1)
+        return noise + self.noise_correction, older + torch.diag(clean + self.clean_correction - older.sum(1))
 
 
 @torch.no_grad()
@@ -245,7 +260,10 @@ def learn(
         noise, target: ``[N, ...]``: x_T, and the converged solution or the reference for it.
         iterations: of Adam on ``BATCH`` pairs each, with a cosine to zero.
     """
-    optimizer = torch.optim.Adam(solver.parameters(), lr=solver.learning_rate, betas=(0.9, 0.99))
+    images = torch.arange(min(BATCH, len(noise)))
+    with torch.no_grad():
+        error = log_error(solver(predict, noise[images], images), target[images]).div(2).exp().item()
+    optimizer = torch.optim.Adam(solver.parameters(), lr=error * solver.learning_rate, betas=(0.9, 0.99))
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     generator = torch.Generator().manual_seed(0)
     order: list[int] = []

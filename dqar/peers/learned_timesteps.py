@@ -25,7 +25,7 @@ class TimestepsSolver(LearnedSolver):
         ValueError: another solver.
     """
 
-    learning_rate = 2e-2
+    learning_rate = 1.0
 
     def __init__(self, start: DPMSolverMultistepScheduler, num_inference_steps: int):
         config = start.config

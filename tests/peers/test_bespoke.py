@@ -55,6 +55,29 @@ def test_it_begins_as_the_solver_it_is_given(name):
     assert torch.allclose(drawn(ours, noise, 7), theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_solver_to_be_learned_begins_as_the_one_it_is_given(name):
+    timesteps, noise_weights, clean_weights = as_weights(SOLVERS[name], 7)
+    ours = BespokeSolver(SOLVERS[name], 7).scheduler().config
+    assert ours.timesteps == pytest.approx(timesteps, abs=0.5)  # no two of them are nearer than half a timestep
+    assert ours.noise_weights == pytest.approx(noise_weights, abs=1e-6)
+    for own, row in zip(ours.clean_weights, clean_weights, strict=True):
+        assert own == pytest.approx(row, abs=1e-6)
+
+
+def test_moved_timesteps_keep_a_constant_prediction_right():
+    solver = BespokeSolver(SOLVERS["dpm-solver++"], 6)
+    with torch.no_grad():
+        solver.gaps += 0.3 * torch.randn(6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    clean, noise = torch.tensor(0.7, dtype=torch.float64), torch.tensor(-1.2, dtype=torch.float64)
+    levels = [signal_and_noise(ALPHAS, t) for t in solver.timesteps()]
+    noise_weights, clean_weights = solver.weights()
+    first = levels[0][0] * clean + levels[0][1] * noise
+    for i, (signal, sigma) in enumerate(levels[1:]):
+        state = noise_weights[i] * first + clean_weights[i].sum() * clean
+        assert state.item() == pytest.approx((signal * clean + sigma * noise).item(), abs=2e-3)
+
+
 def test_learning_brings_it_nearer_to_the_exact_solution_on_noise_it_has_not_seen():
     noise = torch.randn(96, 4, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     solver = BespokeSolver(SOLVERS["dpm-solver++"], 5)
