@@ -153,6 +153,13 @@ def test_what_plans_do_on_photographs_is_what_was_recorded():
         assert said in " ".join(README.split())
 
 
+def test_what_plans_do_before_the_decoder_is_what_was_recorded():
+    judged = arena.shown(arena.verdicts(load_table(RECORDED / "cifar10/latents-dpm-solver.parquet")))
+    assert set(judged.verdict) == {"ahead"} and set(judged.budget) == {2, 3, 4} and set(judged.target) == {"reference"}
+    said = f"ahead of the rivals that are strongest in pixels by {judged.lead.min():.1f} dB or more"
+    assert said in " ".join(README.split())
+
+
 def test_what_the_photograph_model_draws_is_what_its_card_says():
     measured = json.loads((WEIGHTS / "cifar10/evaluation.json").read_text())
     seen = json.loads((WEIGHTS / "cifar10/training.json").read_text())["images_seen"]
