@@ -153,6 +153,17 @@ def test_what_plans_do_on_photographs_is_what_was_recorded():
         assert said in " ".join(README.split())
 
 
+def test_where_a_learned_solver_is_ahead_is_what_was_recorded():
+    judged = arena.strongest(arena.verdicts(load_table(RECORDED / "cifar10/arena-dpm-solver.parquet")))
+    judged = judged.set_index(["target", "budget", "measure"]).loc["converged", 2]
+    median, tail = judged.loc["median"], judged.loc["5th percentile"]
+    assert median.method == tail.method == "bespoke solver: 24 steps for the converged" and tail.verdict == "level"
+    said = (
+        f"by {-median.lead:.1f} dB ({-median.lead_high:.1f} to {-median.lead_low:.1f}) in the median, level in the tail"
+    )
+    assert said in " ".join(README.split())
+
+
 def test_what_plans_do_before_the_decoder_is_what_was_recorded():
     judged = arena.shown(arena.verdicts(load_table(RECORDED / "cifar10/latents-dpm-solver.parquet")))
     assert set(judged.verdict) == {"ahead"} and set(judged.budget) == {2, 3, 4} and set(judged.target) == {"reference"}
