@@ -130,11 +130,12 @@ def test_kernels_see_what_they_weight(kernel):
     np.testing.assert_allclose(neighbourhoods(tensors, kernel) @ kernels.flatten(), expected, rtol=1e-10, atol=1e-12)
 
 
-def test_kernels_and_hidden_states_are_fitted_together():
+@pytest.mark.parametrize("firmness", [1, 10])
+def test_kernels_and_hidden_states_are_fitted_together(firmness):
     """Against one large system in NumPy: nine numbers for all pixels, and five hidden states for each of a patch."""
     torch.manual_seed(0)
     maps, states, goal = torch.randn(6, 2, 4, 4, 9).double(), torch.randn(6, 4, 5), torch.randn(6, 2, 4, 4)
-    system = StepSystem((3, 3))
+    system = StepSystem((3, 3), firmness)
     system.add(maps[:2], states[:2], goal[:2])
     system.add(maps[2:], states[2:], goal[2:])
     weights, matrix = system.solve()
@@ -149,25 +150,26 @@ def test_kernels_and_hidden_states_are_fitted_together():
     norms = np.sqrt((rows**2).sum((0, 1))), np.linalg.norm(hidden, axis=0)
     ridge = np.full(9, NEIGHBOURS_RIDGE)
     ridge[4] = RIDGE
-    ridge = np.concatenate([ridge * norms[0] ** 2, np.tile(READOUT_RIDGE * norms[1] ** 2, size)])
+    ridge = np.concatenate([ridge * norms[0] ** 2, np.tile(firmness * READOUT_RIDGE * norms[1] ** 2, size)])
     design = design.reshape(-1, 9 + size * 5)
     expected = np.linalg.solve(design.T @ design + np.diag(ridge), design.T @ target.flatten())
     np.testing.assert_allclose(weights, expected[:9], rtol=1e-7)
     np.testing.assert_allclose(matrix.T.flatten(), expected[9:], rtol=1e-7)
 
 
-def test_a_class_adds_what_its_images_still_ask_for():
+@pytest.mark.parametrize("firmness", [1, 10])
+def test_a_class_adds_what_its_images_still_ask_for(firmness):
     """Against one large system in NumPy, of the class's images alone, with the ridge of all images' columns."""
     torch.manual_seed(0)
     maps, states, goal = torch.randn(6, 1, 4, 4, 9).double(), torch.randn(6, 16, 5), torch.randn(6, 1, 4, 4)
-    of_all, own = StepSystem((3, 3)), StepSystem((3, 3))
+    of_all, own = StepSystem((3, 3), firmness), StepSystem((3, 3), firmness)
     of_all.add(maps, states, goal)
     own.add(maps[:2], states[:2], goal[:2])
     solution = of_all.solve()
     weights, matrix = own.solve_beyond(of_all, *solution)
     columns = torch.cat([maps.reshape(96, 9), states.double().reshape(96, 5)], 1).numpy()
     rest = goal.double().flatten().numpy() - columns @ torch.cat([solution[0], solution[1][:, 0]]).numpy()
-    ridge = np.repeat([CLASS_RIDGE, CLASS_READOUT_RIDGE], [9, 5]) * (columns**2).sum(0)
+    ridge = firmness * np.repeat([CLASS_RIDGE, CLASS_READOUT_RIDGE], [9, 5]) * (columns**2).sum(0)
     columns, rest = columns[:32], rest[:32]
     expected = np.linalg.solve(columns.T @ columns + np.diag(ridge), columns.T @ rest)
     np.testing.assert_allclose(weights, expected[:9], rtol=1e-7)
@@ -214,6 +216,18 @@ def test_a_plan_beats_extrapolation_on_other_images(pipe):
     assert ours > theirs + 3
 
 
+@pytest.mark.parametrize("firmer", [1e-3, 1e3])
+def test_the_firmness_that_is_better_on_other_images_is_kept(monkeypatch, firmer):
+    """Here a much softer ridge, and a much firmer one, by the errors of the quarter that neither was fitted on."""
+    monkeypatch.setattr("dqar.forecast.fit.FIRMER", firmer)
+    steps, calibration = (0, 2, 3, 6, 9), calibrate(tame(), 8)
+    errors = {firmness: calibration.fit(steps, 6, firmness=firmness).error[6:].mean() for firmness in (1, firmer)}
+    assert errors[1] != errors[firmer]
+    plan, firmness = calibration.plan(5, 0, [steps]), min(errors, key=errors.get)
+    assert plan.provenance["firmness"] == firmness
+    assert plan.readouts == calibration.fit(steps, 8, firmness=firmness).readouts
+
+
 def test_an_earlier_plan_is_where_a_better_one_starts():
     steps = (0, 1, 5, 6, 8)
     plan = calibrate(tame()).plan(5, 2, [steps])
@@ -226,7 +240,7 @@ def test_what_the_planner_follows_is_what_the_pipeline_runs(pipe):
     """The same images drawn through the session have the error that was fitted."""
     calibration = calibrate(pipe)
     plan = calibration.plan(5, refinements=0)
-    fitted = calibration.fit(tuple(sorted(plan.computed)), 4)
+    fitted = calibration.fit(tuple(sorted(plan.computed)), 4, firmness=plan.provenance["firmness"])
     assert fitted.weights == plan.weights and fitted.readouts == plan.readouts
     drawn = sample(pipe, PROFILE, 500, plan, num_samples=4).images * 2 - 1
     replayed = (drawn - calibration.trajectories[0].previous[-1].clamp(-1, 1)).square().flatten(1).mean(1)
