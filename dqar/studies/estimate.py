@@ -58,7 +58,8 @@ def works(profile: Profile, folder: Path) -> dict[str, Work]:
     trials = labelled * sizes.sites_per_step
     numbers = [pareto.computed_steps(profile, budget) for budget in pareto.PLAN_BUDGETS]
     budgets = sorted(set(numbers))
-    fits = sum((4 + sizes.refinements * budgets[-1] // number) * number for number in budgets)
+    # Three starts, a firmer ridge, and the plan itself.
+    fits = sum((5 + sizes.refinements * budgets[-1] // number) * number for number in budgets)
     # For the converged solution, from twice as many images.
     follow = len(pareto.SAMPLERS) * sizes.plan_images * (steps + fits + 2 * (FINER * steps + fits))
     compared = [_some(profile, sampler, folder, sizes) for sampler in pareto.SAMPLERS]
