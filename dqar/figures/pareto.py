@@ -38,6 +38,7 @@ from dqar.figures.style import (
 from dqar.forecast.fit import Target
 from dqar.forecast.plan import ForecastPlan
 from dqar.measure.results import Run, provenance, slug
+from dqar.models.profiles import Profile
 from dqar.peers.registry import ALL_RIVALS, RIVALS
 from dqar.studies import arena, cache_memory, pareto, plans
 from dqar.studies.compare import FULL
@@ -70,10 +71,10 @@ def slide13_fronts(run: Run, tables: dict[str, pd.DataFrame]) -> list[Figure]:
     Args:
         tables: of ``arena.recorded``, by sampler: a picture each. One more is of photographs, once they are recorded.
     """
-    pictures = [
-        _front(run, f"slide13_fronts_{slug(sampler).replace('-', '_')}", f"With {SAMPLER_NAMES[sampler]}", table)
-        for sampler, table in tables.items()
-    ]
+    pictures = []
+    for sampler, table in tables.items():
+        name = f"slide13_fronts_{slug(sampler).replace('-', '_')}"
+        pictures.append(_front(run, name, f"On {_model(run.profile)} with {SAMPLER_NAMES[sampler]}", table))
     if photographs := arena.of_photographs(run):
         other_run, table = photographs
         where = "On photographs of 32 × 32 pixels"
@@ -162,8 +163,8 @@ def slide12_pareto(run: Run, tables: dict[str, pd.DataFrame]) -> Figure:
     signs = ", ".join(f"{sign} {name}" for name, sign in SIGNS.items())
     note = f"plan / rival (dB); {signs} (95% interval); n = {table.image.nunique()}"
     widths = [14, 17, 14, *[13] * (len(wide.columns) - 3)]
-    title = f"{_lead(verdicts)}{rivals_drawn(run, tables.values())}"
-    figure = save_table(run, "slide12_pareto", title[0].upper() + title[1:], wide, widths, table, note)
+    title = f"On {_model(run.profile)}, {_lead(verdicts)}{rivals_drawn(run, tables.values())}"
+    figure = save_table(run, "slide12_pareto", title, wide, widths, table, note)
     shown = pd.DataFrame(
         {
             "sampler": verdicts.sampler,
@@ -173,7 +174,7 @@ def slide12_pareto(run: Run, tables: dict[str, pd.DataFrame]) -> Figure:
             "DQAR's plan (dB)": verdicts.ours.map("{:.1f}".format),
             "rival": verdicts.method,
             "rival (dB)": verdicts.theirs.map("{:.1f}".format),
-            "lead (dB), 95%": [f"{r.lead:.1f} ({r.lead_low:.1f} to {r.lead_high:.1f})" for r in verdicts.itertuples()],
+            "lead (dB), 95%": _leads(verdicts),
             "verdict": verdicts.verdict,
         }
     )
@@ -230,22 +231,32 @@ def slide13_conditions(run: Run, tables: dict[arena.Condition, pd.DataFrame]) ->
     headline(figure, leads_in_words(table))
     shown = table[["condition", "n", "target", "budget", "measure", "plan", "method", "verdict"]]
     shown = shown.rename(columns={"method": "strongest rival"})
-    shown["lead (dB), 95%"] = [f"{r.lead:.1f} ({r.lead_low:.1f} to {r.lead_high:.1f})" for r in table.itertuples()]
+    shown["lead (dB), 95%"] = _leads(table)
     write_table(run, "slide13_conditions", shown)
     return save(run, "slide13_conditions", figure, table, "n: images; bars: 95%, paired; no mark: not measured")
 
 
+def _leads(verdicts: pd.DataFrame) -> list[str]:
+    """Each lead with its interval, as a cell."""
+    return [f"{row.lead:.1f} ({row.lead_low:.1f} to {row.lead_high:.1f})" for row in verdicts.itertuples()]
+
+
+def _model(profile: Profile) -> str:
+    """A profile's model in words."""
+    return {"cifar10": "photographs"}.get(profile.model, profile.name)
+
+
 def _where(condition: arena.Condition) -> str:
     """A condition in words."""
-    model = {"cifar10": "photographs"}.get(condition.profile.model, condition.profile.name)
-    how = f"{model}, {SAMPLER_NAMES[condition.sampler]}, guidance {condition.profile.guidance_scale:g}"
+    profile = condition.profile
+    how = f"{_model(profile)}, {SAMPLER_NAMES[condition.sampler]}, guidance {profile.guidance_scale:g}"
     return f"{how}, latents" if condition.latents else how
 
 
 def leads_in_words(strongest: pd.DataFrame) -> str:
     """Where plans stand beside the strongest rivals of several conditions, in words that follow from the intervals."""
     count = strongest.verdict.value_counts()
-    where = f"in {strongest.condition.nunique()} settings of model, sampler and guidance"
+    where = f"in {strongest.condition.nunique()} conditions"
     if count.get("ahead", 0) == len(strongest):
         return f"DQAR's plans are ahead of the strongest rival by {strongest.lead.min():.1f} dB or more, {where}"
     return (

@@ -64,6 +64,11 @@ class Condition:
     latents: bool = False
 
 
+def table_name(sampler: str, latents: bool = False) -> str:
+    """Of what is recorded under one sampler: errors in pixels, or in latents."""
+    return f"{'latents' if latents else 'arena'}-{slug(sampler)}"
+
+
 def finalists(methods: list[Method], screened: pd.DataFrame) -> list[Method]:
     """Full compute, the plans that are judged, and of each family the settings that were best at some budget.
 
@@ -94,10 +99,10 @@ def finalists(methods: list[Method], screened: pd.DataFrame) -> list[Method]:
 def record_arena(recording: Recording) -> None:
     """The finalists of every sampler's screening, on many images: ``pareto.comparisons``."""
     for sampler in pareto.SAMPLERS:
-        name, methods = slug(sampler), pareto.contenders(recording.profile, sampler, recording.folder)
+        methods = pareto.contenders(recording.profile, sampler, recording.folder)
         chosen = finalists(methods, pareto.screened(recording, sampler))
         parts = pareto.comparisons(recording, chosen, sampler, ARENA_SEED, recording.sizes.arena_images)
-        recording.growing(f"arena-{name}", parts, ARENA_SEED)
+        recording.growing(table_name(sampler), parts, ARENA_SEED)
 
 
 def record_latents(recording: Recording) -> None:
@@ -106,7 +111,7 @@ def record_latents(recording: Recording) -> None:
     Nothing of a model that draws pixels, or whose arena has no plan beside a rival.
     """
     profile = recording.profile
-    name, path = slug(profile.scheduler), recording.folder / f"arena-{slug(profile.scheduler)}.parquet"
+    path = recording.folder / f"{table_name(profile.scheduler)}.parquet"
     if not (path.exists() and pareto.has_decoder(profile)):
         return
     judged = strongest(shown(verdicts(load_table(path))))
@@ -128,7 +133,7 @@ def record_latents(recording: Recording) -> None:
 
     methods = pareto.contenders(profile, profile.scheduler, recording.folder)
     if parts := {method.name: functools.partial(one, method) for method in methods if method.name in names}:
-        recording.growing(f"latents-{name}", parts, ARENA_SEED)
+        recording.growing(table_name(profile.scheduler, latents=True), parts, ARENA_SEED)
 
 
 @contextmanager
@@ -151,7 +156,7 @@ def _decoded(pipe: DiffusionPipeline) -> Iterator[list[torch.Tensor]]:
 
 def recorded(run: Run, sampler: str) -> pd.DataFrame | None:
     """The recorded arena under one sampler."""
-    return run.recorded(f"arena-{slug(sampler)}")
+    return run.recorded(table_name(sampler))
 
 
 def of_photographs(run: Run) -> tuple[Run, pd.DataFrame] | None:
@@ -172,9 +177,7 @@ def conditions(run: Run) -> dict[Condition, pd.DataFrame]:
     ]
     kinds = itertools.product(profiles, pareto.SAMPLERS, (False, True))
     paths = {
-        Condition(profile, sampler, latents): RECORDED
-        / profile.label
-        / f"{'latents' if latents else 'arena'}-{slug(sampler)}.parquet"
+        Condition(profile, sampler, latents): RECORDED / profile.label / f"{table_name(sampler, latents)}.parquet"
         for profile, sampler, latents in kinds
     }
     return {condition: load_table(path) for condition, path in paths.items() if path.exists()}

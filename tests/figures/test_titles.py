@@ -74,8 +74,12 @@ def test_what_is_not_certain_is_counted_apart_and_has_a_mark_of_its_own(tmp_path
 @pytest.mark.parametrize(
     "leads, verdicts, said",
     [
-        ([3.04, 5.0], ["ahead", "ahead"], "are ahead of the strongest rival by 3.0 dB or more, in 2 settings"),
-        ([3.0, -1.0], ["ahead", "level"], "are ahead of the strongest rival 1 times, level 1, behind 0, in 2 settings"),
+        ([3.04, 5.0], ["ahead", "ahead"], "are ahead of the strongest rival by 3.0 dB or more, in 2 conditions"),
+        (
+            [3.0, -1.0],
+            ["ahead", "level"],
+            "are ahead of the strongest rival 1 times, level 1, behind 0, in 2 conditions",
+        ),
     ],
 )
 def test_the_smallest_lead_is_told_only_where_plans_are_ahead_everywhere(leads, verdicts, said):
