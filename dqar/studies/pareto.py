@@ -129,7 +129,7 @@ def contenders(profile: Profile, sampler: str, folder: Path) -> list[Method]:
         *rivals(profile, sampler),
         *(_method(SITES, name, sampler, config=config) for name, config in site_configs().items()),
         *_deciding(sampler, folder),
-        *(learned_solvers(profile, folder) if sampler == profile.scheduler else ()),
+        *learned_solvers(profile, sampler, folder),
         *plans(profile, sampler, folder),
     ]
 
@@ -202,9 +202,13 @@ def solver_steps(profile: Profile) -> list[int]:
     return list(dict.fromkeys(max(2, int(steps / budget)) for budget in SOLVER_BUDGETS))
 
 
-def learned_solvers(profile: Profile, folder: Path) -> Iterator[Method]:
-    """The learned solvers that have been made; all are for the profile's own sampler."""
-    for (kind, family), target, steps in itertools.product(SOLVERS.items(), get_args(Target), solver_steps(profile)):
+def learned_solvers(profile: Profile, sampler: str, folder: Path) -> Iterator[Method]:
+    """The learned solvers that have been made.
+
+    They were learned from the profile's own sampler: beside another, only those for the converged solution are rivals.
+    """
+    targets = get_args(Target) if sampler == profile.scheduler else ("converged",)
+    for (kind, family), target, steps in itertools.product(SOLVERS.items(), targets, solver_steps(profile)):
         path = solver_path(folder, kind, target, steps)
         if path.exists():
             yield Method(

@@ -30,7 +30,11 @@ def test_solvers_are_recorded_once_and_draw_with_as_many_steps_as_they_have(tmp_
     recording = Recording(PROFILE, tmp_path / "work", tmp_path / "out")
     recording.sizes = dataclasses.replace(recording.sizes, solver_pairs=2, solver_iterations=1)
     solvers.record_solvers(recording)
-    made = list(pareto.learned_solvers(PROFILE, recording.folder))
+    made = list(pareto.learned_solvers(PROFILE, PROFILE.scheduler, recording.folder))
+    others = [sampler for sampler in pareto.SAMPLERS if sampler != PROFILE.scheduler]
+    for sampler in others:  # whose reference they weren't learned from
+        beside = [m for m in pareto.contenders(PROFILE, sampler, recording.folder) if m.solver is not None]
+        assert beside == [method for method in made if method.made_for == "converged"]
     assert [method.name for method in made] == [
         f"{family}: 3 steps for the {target}"
         for family in ("bespoke solver", "learned timesteps")
