@@ -153,15 +153,24 @@ def test_what_plans_do_on_photographs_is_what_was_recorded():
         assert said in " ".join(README.split())
 
 
-def test_where_a_learned_solver_is_ahead_is_what_was_recorded():
+def test_where_a_learned_solver_is_level_is_what_was_recorded():
     judged = arena.strongest(arena.verdicts(load_table(RECORDED / "cifar10/arena-dpm-solver.parquet")))
     judged = judged.set_index(["target", "budget", "measure"]).loc["converged", 2]
     median, tail = judged.loc["median"], judged.loc["5th percentile"]
-    assert median.method == tail.method == "bespoke solver: 24 steps for the converged" and tail.verdict == "level"
+    assert median.method == tail.method == "bespoke solver: 24 steps for the converged"
+    assert (median.verdict, tail.verdict) == ("level", "ahead") and "24 of 50" in median.plan
     said = (
-        f"by {-median.lead:.1f} dB ({-median.lead_high:.1f} to {-median.lead_low:.1f}) in the median, level in the tail"
+        f"in the median, {-median.lead:.1f} dB before it ({-median.lead_high:.1f} to {-median.lead_low:.1f}), and behind "
+        f"it in the tail, by {tail.lead:.1f} dB ({tail.lead_low:.1f} to {tail.lead_high:.1f})"
     )
-    assert said in " ".join(README.split())
+    assert said.replace("(-", "(−") in " ".join(README.split())
+
+
+def test_the_readme_says_how_many_rivals_were_drawn_under_ddim():
+    judged = arena.shown(arena.verdicts(load_table(RECORDED / "digits/arena-ddim.parquet")))
+    said = " ".join(README.split())
+    assert f"Under DDIM the same {judged.family.nunique()} rivals are drawn" in said
+    assert f"At 4× {judged[judged.budget == 4].family.nunique()} rivals stand in the comparison." in said
 
 
 def test_what_plans_do_before_the_decoder_is_what_was_recorded():
