@@ -160,8 +160,8 @@ def test_where_a_learned_solver_is_level_is_what_was_recorded():
     assert median.method == tail.method == "bespoke solver: 24 steps for the converged"
     assert (median.verdict, tail.verdict) == ("level", "ahead") and "24 of 50" in median.plan
     said = (
-        f"in the median, {-median.lead:.1f} dB before it ({-median.lead_high:.1f} to {-median.lead_low:.1f}), and behind "
-        f"it in the tail, by {tail.lead:.1f} dB ({tail.lead_low:.1f} to {tail.lead_high:.1f})"
+        f"in the median, {-median.lead:.1f} dB before it ({-median.lead_high:.1f} to {-median.lead_low:.1f}), and "
+        f"behind it in the tail, by {tail.lead:.1f} dB ({tail.lead_low:.1f} to {tail.lead_high:.1f})"
     )
     assert said.replace("(-", "(−") in " ".join(README.split())
 
