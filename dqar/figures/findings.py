@@ -290,7 +290,8 @@ def pareto(run: Run, tables: Mapping[str, pd.DataFrame]) -> str:
 def _plans_and_rivals(tables: Mapping[str, pd.DataFrame]) -> list[str]:
     """Where plans stand among their rivals, and from how many MACs on they are as good as full compute."""
     verdicts = pd.concat(
-        arena.shown(arena.verdicts(table)).assign(n=table.image.nunique()) for table in tables.values()
+        (arena.shown(arena.verdicts(table)).assign(n=table.image.nunique()) for table in tables.values()),
+        ignore_index=True,
     )
     lines = []
     for measure, judged in verdicts.groupby("measure", sort=False):

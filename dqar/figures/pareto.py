@@ -152,7 +152,7 @@ def slide12_pareto(run: Run, tables: dict[str, pd.DataFrame]) -> Figure:
     judged = [arena.verdicts(table).assign(sampler=name) for name, table in tables.items()]
     if not any(map(len, judged)):
         return missing(run, "slide12_pareto", "many images of every method at its best")
-    verdicts = pd.concat(judged)
+    verdicts = pd.concat(judged, ignore_index=True)
     verdicts["sampler"], verdicts["target"] = verdicts.sampler.map(SAMPLER_NAMES), verdicts.target.map(COMPARED)
     facing = pd.concat(arena.strongest(arena.shown(part)) for _, part in verdicts.groupby("sampler", sort=False))
     facing["cell"] = [f"{row.ours:.1f} / {row.theirs:.1f} {SIGNS[row.verdict]}" for row in facing.itertuples()]

@@ -284,6 +284,8 @@ def test_plans_are_ahead_level_or_behind_as_they_were_measured(run, plan, counts
     for measure in ("median", "5th percentile"):
         assert f"In the {measure} of 3 images, DQAR's forecast plans are {numbers}" in said
     assert f"the smallest lead is {lead} dB, over TaylorSeer at 2×" in said
+    table = pd.DataFrame(rows, columns=columns)
+    assert "of 6 comparisons" in findings.pareto(run, {"dpm-solver++": table, "ddim": table})
     without = pd.DataFrame(rows, columns=columns).query("family != 'DQAR plan'")
     assert findings.pareto(run, {"DPM": without}) == "No plan has been compared yet for the profile smoke."
 

@@ -87,6 +87,25 @@ def test_the_smallest_lead_is_told_only_where_plans_are_ahead_everywhere(leads, 
     assert said in pareto.leads_in_words(table)
 
 
+def test_two_samplers_stand_in_one_table_under_one_title(tmp_path):
+    """One is drawn as the other is: twice the comparisons, and the smallest lead is one."""
+    rows = [
+        (method, family, made_for, image, mse, mse, 4.0)
+        for method, family, made_for, mse in (
+            ("full compute", "full compute", None, 1e-9),
+            ("plan", "DQAR plan", "reference", 1e-5),
+            ("rival", "TaylorSeer", None, 1e-4),
+        )
+        for image in range(3)
+    ]
+    columns = ["method", "family", "made_for", "image", "mse", "mse_converged", "macs_speedup"]
+    run, table = Run("digits", 0, tmp_path), pd.DataFrame(rows, columns=columns)
+    pareto.slide12_pareto(run, {"dpm-solver++": table, "ddim": table})
+    sidecar = json.loads((run.figures / "appendix/slide12_pareto.json").read_text())
+    assert sidecar["title"].startswith("On digits, DQAR's plans are ahead of 1 rivals at 2×")
+    assert "by 10.0 dB or more" in sidecar["title"] and len(sidecar["table"]["rows"]) == 4
+
+
 def test_a_title_says_how_many_rivals_are_drawn_so_far(tmp_path, monkeypatch):
     """Of those that are as fast as the least budget in some setting."""
     monkeypatch.setattr(pareto.arena, "fastest", lambda _run: pd.Series({"PAB": 1.5, "SeaCache": 2.0, "DQAR plan": 5}))
