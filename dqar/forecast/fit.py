@@ -297,9 +297,15 @@ class Calibration:
                 best = fitted
             tried[steps] = trials[steps]
         computed = min(tried, key=lambda steps: tried[steps][1])
+        kept = None if path is None else path.with_name(f"firmer-{path.name}")
+        firm = dict(json.loads(kept.read_text())) if kept is not None and kept.exists() else {}
+        if str(computed) not in firm:
+            firm[str(computed)] = self.fit(computed, part, firmness=FIRMER).error[part:].mean().item()
+            if kept is not None:
+                write_json(kept, firm)
         errors = [{"computed": list(s), "predicted": p, "measured": m} for s, (p, m) in tried.items()]
-        firmer = self.fit(computed, part, firmness=FIRMER).error[part:].mean().item() < tried[computed][1]
-        return self.plan_of(self.fit(computed, self.images, firmness=FIRMER if firmer else 1), errors)
+        firmness = FIRMER if firm[str(computed)] < tried[computed][1] else 1
+        return self.plan_of(self.fit(computed, self.images, firmness=firmness), errors)
 
     def plan_of(self, fitted: Fitted, trials: Sequence[Mapping[str, Any]] = ()) -> ForecastPlan:
         """The plan of a fit; its provenance has the ``trials`` that led to it."""
