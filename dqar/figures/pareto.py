@@ -192,7 +192,7 @@ def slide13_conditions(run: Run, tables: dict[arena.Condition, pd.DataFrame]) ->
     judged = {condition: verdicts for condition, verdicts in judged.items() if len(verdicts)}
     if not judged:
         return missing(run, "slide13_conditions", "many images of every method at its best")
-    figure, panels = plt.subplots(1, 2, sharey=True, sharex=True)
+    figure, panels = plt.subplots(1, 2, sharey=True, sharex=True, width_ratios=(1.1, 1))  # the left has longer words
     rows, ticks, place = [], dict[float, str](), 0.0
     for condition, verdicts in judged.items():
         facing, number = arena.strongest(verdicts), tables[condition].image.nunique()
@@ -227,7 +227,7 @@ def slide13_conditions(run: Run, tables: dict[arena.Condition, pd.DataFrame]) ->
         axes.margins(x=0.08)
         axes.grid(axis="y", visible=False)
     panels[0].set_yticks(list(ticks), list(ticks.values()), size=SMALLEST)
-    panels[1].legend(loc="upper right", ncols=2, fontsize=SMALLEST, borderpad=0.2, columnspacing=0.8, handletextpad=0.3)
+    panels[1].legend(loc="best", ncols=2, fontsize=SMALLEST, borderpad=0.2, columnspacing=0.8, handletextpad=0.3)
     headline(figure, leads_in_words(table))
     shown = table[["condition", "n", "target", "budget", "measure", "plan", "method", "verdict"]]
     shown = shown.rename(columns={"method": "strongest rival"})

@@ -60,8 +60,8 @@ def works(profile: Profile, folder: Path) -> dict[str, Work]:
     budgets = sorted(set(numbers))
     # Three starts, a firmer ridge, and the plan itself.
     fits = sum((5 + sizes.refinements * budgets[-1] // number) * number for number in budgets)
-    # For the converged solution, from twice as many images.
-    follow = len(pareto.SAMPLERS) * sizes.plan_images * (steps + fits + 2 * (FINER * steps + fits))
+    followed = sizes.plan_images * (steps + fits) + sizes.converged_images * (FINER * steps + fits)
+    follow = len(pareto.SAMPLERS) * followed
     compared = [_some(profile, sampler, folder, sizes) for sampler in pareto.SAMPLERS]
     calibrated = sum(
         RIVALS[name].calibration_images for methods in compared for name in {m.family for m in methods} & RIVALS.keys()

@@ -183,6 +183,18 @@ def test_a_growing_table_keeps_what_was_measured_before_a_failure(tmp_path):
     assert load_table(own.folder / "arena-x.parquet").method.tolist() == ["a"]
 
 
+def test_a_growing_table_takes_no_method_with_another_number_of_images(tmp_path):
+    own = recording(tmp_path)
+
+    def part(name, number):
+        return lambda: pd.DataFrame({"method": name, "image": range(number)})
+
+    own.growing("arena-x", {"a": part("a", 2)}, 1)
+    with pytest.raises(ValueError, match="2 images of some methods, and 3 of others"):
+        own.growing("arena-x", {"a": part("a", 3), "b": part("b", 3)}, 1)
+    assert load_table(own.folder / "arena-x.parquet").method.tolist() == ["a", "a"]
+
+
 def test_a_growing_table_of_another_model_is_refused(tmp_path):
     own = recording(tmp_path)
     other = get_profile("smoke", guidance_scale=3.0)

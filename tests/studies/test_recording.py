@@ -174,5 +174,7 @@ def test_images_limit_every_part():
     few, many = (Sizes.of(get_profile("dit-xl-2", images=n)) for n in (5, 10_000))
     assert (few.samples, few.part, few.plan_images, few.pareto_images, few.sweep_images) == (5, 5, 5, 5, 5)
     assert (many.samples, many.part, many.plan_images, many.pareto_images) == (10_000, 100, 120, 20)
+    assert (few.converged_images, many.converged_images) == (10, 240)
     assert few.label_images == 10  # or no class would be left for a policy to be judged by
     assert Sizes.of(get_profile("digits")) == Sizes()
+    assert Sizes.of(get_profile("cifar10")) == Sizes(converged_images=480, arena_images=250)
