@@ -93,8 +93,8 @@ FEW: dict[str, Any] = {
     **{"bits_images": 2, "tuning_steps": 2, "tuning_batch": 4, "tuned_images": 2},
 }
 """``Sizes`` that show whether all works."""
-MORE: dict[str, dict[str, Any]] = {"cifar10": {"converged_images": 480, "arena_images": 250}}
-"""``Sizes`` of embedded models that have their own."""
+MORE: dict[str, dict[str, Any]] = {"cifar10": {"converged_images": 480, "refinements": 2, "arena_images": 250}}
+"""``Sizes`` of embedded models that have their own: a fit to photographs takes minutes."""
 LIMITED = (
     *("sweep_images", "part", "pareto_images", "arena_images", "search_images", "front_images", "batch_images"),
     *("tuned_images", "bits_images"),
@@ -244,14 +244,20 @@ class Recording:
         return self.table(name, parts, seed)
 
     def drawn(self, method: Method, seed: int, first_image: int, number: int) -> Drawn:
-        """Images that others are compared with: drawn once, and kept beside the parts."""
+        """Images that others are compared with: drawn once, ``sizes.part`` at a time, and kept beside the parts."""
         name = slug(f"{method.name} {method.scheduler or self.profile.scheduler}")
-        path = self.parts / f"{name}-{seed}-{first_image}-{number}.pt"
-        if not path.exists():
-            drawn = draw(method, self.many_at_once, seed, first_image, number)
-            with atomic_path(path) as temporary:
-                torch.save({"images": drawn.images, "labels": drawn.labels, "macs": drawn.macs}, temporary)
-        return Drawn(method, **torch.load(path, weights_only=True), sites_reused=0.0, events=0.0, cache_bytes=0.0)
+        kept = []
+        for first in range(first_image, first_image + number, self.sizes.part):
+            count = min(self.sizes.part, first_image + number - first)
+            path = self.parts / f"{name}-{seed}-{first}-{count}.pt"
+            if not path.exists():
+                drawn = draw(method, self.many_at_once, seed, first, count)
+                with atomic_path(path) as temporary:
+                    torch.save({"images": drawn.images, "labels": drawn.labels, "macs": drawn.macs}, temporary)
+            kept.append(torch.load(path, weights_only=True))
+        images, labels = (torch.cat([part[field] for part in kept]) for field in ("images", "labels"))
+        macs = sum(part["macs"] * len(part["labels"]) for part in kept) / number
+        return Drawn(method, images, labels, macs, sites_reused=0.0, events=0.0, cache_bytes=0.0)
 
 
 def _sitting(source: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What goes wrong in a recording is one clear message, and finished parts stay; what it takes is said beforehand."""
 
+import dataclasses
 import errno
 import shutil
 
@@ -15,7 +16,7 @@ from dqar.measure import results as files
 from dqar.models.pipelines import cached_pipeline
 from dqar.models.profiles import Weights, get_profile
 from dqar.studies import estimate, pareto, policy, record
-from dqar.studies.compare import Method
+from dqar.studies.compare import FULL, Method, draw
 from dqar.studies.recording import Recording, Sizes
 
 ASKED = ["record", "--profile", "dit-xl-2", "--device", "cpu", "--set", "dtype=float32", "--set", "rehearsal=true"]
@@ -177,4 +178,17 @@ def test_images_limit_every_part():
     assert (few.converged_images, many.converged_images) == (10, 240)
     assert few.label_images == 10  # or no class would be left for a policy to be judged by
     assert Sizes.of(get_profile("digits")) == Sizes()
-    assert Sizes.of(get_profile("cifar10")) == Sizes(converged_images=480, arena_images=250)
+    assert Sizes.of(get_profile("cifar10")) == Sizes(converged_images=480, refinements=2, arena_images=250)
+
+
+def test_what_others_are_compared_with_is_drawn_in_parts_that_are_kept(tmp_path):
+    own = Recording(get_profile("smoke"), tmp_path / "work", tmp_path / "out")
+    own.sizes = dataclasses.replace(own.sizes, part=2)
+    first = own.drawn(FULL, 5, 1, 3)
+    kept = {path: path.stat().st_mtime_ns for path in own.parts.glob("*.pt")}
+    whole, all_of_them = draw(FULL, own.many_at_once, 5, 1, 5), own.drawn(FULL, 5, 1, 5)
+    assert len(kept) == 2 and all(path.stat().st_mtime_ns == when for path, when in kept.items())
+    assert len(list(own.parts.glob("*.pt"))) == 4  # of images 3 and 4 together, and of 5
+    assert torch.equal(all_of_them.images[:2], first.images[:2])
+    torch.testing.assert_close(all_of_them.images, whole.images)
+    assert all_of_them.labels.tolist() == whole.labels.tolist() and all_of_them.macs == pytest.approx(whole.macs)
