@@ -297,9 +297,10 @@ def _plans_and_rivals(tables: Mapping[str, pd.DataFrame]) -> list[str]:
     for measure, judged in verdicts.groupby("measure", sort=False):
         count, least = judged.verdict.value_counts(), judged.loc[judged.lead.idxmin()]
         lines.append(
-            f"In the {measure} of {judged.n.min()} images, DQAR's forecast plans are ahead of their rivals in "
-            f"{count.get('ahead', 0)} of {len(judged)} comparisons, level in {count.get('level', 0)}, behind in "
-            f"{count.get('behind', 0)} (95% intervals); the smallest lead is {least.lead:+.1f} dB, over {least.family} "
+            f"In the {measure} of {judged.n.min():,} images{' or more' * (judged.n.nunique() > 1)}, DQAR's forecast "
+            f"plans are ahead of their rivals in {count.get('ahead', 0)} of {len(judged)} comparisons, level in "
+            f"{count.get('level', 0)}, behind in {count.get('behind', 0)} (95% intervals); the smallest lead is "
+            f"{least.lead:+.1f} dB, over {least.family} "
             f"at {least.budget:g}×."
         )
     lossless = max(arena.lossless(table) for table in tables.values())

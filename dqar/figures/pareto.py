@@ -96,8 +96,8 @@ def _front(run: Run, name: str, where: str, table: pd.DataFrame) -> Figure:
     tight = {"handlelength": 1.0, "handletextpad": 0.4, "columnspacing": 0.6, "labelspacing": 0.3, "ncols": 2}
     panels[1].legend(drawn.values(), drawn.keys(), loc="upper center", fontsize=SMALLEST, **tight)
     panels[0].set_ylabel("PSNR (dB)")
-    headline(figure, f"{where}, {_lead(arena.verdicts(table))}{rivals_drawn(run, [table])}")
-    note = f"line: median to 5th percentile, ○: of the mean squared error; n = {table.image.nunique()} images"
+    headline(figure, f"{where}, {_lead(arena.verdicts(table).assign(sampler=''))}{rivals_drawn(run, [table])}")
+    note = f"line: median to 5th percentile, ○: of the mean squared error; n = {table.image.nunique():,} images"
     return save(run, name, figure, table, note)
 
 
@@ -131,14 +131,16 @@ def rivals_drawn(run: Run, tables: Iterable[pd.DataFrame]) -> str:
 
 
 def _lead(verdicts: pd.DataFrame) -> str:
-    """Where the plans stand, in words that follow from the intervals."""
+    """Where the plans stand, in words that follow from the intervals; ``sampler`` is a column of the verdicts."""
     judged = arena.shown(verdicts)
     if judged.empty:
         return "no plan is measured beside a rival yet"
     count, least = judged.verdict.value_counts(), judged.loc[judged.lead.idxmin()]
     rivals, all_of_them = judged.family.nunique(), len(judged)
     if count.get("ahead", 0) == all_of_them:
-        drawn = [f"{number} at {budget:g}×" for budget, number in judged.groupby("budget").family.nunique().items()]
+        # Under several samplers, so many under each.
+        drawn_at = judged.groupby(["sampler", "budget"]).family.nunique().groupby("budget").min()
+        drawn = [f"{number} at {budget:g}×" for budget, number in drawn_at.items()]
         rivals_at = drawn[0].replace(" at", " rivals at") + "".join(f", {more}" for more in drawn[1:])
         return f"DQAR's plans are ahead of {rivals_at}, in the median and the tail, by {least.lead:.1f} dB or more"
     return (
@@ -161,7 +163,8 @@ def slide12_pareto(run: Run, tables: dict[str, pd.DataFrame]) -> Figure:
     wide.columns = ["Sampler", "PSNR to", "Image", *(f"{budget:g}×" for budget in wide.columns[3:])]
     table = next(iter(tables.values()))
     signs = ", ".join(f"{sign} {name}" for name, sign in SIGNS.items())
-    note = f"plan / rival (dB); {signs} (95% interval); n = {table.image.nunique()}"
+    numbers = dict.fromkeys(table.image.nunique() for table in tables.values())
+    note = f"plan / rival (dB); {signs} (95% interval); n = {' and '.join(f'{n:,}' for n in numbers)}"
     widths = [14, 17, 14, *[13] * (len(wide.columns) - 3)]
     title = f"On {_model(run.profile)}, {_lead(verdicts)}{rivals_drawn(run, tables.values())}"
     figure = save_table(run, "slide12_pareto", title, wide, widths, table, note)
@@ -199,7 +202,7 @@ def slide13_conditions(run: Run, tables: dict[arena.Condition, pd.DataFrame]) ->
         at = {budget: place + 1 + line for line, budget in enumerate(sorted(facing.budget.unique()))}
         ticks |= {line: f"{budget:g}×" for budget, line in at.items()}
         rows.append(facing.assign(condition=_where(condition), n=number, place=facing.budget.map(at)))
-        beside = f"n = {number}, {verdicts.family.nunique()} rivals"
+        beside = f"n = {number:,}, {verdicts.family.nunique()} rivals"
         for axes, text in zip(panels, (_where(condition), beside), strict=True):
             where = axes.get_yaxis_transform()
             axes.text(0.01, place, text, transform=where, va="center", size=SMALLEST, weight="bold", in_layout=False)

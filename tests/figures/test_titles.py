@@ -104,6 +104,21 @@ def test_two_samplers_stand_in_one_table_under_one_title(tmp_path):
     sidecar = json.loads((run.figures / "appendix/slide12_pareto.json").read_text())
     assert sidecar["title"].startswith("On digits, DQAR's plans are ahead of 1 rivals at 2×")
     assert "by 10.0 dB or more" in sidecar["title"] and len(sidecar["table"]["rows"]) == 4
+    assert sidecar["note"].endswith("n = 3")
+
+
+def test_a_title_counts_the_rivals_that_stand_under_every_sampler(tmp_path):
+    """Two samplers, of unlike rivals and images."""
+    run, tables = Run("digits", 0, tmp_path), {}
+    for sampler, rivals, images in (("dpm-solver++", ("TaylorSeer", "SeaCache"), 4), ("ddim", ("SeaCache",), 3)):
+        errors = {"full compute": 1e-9, "DQAR plan": 1e-5, **dict.fromkeys(rivals, 1e-4)}
+        rows = [(name, i, mse, mse) for name, mse in errors.items() for i in range(images)]
+        table = pd.DataFrame(rows, columns=["family", "image", "mse", "mse_converged"])
+        table["made_for"] = table.family.map({"DQAR plan": "reference"})
+        tables[sampler] = table.assign(method=table.family, macs_speedup=2.0)
+    pareto.slide12_pareto(run, tables)
+    sidecar = json.loads((run.figures / "appendix/slide12_pareto.json").read_text())
+    assert "ahead of 1 rivals at 2×, in the median" in sidecar["title"] and sidecar["note"].endswith("n = 4 and 3")
 
 
 def test_a_title_says_how_many_rivals_are_drawn_so_far(tmp_path, monkeypatch):
