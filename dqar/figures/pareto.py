@@ -85,11 +85,15 @@ def slide13_fronts(run: Run, tables: dict[str, pd.DataFrame]) -> list[Figure]:
 def _front(run: Run, name: str, where: str, table: pd.DataFrame) -> Figure:
     figure, panels = plt.subplots(1, 2, sharey=True)
     for axes, (target, label) in zip(panels, TARGETS.items(), strict=True):
-        _draw_kinds(axes, arena.best_of_kinds(table, target))
         axes.set_title(label.replace("50", str(run.profile.num_inference_steps)))
-    points = arena.standings(table, "converged")
-    full = points[points.family == FULL.name]["median"].iloc[0]
-    panels[1].axhline(full, color=DARK, ls="--", lw=2, label="full compute itself")
+        if arena.ERRORS[target] in table:
+            _draw_kinds(axes, arena.best_of_kinds(table, target))
+        else:
+            axes.text(0.5, 0.4, "not measured", transform=axes.transAxes, ha="center", size=SMALLEST)
+    if arena.ERRORS["converged"] in table:
+        points = arena.standings(table, "converged")
+        full = points[points.family == FULL.name]["median"].iloc[0]
+        panels[1].axhline(full, color=DARK, ls="--", lw=2, label="full compute itself")
     low, high = panels[1].get_ylim()
     panels[1].set_ylim(low, high + 0.5 * (high - low))  # room for the legend
     drawn = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}

@@ -286,7 +286,9 @@ def best_of_kinds(table: pd.DataFrame, target: Target) -> pd.DataFrame:
 
 def lossless(table: pd.DataFrame) -> float:
     """How many times fewer MACs the cheapest plan takes that is as near to the converged solution as full compute is,
-    in the median and in the 5th percentile; NaN if none is."""
+    in the median and in the 5th percentile; NaN if none is, or if that wasn't measured."""
+    if ERRORS["converged"] not in table:
+        return math.nan
     points = standings(table, "converged")
     full, plans = points[points.family == FULL.name], pareto.own_plans(points, "converged")
     as_near = plans[(plans[list(SHOWN)] >= full[list(SHOWN)].max()).all(axis=1)]

@@ -107,6 +107,16 @@ def test_two_samplers_stand_in_one_table_under_one_title(tmp_path):
     assert sidecar["note"].endswith("n = 3")
 
 
+def test_where_the_converged_solution_was_not_measured_a_front_says_so(tmp_path):
+    errors = {"full compute": 1e-9, "DQAR plan": 1e-5, "TaylorSeer": 1e-4}
+    rows = [(name, i, mse) for name, mse in errors.items() for i in range(3)]
+    table = pd.DataFrame(rows, columns=["family", "image", "mse"]).assign(macs_speedup=2.0, fd=1.0)
+    table["made_for"] = table.family.map({"DQAR plan": "reference"})
+    [figure] = pareto.slide13_fronts(Run("cifar10", 0, tmp_path), {"ddim": table.assign(method=table.family)})
+    shown = [[text.get_text() for text in axes.texts] for axes in figure.axes]
+    assert shown == [[], ["not measured"]] and figure.axes[0].lines and not figure.axes[1].lines
+
+
 def test_a_title_counts_the_rivals_that_stand_under_every_sampler(tmp_path):
     """Two samplers, of unlike rivals and images."""
     run, tables = Run("digits", 0, tmp_path), {}

@@ -107,6 +107,7 @@ def test_conditions_are_what_is_recorded_of_the_model_and_of_photographs(tmp_pat
 def test_a_table_without_converged_errors_is_judged_by_the_reference_alone():
     own = table({"full": [90] * 5, "plan 2": [45] * 5, "25 steps": [40] * 5}).drop(columns="mse_converged")
     assert set(arena.verdicts(own, 50).target) == {"reference"}
+    assert math.isnan(arena.lossless(own))
 
 
 def test_latents_are_compared_before_the_decoder(tmp_path):
