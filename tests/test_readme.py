@@ -173,6 +173,18 @@ def test_the_readme_says_how_many_rivals_were_drawn_under_ddim():
     assert f"At 4× {judged[judged.budget == 4].family.nunique()} rivals stand in the comparison." in said
 
 
+def test_the_readme_says_how_plans_stand_at_guidance_4():
+    table = load_table(RECORDED / "digits-guidance-scale-4-0/arena-dpm-solver.parquet")
+    judged = arena.shown(arena.verdicts(table))
+    assert set(judged.verdict) == {"ahead"} and table.image.nunique() == 200
+    assert "learned timesteps" not in set(table.family) and "mse_converged" not in table
+    said = " ".join(README.split())
+    assert f"{judged.family.nunique()} rivals at settings that were best in sweeps at guidance 4" in said
+    counts = judged.groupby("budget").family.nunique()
+    assert "guidance 4: {} stand in the comparison at 2×, {} at 3× and {} at 4×;".format(*counts) in said
+    assert f"plans are ahead everywhere, by {judged.lead.min():.1f} dB or more" in said
+
+
 def test_what_plans_do_before_the_decoder_is_what_was_recorded():
     judged = arena.shown(arena.verdicts(load_table(RECORDED / "cifar10/latents-dpm-solver.parquet")))
     assert set(judged.verdict) == {"ahead"} and set(judged.budget) == {2, 3, 4} and set(judged.target) == {"reference"}
