@@ -73,24 +73,18 @@ class Sizes:
         """Of a profile; its ``images`` limit every part, but labels, which have to be ten for a policy."""
         few, most = profile.rehearsal or profile.name == "smoke", profile.images
         sizes = cls(**FEW) if few else cls(**MORE.get(profile.model, {}))
-        fitted = {"plan_images": min(sizes.plan_images, max(2, most))}
-        fitted["converged_images"] = min(sizes.converged_images, 2 * max(2, most))
+        if not few:
+            fitted = {"plan_images": max(2, most), "converged_images": 2 * max(2, most)}
+            sizes = dataclasses.replace(sizes, **{name: min(getattr(sizes, name), n) for name, n in fitted.items()})
         limited = {name: min(getattr(sizes, name), most) for name in LIMITED}
-        return dataclasses.replace(sizes, label_images=10 if most < 20 else 20, samples=most, **limited, **fitted)
+        return dataclasses.replace(sizes, label_images=10 if most < 20 else 20, samples=most, **limited)
 
 
 FEW: dict[str, Any] = {
     **{"sites_per_step": 2, "sweep_images": 2, "part": 3, "plan_images": 10, "converged_images": 20, "refinements": 1},
-    **{
-        "solver_pairs": 4,
-        "solver_iterations": 2,
-        "pareto_images": 2,
-        "pareto_settings": 1,
-        "arena_images": 2,
-        "search_trials": 3,
-    },
-    **{"search_images": 2, "front_points": 1, "front_images": 2, "batch_images": 2, "batch_repeats": 1},
-    **{"bits_images": 2, "tuning_steps": 2, "tuning_batch": 4, "tuned_images": 2},
+    **{"solver_pairs": 4, "solver_iterations": 2, "pareto_images": 2, "pareto_settings": 1, "arena_images": 2},
+    **{"search_trials": 3, "search_images": 2, "front_points": 1, "front_images": 2, "batch_images": 2},
+    **{"batch_repeats": 1, "bits_images": 2, "tuning_steps": 2, "tuning_batch": 4, "tuned_images": 2},
 }
 """``Sizes`` that show whether all works."""
 MORE: dict[str, dict[str, Any]] = {"cifar10": {"converged_images": 480, "refinements": 2, "arena_images": 250}}
