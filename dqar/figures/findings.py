@@ -300,8 +300,7 @@ def _plans_and_rivals(tables: Mapping[str, pd.DataFrame]) -> list[str]:
             f"In the {measure} of {judged.n.min():,} images{' or more' * (judged.n.nunique() > 1)}, DQAR's forecast "
             f"plans are ahead of their rivals in {count.get('ahead', 0)} of {len(judged)} comparisons, level in "
             f"{count.get('level', 0)}, behind in {count.get('behind', 0)} (95% intervals); the smallest lead is "
-            f"{least.lead:+.1f} dB, over {least.family} "
-            f"at {least.budget:g}×."
+            f"{least.lead:+.1f} dB, over {least.family} at {least.budget:g}×."
         )
     lossless = max(arena.lossless(table) for table in tables.values())
     if lines and not math.isnan(lossless):

@@ -201,10 +201,10 @@ class Recording:
         for method in tqdm(missing, desc=name):
             tables[method] = parts[method]()
             tables[method].attrs = {}
-            images = {len(rows) for rows in tables.values() if "image" in rows}
+            images = list(dict.fromkeys(len(rows) for rows in tables.values() if "image" in rows))
             if len(images) > 1:
                 raise ValueError(
-                    f"{path} has {min(images)} images of some methods, and {max(images)} of others are asked for: "
+                    f"{path} has {images[0]} images of some methods, and {images[-1]} of others are asked for: "
                     "remove it, or choose another --out"
                 )
             now["seconds"] = time.monotonic() - started
