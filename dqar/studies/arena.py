@@ -22,7 +22,7 @@ from dqar.measure.results import RECORDED, Run, load_table, slug
 from dqar.models.profiles import PROFILES, Profile
 from dqar.studies import pareto
 from dqar.studies.compare import FULL, OURS, Method, draw
-from dqar.studies.recording import ARENA_SEED, Recording
+from dqar.studies.recording import ARENA_SEED, Recording, Sizes
 
 BUDGETS = (2, 3, 4)
 """Full compute's MACs over a method's, at least."""
@@ -96,12 +96,19 @@ def finalists(methods: list[Method], screened: pd.DataFrame) -> list[Method]:
     return [full, *(by_name[name] for name in chosen if name in by_name and name != full.name)]
 
 
+def number_of_images(profile: Profile, sizes: Sizes, sampler: str) -> int:
+    """That an arena is recorded on: more under a profile's own sampler and settings, which headlines rest on."""
+    headline = sampler == profile.scheduler and profile.label == profile.name
+    return sizes.headline_images if headline else sizes.arena_images
+
+
 def record_arena(recording: Recording) -> None:
     """The finalists of every sampler's screening, on many images: ``pareto.comparisons``."""
     for sampler in pareto.SAMPLERS:
         methods = pareto.contenders(recording.profile, sampler, recording.folder)
         chosen = finalists(methods, pareto.screened(recording, sampler))
-        parts = pareto.comparisons(recording, chosen, sampler, ARENA_SEED, recording.sizes.arena_images)
+        number = number_of_images(recording.profile, recording.sizes, sampler)
+        parts = pareto.comparisons(recording, chosen, sampler, ARENA_SEED, number)
         recording.growing(table_name(sampler), parts, ARENA_SEED)
 
 
@@ -116,7 +123,7 @@ def record_latents(recording: Recording) -> None:
         return
     judged = strongest(shown(verdicts(load_table(path))))
     names = set(judged[judged.target == "reference"][["plan", "method"]].to_numpy().flat)
-    number = recording.sizes.arena_images
+    number = number_of_images(profile, recording.sizes, profile.scheduler)
 
     @functools.cache
     def drawn(method: Method) -> tuple[torch.Tensor, float]:

@@ -66,12 +66,12 @@ def works(profile: Profile, folder: Path) -> dict[str, Work]:
     calibrated = sum(
         RIVALS[name].calibration_images for methods in compared for name in {m.family for m in methods} & RIVALS.keys()
     )
-    families = sum(len({method.family for method in methods}) for methods in compared)
-    finalists = families * len(get_args(Target)) * len(arena.BUDGETS)
+    in_arena = [arena.number_of_images(profile, sizes, sampler) for sampler in pareto.SAMPLERS]
+    families = sum(len({x.family for x in methods}) * n for methods, n in zip(compared, in_arena, strict=True))
+    finalists, drawn_beside = families * len(get_args(Target)) * len(arena.BUDGETS), sum(in_arena) * (1 + FINER)
     # Full compute, and at each budget a plan and a rival by each measure.
-    before_decoder = (
-        pareto.has_decoder(profile) * (1 + len(arena.BUDGETS) * (1 + len(arena.SHOWN))) * sizes.arena_images
-    )
+    before_decoder = pareto.has_decoder(profile) * (1 + len(arena.BUDGETS) * (1 + len(arena.SHOWN)))
+    before_decoder *= arena.number_of_images(profile, sizes, profile.scheduler)
     # Rule and policy for two targets, and for each budget a plan, fewer steps and two rivals, are still to come.
     methods = max(len(results.methods(profile, folder)), 11 + 4 + 4 * len(pareto.BUDGETS))
     dtypes = 2 * part
@@ -107,10 +107,7 @@ def works(profile: Profile, folder: Path) -> dict[str, Work]:
             (sum(len(methods) + 1 + FINER for methods in compared) * sizes.pareto_images + calibrated) * steps,
             images=sum(map(len, compared)) * sizes.pareto_images + calibrated,
         ),
-        "arena": Work(
-            (finalists + len(compared) * (1 + FINER)) * sizes.arena_images * steps,
-            images=finalists * sizes.arena_images,
-        ),
+        "arena": Work((finalists + drawn_beside) * steps, images=finalists),
         "latents": Work(before_decoder * steps, images=before_decoder),
         "speed": Work(0, small=methods * (profile.repeats + 1) * 4 * steps, images=methods * 4 * (profile.repeats + 1)),
         "memory": Work(0, small=methods * 4 * steps, images=methods * 4),

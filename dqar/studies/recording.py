@@ -50,7 +50,8 @@ class Sizes:
     pareto_settings: int | None = None
     """Settings of each family at most; ``None``: all."""
     arena_images: int = 200
-    """Of each family's best settings."""
+    """Of each family's best settings; ``headline_images``: under the profile's own sampler and settings."""
+    headline_images: int = 200
     bits_images: int = 4
     """That the bits of each layer are chosen by."""
     search_trials: int = 60
@@ -83,15 +84,25 @@ class Sizes:
 FEW: dict[str, Any] = {
     **{"sites_per_step": 2, "sweep_images": 2, "part": 3, "plan_images": 10, "converged_images": 20, "refinements": 1},
     **{"solver_pairs": 4, "solver_iterations": 2, "pareto_images": 2, "pareto_settings": 1, "arena_images": 2},
-    **{"search_trials": 3, "search_images": 2, "front_points": 1, "front_images": 2, "batch_images": 2},
+    **{
+        "headline_images": 2,
+        "search_trials": 3,
+        "search_images": 2,
+        "front_points": 1,
+        "front_images": 2,
+        "batch_images": 2,
+    },
     **{"batch_repeats": 1, "bits_images": 2, "tuning_steps": 2, "tuning_batch": 4, "tuned_images": 2},
 }
 """``Sizes`` that show whether all works."""
-MORE: dict[str, dict[str, Any]] = {"cifar10": {"converged_images": 480, "refinements": 2, "arena_images": 250}}
+MORE: dict[str, dict[str, Any]] = {
+    "digits": {"headline_images": 1000},
+    "cifar10": {"converged_images": 480, "refinements": 2, "arena_images": 250, "headline_images": 250},
+}
 """``Sizes`` of embedded models that have their own: a fit to photographs takes minutes."""
 LIMITED = (
-    *("sweep_images", "part", "pareto_images", "arena_images", "search_images", "front_images", "batch_images"),
-    *("tuned_images", "bits_images"),
+    *("sweep_images", "part", "pareto_images", "arena_images", "headline_images", "search_images", "front_images"),
+    *("batch_images", "tuned_images", "bits_images"),
 )
 """``Sizes`` that are a profile's ``images`` at most."""
 

@@ -10,7 +10,7 @@ from dqar.measure.sampling import first_latents
 from dqar.models.profiles import get_profile
 from dqar.studies import arena, pareto, solvers
 from dqar.studies.compare import FULL, Method
-from dqar.studies.recording import ARENA_SEED, Recording
+from dqar.studies.recording import ARENA_SEED, Recording, Sizes
 
 SPEEDUPS = {"full": 1, "plan 2": 2, "plan 3": 3.1, "other plan": 2, "20 steps": 2.5, "25 steps": 2, "cache": 3}
 
@@ -155,6 +155,16 @@ def test_finalists_are_the_best_at_some_budget_and_the_plans_that_are_judged():
 
 def recording(tmp_path):
     return Recording(get_profile("smoke"), tmp_path / "work", tmp_path / "out")
+
+
+def test_an_arena_has_most_images_under_the_profiles_own_sampler_and_settings():
+    sizes = Sizes(arena_images=2, headline_images=5)
+    digits, others = (
+        get_profile("digits"),
+        [get_profile("digits", guidance_scale=4.0), get_profile("digits", batch_size=7)],
+    )
+    assert [arena.number_of_images(digits, sizes, sampler) for sampler in ("dpm-solver++", "ddim")] == [5, 2]
+    assert [arena.number_of_images(other, sizes, "dpm-solver++") for other in others] == [2, 5]
 
 
 def test_a_growing_table_measures_only_what_it_lacks_and_drops_what_nobody_asks_for(tmp_path):
