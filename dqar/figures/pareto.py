@@ -62,7 +62,7 @@ WAYS = {
 }
 SIGNS = {"ahead": "✓", "level": "=", "behind": "✗"}
 TARGETS: dict[Target, str] = {"reference": "to the 50-step reference", "converged": "to the converged solution"}
-COMPARED = {"reference": "full compute", "converged": "converged"}
+COMPARED = {"reference": "50-step reference", "converged": "converged"}
 
 
 def slide13_fronts(run: Run, tables: dict[str, pd.DataFrame]) -> list[Figure]:
@@ -142,11 +142,12 @@ def _lead(verdicts: pd.DataFrame) -> str:
     count, least = judged.verdict.value_counts(), judged.loc[judged.lead.idxmin()]
     rivals, all_of_them = judged.family.nunique(), len(judged)
     if count.get("ahead", 0) == all_of_them:
-        # Under several samplers, so many under each.
-        drawn_at = judged.groupby(["sampler", "budget"]).family.nunique().groupby("budget").min()
+        # Under several samplers and targets, so many under each.
+        drawn_at = judged.groupby(["sampler", "target", "budget"]).family.nunique().groupby("budget").min()
         drawn = [f"{number} at {budget:g}×" for budget, number in drawn_at.items()]
         rivals_at = drawn[0].replace(" at", " rivals at") + "".join(f", {more}" for more in drawn[1:])
-        return f"DQAR's plans are ahead of {rivals_at}, in the median and the tail, by {least.lead:.1f} dB or more"
+        certain = f"{least.lead:.1f} dB ({least.lead_low:.1f} to {least.lead_high:.1f}) or more"
+        return f"DQAR's plans are ahead of {rivals_at}, in the median and the tail, by {certain}"
     return (
         f"DQAR's plans are ahead of {rivals} rivals in {count.get('ahead', 0)} of {all_of_them} comparisons, level in "
         f"{count.get('level', 0)}, behind in {count.get('behind', 0)}"
@@ -164,7 +165,7 @@ def slide12_pareto(run: Run, tables: dict[str, pd.DataFrame]) -> Figure:
     facing["cell"] = [f"{row.ours:.1f} / {row.theirs:.1f} {SIGNS[row.verdict]}" for row in facing.itertuples()]
     wide = facing.pivot(index=["sampler", "target", "measure"], columns="budget", values="cell")
     wide = wide.reindex(facing.set_index(["sampler", "target", "measure"]).index.unique()).fillna("–").reset_index()
-    wide.columns = ["Sampler", "PSNR to", "Image", *(f"{budget:g}×" for budget in wide.columns[3:])]
+    wide.columns = ["Sampler", "PSNR to", "Measure", *(f"{budget:g}×" for budget in wide.columns[3:])]
     table = next(iter(tables.values()))
     signs = ", ".join(f"{sign} {name}" for name, sign in SIGNS.items())
     numbers = dict.fromkeys(table.image.nunique() for table in tables.values())
@@ -199,18 +200,31 @@ def slide13_conditions(run: Run, tables: dict[arena.Condition, pd.DataFrame]) ->
     judged = {condition: verdicts for condition, verdicts in judged.items() if len(verdicts)}
     if not judged:
         return missing(run, "slide13_conditions", "many images of every method at its best")
-    figure, panels = plt.subplots(1, 2, sharey=True, sharex=True, width_ratios=(1.1, 1))  # the left has longer words
+    figure, panels = plt.subplots(1, 2, sharey=True, sharex=True)
     rows, ticks, place = [], dict[float, str](), 0.0
     for condition, verdicts in judged.items():
         facing, number = arena.strongest(verdicts), tables[condition].image.nunique()
-        at = {budget: place + 1 + line for line, budget in enumerate(sorted(facing.budget.unique()))}
+        at = {budget: place + line for line, budget in enumerate(sorted(facing.budget.unique()))}
         ticks |= {line: f"{budget:g}×" for budget, line in at.items()}
-        rows.append(facing.assign(condition=_where(condition), n=number, place=facing.budget.map(at)))
-        beside = f"n = {number:,}, {verdicts.family.nunique()} rivals"
-        for axes, text in zip(panels, (_where(condition), beside), strict=True):
-            where = axes.get_yaxis_transform()
-            axes.text(0.01, place, text, transform=where, va="center", size=SMALLEST, weight="bold", in_layout=False)
-        place += len(at) + 1.4
+        names = {"condition": _where(condition), "latents": condition.latents, "n": number}
+        rows.append(facing.assign(**names, place=facing.budget.map(at)))
+        rivals = sorted({*verdicts.groupby(["target", "budget"]).family.nunique()})
+        rivals = " to ".join(map(str, dict.fromkeys((rivals[0], rivals[-1]))))
+        beside = f"{_where(condition)}\nn = {number:,}, {rivals} rivals"
+        where, middle = panels[0].get_yaxis_transform(), sum(at.values()) / len(at)
+        panels[0].text(-0.14, middle, beside, transform=where, ha="right", va="center", size=SMALLEST)
+        for axes, target in zip(panels, TARGETS, strict=True):
+            if target not in set(facing.target):
+                axes.text(
+                    0.5,
+                    middle,
+                    "not measured",
+                    transform=axes.get_yaxis_transform(),
+                    ha="center",
+                    va="center",
+                    size=SMALLEST,
+                )
+        place += len(at) + 0.6
     table = pd.concat(rows, ignore_index=True)
     table.attrs = next(iter(tables.values())).attrs
     for axes, (target, title) in zip(panels, TARGETS.items(), strict=True):
@@ -230,7 +244,7 @@ def slide13_conditions(run: Run, tables: dict[arena.Condition, pd.DataFrame]) ->
             )
         axes.axvline(0, color=GREY, ls="--", lw=2, zorder=0.8)
         axes.set_title(title.replace("50", str(run.profile.num_inference_steps)))
-        axes.set(xlabel="lead over the strongest rival (dB)", ylim=(place - 0.6, -0.6))
+        axes.set(xlabel="lead over the strongest rival (dB)", ylim=(place - 0.9, -0.7))
         axes.margins(x=0.08)
         axes.grid(axis="y", visible=False)
     panels[0].set_yticks(list(ticks), list(ticks.values()), size=SMALLEST)
@@ -262,13 +276,15 @@ def _where(condition: arena.Condition) -> str:
 
 def leads_in_words(strongest: pd.DataFrame) -> str:
     """Where plans stand beside the strongest rivals of several conditions, in words that follow from the intervals."""
-    count = strongest.verdict.value_counts()
-    where = f"in {strongest.condition.nunique()} conditions"
-    if count.get("ahead", 0) == len(strongest):
-        return f"DQAR's plans are ahead of the strongest rival by {strongest.lead.min():.1f} dB or more, {where}"
+    latents, decoded = (strongest[strongest.latents == inside] for inside in (True, False))
+    count, where = decoded.verdict.value_counts(), f"in {decoded.condition.nunique()} conditions"
+    if len(latents):  # of images that are compared decoded, too
+        where += f"; in latents ahead in {(latents.verdict == 'ahead').sum()} of {len(latents)}"
+    if count.get("ahead", 0) == len(decoded):
+        return f"DQAR's plans are ahead of the strongest rival by {decoded.lead.min():.1f} dB or more, {where}"
     return (
-        f"DQAR's plans are ahead of the strongest rival {count.get('ahead', 0)} times, level {count.get('level', 0)}, "
-        f"behind {count.get('behind', 0)}, {where}"
+        f"DQAR's plans are ahead of the strongest rival in {count.get('ahead', 0)} of {len(decoded)} comparisons, "
+        f"level in {count.get('level', 0)}, behind in {count.get('behind', 0)}, {where}"
     )
 
 
@@ -309,9 +325,8 @@ def slide13_plan_distances(run: Run, table: pd.DataFrame) -> Figure:
     budgets = sorted(table.budget.unique())
     kinds = {"DQAR plan": (ACCENT, "D"), "output extrapolation": KINDS["output extrapolation"]}
     kinds |= {"best other cache": KINDS["best cache"], "fewer steps": KINDS["fewer steps"]}
-    screened = pareto.recorded(run, run.profile.scheduler)
-    caches = set(RIVALS) if screened is None else set(RIVALS) & set(screened.family)
-    names = {"best other cache": f"best of {len(caches)} caches"}  # of those that were screened before these were drawn
+    drawn = dict.fromkeys(table.family[table.kind == "best other cache"])
+    names = {"best other cache": ", ".join(drawn)}
     for number, (kind, (color, marker)) in enumerate(kinds.items()):
         line = table[table.kind == kind].set_index("budget").reindex(budgets)
         spread = [line.fd_growth - line.fd_growth_low, line.fd_growth_high - line.fd_growth]
@@ -355,13 +370,14 @@ def slide08_plans(run: Run, plans: dict[str, list[ForecastPlan]]) -> Figure:
     left.set(xlabel="denoising step", ylabel="MAC reduction")
     left.set_title(f"Forecast steps (orange), {SAMPLER_NAMES[sampler.split(',')[0]]}")
     left.grid(False)
-    pairs = []
+    pairs = list[pd.DataFrame]()
     for (name, made), color in zip(plans.items(), (BLUE, GREEN, DARK, "#A9B4BF"), strict=False):
-        trials = pd.DataFrame([trial for plan in made for trial in plan.provenance["trials"]])
+        of_plans = [pd.DataFrame(plan.provenance["trials"]) for plan in made]
+        trials = pd.concat(of_plans)
         name = name.replace("dpm-solver++", "DPM-Solver++").replace("ddim", "DDIM")
         name = name.replace("reference", "full compute")
         right.scatter(trials.predicted**0.5, trials.measured**0.5, color=color, s=45, lw=0, alpha=0.8, label=name)
-        pairs.append(trials)
+        pairs += of_plans
     right.set(xscale="log", yscale="log", xlabel="predicted error (latents)", ylabel="measured error (images)")
     right.set_ylim(top=0.3)  # room for the legend
     plain_ticks(right.xaxis)
@@ -369,11 +385,11 @@ def slide08_plans(run: Run, plans: dict[str, list[ForecastPlan]]) -> Figure:
     right.legend(loc="upper left")
     right.set_title("Every set of steps tried")
     trials = pd.concat(pairs)
-    rho = trials.predicted.corr(trials.measured, "spearman")
+    rho, within = (np.median([part.predicted.corr(part.measured, "spearman") for part in x]) for x in ([trials], pairs))
     headline(
         figure,
-        f"A plan computes the steps that matter: the error it predicts ranks {len(trials)} sets of steps "
-        f"much as the measured one does (rank correlation {rho:.2f})",
+        f"The error that a fit predicts ranks {len(trials)} sets of steps with a correlation of {rho:.2f}, and those "
+        f"of one plan, all as many steps, with {within:.2f} (median): so they are drawn and measured",
     )
     trials.attrs["provenance"] = next(iter(plans.values()))[-1].provenance
     note = f"n = {len(trials)} sets of steps; errors: root mean square, to full compute or converged"
@@ -415,10 +431,14 @@ def promises_in_words(judged: pd.DataFrame) -> str:
     ahead = int((speedups[plans.LADDER] > speedups[plans.MIX]).sum())
     decibels, share = speedups.index[len(speedups) // 2]
     typical = speedups.loc[decibels, share]
+    splits = judged[(judged.decibels == decibels) & (judged.share == share)]
+    splits = splits.pivot(index="split", columns="way", values="macs_speedup")
+    more = int((splits[plans.LADDER] > splits[plans.MIX]).sum())
     return (
-        f"A plan for each image saves more than a random mix in {ahead} of {len(speedups)} promises: {decibels:g} dB "
-        f"in {share:.0%} of images takes {typical[plans.LADDER]:.2f}× fewer MACs, the mix {typical[plans.MIX]:.2f}×, "
-        f"one plan for all {typical[plans.FIXED]:.2f}×"
+        f"A plan for each image saves more than a random mix in {ahead} of {len(speedups)} promises (medians): "
+        f"{decibels:g} dB in {share:.0%} of images takes {typical[plans.LADDER]:.2f}× fewer MACs, the mix "
+        f"{typical[plans.MIX]:.2f}× (less in {more} of {len(splits)} splits), one plan for all "
+        f"{typical[plans.FIXED]:.2f}×"
     )
 
 
@@ -433,8 +453,8 @@ def denoising(run: Run, drawn: pareto.Denoising | None) -> Figure | DisplayedIma
     steps, number = drawn.full.shape[0] - 1, drawn.full.shape[1]
     figure, axes = plt.subplots(2, 2, height_ratios=(8, 1), dpi=75)
     title = (
-        f"A plan that computes {len(drawn.computed)} of {steps} steps, {drawn.macs_speedup:.1f}× fewer MACs, draws "
-        f"the same images: PSNR {drawn.psnr:.0f} dB"
+        f"A plan that computes {len(drawn.computed)} of {steps} steps, {drawn.macs_speedup:.1f}× fewer MACs: these "
+        f"{number} images have {drawn.psnr:.0f} dB to full compute's"
     )
     headline(figure, title)
     note = f"PSNR of the mean squared error over these {number} images · {run.profile.name} · seed {run.seed}"

@@ -122,7 +122,7 @@ def slide12_methods(run: Run, summary: pd.DataFrame) -> Figure:
     realised = ((plans.speedup - 1) / (plans.macs_speedup - 1)).median()
     headline(
         figure,
-        f"{speeds}; the median of {len(plans)} plans realises {realised:.0%} of the speedup that its MACs promise",
+        f"{speeds}; the median of {len(plans)} plans gains {realised:.0%} of what its MACs promise over 1×",
     )
     count = "" if repeats is None else f"n = {repeats.repeat.nunique()} runs of each, taken in turn; "
     return save(run, "slide12_methods", figure, summary, f"{count}median, quartiles; gates' MACs without looking")

@@ -43,7 +43,7 @@ KINDS |= {"output extrapolation": "output extrapolation", **dict.fromkeys(pareto
 """Of families; all others are caches."""
 ERRORS: dict[Target, str] = {"reference": "mse", "converged": "mse_converged"}
 """Columns of ``compare`` by what a plan is made for."""
-FACTS = ("family", "made_for", "macs_speedup", "fd")
+KEPT = ("family", "made_for", "macs_speedup", "fd")
 """Columns of ``compare`` that ``standings`` keep."""
 GUIDANCE_SCALE = 4.0
 """At which arenas are recorded beside a profile's own: ``dqar record --set guidance_scale=4``."""
@@ -109,7 +109,7 @@ def record_arena(recording: Recording) -> None:
         chosen = finalists(methods, pareto.screened(recording, sampler))
         number = number_of_images(recording.profile, recording.sizes, sampler)
         parts = pareto.comparisons(recording, chosen, sampler, ARENA_SEED, number)
-        recording.growing(table_name(sampler), parts, ARENA_SEED)
+        recording.growing(table_name(sampler), parts, ARENA_SEED, number)
 
 
 def record_latents(recording: Recording) -> None:
@@ -140,7 +140,7 @@ def record_latents(recording: Recording) -> None:
 
     methods = pareto.contenders(profile, profile.scheduler, recording.folder)
     if parts := {method.name: functools.partial(one, method) for method in methods if method.name in names}:
-        recording.growing(table_name(profile.scheduler, latents=True), parts, ARENA_SEED)
+        recording.growing(table_name(profile.scheduler, latents=True), parts, ARENA_SEED, number)
 
 
 @contextmanager
@@ -215,7 +215,7 @@ def gain(before: np.ndarray, after: np.ndarray, measure: str = "median") -> tupl
     return float(np.diff(MEASURES[measure](errors))[0]), float(low), float(high)
 
 
-def standings(table: pd.DataFrame, target: Target, facts: Sequence[str] = FACTS) -> pd.DataFrame:
+def standings(table: pd.DataFrame, target: Target, facts: Sequence[str] = KEPT) -> pd.DataFrame:
     """One row a method: ``method``, its ``facts`` (columns of ``table``), and PSNR (dB) by each of ``MEASURES``."""
     errors, columns = _errors(table, target), list(facts)
     points = table.reindex(columns=["method", *columns]).groupby("method", sort=False)[columns].first()
@@ -293,13 +293,19 @@ def best_of_kinds(table: pd.DataFrame, target: Target) -> pd.DataFrame:
 
 def lossless(table: pd.DataFrame) -> float:
     """How many times fewer MACs the cheapest plan takes that is as near to the converged solution as full compute is,
-    in the median and in the 5th percentile; NaN if none is, or if that wasn't measured."""
+    in the median and in the 5th percentile, by the 95 % interval of ``gain``; NaN if none is, or if that wasn't
+    measured."""
     if ERRORS["converged"] not in table:
         return math.nan
-    points = standings(table, "converged")
-    full, plans = points[points.family == FULL.name], pareto.own_plans(points, "converged")
-    as_near = plans[(plans[list(SHOWN)] >= full[list(SHOWN)].max()).all(axis=1)]
-    return float(as_near.macs_speedup.max()) if len(as_near) else math.nan
+    points, errors = standings(table, "converged"), _errors(table, "converged").T
+    full = errors[points.method[points.family == FULL.name].item()].to_numpy()
+    plans = pareto.own_plans(points, "converged").set_index("method").macs_speedup
+    as_near = [
+        speedup
+        for method, speedup in plans.items()
+        if all(gain(full, errors[method].to_numpy(), measure)[1] >= 0 for measure in SHOWN)
+    ]
+    return max(as_near, default=math.nan)
 
 
 def _errors(table: pd.DataFrame, target: Target) -> pd.DataFrame:

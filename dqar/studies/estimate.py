@@ -107,7 +107,7 @@ def works(profile: Profile, folder: Path) -> dict[str, Work]:
             (sum(len(methods) + 1 + FINER for methods in compared) * sizes.pareto_images + calibrated) * steps,
             images=sum(map(len, compared)) * sizes.pareto_images + calibrated,
         ),
-        "arena": Work((finalists + drawn_beside) * steps, images=finalists),
+        "arena": Work((finalists + drawn_beside + calibrated) * steps, images=finalists + calibrated),
         "latents": Work(before_decoder * steps, images=before_decoder),
         "speed": Work(0, small=methods * (profile.repeats + 1) * 4 * steps, images=methods * 4 * (profile.repeats + 1)),
         "memory": Work(0, small=methods * 4 * steps, images=methods * 4),

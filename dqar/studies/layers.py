@@ -182,7 +182,7 @@ def record_layers(recording: Recording) -> pd.DataFrame:
         for theta in (*([np.nan] if interval > 1 else []), *THETAS):
             name = f"every {interval}, nothing shared" if np.isnan(theta) else f"every {interval}, θ = {theta:g}"
             parts[name] = functools.partial(part, Method(name, family), interval, theta)
-    return recording.growing("layers", parts, SWEEP_SEED)
+    return recording.growing("layers", parts, SWEEP_SEED, recording.sizes.sweep_images)
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:

@@ -403,8 +403,9 @@ def screened(recording: Recording, sampler: str) -> pd.DataFrame:
     """Every method at every setting under one sampler, on a few images: ``comparisons``."""
     methods = contenders(recording.profile, sampler, recording.folder)
     chosen = some_of_each(methods, recording.sizes.pareto_settings)
-    parts = comparisons(recording, chosen, sampler, PARETO_SEED, recording.sizes.pareto_images)
-    return recording.growing(f"pareto-{slug(sampler)}", parts, PARETO_SEED)
+    number = recording.sizes.pareto_images
+    parts = comparisons(recording, chosen, sampler, PARETO_SEED, number)
+    return recording.growing(f"pareto-{slug(sampler)}", parts, PARETO_SEED, number)
 
 
 def comparisons(

@@ -93,7 +93,7 @@ def record_qat(recording: Recording) -> pd.DataFrame | None:
         return rows.assign(tuning_steps=sizes.tuning_steps, tuning_batch=sizes.tuning_batch)
 
     parts = {method.name: functools.partial(part, *key) for key, method in by_cache.items()}
-    return recording.growing("qat", parts, ARENA_SEED)
+    return recording.growing("qat", parts, ARENA_SEED, sizes.tuned_images)
 
 
 def summary(table: pd.DataFrame, real: Reference) -> pd.DataFrame:

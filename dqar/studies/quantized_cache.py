@@ -152,7 +152,7 @@ def record_formats(recording: Recording) -> None:
     targets: tuple[ReuseTarget, ...] = ("kv", "output")
     groups = [cache_methods(target) for target in targets]
     parts = {method.name: functools.partial(part, method, group[0]) for group in groups for method in group}
-    recording.growing("formats", parts, RESULT_SEED)
+    recording.growing("formats", parts, RESULT_SEED, number)
 
 
 # --- bits by layer ---------------------------------------------------------------------------------------------------
@@ -184,19 +184,19 @@ def _record_mixed(
     kept = errors.groupby(["layer", "bits"]).bytes.mean().unstack()
     most, least = (kept[bits].sum() for bits in (4, 2))
     half = kept[16].sum() * 2 / recording.profile.dtype.itemsize
-    chosen = {f"INT{bits}": (bits,) * len(kept) for bits in uniform}
+    number, chosen = recording.sizes.arena_images, {f"INT{bits}": (bits,) * len(kept) for bits in uniform}
     for budget in budgets:
         allowed = least + budget * (most - least)
         chosen[f"mixed, {allowed / half:.2f} of 16 bits"] = choose_bits(errors, allowed)
 
     def part(name: str, bits: tuple[int, ...]) -> pd.DataFrame:
-        reference = recording.drawn(cache_methods(target)[0], RESULT_SEED, 0, recording.sizes.arena_images)
+        reference = recording.drawn(cache_methods(target)[0], RESULT_SEED, 0, number)
         method = Method(name, "mixed" if "mixed" in name else "uniform", with_layer_bits(_fitted(target), bits))
         rows = compare(method, reference, recording.many_at_once, RESULT_SEED)
         return rows.assign(share=rows.cache_bytes / half, layer_bits=" ".join(map(str, bits)))
 
     parts = {name: functools.partial(part, name, bits) for name, bits in chosen.items()}
-    recording.growing(f"bits-{target}", parts, RESULT_SEED)
+    recording.growing(f"bits-{target}", parts, RESULT_SEED, number)
 
 
 def _fitted(target: ReuseTarget) -> DQARConfig:

@@ -184,7 +184,9 @@ class Recording:
         """Where a part is kept."""
         return self.parts / f"{name}-{part}.parquet"
 
-    def growing(self, name: str, parts: Mapping[str, Callable[[], pd.DataFrame]], seed: int) -> pd.DataFrame:
+    def growing(
+        self, name: str, parts: Mapping[str, Callable[[], pd.DataFrame]], seed: int, number: int
+    ) -> pd.DataFrame:
         """The table ``name``, a part for each method: rows that it has are kept, missing ones measured.
 
         It is saved after each part, so that what is recorded can be used, and other methods can be added later.
@@ -193,18 +195,23 @@ class Recording:
         Args:
             name: of the table.
             parts: a measurement for each method, by its name; the rows have a column ``method``.
-            seed: of the images.
+            seed, number: of the images, a row each.
 
         Raises:
-            ValueError: the rows that it has are of other images than a method that is measured now, or of another
-                profile; nothing of it is changed.
+            ValueError: the rows that it has are of other images or of another profile; nothing is measured.
         """
         path = self.folder / f"{name}.parquet"
         before = self._of_this_profile(load_table(path)) if path.exists() else None
         tables, sources = dict[str, pd.DataFrame](), list[dict[str, Any]]()
         if before is not None:
             tables = {method: rows for method, rows in before.groupby("method", sort=False) if method in parts}
-            sources = before.attrs["provenance"].get("sittings") or [_sitting(before.attrs["provenance"])]
+            source, there = before.attrs["provenance"], int(before.groupby("method").size().iloc[0])
+            if (there, source["seed"]) != (number, seed):
+                raise ValueError(
+                    f"{path} has {there} images of seed {source['seed']}, and {number} of seed {seed} are asked for: "
+                    "remove it, or choose another --out"
+                )
+            sources = source.get("sittings") or [_sitting(source)]
         missing = [method for method in parts if method not in tables]
         now, started = provenance(self.profile, seed), time.monotonic()
         for table in tables.values():
@@ -212,12 +219,6 @@ class Recording:
         for method in tqdm(missing, desc=name):
             tables[method] = parts[method]()
             tables[method].attrs = {}
-            images = list(dict.fromkeys(len(rows) for rows in tables.values() if "image" in rows))
-            if len(images) > 1:
-                raise ValueError(
-                    f"{path} has {images[0]} images of some methods, and {images[-1]} of others are asked for: "
-                    "remove it, or choose another --out"
-                )
             now["seconds"] = time.monotonic() - started
             rows = pd.concat([tables[method] for method in parts if method in tables], ignore_index=True)
             save_table(rows, path, {**now, "sittings": [*sources, _sitting(now)]})

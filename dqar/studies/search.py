@@ -291,4 +291,4 @@ def record_search(recording: Recording, trials: int | None = None) -> pd.DataFra
     parts: dict[str, Callable[[], pd.DataFrame]] = {
         f"trial {row.trial}": functools.partial(again, row) for row in chosen.itertuples(index=False)
     }
-    return recording.growing("search-front", parts, FRONT_SEED)
+    return recording.growing("search-front", parts, FRONT_SEED, sizes.front_images)

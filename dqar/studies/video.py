@@ -78,7 +78,7 @@ def record_video(recording: Recording) -> pd.DataFrame | None:
         return table.assign(over=way.over, interval=way.interval, order=way.order)
 
     parts = {way.method.name: functools.partial(part, way) for way in ways(recording)}
-    return recording.growing("video", parts, ARENA_SEED)
+    return recording.growing("video", parts, ARENA_SEED, profile.images)
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:

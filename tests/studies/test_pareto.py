@@ -4,7 +4,6 @@ import pandas as pd
 import pytest
 
 from dqar.figures.pareto import SAMPLER_NAMES, SIGNS
-from dqar.measure import metrics
 from dqar.measure.results import RECORDED, Run, load_table, slug
 from dqar.models.profiles import get_profile
 from dqar.peers.registry import RIVALS
@@ -143,15 +142,3 @@ def test_the_readme_says_how_many_rivals_were_drawn(tmp_path):
     assert all(f"{name} reaches {fastest[name]:.2f}× at most" in said for name in slow & {*pareto.RIVALS})
     assert f"two learned solvers and {caches} caches." in said
     assert "{} stand in the comparison at 2×, {} at 3× and {} at 4×".format(*counts) in said
-
-
-def test_the_readme_says_what_the_plans_save_in_time():
-    profile, speed = get_profile("digits"), load_table(RECORDED / "digits" / "speed.parquet")
-    speedups = metrics.speedups(speed, "full compute").speedup
-    methods = results.methods(profile, RECORDED / "digits")
-    text = (RECORDED.parent / "README.md").read_text()
-    for family, name in (("DQAR plan", "the plans"), ("extrapolation", "output extrapolation")):
-        numbers = " | ".join(f"{speedups[m.name]:.2f}×" for m in methods if m.name.startswith(family))
-        assert f"| time: speedup of {name} | {numbers} |" in text
-    numbers = " | ".join(f"{speedups[f'{steps} steps']:.2f}×" for steps in (33, 25, 16, 12))
-    assert f"| time: speedup of fewer steps | {numbers} |" in text
