@@ -397,7 +397,7 @@ RIVALS = (
         sweep=tuple(
             {"threshold": threshold, "max_consecutive_cached": cached, "residual_order": order}
             for order in (1, 0)
-            for threshold, cached in ((0.05, 2), (0.1, 2), (0.25, 2), (0.5, 3), (1.0, 4))
+            for threshold, cached in ((0.05, 2), (0.1, 2), (0.15, 2), (0.2, 2), (0.25, 2), (0.5, 3), (1.0, 4))
         ),
         decides_by_batch=True,
         strong=True,

@@ -93,9 +93,14 @@ RIVALS = (
         keeps="attention and feed-forward of every block",
         source="Liu et al., ICCV 2025, arXiv 2503.06923",
         adapter=taylorseer,
-        sweep=tuple(
-            {"interval": interval, "order": order}
-            for interval, order in ((2, 1), (2, 2), (3, 1), (3, 2), (3, 3), (4, 1), (4, 2), (4, 4), (5, 2), (6, 2))
+        sweep=(
+            *(
+                {"interval": interval, "order": order}
+                for interval, order in ((2, 1), (2, 2), (3, 1), (3, 2), (3, 3), (4, 1), (4, 2), (4, 4), (5, 2), (6, 2))
+            ),
+            # As many computed steps as 2 and 3 times fewer MACs allow, of 50.
+            {"interval": 3, "order": 3, "first_enhance": 12},
+            {"interval": 4, "order": 4, "first_enhance": 4},
         ),
         strong=True,
     ),

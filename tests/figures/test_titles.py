@@ -78,13 +78,16 @@ def test_what_is_not_certain_is_counted_apart_and_has_a_mark_of_its_own(tmp_path
         (
             [3.0, -1.0],
             ["ahead", "level"],
-            "are ahead of the strongest rival 1 times, level 1, behind 0, in 2 conditions",
+            "are ahead of the strongest rival in 1 of 2 comparisons, level in 1, behind in 0, in 2 conditions",
         ),
     ],
 )
 def test_the_smallest_lead_is_told_only_where_plans_are_ahead_everywhere(leads, verdicts, said):
-    table = pd.DataFrame({"condition": ["digits", "photographs"], "lead": leads, "verdict": verdicts})
-    assert said in pareto.leads_in_words(table)
+    table = pd.DataFrame({"condition": ["digits", "photographs"], "lead": leads, "verdict": verdicts, "latents": False})
+    assert pareto.leads_in_words(table).endswith(said)
+    # Latents are of images that are counted already.
+    same_images = pd.DataFrame({"condition": "latents", "lead": [0.1], "verdict": ["level"], "latents": True})
+    assert pareto.leads_in_words(pd.concat([table, same_images])).endswith(said + "; in latents ahead in 0 of 1")
 
 
 def test_two_samplers_stand_in_one_table_under_one_title(tmp_path):
@@ -103,7 +106,7 @@ def test_two_samplers_stand_in_one_table_under_one_title(tmp_path):
     pareto.slide12_pareto(run, {"dpm-solver++": table, "ddim": table})
     sidecar = json.loads((run.figures / "appendix/slide12_pareto.json").read_text())
     assert sidecar["title"].startswith("On digits, DQAR's plans are ahead of 1 rivals at 2×")
-    assert "by 10.0 dB or more" in sidecar["title"] and len(sidecar["table"]["rows"]) == 4
+    assert "by 10.0 dB (10.0 to 10.0) or more" in sidecar["title"] and len(sidecar["table"]["rows"]) == 4
     assert sidecar["note"].endswith("n = 3")
 
 
