@@ -83,7 +83,7 @@ def slide13_fronts(run: Run, tables: dict[str, pd.DataFrame]) -> list[Figure]:
 
 
 def _front(run: Run, name: str, where: str, table: pd.DataFrame) -> Figure:
-    figure, panels = plt.subplots(1, 2, sharey=True)
+    figure, panels, below = _two_panels(legend_height=1.1)
     for axes, (target, label) in zip(panels, TARGETS.items(), strict=True):
         axes.set_title(label.replace("50", str(run.profile.num_inference_steps)))
         if arena.ERRORS[target] in table:
@@ -94,29 +94,39 @@ def _front(run: Run, name: str, where: str, table: pd.DataFrame) -> Figure:
         points = arena.standings(table, "converged")
         full = points[points.family == FULL.name]["median"].iloc[0]
         panels[1].axhline(full, color=DARK, ls="--", lw=2, label="full compute itself")
-    low, high = panels[1].get_ylim()
-    panels[1].set_ylim(low, high + 0.5 * (high - low))  # room for the legend
     drawn = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    tight = {"handlelength": 1.0, "handletextpad": 0.4, "columnspacing": 0.6, "labelspacing": 0.3, "ncols": 2}
-    panels[1].legend(drawn.values(), drawn.keys(), loc="upper center", fontsize=SMALLEST, **tight)
+    named = {kind: drawn[kind] for kind in (*KINDS, *drawn) if kind in drawn}
+    tight = {"handlelength": 1.0, "handletextpad": 0.4, "columnspacing": 1.2, "ncols": 4}
+    below.legend(named.values(), named.keys(), loc="center", fontsize=SMALLEST, **tight)
     panels[0].set_ylabel("PSNR (dB)")
     headline(figure, f"{where}, {_lead(arena.verdicts(table).assign(sampler=''))}{rivals_drawn(run, [table])}")
     note = f"line: median to 5th percentile, ○: of the mean squared error; n = {table.image.nunique():,} images"
     return save(run, name, figure, table, note)
 
 
+def _two_panels(legend_height: float) -> tuple[Figure, list[Axes], Axes]:
+    """Two panels beside each other with one y axis, and below them a row for their legend."""
+    figure, axes = plt.subplot_mosaic([["left", "right"], ["legend", "legend"]], height_ratios=(7, legend_height))
+    panels = [axes["left"], axes["right"]]
+    panels[1].sharey(panels[0])
+    panels[1].tick_params(labelleft=False)
+    axes["legend"].axis("off")
+    return figure, panels, axes["legend"]
+
+
 def _draw_kinds(axes: Axes, points: pd.DataFrame) -> None:
     budgets = sorted(points.budget.unique()) if len(points) else []
-    kinds = {kind: look for kind, look in KINDS.items() if len(points) and kind in set(points.kind)}
-    for number, (kind, (color, marker)) in enumerate(kinds.items()):
+    for number, (kind, (color, marker)) in enumerate(KINDS.items()):  # each in its place, drawn or not
+        if not len(points) or kind not in set(points.kind):
+            continue
         line = points[points.kind == kind].set_index("budget").reindex(budgets)
-        where = np.arange(len(budgets)) + 0.14 * (number - (len(kinds) - 1) / 2)
+        where = np.arange(len(budgets)) + 0.14 * (number - (len(KINDS) - 1) / 2)
         axes.vlines(where, line["5th percentile"], line["median"], color=color, lw=3)
         axes.plot(where, line["5th percentile"], "_", color=color, ms=12, mew=3)
-        axes.plot(where, line["mean"], "o", mfc="white", mec=color, ms=7, mew=2)
         axes.plot(where, line["median"], marker, color=color, ms=12, ls="none", label=kind)
+        axes.plot(where, line["mean"], "o", mfc="white", mec=color, ms=7, mew=2)
     axes.set_xticks(range(len(budgets)), [f"{budget:g}×" for budget in budgets])
-    axes.set(xlabel="fewer MACs than full compute", xlim=(-0.5, max(len(budgets), 1) - 0.5))
+    axes.set(xlabel="at least so many times fewer MACs", xlim=(-0.5, max(len(budgets), 1) - 0.5))
 
 
 def rivals_drawn(run: Run, tables: Iterable[pd.DataFrame]) -> str:
@@ -143,8 +153,8 @@ def _lead(verdicts: pd.DataFrame) -> str:
     rivals, all_of_them = judged.family.nunique(), len(judged)
     if count.get("ahead", 0) == all_of_them:
         # Under several samplers and targets, so many under each.
-        drawn_at = judged.groupby(["sampler", "target", "budget"]).family.nunique().groupby("budget").min()
-        drawn = [f"{number} at {budget:g}×" for budget, number in drawn_at.items()]
+        drawn_at = judged.groupby(["sampler", "target", "budget"]).family.nunique().groupby("budget")
+        drawn = [f"{_range(numbers)} at {budget:g}×" for budget, numbers in drawn_at]
         rivals_at = drawn[0].replace(" at", " rivals at") + "".join(f", {more}" for more in drawn[1:])
         certain = f"{least.lead:.1f} dB ({least.lead_low:.1f} to {least.lead_high:.1f}) or more"
         return f"DQAR's plans are ahead of {rivals_at}, in the median and the tail, by {certain}"
@@ -200,7 +210,8 @@ def slide13_conditions(run: Run, tables: dict[arena.Condition, pd.DataFrame]) ->
     judged = {condition: verdicts for condition, verdicts in judged.items() if len(verdicts)}
     if not judged:
         return missing(run, "slide13_conditions", "many images of every method at its best")
-    figure, panels = plt.subplots(1, 2, sharey=True, sharex=True)
+    figure, panels, below = _two_panels(legend_height=0.4)
+    panels[1].sharex(panels[0])
     rows, ticks, place = [], dict[float, str](), 0.0
     for condition, verdicts in judged.items():
         facing, number = arena.strongest(verdicts), tables[condition].image.nunique()
@@ -208,11 +219,10 @@ def slide13_conditions(run: Run, tables: dict[arena.Condition, pd.DataFrame]) ->
         ticks |= {line: f"{budget:g}×" for budget, line in at.items()}
         names = {"condition": _where(condition), "latents": condition.latents, "n": number}
         rows.append(facing.assign(**names, place=facing.budget.map(at)))
-        rivals = sorted({*verdicts.groupby(["target", "budget"]).family.nunique()})
-        rivals = " to ".join(map(str, dict.fromkeys((rivals[0], rivals[-1]))))
-        beside = f"{_where(condition)}\nn = {number:,}, {rivals} rivals"
+        rivals = _range(verdicts.groupby(["target", "budget"]).family.nunique())
+        beside = f"{_where(condition).replace(', guidance', chr(10) + 'guidance')}\nn = {number:,}, {rivals} rivals"
         where, middle = panels[0].get_yaxis_transform(), sum(at.values()) / len(at)
-        panels[0].text(-0.14, middle, beside, transform=where, ha="right", va="center", size=SMALLEST)
+        panels[0].text(-0.16, middle, beside, transform=where, ha="right", va="center", size=SMALLEST)
         for axes, target in zip(panels, TARGETS, strict=True):
             if target not in set(facing.target):
                 axes.text(
@@ -244,17 +254,22 @@ def slide13_conditions(run: Run, tables: dict[arena.Condition, pd.DataFrame]) ->
             )
         axes.axvline(0, color=GREY, ls="--", lw=2, zorder=0.8)
         axes.set_title(title.replace("50", str(run.profile.num_inference_steps)))
-        axes.set(xlabel="lead over the strongest rival (dB)", ylim=(place - 0.9, -0.7))
+        axes.set(xlabel="lead (dB)", ylim=(place - 0.9, -0.7))
         axes.margins(x=0.08)
         axes.grid(axis="y", visible=False)
     panels[0].set_yticks(list(ticks), list(ticks.values()), size=SMALLEST)
-    panels[1].legend(loc="best", ncols=2, fontsize=SMALLEST, borderpad=0.2, columnspacing=0.8, handletextpad=0.3)
+    below.legend(*panels[0].get_legend_handles_labels(), loc="center", ncols=2, fontsize=SMALLEST, borderpad=0.2)
     headline(figure, leads_in_words(table))
     shown = table[["condition", "n", "target", "budget", "measure", "plan", "method", "verdict"]]
     shown = shown.rename(columns={"method": "strongest rival"})
     shown["lead (dB), 95%"] = _leads(table)
     write_table(run, "slide13_conditions", shown)
-    return save(run, "slide13_conditions", figure, table, "n: images; bars: 95%, paired; no mark: not measured")
+    return save(run, "slide13_conditions", figure, table, "n: images; rivals: from 4× to 2×; bars: 95%, paired")
+
+
+def _range(numbers: pd.Series) -> str:
+    """The least and the most of some counts, or the only one."""
+    return " to ".join(map(str, dict.fromkeys((numbers.min(), numbers.max()))))
 
 
 def _leads(verdicts: pd.DataFrame) -> list[str]:
