@@ -70,7 +70,8 @@ def table_name(sampler: str, latents: bool = False) -> str:
 
 
 def finalists(methods: list[Method], screened: pd.DataFrame) -> list[Method]:
-    """Full compute, the plans that are judged, and of each family the settings that were best at some budget.
+    """Full compute, the plans that are judged, and of each family the settings that were best at some budget, by one of
+    ``JUDGED``.
 
     The strongest come first, so that what is recorded first is worth the most.
 
@@ -78,22 +79,22 @@ def finalists(methods: list[Method], screened: pd.DataFrame) -> list[Method]:
         methods: that were screened.
         screened: rows of ``compare`` on a few images.
     """
-    points, chosen = pareto.summary(screened), {FULL.name: None}
-    for target, budget in itertools.product(get_args(Target), BUDGETS):
-        plans = pareto.within(pareto.own_plans(points, target), budget)
-        chosen |= dict.fromkeys(plans.method[plans.macs_speedup == plans.macs_speedup.min()])
-    best = dict[str, float]()
-    for target, budget in itertools.product(get_args(Target), BUDGETS):
-        rivals = pareto.within(pareto.made_for(points[~points.family.isin((pareto.PLAN, FULL.name))], target), budget)
-        for _, settings in rivals.groupby("family"):
-            point = pareto.best_at(settings, target, budget)
-            assert point is not None
-            behind = point[f"psnr_{target}"] - rivals[f"psnr_{target}"].max()
-            best[point.method] = max(best.get(point.method, -math.inf), behind)
-    chosen |= dict.fromkeys(sorted(best, key=lambda name: -best[name]))
+    plans, best = dict[str, None](), dict[str, float]()
+    for target in get_args(Target):
+        points = pareto.made_for(standings(screened, target), target)
+        for budget, measure in itertools.product(BUDGETS, JUDGED):
+            within = pareto.within(points, budget)
+            own = within[within.family == pareto.PLAN]
+            plans |= dict.fromkeys(own.method[own.macs_speedup == own.macs_speedup.min()])
+            rivals = within[~within.family.isin((pareto.PLAN, FULL.name))]
+            for _, settings in rivals.groupby("family"):
+                point = settings.loc[settings[measure].idxmax()]
+                behind = point[measure] - rivals[measure].max()
+                best[point.method] = max(best.get(point.method, -math.inf), behind)
+    chosen = [*plans, *sorted(best, key=lambda name: -best[name])]
     by_name = {method.name: method for method in methods}
     full = next(method for method in methods if method.family == FULL.name)
-    return [full, *(by_name[name] for name in chosen if name in by_name and name != full.name)]
+    return [full, *(by_name[name] for name in chosen if name in by_name)]
 
 
 def number_of_images(profile: Profile, sizes: Sizes, sampler: str) -> int:

@@ -155,6 +155,12 @@ def test_finalists_are_the_best_at_some_budget_and_the_plans_that_are_judged():
     assert chosen == ["full", "plan 2", "cache", "20 steps"]  # at 2x, 20 steps are better than 25: only those
 
 
+def test_finalists_are_the_best_by_every_measure_that_is_judged():
+    own = {"20 steps": [41] * 20, "25 steps": [45] * 18 + [20] * 2, "plan 2": [50] * 20, "full": [90] * 20}
+    methods = [Method(name, family) for name, family in table(own)[["method", "family"]].drop_duplicates().values]
+    assert {x.name for x in arena.finalists(methods, table(own))} == {"full", "plan 2", "20 steps", "25 steps"}
+
+
 def recording(tmp_path):
     return Recording(get_profile("smoke"), tmp_path / "work", tmp_path / "out")
 
