@@ -1,9 +1,9 @@
 """A learned solver: own timesteps, and each next state a learned sum of the noise and all earlier predictions of x0.
 
-Bespoke non-stationary solvers (Shaul et al. 2024, arXiv 2403.01329), written from the paper. They report, for a latent
-model of ImageNet 256 guided at 2.0, 45 dB to the converged solution at 16 model calls where DPM-Solver++ has 38. Where
-this one differs: it begins as any deterministic solver of diffusers, not as one of their family of scale and time
-transforms, and the timesteps are ordered by construction.
+Bespoke non-stationary solvers (Shaul et al., ICML 2024, arXiv 2403.01329), written from the paper. They report 45 dB to
+the converged solution and an FID of 1.76 at 16 model calls, for class-conditional ImageNet-64. Where this one differs:
+it begins as any deterministic solver of diffusers, not as one of their family of scale and time transforms, and the
+timesteps are ordered by construction.
 """
 
 from __future__ import annotations
