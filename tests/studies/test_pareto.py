@@ -123,7 +123,7 @@ def test_the_readme_says_what_was_recorded(profile, sampler, name):
         if target not in strongest.index:  # not measured
             assert f"| {name}, to the {where}" not in text
             continue
-        for measure in arena.SHOWN:
+        for measure in arena.JUDGED if name == SAMPLER_NAMES["dpm-solver++"] else arena.SHOWN:
             rows = strongest.loc[(target, measure)].itertuples()
             numbers = " | ".join(f"{row.ours:.1f} / {row.theirs:.1f} {SIGNS[row.verdict]}" for row in rows)
             assert f"| {name}, to the {where}, {measure} | {numbers} |" in text
@@ -139,6 +139,8 @@ def test_the_readme_says_how_many_rivals_were_drawn(tmp_path):
     rivals = {"fewer steps", "output extrapolation", *pareto.SOLVERS.values(), *pareto.RIVALS} - slow
     said = " ".join((RECORDED.parent / "README.md").read_text().split())
     assert drawn == len(rivals) and f"All {drawn} rivals that reach 2× have been drawn on so many images" in said
+    number = table.image.nunique()
+    assert f"one kind of method on {number:,} images:" in said and f"n = {number:,} held-out images of the" in said
     assert all(f"{name} reaches {fastest[name]:.2f}× at most" in said for name in slow & {*pareto.RIVALS})
     assert f"two learned solvers and {caches} caches." in said
     assert "{} stand in the comparison at 2×, {} at 3× and {} at 4×".format(*counts) in said
