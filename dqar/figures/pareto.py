@@ -400,7 +400,8 @@ def slide08_plans(run: Run, plans: dict[str, list[ForecastPlan]]) -> Figure:
     right.legend(loc="upper left")
     right.set_title("Every set of steps tried")
     trials = pd.concat(pairs)
-    rho, within = (np.median([part.predicted.corr(part.measured, "spearman") for part in x]) for x in ([trials], pairs))
+    rho = trials.predicted.corr(trials.measured, "spearman")
+    within = pd.Series([part.predicted.corr(part.measured, "spearman") for part in pairs]).median()  # NaN of one trial
     headline(
         figure,
         f"The error that a fit predicts ranks {len(trials)} sets of steps with a correlation of {rho:.2f}, and those "
