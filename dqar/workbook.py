@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import io
 import logging
@@ -124,7 +125,7 @@ def run_notebook(path: Path, profile: str | Mapping[str, Any], seed: int, out: P
             if not executed.with_suffix(".html").exists():
                 write_html(notebook, executed.with_suffix(".html"))
             return Outcome(path.stem, 0.0, "kept")
-        parameters = {"profile": profile, "seed": seed, "out": str(out.resolve())}
+        parameters = {"profile": profile, "seed": seed, "out": str(out)}
         with atomic_path(executed) as temporary, tempfile.TemporaryDirectory() as sockets:
             try:
                 options = {"progress_bar": {"desc": path.stem}, "cwd": path.parent, "config": by_sockets(sockets)}
@@ -300,7 +301,8 @@ def run(arguments: list[str]) -> int:
     notebooks = choose(options.only, trained=profile.trained)
     if options.slide is not None:
         notebooks = of_slide(options.slide, notebooks)
-    out = options.out or store(profile.label)
+    # Papermill changes the process's folder, and with several jobs leaves it changed.
+    out, figures = (options.out or store(profile.label)).resolve(), options.figures and options.figures.resolve()
     Run(asked, options.seed, out)
     logging.basicConfig(filename=out / "workbook.log", level=logging.INFO, format="%(asctime)s %(message)s")
     warnings.filterwarnings("ignore", category=nbformat.validator.MissingIDFieldWarning)
@@ -312,7 +314,7 @@ def run(arguments: list[str]) -> int:
     if options.jobs == 1:
         outcomes = [one(path) for path in notebooks]
     else:
-        with ThreadPoolExecutor(options.jobs) as pool:
+        with contextlib.chdir("."), ThreadPoolExecutor(options.jobs) as pool:
             outcomes = list(pool.map(one, notebooks))
     console = Console()
     table = Table("notebook", "status", "seconds", title=f"profile {profile.label}, seed {options.seed}")
@@ -323,8 +325,8 @@ def run(arguments: list[str]) -> int:
     failed = [outcome.error for outcome in outcomes if outcome.status == "failed"]
     for error in failed:
         console.print(f"failed: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
-    if not failed and options.figures:
-        publish(out / "figures", options.figures)
+    if not failed and figures:
+        publish(out / "figures", figures)
     if options.show:
         for path, outcome in zip(notebooks, outcomes, strict=True):
             if outcome.status != "failed":

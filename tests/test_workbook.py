@@ -3,6 +3,7 @@ import functools
 import json
 import math
 import subprocess
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import nbformat
@@ -58,6 +59,18 @@ def test_the_workbook_runs_keeps_and_names_what_failed(notebooks, tmp_path, caps
     assert workbook.main([*arguments, "--jobs", "2"]) == 0
     assert "kept" in capsys.readouterr().out
     assert (tmp_path / "f/seed").read_text() == "7"
+
+
+def test_relative_folders_stay_where_they_are_when_notebooks_run_side_by_side(notebooks, tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    for name, seconds in (("01_short.ipynb", 0), ("02_long.ipynb", 3)):
+        code = f"import time\nfrom pathlib import Path\ntime.sleep({seconds})\nPath(out, 'figures', 'made').touch()"
+        write_notebook(notebooks, name, code)
+    assert workbook.main(["--profile", "smoke", "--jobs", "2", "--out", "o", "--figures", "f"]) == 0
+    assert Path.cwd() == here and not (notebooks / "f").exists() and not (notebooks / "o").exists()
+    assert (here / "f/made").exists() and (here / "o/notebooks/02_long.html").exists()
 
 
 def test_ctrl_c_stops_with_one_message(notebooks, tmp_path, capsys, monkeypatch):
