@@ -12,6 +12,7 @@ from IPython.display import Image as DisplayedImage
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.transforms import Transform
 
 from dqar.figures.style import (
     ACCENT,
@@ -89,7 +90,7 @@ def _front(run: Run, name: str, where: str, table: pd.DataFrame) -> Figure:
         if arena.ERRORS[target] in table:
             _draw_kinds(axes, arena.best_of_kinds(table, target))
         else:
-            axes.text(0.5, 0.4, "not measured", transform=axes.transAxes, ha="center", size=SMALLEST)
+            _not_measured(axes, 0.4, axes.transAxes)
     if arena.ERRORS["converged"] in table:
         points = arena.standings(table, "converged")
         full = points[points.family == FULL.name]["median"].iloc[0]
@@ -112,6 +113,10 @@ def _two_panels(legend_height: float) -> tuple[Figure, list[Axes], Axes]:
     panels[1].tick_params(labelleft=False)
     axes["legend"].axis("off")
     return figure, panels, axes["legend"]
+
+
+def _not_measured(axes: Axes, y: float, transform: Transform) -> None:
+    axes.text(0.5, y, "not measured", transform=transform, ha="center", va="center", size=SMALLEST)
 
 
 def _draw_kinds(axes: Axes, points: pd.DataFrame) -> None:
@@ -225,15 +230,7 @@ def slide13_conditions(run: Run, tables: dict[arena.Condition, pd.DataFrame]) ->
         panels[0].text(-0.16, middle, beside, transform=where, ha="right", va="center", size=SMALLEST)
         for axes, target in zip(panels, TARGETS, strict=True):
             if target not in set(facing.target):
-                axes.text(
-                    0.5,
-                    middle,
-                    "not measured",
-                    transform=axes.get_yaxis_transform(),
-                    ha="center",
-                    va="center",
-                    size=SMALLEST,
-                )
+                _not_measured(axes, middle, axes.get_yaxis_transform())
         place += len(at) + 0.6
     table = pd.concat(rows, ignore_index=True)
     table.attrs = next(iter(tables.values())).attrs

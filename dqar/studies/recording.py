@@ -226,14 +226,17 @@ class Recording:
 
     def _of_this_profile(self, table: pd.DataFrame) -> pd.DataFrame:
         """The table, if nothing that changes results was otherwise when it was recorded."""
-        before, now = table.attrs["provenance"]["profile"], settings(self.profile)
+        self._check_profile(table.attrs["provenance"]["profile"], table.attrs["folder"])
+        return table
+
+    def _check_profile(self, before: Mapping[str, Any], where: str | Path) -> None:
+        now = settings(self.profile)
         for field in RESULT_FIELDS:
             if field in before and before[field] != now[field]:
                 raise ValueError(
-                    f"{table.attrs['folder']} has parts that were recorded with {field} {before[field]}, and "
-                    f"{now[field]} is asked for: choose another --out and --work, or remove them"
+                    f"{where} has parts that were recorded with {field} {before[field]}, and {now[field]} is asked "
+                    "for: choose another --out and --work, or remove them"
                 )
-        return table
 
     def compare(self, method: Method, seed: int, first_image: int, number: int) -> pd.DataFrame:
         """``compare`` with full compute, whose images are kept beside the parts."""
@@ -250,7 +253,11 @@ class Recording:
         return self.table(name, parts, seed)
 
     def drawn(self, method: Method, seed: int, first_image: int, number: int) -> Drawn:
-        """Images that others are compared with: drawn once, ``sizes.part`` at a time, and kept beside the parts."""
+        """Images that others are compared with: drawn once, ``sizes.part`` at a time, and kept beside the parts.
+
+        Raises:
+            ValueError: kept ones are of another profile.
+        """
         name = slug(f"{method.name} {method.scheduler or self.profile.scheduler}")
         kept = []
         for first in range(first_image, first_image + number, self.sizes.part):
@@ -259,8 +266,10 @@ class Recording:
             if not path.exists():
                 drawn = draw(method, self.many_at_once, seed, first, count)
                 with atomic_path(path) as temporary:
-                    torch.save({"images": drawn.images, "labels": drawn.labels, "macs": drawn.macs}, temporary)
+                    what = {"images": drawn.images, "labels": drawn.labels, "macs": drawn.macs}
+                    torch.save({**what, "profile": settings(self.profile)}, temporary)
             kept.append(torch.load(path, weights_only=True))
+            self._check_profile(kept[-1].get("profile", {}), path)
         images, labels = (torch.cat([part[field] for part in kept]) for field in ("images", "labels"))
         macs = sum(part["macs"] * len(part["labels"]) for part in kept) / number
         return Drawn(method, images, labels, macs, sites_reused=0.0, events=0.0, cache_bytes=0.0)

@@ -193,3 +193,6 @@ def test_what_others_are_compared_with_is_drawn_in_parts_that_are_kept(tmp_path)
     assert torch.equal(all_of_them.images[:2], first.images[:2])
     torch.testing.assert_close(all_of_them.images, whole.images)
     assert all_of_them.labels.tolist() == whole.labels.tolist() and all_of_them.macs == pytest.approx(whole.macs)
+    own.profile = dataclasses.replace(own.profile, guidance_scale=3.5)
+    with pytest.raises(ValueError, match=r"-5-1-2\.pt has .*with guidance_scale 2.0, and 3.5 is asked"):
+        own.drawn(FULL, 5, 1, 3)
