@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 
@@ -172,6 +173,7 @@ def _lead(verdicts: pd.DataFrame) -> str:
 def slide12_pareto(run: Run, tables: dict[str, pd.DataFrame]) -> Figure:
     """At each budget: DQAR's plan, the strongest rival, and who is ahead; every rival stands in the Markdown."""
     judged = [arena.verdicts(table).assign(sampler=name) for name, table in tables.items()]
+    distances = [_distances(*pair) for pair in zip(tables.values(), judged, strict=True)]
     if not any(map(len, judged)):
         return missing(run, "slide12_pareto", "many images of every method at its best")
     verdicts = pd.concat(judged, ignore_index=True)
@@ -199,6 +201,7 @@ def slide12_pareto(run: Run, tables: dict[str, pd.DataFrame]) -> Figure:
             "rival (dB)": verdicts.theirs.map("{:.1f}".format),
             "lead (dB), 95%": _leads(verdicts),
             "verdict": verdicts.verdict,
+            f"{run.profile.distance}: plan / rival (images)": list(itertools.chain(*distances)),
         }
     )
     write_table(run, "slide12_pareto", shown)
@@ -272,6 +275,16 @@ def _range(numbers: pd.Series) -> str:
 def _leads(verdicts: pd.DataFrame) -> list[str]:
     """Each lead with its interval, as a cell."""
     return [f"{row.lead:.1f} ({row.lead_low:.1f} to {row.lead_high:.1f})" for row in verdicts.itertuples()]
+
+
+def _distances(table: pd.DataFrame, verdicts: pd.DataFrame) -> list[str]:
+    """The Fréchet distances to test data of each plan and rival, and of how many images they are, as a cell."""
+    if "fd" not in table:
+        return ["–"] * len(verdicts)
+    distances = table.groupby("method").fd.agg(["first", "count"])
+    ours, theirs = distances.loc[verdicts.plan], distances.loc[verdicts.method]
+    numbers = zip(ours["first"], theirs["first"], ours["count"], strict=True)
+    return [f"{plan:.2f} / {rival:.2f} ({count})" if count else "–" for plan, rival, count in numbers]
 
 
 def _model(profile: Profile) -> str:

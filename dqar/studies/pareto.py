@@ -414,7 +414,7 @@ def comparisons(
 ) -> dict[str, Callable[[], pd.DataFrame]]:
     """A measurement for every method, by name: ``compare`` with full compute and with the converged solution.
 
-    ``fd``, where a classifier is at hand, is the set's Fréchet distance to the test data, the same in all rows.
+    ``fd``, where a classifier is at hand, is the Fréchet distance to test data of all images whose rows have it.
     A method that ends in NaN or inf has NaN for its errors and its speedup.
     """
     full = Method(FULL.name, scheduler=sampler)

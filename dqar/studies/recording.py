@@ -96,7 +96,7 @@ FEW: dict[str, Any] = {
 }
 """``Sizes`` that show whether all works."""
 MORE: dict[str, dict[str, Any]] = {
-    "digits": {"headline_images": 600},
+    "digits": {"headline_images": 1000},
     "cifar10": {"converged_images": 480, "refinements": 2, "arena_images": 250, "headline_images": 250},
 }
 """``Sizes`` of embedded models that have their own: a fit to photographs takes minutes."""

@@ -134,7 +134,14 @@ def test_a_title_counts_the_rivals_under_each_sampler_and_target(tmp_path):
             {"plan": "reference", "converged plan": "converged", "solver": "converged"}
         )
         tables[sampler] = table.assign(macs_speedup=2.0)
+    of_two = tables["dpm-solver++"].image >= 2  # whose features were kept
+    distances = tables["dpm-solver++"].family.map({"DQAR plan": 1.5, "SeaCache": 0.5})
+    tables["dpm-solver++"]["fd"] = distances.where(of_two)
     pareto.slide12_pareto(run, tables)
+    written = (run.figures / "appendix/slide12_pareto.md").read_text().splitlines()
+    [seacache, other] = [row for row in written if "reference" in row and "SeaCache" in row and "median" in row]
+    assert "FD-digits: plan / rival (images)" in written[0] and seacache.split("|")[-2].strip() == "1.50 / 0.50 (2)"
+    assert other.split("|")[-2].strip() == "–"
     sidecar = json.loads((run.figures / "appendix/slide12_pareto.json").read_text())
     assert "ahead of 1 to 3 rivals at 2×, in the median" in sidecar["title"] and sidecar["note"].endswith("n = 4 and 3")
 

@@ -177,7 +177,7 @@ def test_images_limit_every_part():
     assert (many.samples, many.part, many.plan_images, many.pareto_images) == (10_000, 100, 120, 20)
     assert (few.converged_images, many.converged_images) == (10, 240)
     assert few.label_images == 10  # or no class would be left for a policy to be judged by
-    assert Sizes.of(get_profile("digits")) == Sizes(headline_images=600)
+    assert Sizes.of(get_profile("digits")) == Sizes(headline_images=1000)
     photographs = {"arena_images": 250, "headline_images": 250}
     assert Sizes.of(get_profile("cifar10")) == Sizes(converged_images=480, refinements=2, **photographs)
 
