@@ -1,4 +1,4 @@
-"""README's numbers over 1,000 images are the recorded ones; the others are checked beside their studies."""
+"""The numbers of README and docs/rivals.md are the recorded ones; some are checked beside their studies."""
 
 import json
 import re
@@ -14,6 +14,7 @@ from dqar.studies import arena, benchmarks, conclusions, layers, pareto, plans, 
 from dqar.studies.compare import FULL, OURS
 
 README = (RECORDED.parent / "README.md").read_text()
+SAID = " ".join((README + (RECORDED.parent / "docs/rivals.md").read_text()).split())
 ROWS = {
     "DQAR plan": ("dqar-plan-1-5", ["DQAR plan, 1.5×", "DQAR plan, 2×", "DQAR plan, 3×", "DQAR plan, 4×"]),
     "output extrapolation": ("extrapolation-1-5", [f"extrapolation, {budget}×" for budget in (1.5, 2, 3, 4)]),
@@ -36,7 +37,7 @@ def test_quality_and_time_beside_fewer_steps_are_what_was_recorded(name):
 
 def test_the_speed_of_the_decks_gate_is_what_was_recorded():
     speed = metrics.speedups(load_table(RECORDED / "digits/speed.parquet"), "full compute").speedup
-    assert f"it runs at {speed['DQAR rule, kv']:.2f}× (K and V) and {speed['DQAR rule, output']:.2f}×" in README
+    assert f"it runs at {speed['DQAR rule, kv']:.2f}× (K and V) and {speed['DQAR rule, output']:.2f}×" in SAID
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,7 @@ def test_what_can_be_promised_is_what_was_recorded():
     more = (splits[plans.LADDER] > splits[plans.MIX]).sum()
     said = f"takes {1 - ours / alone:.0%} fewer MACs than one plan for all, and {1 - ours / mix:.0%} fewer than the "
     said += f"random mix (fewer in {more} of {len(splits)} splits)."
-    assert said in " ".join(README.split())
+    assert said in SAID
     assert (speedups[plans.NETWORK] < speedups[plans.MIX]).all()  # "saves less than the mix in all three"
 
 
@@ -94,23 +95,23 @@ def digits():
 
 
 def test_what_weights_of_each_class_gain_is_what_was_recorded():
-    gains, said = plans.class_gains(digits()), " ".join(README.split())
+    gains = plans.class_gains(digits())
     first, second = (gains.loc[images, "median"] for images in (120, 240))
-    assert f"median {first.gain:+.1f} dB (95% interval {first.low:+.1f} to {first.high:+.1f}, n = 200)" in said
-    assert f"with 120 images in all, {second.gain:+.1f} ({second.low:+.1f} to {second.high:+.1f}) with 240" in said
+    assert f"median {first.gain:+.1f} dB (95% interval {first.low:+.1f} to {first.high:+.1f}, n = 200)" in SAID
+    assert f"with 120 images in all, {second.gain:+.1f} ({second.low:+.1f} to {second.high:+.1f}) with 240" in SAID
     tail = gains.xs("5th percentile", level="measure")
     assert ((tail.low < 0) & (tail.high > 0)).all()  # "within its interval"
 
 
 def test_what_bits_of_each_layer_gain_is_what_was_recorded():
     said = quantized_cache.mixed_in_words(digits().recorded("bits-output"), digits().recorded("bits-kv"))
-    assert said[0].lower() + said[1:] in " ".join(README.split())
+    assert said[0].lower() + said[1:] in SAID
 
 
 def test_what_a_plan_does_on_a_quantized_model_is_what_was_recorded():
     median = plans.w8a8(digits())["median"]["the model as it was"]
     said = f"{median['full compute']:.1f} dB to full compute of the model as it was, where one fitted on the copy has "
-    assert said + f"{median['W8A8']:.1f}." in " ".join(README.split())
+    assert said + f"{median['W8A8']:.1f}." in SAID
 
 
 def test_the_time_of_a_reuse_plan_at_the_decks_size_is_what_was_recorded():
@@ -125,12 +126,12 @@ def test_what_a_learned_solver_comes_to_is_what_was_recorded():
     plan = table.loc["DQAR plan: for the reference, 16 of 50 steps, dpm-solver++"]
     said = f"comes to {solver['median']:.1f} dB (median) and {solver['5th percentile']:.1f} dB (5th percentile) at 3×, "
     said += f"where the plan has {plan['median']:.1f} and {plan['5th percentile']:.1f}."
-    assert said in " ".join(README.split())
+    assert said in SAID
     photographs = load_table(RECORDED / "cifar10/arena-dpm-solver.parquet")
     table = arena.standings(photographs, "reference").set_index("method")
     numbers = (table.loc[name, measure] for name in (solver.name, plan.name) for measure in arena.SHOWN)
     said = "On photographs it comes to {:.1f} and {:.1f}, the plan to {:.1f} and {:.1f}."
-    assert said.format(*numbers) in " ".join(README.split())
+    assert said.format(*numbers) in SAID
 
 
 def test_what_solvers_learned_for_the_converged_solution_come_to_is_what_was_recorded():
@@ -140,7 +141,7 @@ def test_what_solvers_learned_for_the_converged_solution_come_to_is_what_was_rec
     said = (
         "with 25, 16 and 12 steps it comes to {:.1f}, {:.1f} and {:.1f} dB, and to {:.1f}, {:.1f} and {:.1f} dB in the"
     )
-    assert said.format(*solvers["median"], *solvers["5th percentile"]) in " ".join(README.split())
+    assert said.format(*solvers["median"], *solvers["5th percentile"]) in SAID
     strongest = arena.strongest(arena.verdicts(table)).set_index(["target", "measure"])
     assert set(strongest.loc[("converged", "median")].family) == {"bespoke solver"}
     timesteps = points[points.family == "learned timesteps"]  # they "come to less"
@@ -159,11 +160,10 @@ def test_how_plans_stand_on_images_that_nobody_had_seen_and_on_the_worst_is_what
         ours = plans_there.worst[plans_there.macs_speedup.idxmin()]
         worst.append((ours, within.worst[~within.family.isin((*OURS, FULL.name))].max()))
     own, rivals = ("{:.1f}, {:.1f} and {:.1f}".format(*numbers) for numbers in zip(*worst, strict=True))
-    said = " ".join(README.split())
     number = unseen.image.nunique()
-    assert f"on the other {number} plans are ahead of all rivals as well, in the median, the tail and the mean" in said
+    assert f"on the other {number} plans are ahead of all rivals as well, in the median, the tail and the mean" in SAID
     assert (
-        f"is worse under plans ({own} dB at 2×, 3× and 4×) than under the rival that is best there ({rivals})" in said
+        f"is worse under plans ({own} dB at 2×, 3× and 4×) than under the rival that is best there ({rivals})" in SAID
     )
 
 
@@ -181,7 +181,7 @@ def test_what_plans_do_on_photographs_is_what_was_recorded():
         f"so are, at {few.macs_speedup:.1f}×, a bespoke solver of 24 steps and UniPC in 24 steps",
         "{} rivals are compared at 2×, {} at 3× and {} at 4×".format(*rivals),
     ):
-        assert said in " ".join(README.split())
+        assert said in SAID
 
 
 def test_where_a_learned_solver_is_level_is_what_was_recorded():
@@ -194,16 +194,15 @@ def test_where_a_learned_solver_is_level_is_what_was_recorded():
         f"in the median, {-median.lead:.1f} dB before it ({-median.lead_high:.1f} to {-median.lead_low:.1f}), and "
         f"behind it in the tail, by {tail.lead:.1f} dB ({tail.lead_low:.1f} to {tail.lead_high:.1f})"
     )
-    assert said.replace("(-", "(−") in " ".join(README.split())
+    assert said.replace("(-", "(−") in SAID
 
 
 def test_the_readme_says_how_many_rivals_were_drawn_under_ddim():
     judged = arena.shown(arena.verdicts(load_table(RECORDED / "digits/arena-ddim.parquet")))
-    said = " ".join(README.split())
-    assert f"Under DDIM the same {judged.family.nunique()} rivals are drawn" in said
+    assert f"Under DDIM the same {judged.family.nunique()} rivals are drawn" in SAID
     slow, nearest = judged[judged.budget == 4], judged[(judged.budget == 4) & (judged.target == "reference")]
     most, fewer = slow.family.nunique(), nearest.family.nunique()
-    assert f"At 4× {most} rivals stand in the comparison, to the reference {fewer}." in said
+    assert f"At 4× {most} rivals stand in the comparison, to the reference {fewer}." in SAID
 
 
 def test_the_readme_says_how_plans_stand_at_guidance_4():
@@ -211,30 +210,28 @@ def test_the_readme_says_how_plans_stand_at_guidance_4():
     judged = arena.shown(arena.verdicts(table))
     assert set(judged.verdict) == {"ahead"} and table.image.nunique() == 200
     assert "learned timesteps" not in set(table.family) and "mse_converged" not in table
-    said = " ".join(README.split())
-    assert f"{judged.family.nunique()} rivals at settings that were best in sweeps at guidance 4" in said
+    assert f"{judged.family.nunique()} rivals at settings that were best in sweeps at guidance 4" in SAID
     counts = judged.groupby("budget").family.nunique()
-    assert "guidance 4: {} stand in the comparison at 2×, {} at 3× and {} at 4×;".format(*counts) in said
-    assert f"plans are ahead everywhere, by {judged.lead.min():.1f} dB or more" in said
+    assert "guidance 4: {} stand in the comparison at 2×, {} at 3× and {} at 4×;".format(*counts) in SAID
+    assert f"plans are ahead everywhere, by {judged.lead.min():.1f} dB or more" in SAID
 
 
 def test_what_plans_do_before_the_decoder_is_what_was_recorded():
     judged = arena.shown(arena.verdicts(load_table(RECORDED / "cifar10/latents-dpm-solver.parquet")))
     assert set(judged.verdict) == {"ahead"} and set(judged.budget) == {2, 3, 4} and set(judged.target) == {"reference"}
     said = f"ahead of the rivals that are strongest in pixels by {judged.lead.min():.1f} dB or more"
-    assert said in " ".join(README.split())
+    assert said in SAID
 
 
 def test_what_the_photograph_model_draws_is_what_its_card_says():
     measured = json.loads((WEIGHTS / "cifar10/evaluation.json").read_text())
     seen = json.loads((WEIGHTS / "cifar10/training.json").read_text())["images_seen"]
     accuracies = measured["class_accuracy"], measured["guidance scales"]["3.0"]["class_accuracy"]
-    said = " ".join(README.split())
     assert (
         "takes {:.0%} of its pictures for what was asked for at guidance 2, {:.0%} at guidance 3".format(*accuracies)
-        in said
+        in SAID
     )
-    assert f"goes on from the {round(seen, -3):,} images that the shipped model has seen" in said
+    assert f"goes on from the {round(seen, -3):,} images that the shipped model has seen" in SAID
 
 
 def test_what_a_quantized_history_costs_is_what_was_recorded():
@@ -242,7 +239,7 @@ def test_what_a_quantized_history_costs_is_what_was_recorded():
     assert table.image.nunique() == 200
     fitted = table[table.bits == table.fitted_in].groupby("bits").mse.median()
     words = "the median is {:.1f} dB in INT8, {:.1f} dB in INT4, and {:.1f} dB unquantized"
-    assert words.format(*(-10 * np.log10(fitted[[8, 4, 16]]))) in " ".join(README.split())
+    assert words.format(*(-10 * np.log10(fitted[[8, 4, 16]]))) in SAID
 
 
 def test_what_became_of_the_decks_hopes_is_what_was_recorded():

@@ -137,7 +137,8 @@ def test_the_readme_says_how_many_rivals_were_drawn(tmp_path):
     fastest = arena.fastest(Run("digits", 0, tmp_path))
     slow = set(fastest.index[fastest < 2])
     rivals = {"fewer steps", "output extrapolation", *pareto.SOLVERS.values(), *pareto.RIVALS} - slow
-    said = " ".join((RECORDED.parent / "README.md").read_text().split())
+    texts = ((RECORDED.parent / name).read_text() for name in ("README.md", "docs/rivals.md"))
+    said = " ".join(" ".join(texts).split())
     assert drawn == len(rivals) and f"All {drawn} rivals that reach 2× have been drawn on so many images" in said
     number = table.image.nunique()
     assert f"one kind of method on {number:,} images:" in said and f"n = {number:,} held-out images of the" in said
