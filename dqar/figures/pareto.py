@@ -55,7 +55,7 @@ KINDS = {
     "best cache": (GREEN, "s"),
     "DQAR inside the blocks": ("#E69F00", "v"),
 }
-"""``arena.KINDS`` in the order in which they are drawn."""
+"""Looks of ``arena.KINDS``' kinds and of the best cache, in the order in which they are drawn."""
 WAYS = {
     plans.LADDER: (ACCENT, "D"),
     plans.NETWORK: ("#CC79A7", "P"),
@@ -64,7 +64,6 @@ WAYS = {
 }
 SIGNS = {"ahead": "✓", "level": "=", "behind": "✗"}
 TARGETS: dict[Target, str] = {"reference": "to the 50-step reference", "converged": "to the converged solution"}
-COMPARED = {"reference": "50-step reference", "converged": "converged"}
 
 
 def slide13_fronts(run: Run, tables: dict[str, pd.DataFrame]) -> list[Figure]:
@@ -177,7 +176,8 @@ def slide12_pareto(run: Run, tables: dict[str, pd.DataFrame]) -> Figure:
     if not any(map(len, judged)):
         return missing(run, "slide12_pareto", "many images of every method at its best")
     verdicts = pd.concat(judged, ignore_index=True)
-    verdicts["sampler"], verdicts["target"] = verdicts.sampler.map(SAMPLER_NAMES), verdicts.target.map(COMPARED)
+    targets = {"reference": f"{run.profile.num_inference_steps}-step reference", "converged": "converged"}
+    verdicts["sampler"], verdicts["target"] = verdicts.sampler.map(SAMPLER_NAMES), verdicts.target.map(targets)
     facing = pd.concat(arena.strongest(arena.shown(part)) for _, part in verdicts.groupby("sampler", sort=False))
     facing["cell"] = [f"{row.ours:.1f} / {row.theirs:.1f} {SIGNS[row.verdict]}" for row in facing.itertuples()]
     wide = facing.pivot(index=["sampler", "target", "measure"], columns="budget", values="cell")
@@ -348,7 +348,7 @@ def slide13_plan_distances(run: Run, table: pd.DataFrame) -> Figure:
     """Fréchet distance at equal MACs (``results.beside_plans``): growth over full compute on the same seeds."""
     figure, axes = plt.subplots()
     budgets = sorted(table.budget.unique())
-    kinds = {"DQAR plan": (ACCENT, "D"), "output extrapolation": KINDS["output extrapolation"]}
+    kinds = {"DQAR plan": KINDS["DQAR plan"], "output extrapolation": KINDS["output extrapolation"]}
     kinds |= {"best other cache": KINDS["best cache"], "fewer steps": KINDS["fewer steps"]}
     drawn = dict.fromkeys(table.family[table.kind == "best other cache"])
     names = {"best other cache": ", ".join(drawn)}
@@ -379,12 +379,17 @@ def slide13_plan_distances(run: Run, table: pd.DataFrame) -> Figure:
     return save(run, "slide13_plan_distances", figure, table, note)
 
 
-def slide08_plans(run: Run, plans: dict[str, list[ForecastPlan]]) -> Figure:
-    """The steps that each plan for full compute's images computes; and the error it was predicted to have."""
-    if not plans:
+def slide08_plans(run: Run, made: dict[tuple[str, Target], list[ForecastPlan]]) -> Figure:
+    """The steps that plans of the first sampler and target compute; and of all sets of steps that were tried for any
+    plan, the predicted and the measured error.
+
+    Args:
+        made: ``pareto.made_plans``.
+    """
+    if not made:
         return missing(run, "slide08_plans", "plans")
     figure, (left, right) = plt.subplots(1, 2, width_ratios=(3, 2))
-    sampler, shown = next(iter(plans.items()))
+    (sampler, _), shown = next(iter(made.items()))
     shown = sorted(shown, key=lambda plan: min(abs(plan.macs_speedup - x) for x in pareto.BUDGETS))[:8]
     shown.sort(key=lambda plan: plan.macs_speedup)
     rows = [[step in plan.computed for step in range(plan.num_inference_steps)] for plan in shown]
@@ -393,14 +398,13 @@ def slide08_plans(run: Run, plans: dict[str, list[ForecastPlan]]) -> Figure:
     left.invert_yaxis()
     left.set_yticks(np.arange(len(shown)) + 0.5, [f"{plan.macs_speedup:.2g}×" for plan in shown])
     left.set(xlabel="denoising step", ylabel="MAC reduction")
-    left.set_title(f"Forecast steps (orange), {SAMPLER_NAMES[sampler.split(',')[0]]}")
+    left.set_title(f"Forecast steps (orange), {SAMPLER_NAMES[sampler]}")
     left.grid(False)
     pairs = list[pd.DataFrame]()
-    for (name, made), color in zip(plans.items(), (BLUE, GREEN, DARK, "#A9B4BF"), strict=False):
-        of_plans = [pd.DataFrame(plan.provenance["trials"]) for plan in made]
+    for ((sampler, target), own), color in zip(made.items(), (BLUE, GREEN, DARK, "#A9B4BF"), strict=False):
+        of_plans = [pd.DataFrame(plan.provenance["trials"]) for plan in own]
         trials = pd.concat(of_plans)
-        name = name.replace("dpm-solver++", "DPM-Solver++").replace("ddim", "DDIM")
-        name = name.replace("reference", "full compute")
+        name = f"{SAMPLER_NAMES[sampler]}, {'full compute' if target == 'reference' else target}"
         right.scatter(trials.predicted**0.5, trials.measured**0.5, color=color, s=45, lw=0, alpha=0.8, label=name)
         pairs += of_plans
     right.set(xscale="log", yscale="log", xlabel="predicted error (latents)", ylabel="measured error (images)")
@@ -417,7 +421,7 @@ def slide08_plans(run: Run, plans: dict[str, list[ForecastPlan]]) -> Figure:
         f"The error that a fit predicts ranks {len(trials)} sets of steps with a correlation of {rho:.2f}, and those "
         f"of one plan, all as many steps, with {within:.2f} (median): so they are drawn and measured",
     )
-    trials.attrs["provenance"] = next(iter(plans.values()))[-1].provenance
+    trials.attrs["provenance"] = next(iter(made.values()))[-1].provenance
     note = f"n = {len(trials)} sets of steps; errors: root mean square, to full compute or converged"
     return save(run, "slide08_plans", figure, trials, note)
 
@@ -515,7 +519,7 @@ def slide06_forecast_cache(run: Run, points: pd.DataFrame) -> Figure:
     """DQAR inside the blocks (``pareto.site_points``): what forecast order and bits do to quality, against bytes."""
     figure, panels = plt.subplots(1, 2, width_ratios=(3, 2))
     markers, colors = {16: "o", 8: "s", 4: "^"}, {0: GREY, 1: BLUE, 2: GREEN}
-    for row in points[points.interval <= 3].itertuples():
+    for row in points.itertuples():
         filled = colors[row.order] if row.interval == 2 else "none"
         panels[0].scatter(row.cache_bytes / 1e6, row.psnr_reference, marker=markers[row.bits], s=170, color=filled,
                           ec=colors[row.order], lw=2.5)  # fmt: skip

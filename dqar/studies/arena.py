@@ -43,7 +43,7 @@ KINDS |= {"output extrapolation": "output extrapolation", **dict.fromkeys(pareto
 """Of families; all others are caches."""
 ERRORS: dict[Target, str] = {"reference": "mse", "converged": "mse_converged"}
 """Columns of ``compare`` by what a plan is made for."""
-KEPT = ("family", "made_for", "macs_speedup", "fd")
+KEPT = ("family", "made_for", "macs_speedup")
 """Columns of ``compare`` that ``standings`` keep."""
 GUIDANCE_SCALE = 4.0
 """At which arenas are recorded beside a profile's own: ``dqar record --set guidance_scale=4``."""
@@ -81,12 +81,10 @@ def finalists(methods: list[Method], screened: pd.DataFrame) -> list[Method]:
     """
     plans, best = dict[str, None](), dict[str, float]()
     for target in get_args(Target):
-        points = pareto.made_for(standings(screened, target), target)
+        points = standings(screened, target)
         for budget, measure in itertools.product(BUDGETS, JUDGED):
-            within = pareto.within(points, budget)
-            own = within[within.family == pareto.PLAN]
-            plans |= dict.fromkeys(own.method[own.macs_speedup == own.macs_speedup.min()])
-            rivals = within[~within.family.isin((pareto.PLAN, FULL.name))]
+            own, rivals = _facing(points, target, budget)
+            plans |= dict.fromkeys(own.method)
             for _, settings in rivals.groupby("family"):
                 point = settings.loc[settings[measure].idxmax()]
                 behind = point[measure] - rivals[measure].max()
@@ -247,13 +245,12 @@ def verdicts(table: pd.DataFrame, resamples: int = 2000) -> pd.DataFrame:
         errors, points = _errors(table, target), standings(table, target)
         chosen = generator.integers(errors.shape[1], size=(resamples, errors.shape[1]))
         for budget, measure in itertools.product(BUDGETS, JUDGED):
-            within = pareto.within(pareto.made_for(points, target), budget)
-            plans = pareto.own_plans(within, target)
+            plans, rivals = _facing(points, target, budget)
             if plans.empty:
                 continue
-            plan = plans.loc[plans.macs_speedup.idxmin()]
+            plan = plans.iloc[0]
             trials = MEASURES[measure](errors.loc[plan.method].to_numpy()[chosen])
-            for family, settings in within[~within.family.isin((pareto.PLAN, FULL.name))].groupby("family", sort=False):
+            for family, settings in rivals.groupby("family", sort=False):
                 best = settings.loc[settings[measure].idxmax()]
                 leads = trials - MEASURES[measure](errors.loc[best.method].to_numpy()[chosen])
                 low, high = np.quantile(leads, [0.025, 0.975])
@@ -262,6 +259,13 @@ def verdicts(table: pd.DataFrame, resamples: int = 2000) -> pd.DataFrame:
                 rows.append((target, budget, measure, family, best.method, plan.method, *values))
     columns = ["target", "budget", "measure", "family", "method", "plan", "ours", "theirs", "lead", "lead_low"]
     return pd.DataFrame(rows, columns=[*columns, "lead_high", "verdict"])
+
+
+def _facing(points: pd.DataFrame, target: Target, budget: float) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Of ``standings``, the plans that compute the most steps within a budget, and all that they are compared with."""
+    within = pareto.within(pareto.made_for(points, target), budget)
+    own = within[within.family == pareto.PLAN]
+    return own[own.macs_speedup == own.macs_speedup.min()], within[~within.family.isin((pareto.PLAN, FULL.name))]
 
 
 def strongest(verdicts: pd.DataFrame) -> pd.DataFrame:

@@ -305,14 +305,14 @@ def recorded(run: Run, sampler: str) -> pd.DataFrame | None:
     return run.recorded(f"pareto-{slug(sampler)}")
 
 
-def made_plans(run: Run) -> dict[str, list[ForecastPlan]]:
+def made_plans(run: Run) -> dict[tuple[str, Target], list[ForecastPlan]]:
     """The recorded plans by sampler and target, the least saving first."""
-    made: dict[str, list[ForecastPlan]] = {}
+    made: dict[tuple[str, Target], list[ForecastPlan]] = {}
     for sampler, target in itertools.product(SAMPLERS, get_args(Target)):
         numbers = dict.fromkeys(computed_steps(run.profile, budget) for budget in PLAN_BUDGETS)
         paths = [plan_path(run.recordings, sampler, target, number) for number in numbers]
         if plans := [ForecastPlan.load(path) for path in paths if path.exists()]:
-            made[f"{sampler}, {target}"] = plans
+            made[sampler, target] = plans
     return made
 
 

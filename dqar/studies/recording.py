@@ -71,7 +71,7 @@ class Sizes:
 
     @classmethod
     def of(cls, profile: Profile) -> Sizes:
-        """Of a profile; its ``images`` limit every part, but labels, which have to be ten for a policy."""
+        """Of a profile: ``samples`` are its ``images``, which limit plans' calibration and what ``LIMITED`` names."""
         few, most = profile.rehearsal or profile.name == "smoke", profile.images
         sizes = cls(**FEW) if few else cls(**MORE.get(profile.model, {}))
         if not few:
@@ -108,7 +108,7 @@ LIMITED = (
 
 
 def check_recordable(profile: Profile) -> None:
-    """Raises ``ValueError`` for a profile with random weights, of videos, or with settings that it has no use for."""
+    """Raises ``ValueError`` for random weights, videos, an offloaded model, or settings that the profile can't use."""
     if profile.video:
         raise ValueError(f"profile {profile.name!r} is recorded beside the digits: dqar record --only video")
     if not profile.trained:
@@ -132,8 +132,8 @@ class Recording:
         out: folder of the finished tables, which go to one of the profile's label in it.
 
     Raises:
-        ValueError: a profile with random weights, or a reference that doesn't fit.
-        OSError: a reference that isn't there; the folders can't be made.
+        ValueError: see ``check_recordable``.
+        OSError: the folders can't be made.
     """
 
     def __init__(self, profile: Profile, work: Path, out: Path):
@@ -190,7 +190,7 @@ class Recording:
         """The table ``name``, a part for each method: rows that it has are kept, missing ones measured.
 
         It is saved after each part, so that what is recorded can be used, and other methods can be added later.
-        Methods that aren't asked for any more are left out.
+        Methods that aren't asked for any more are left out as soon as a missing one is measured.
 
         Args:
             name: of the table.

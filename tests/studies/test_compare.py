@@ -119,3 +119,6 @@ def test_whole_maps_give_the_same_images_and_the_exact_entropy():
     )
     expected = attention.to_out[0](F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
     torch.testing.assert_close(processor(attention, x), expected, rtol=1e-4, atol=1e-4)
+    probabilities = (query @ key.mT * attention.scale).softmax(-1)
+    exact = -(probabilities * probabilities.log()).sum(-1).mean(-1)
+    torch.testing.assert_close(processor.entropy, exact, rtol=1e-4, atol=1e-4)

@@ -55,6 +55,17 @@ def test_the_mean_is_of_errors_not_of_decibels():
 
 def test_points_inside_the_blocks_are_drawn_only_if_all_are_there():
     assert pareto.site_points(None) is None and pareto.site_points(TABLE) is None
+    settings = [(interval, *kind) for interval, kinds in pareto.SITE_KINDS.items() for kind in kinds]
+    rows = [
+        TABLE.iloc[:1].assign(
+            **{"method": f"{interval} {order} {bits}", "family": pareto.SITES, "schedule": "static", "target": "block"},
+            **{"interval": interval, "order": order, "bits": bits},
+        )
+        for interval, order, bits in settings
+    ]
+    points = pareto.site_points(pd.concat(rows))
+    assert list(zip(points.interval, points.order, points.bits, strict=True)) == settings
+    assert pareto.site_points(pd.concat(rows[1:])) is None
 
 
 @pytest.mark.parametrize("sampler", list(pareto.SAMPLERS))
