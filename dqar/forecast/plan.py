@@ -102,7 +102,10 @@ class ForecastPlan:
         if len(self.weights) != steps or not all(is_index(step, steps) for step in self.computed):
             raise ValueError(f"{len(self.weights)} rows and computed steps {sorted(self.computed)} for {steps} steps")
         if 0 not in self.computed or self.weights[0]:
-            raise ValueError("step 0 is not accepted: it has nothing to forecast from, and no weights")
+            raise ValueError(
+                f"computed steps {sorted(self.computed)} with {len(self.weights[0])} weights of step 0 are not "
+                "accepted: step 0 has nothing to forecast from, so it computes, without weights"
+            )
         for step, row in enumerate(self.weights):
             length = len(self.branches) * (self.cached_at(step) + 1) * math.prod(self.kernel)
             if not all(map(math.isfinite, row)) or len(row) not in (

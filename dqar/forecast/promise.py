@@ -33,6 +33,8 @@ from dqar.forecast.plan import ForecastPlan, Rows, as_rows
 from dqar.policy import train_policy
 
 Rule = Literal["linear", "policy"]
+CONFIDENCE = 0.9
+"""That a promise is kept, unless asked for otherwise."""
 RULE_SHARE = 1 / 3
 """Of the images that the plans weren't fitted on, those that the rule is fitted on."""
 RUNGS = (1.5, 2.0, 3.0)
@@ -78,7 +80,7 @@ def fit_ladder(
     calls: Sequence[Mapping[str, Any]],
     decibels: float,
     share: float,
-    confidence: float = 0.9,
+    confidence: float = CONFIDENCE,
     *,
     rule: Rule = "linear",
     seed: int = 1_000_000,
@@ -187,7 +189,7 @@ def calibrated(draft: PlanLadder, features: torch.Tensor, quality: np.ndarray) -
     return taken
 
 
-def check_promise(decibels: float, share: float, confidence: float = 0.9) -> None:
+def check_promise(decibels: float, share: float, confidence: float = CONFIDENCE) -> None:
     """Raises ``ValueError`` for numbers that can't be promised."""
     check("decibels", decibels, isinstance(decibels, (int, float)) and math.isfinite(decibels), "a number of dB")
     for name, value in (("share", share), ("confidence", confidence)):
@@ -241,7 +243,7 @@ def network(features: torch.Tensor, good: np.ndarray) -> tuple[Rows, ...]:
     return tuple(as_rows(torch.cat([matrix, bias[:, None]], 1).tolist()) for matrix, bias in layers)
 
 
-def check_enough(images: int, share: float, confidence: float = 0.9) -> None:
+def check_enough(images: int, share: float, confidence: float = CONFIDENCE) -> None:
     """Raises ``ValueError`` if so many images that no plan was fitted on are too few for a promise."""
     needed = images_needed(share, confidence)
     accepted = f"{math.ceil(needed / (1 - RULE_SHARE))} or more, and as many to fit the plans on"

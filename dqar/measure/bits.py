@@ -182,5 +182,5 @@ def _bytes(drawn: Samples) -> pd.Series:
 
 
 def _rows(drawn: Samples, reference: Samples, **same: float) -> pd.DataFrame:
-    mse = (drawn.images.double() - reference.images.double()).square().flatten(1).mean(1)
+    mse = metrics.squared_errors(drawn.images, reference.images)
     return pd.DataFrame({**same, "image": range(len(mse)), "mse": mse.numpy()})

@@ -32,16 +32,20 @@ _FLOPS: dict[Any, Callable[..., int]] = {
 }
 
 
+def squared_errors(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """The mean squared error of each image, ``[N]`` float64, of two sets ``[N, ...]``."""
+    _same_shape(images, reference)
+    return (images.double() - reference.double()).square().flatten(1).mean(1)
+
+
 def psnr(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """Peak signal-to-noise ratio in dB per image, ``[N]``, of images in [0, 1]; ``inf`` where they are identical."""
-    _same_shape(images, reference)
-    return -10 * (images.double() - reference.double()).square().flatten(1).mean(1).log10()
+    return -10 * squared_errors(images, reference).log10()
 
 
 def mean_psnr(images: torch.Tensor, reference: torch.Tensor) -> float:
     """PSNR in dB of the mean squared error of all images ``[N, ...]``; one identical image can't make it infinite."""
-    _same_shape(images, reference)
-    return float(-10 * (images.double() - reference.double()).square().mean().log10())
+    return float(-10 * squared_errors(images, reference).mean().log10())
 
 
 IDENTICAL = 1e-12

@@ -9,6 +9,7 @@ from functools import partial
 
 from diffusers import DiffusionPipeline
 
+from dqar.checks import check_choice
 from dqar.peers.rival import Rival
 from dqar.peers.shared import check_range, load_package, quiet, watched
 
@@ -50,9 +51,10 @@ def dbcache(
         dmd_history: last residuals that DMD is fitted to, at most.
 
     Raises:
-        ValueError: a setting out of range; more first and last blocks than there are.
+        ValueError: another calibrator; a setting out of range; more first and last blocks than there are.
         ImportError: no cache-dit.
     """
+    check_choice("calibrator", calibrator, ("", "TaylorSeer", "DMD", "FoCa"))
     blocks = len(pipe.transformer.transformer_blocks)
     check_range(
         Fn_compute_blocks=(Fn_compute_blocks, 1, blocks - 1),

@@ -42,7 +42,7 @@ KINDS = {pareto.PLAN: "DQAR plan", pareto.SITES: "DQAR inside the blocks", "fewe
 KINDS |= {"output extrapolation": "output extrapolation", **dict.fromkeys(pareto.SOLVERS.values(), "learned solver")}
 """Of families; all others are caches."""
 ERRORS: dict[Target, str] = {"reference": "mse", "converged": "mse_converged"}
-"""Columns of ``compare`` by what a plan is made for."""
+"""Columns of ``pareto.comparisons`` by what a plan is made for."""
 KEPT = ("family", "made_for", "macs_speedup")
 """Columns of ``compare`` that ``standings`` keep."""
 GUIDANCE_SCALE = 4.0
@@ -128,11 +128,11 @@ def record_latents(recording: Recording) -> None:
     def drawn(method: Method) -> tuple[torch.Tensor, float]:
         with _decoded(method.pipeline(profile)) as seen:
             macs = draw(method, recording.many_at_once, ARENA_SEED, num_samples=number).macs
-        return torch.cat(seen)[-number:].double(), macs
+        return torch.cat(seen)[-number:], macs
 
     def one(method: Method) -> pd.DataFrame:
         (reference, full), (latents, macs) = drawn(FULL), drawn(method)
-        errors = (latents - reference).square().flatten(1).mean(1).numpy()
+        errors = metrics.squared_errors(latents, reference).numpy()
         return pd.DataFrame({"image": range(number), "mse": errors}).assign(
             **method.columns(), macs_speedup=full / macs
         )

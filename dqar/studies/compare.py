@@ -197,7 +197,8 @@ def compare(
 
     Returns:
         One row an image: the columns of ``FACTS`` that apply, ``image``, ``label``; ``mse``, the mean squared error to
-        the reference, and ``mse_<name>`` to each of ``beside``; ``ssim``; the columns of ``quality.scores``; and what
+        the reference, and ``mse_<name>`` to each of ``beside``; ``ssim`` (it and ``mse`` are NaN of random weights);
+        the columns of ``quality.scores``; and what
         all images have in common: ``macs``, ``macs_speedup`` (the reference's over these), ``sites_reused``,
         ``events`` and ``cache_bytes`` of ``Drawn``.
     """
@@ -208,7 +209,7 @@ def compare(
         table.insert(0, name, value)
     for name, images in {"": reference.images, **(beside or {})}.items():
         column = f"mse_{name}" if name else "mse"
-        table[column] = (drawn.images.double() - images.double()).square().flatten(1).mean(1).numpy()
+        table[column] = metrics.squared_errors(drawn.images, images).numpy()
     table["ssim"] = metrics.ssim(drawn.images, reference.images).numpy()
     if not profile.trained:  # what a random model draws is no picture, and no method of it is better than another
         table[["mse", "ssim"]] = math.nan

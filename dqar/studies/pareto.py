@@ -300,9 +300,14 @@ def own_plans(points: pd.DataFrame, target: Target) -> pd.DataFrame:
     return points[(points.family == PLAN) & (points.made_for == target)]
 
 
+def table_name(sampler: str) -> str:
+    """Of what is recorded under one sampler: every method at every setting."""
+    return f"pareto-{slug(sampler)}"
+
+
 def recorded(run: Run, sampler: str) -> pd.DataFrame | None:
     """The recorded comparison under one sampler."""
-    return run.recorded(f"pareto-{slug(sampler)}")
+    return run.recorded(table_name(sampler))
 
 
 def made_plans(run: Run) -> dict[tuple[str, Target], list[ForecastPlan]]:
@@ -334,11 +339,11 @@ class Denoising:
     psnr: float
 
 
-def denoising(run: Run, budget: float = 3) -> Denoising | None:
-    """Draws ten images by full compute and by the recorded plan of a budget; ``None`` without that plan."""
+def denoising(run: Run) -> Denoising | None:
+    """Draws ten images by full compute and by the recorded plan of 3 times fewer MACs; ``None`` without that plan."""
     number = 10
     profile = dataclasses.replace(run.profile, batch_size=number)
-    plan = recorded_plan(run.recordings, profile, budget)
+    plan = recorded_plan(run.recordings, profile, budget=3)
     if plan is None:
         return None
     drawn, states = [], []
@@ -406,7 +411,7 @@ def screened(recording: Recording, sampler: str) -> pd.DataFrame:
     chosen = some_of_each(methods, recording.sizes.pareto_settings)
     number = recording.sizes.pareto_images
     parts = comparisons(recording, chosen, sampler, PARETO_SEED, number)
-    return recording.growing(f"pareto-{slug(sampler)}", parts, PARETO_SEED, number)
+    return recording.growing(table_name(sampler), parts, PARETO_SEED, number)
 
 
 def comparisons(

@@ -19,7 +19,7 @@ from dqar.forecast.ladder import Promise, first_step_features
 from dqar.forecast.lockstep import Lockstep
 from dqar.forecast.plan import HISTORY_BITS, ForecastPlan
 from dqar.forecast.profiles import calibrate_profile, profile_calls
-from dqar.forecast.promise import RULE_SHARE, Rule, images_needed, is_certain, ladder_from
+from dqar.forecast.promise import CONFIDENCE, RULE_SHARE, Rule, images_needed, is_certain, ladder_from
 from dqar.measure.metrics import IDENTICAL, decibels
 from dqar.measure.results import Run, load_table, slug
 from dqar.models.profiles import Profile
@@ -30,7 +30,6 @@ from dqar.studies.recording import ARENA_SEED, RESULT_SEED, Recording
 
 PROMISES = ((40.0, 0.99), (45.0, 0.95), (50.0, 0.9))
 """The least PSNR (dB) to full compute, and the share of images that are promised to have it."""
-CONFIDENCE = 0.9
 HELD_OUT = 0.45
 """Of the recorded images, those that a promise is calibrated on; it is judged on the others."""
 WAYS = LADDER, MIX, FIXED = "a plan for each image", "random mix of two plans", "one plan for all"
@@ -47,7 +46,6 @@ COMMON, OF_CLASS = "common", "by-class"
 """Weights that a plan has."""
 QUANTIZED = Method("W8A8", w8a8="plain")
 """A model in integers, all steps computed."""
-NO_PLAN = "no plan that this is about is recorded: record plans first"
 
 
 def ladder_methods(profile: Profile, folder: Path) -> dict[int, Method]:
@@ -283,7 +281,7 @@ def record_promise(recording: Recording) -> None:
     """
     methods = ladder_methods(recording.profile, recording.folder)
     if not methods:
-        raise ValueError(NO_PLAN)
+        raise ValueError(f"no plan is in {recording.folder}: record plans first")
     recording.table("promise", {"all": functools.partial(_promise, recording, methods)}, RESULT_SEED)
 
 
@@ -331,7 +329,7 @@ def record_samplers(recording: Recording) -> None:
                     rows = compare(method, reference, recording.many_at_once, ARENA_SEED)
                     tables.append(_numbers(rows).assign(sampler=sampler, made_under=made_under))
         if not tables:
-            raise ValueError(NO_PLAN)
+            raise ValueError(f"no plan of {BUDGET}× is in {recording.folder}: record plans first")
         return pd.concat(tables, ignore_index=True)
 
     recording.table("samplers", {"all": measure}, ARENA_SEED)
@@ -423,7 +421,7 @@ def record_w8a8(recording: Recording) -> None:
 def _of_budget(recording: Recording) -> ForecastPlan:
     plan = pareto.recorded_plan(recording.folder, recording.profile, BUDGET)
     if plan is None:
-        raise ValueError(NO_PLAN)
+        raise ValueError(f"no plan of {BUDGET}× is in {recording.folder}: record plans first")
     return plan
 
 

@@ -82,7 +82,7 @@ def _fewer_steps(profile: Profile, number: int) -> Method:
 
 def _best_rivals(profile: Profile, folder: Path) -> dict[float, list[Method]]:
     """By budget: output extrapolation and the best of all other caches, at their best recorded settings within it."""
-    path = folder / f"pareto-{slug(profile.scheduler)}.parquet"
+    path = folder / f"{pareto.table_name(profile.scheduler)}.parquet"
     if not path.exists():
         return {}
     points, sampler = pareto.summary(load_table(path)), profile.scheduler

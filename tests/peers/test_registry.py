@@ -275,6 +275,7 @@ def test_unknown_names_and_settings():
         ("DBCache + TaylorSeer", "taylorseer_order", 0),
         ("DBCache + DMD", "dmd_history", 3),
         ("DBCache + FoCa", "max_warmup_steps", -1),
+        ("DBCache", "calibrator", "Heun"),
         ("SmoothCache", "components", ("attn",)),
         ("L2P", "speedup", 0.5),
         ("Spectrum", "ridge", 0.0),
