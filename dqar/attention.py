@@ -19,7 +19,7 @@ import torch
 
 from dqar.config import DQARConfig
 from dqar.controller import DQARController
-from dqar.families import as_batch, bare, conditions, family, find_layers, null_class, transformers
+from dqar.families import as_batch, bare, conditions, family, find_layers, guides, null_class, transformers
 from dqar.forecast.ladder import LadderEngine, PlanLadder
 from dqar.forecast.plan import ForecastPlan
 from dqar.forecast.run import ForecastEngine
@@ -119,6 +119,13 @@ class Engine(Protocol):
     def before_step(self, run: Run, stream: Stream, prediction: torch.Tensor) -> None:
         """Is told the guided ``[b, ...]`` that the scheduler is given for a run's only stream."""
 
+    def unguided(self, stream: Stream) -> None:
+        """Is told at a run's first step that what it took for two branches of a stream is one.
+
+        Raises:
+            ValueError: it was made for guidance.
+        """
+
     def clear(self) -> None:
         """Frees all that isn't a stream's."""
 
@@ -161,6 +168,7 @@ class DQARSession:
             self._family,
             null_class(self.transformer),
             lambda: getattr(self.pipe, "scheduler", None),
+            self._guides,
             self.engine.new_state,
             self.trace.begin_run,
             self._end_run,
@@ -264,6 +272,11 @@ class DQARSession:
             raise
         return output
 
+    def _guides(self) -> bool | None:
+        """Whether the present run has two branches, as the pipeline says, or a plan that takes no others."""
+        told, plan = guides(self.pipe), self.config
+        return False if told is None and isinstance(plan, ForecastPlan) and not plan.guided else told
+
     def _trains(self, latents: torch.Tensor, named: dict[str, Any]) -> bool:
         """Whether gradients are wanted: what is kept would tie one backward pass to the next, so nothing is."""
         if not torch.is_grad_enabled():
@@ -296,6 +309,8 @@ class DQARSession:
         if run is None or len(run.streams) != 1 or not isinstance(model_output, torch.Tensor):
             return
         try:
+            if isinstance(sample, torch.Tensor) and self._finder.one_branch(run, sample):
+                self.engine.unguided(run.streams[0])
             self.engine.before_step(run, run.streams[0], model_output)
         except BaseException:
             self._finder.give_up(run)

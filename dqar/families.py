@@ -74,6 +74,7 @@ class Family:
     Attributes:
         attentions: those of the model, in the order of their calls: one list of blocks after the other, block by block.
         branch_order: how the family's pipelines stack the branches of guidance in one batch.
+        stacks: whether they do; else each branch is a call of its own, or guidance is an argument of the model.
         last_layer: the linear layer that reads the output from the last hidden states.
         channels: the axis of the latents' channels; of packed tokens ``[B, tokens, C]`` always the last.
         latents, timestep: names of the forward pass's arguments.
@@ -83,6 +84,7 @@ class Family:
 
     attentions: tuple[Place, ...] = (Place(),)
     branch_order: tuple[str, str] = ("uncond", "cond")
+    stacks: bool = True
     last_layer: str = "proj_out"
     channels: int = 1
     latents: str = "hidden_states"
@@ -104,10 +106,13 @@ FAMILIES = {
     "PixArtTransformer2DModel": Family(),
     "LatteTransformer3DModel": Family(),  # its spatial attentions; the temporal ones are always computed
     "SD3Transformer2DModel": Family(_SD3),
-    "FluxTransformer2DModel": Family(_FLUX),
+    "FluxTransformer2DModel": Family(_FLUX, stacks=False),
     "LuminaNextDiT2DModel": Family(branch_order=("cond", "uncond")),
     "CogVideoXTransformer3DModel": Family(channels=2),
-    "Lumina2Transformer2DModel": Family(reversed_time=True),
+    "HunyuanVideoTransformer3DModel": Family(stacks=False),
+    "Lumina2Transformer2DModel": Family(stacks=False, reversed_time=True),
+    "QwenImageTransformer2DModel": Family(stacks=False),
+    "WanTransformer3DModel": Family(stacks=False),
     "ZImageTransformer2DModel": Family(
         branch_order=("cond", "uncond"), latents="x", timestep="t", lists=True, reversed_time=True
     ),
@@ -202,6 +207,12 @@ def check_processor(layer: Layer, layer_id: int) -> None:
             f"layer {layer_id} has the attention processor {present.__name__}: DQAR takes the place of diffusers' "
             f"{replaced} only; set that, or remove_dqar first"
         )
+
+
+def guides(pipe: Any) -> bool | None:
+    """Whether the call that a pipeline is in has guidance by two branches; ``None`` if it doesn't say."""
+    told = getattr(pipe, "do_classifier_free_guidance", None)
+    return told if isinstance(told, bool) else None
 
 
 def null_class(transformer: torch.nn.Module) -> int | None:

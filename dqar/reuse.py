@@ -214,6 +214,10 @@ class ReuseEngine:
         rows = call.slices.get("cond", slice(None))
         return mask[rows].sum(dim=1, dtype=torch.float32).mean().item()
 
+    def unguided(self, stream: Stream) -> None:
+        """Drops what the first step kept for two branches: they are images of one."""
+        stream.state.forget()
+
     def before_step(self, run: Run, stream: Stream, prediction: torch.Tensor) -> None:
         """Notes the x0 that the guided ``prediction`` ``[B, C, H, W]`` tells, and its SNR."""
         if not self.looks or run.levels is None:

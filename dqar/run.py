@@ -206,6 +206,7 @@ class RunFinder:
         family: of the model.
         null_class: class of the unconditional branch, if the model has classes.
         scheduler: returns the pipeline's present scheduler, or ``None`` for a transformer alone.
+        guided: returns whether the pipeline draws with guidance now; ``None`` if it doesn't say.
         new_state: makes the state of a new stream.
         begin_run: returns the number of a new run.
         end_run: called with each run that ends or is given up.
@@ -216,11 +217,12 @@ class RunFinder:
         family: Family,
         null_class: int | None,
         scheduler: Callable[[], Any],
+        guided: Callable[[], bool | None],
         new_state: Callable[[], Any],
         begin_run: Callable[[], int],
         end_run: Callable[[Run], None],
     ):
-        self.family, self.null_class, self.scheduler = family, null_class, scheduler
+        self.family, self.null_class, self.scheduler, self.guided = family, null_class, scheduler, guided
         self.new_state, self.begin_run, self.end_run = new_state, begin_run, end_run
         self._runs: dict[tuple[int, int | None], Run] = {}
         self._lists: dict[int, Timesteps] = {}
@@ -239,6 +241,22 @@ class RunFinder:
         """The run whose current step the scheduler is about to take."""
         run = self._runs.get((threading.get_ident(), id(scheduler)))
         return run if run is not None and run.count and not run.stepped else None
+
+    def one_branch(self, run: Run, sample: torch.Tensor) -> bool:
+        """Whether the two branches of a run's only call were images of one seed, as the sampler is given them all.
+
+        Args:
+            sample: ``[b, ...]``, of the run's first step. The call then has one branch.
+        """
+        calls = [call for stream in run.streams for call in stream.calls]
+        if run.count > 1 or len(calls) != 1 or len(calls[0].slices) == 1 or calls[0].condition[0] is not None:
+            return False
+        call = calls[0]
+        if len(sample) != call.batch:
+            return False
+        call.slices = {"cond": slice(0, call.batch)}
+        call.stream.latents = torch.cat([call.stream.latents] * 2)
+        return True
 
     def finishing(self, scheduler: Any) -> Run | None:
         """Notes that the scheduler has stepped. Returns the run if that was its last step: latents are decoded next."""
@@ -443,13 +461,20 @@ class RunFinder:
         return labels is not None and self.null_class is not None and bool((labels == self.null_class).all())
 
     def _branch_slices(self, latents: torch.Tensor, condition: Condition) -> dict[str, slice]:
-        """The rows of each branch. Guidance doubles the batch, with equal latents in both halves."""
+        """The rows of each branch. Guidance doubles the batch, with equal latents in both halves.
+
+        So do images of one seed, of a pipeline that doesn't say whether it guides: ``one_branch`` tells them later.
+        """
         batch, half, labels = len(latents), len(latents) // 2, condition[0]
         classes = labels if labels is not None and labels.ndim == 1 else None
-        if batch % 2 == 0 and torch.equal(latents[:half], latents[half:]):
+        may_stack = batch % 2 == 0 and self.family.stacks
+        if classes is None:
+            may_stack = may_stack and self.guided() is not False
+        else:
+            may_stack = may_stack and self._is_null(classes[half:])
+        if may_stack and torch.equal(latents[:half], latents[half:]):
             order = self.family.branch_order
-            if classes is None or self._is_null(classes[half:]):
-                return {order[0]: slice(0, half), order[1]: slice(half, batch)}
+            return {order[0]: slice(0, half), order[1]: slice(half, batch)}
         return {"uncond" if self._is_null(classes) else "cond": slice(0, batch)}
 
 

@@ -4,7 +4,9 @@ import re
 from pathlib import Path
 from typing import get_args
 
+import planned
 import pytest
+import torch
 from helpers import make_pixart
 from tiny import TINY, drawn
 
@@ -45,3 +47,63 @@ def test_trace_and_reuse_are_supported_as_the_table_says(name):
             drawn(pipe, call(0), steps=2)
         assert session.trace.to_pandas().filter(like="entropy").notna().any().sum() == measured
     assert (trace == "no") == (reuse == "no")
+
+
+def together(first, second):
+    """The arguments of two calls, for one call of both images."""
+    joined = {
+        name: torch.cat([value, second[name]]) if isinstance(value, torch.Tensor) else value + second[name]
+        for name, value in first.items()
+        if isinstance(value, (torch.Tensor, list))
+    }
+    return {**first, **joined}
+
+
+UNGUIDED = {"guidance_scale": 1.0}
+CALLS = [
+    *((name, {}) for name in TINY if name != "dit"),
+    *((name, UNGUIDED) for name in ("pixart_sigma", "sd3", "aura_flow")),
+]
+
+
+@pytest.mark.parametrize("name, changes", CALLS, ids=[f"{name}-{len(changes)}" for name, changes in CALLS])
+def test_two_prompts_of_one_seed_are_drawn_as_each_alone(name, changes):
+    """Equal latents in both halves of a batch are no two branches of guidance."""
+    pipe, call = TINY[name]()
+    calls = [{**call(seed), **changes} for seed in range(2)]
+
+    def draw(named, images):
+        generators = [torch.Generator().manual_seed(0) for _ in range(images)]
+        return drawn(pipe, {**named, "generator": generators if images > 1 else generators[0]})
+
+    with apply_dqar(pipe, planned.random_plan(name, pipe, calls[0])):
+        alone = torch.cat([draw(named, 1) for named in calls])
+        assert not torch.equal(*alone.chunk(2))
+        torch.testing.assert_close(draw(together(*calls), 2), alone, rtol=1e-4, atol=1e-5)
+
+
+def test_images_of_one_seed_share_no_attention_without_guidance():
+    """PixArt's pipeline doesn't say whether it guides: the sampler, which is given both images, does."""
+    pipe, call = TINY["pixart_sigma"]()
+    calls = [{**call(seed), **UNGUIDED} for seed in range(2)]
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+
+    def draw():
+        for generator in generators:
+            generator.manual_seed(0)
+        return drawn(pipe, {**together(*calls), "generator": generators})
+
+    plain = draw()
+    with apply_dqar(pipe, DQARConfig(schedule="none", share_below=10.0)) as session:
+        torch.testing.assert_close(draw(), plain)
+    assert session.summary()["sites_shared"] == 0
+
+
+@pytest.mark.parametrize("made_for, drawn_with", [(1.0, 4.0), (4.0, 1.0)])
+def test_a_plan_refuses_runs_with_guidance_or_without_whatever_the_seeds(made_for, drawn_with):
+    pipe, call = TINY["pixart_sigma"]()
+    plan = planned.random_plan("pixart_sigma", pipe, {**call(0), "guidance_scale": made_for})
+    named = {**together(call(0), call(1)), "guidance_scale": drawn_with}
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    with apply_dqar(pipe, plan), pytest.raises(ValueError, match="the plan was made (for|without) guidance"):
+        drawn(pipe, {**named, "generator": generators})

@@ -25,7 +25,7 @@ class OnAGPU(torch.Tensor):
 def test_only_the_timesteps_of_a_runs_first_step_are_read_from_the_device():
     """As of DiTPipeline, which copies each timestep to where the model is."""
     scheduler = DPMSolverMultistepScheduler()
-    finder = RunFinder(Family(), None, lambda: scheduler, object, Trace().begin_run, lambda _run: None)
+    finder = RunFinder(Family(), None, lambda: scheduler, lambda: None, object, Trace().begin_run, lambda _run: None)
     latents = torch.randn(1, 1, 4, 4)
 
     def steps(number):

@@ -467,9 +467,8 @@ def drawn(pipe, call, steps=STEPS, seed=0):
     """Latents of a run, from the noise that ``fit_plan`` gives the call of this seed."""
     accepts_latent = type(pipe) is not DiTPipeline
     result = pipe(
-        **call,
+        **{"generator": torch.Generator().manual_seed(seed), **call},
         num_inference_steps=steps,
-        generator=torch.Generator().manual_seed(seed),
         output_type="latent" if accepts_latent else "pt",
         return_dict=False,
     )

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from dqar.families import as_batch, as_output, bare, conditions, family, null_class, transformers
+from dqar.families import as_batch, as_output, bare, conditions, family, guides, null_class, transformers
 from dqar.forecast.run import (
     FinalHiddenStates,
     bent_scale,
@@ -264,14 +264,15 @@ class Lockstep:
         self.pipe, self.num_inference_steps, self.seed = pipe, num_inference_steps, seed
         self._history_bits = history_bits
         self._runs: dict[int, CallRun] = {}
-        self._schedulers: dict[int, Any] = {}
+        self._pipes: dict[int, Any] = {}  # of each call a copy, by thread
         self._model = bare(self._transformers[0])
         self._argument_names = list(inspect.signature(type(self._model).forward).parameters)[1:]
         self._family = family(self._model)
         self._finder = RunFinder(
             self._family,
             null_class(self._model),
-            lambda: self._schedulers.get(threading.get_ident()),
+            lambda: getattr(self._pipes.get(threading.get_ident()), "scheduler", None),
+            lambda: guides(self._pipes.get(threading.get_ident())),
             _Forgetful,
             lambda: 0,
             lambda run: None,
@@ -363,11 +364,11 @@ class Lockstep:
 
         def draw() -> None:
             thread = threading.get_ident()
-            self._runs[thread], self._schedulers[thread] = run, scheduler
+            self._runs[thread], self._pipes[thread] = run, pipe
             try:
                 pipe(**named)
             finally:
-                del self._runs[thread], self._schedulers[thread]
+                del self._runs[thread], self._pipes[thread]
 
         run.start(draw)
 

@@ -138,6 +138,10 @@ class ForecastEngine:
         for branch in branches:
             rows.add(-1, branch, "compute" if fresh else "reuse", "plan", nbytes)
 
+    def unguided(self, stream: Stream) -> None:
+        """Raises ``ValueError`` for a plan that was made for guidance."""
+        self.plan.check_guidance(1.0, 0.0, step=0)
+
     def before_step(self, run: Run, stream: Stream, prediction: torch.Tensor) -> None:
         """Raises ``ValueError`` for a run of another guidance scale, as the guided ``prediction`` ``[b, ...]`` tells.
 
@@ -425,11 +429,16 @@ class OutputForecast:
         """The guidance scale that made ``guided`` of the step's outputs, and how far rounding may have moved it.
 
         Both on the device, ``[2]`` float32; ``None``: can't tell.
+
+        Raises:
+            ValueError: a plan without guidance, and two branches.
         """
         returned = {branch: output for branch, (made, output) in self._returned.items() if made == step}
         if "cond" not in returned:
             return None
         if "uncond" not in returned:
+            if len(guided) < len(returned["cond"]):
+                raise ValueError("the plan was made without guidance, this run has two branches: make one for it")
             return torch.tensor([1.0, 0.0], device=guided.device)
         uncond, cond = (returned[branch].float() for branch in ("uncond", "cond"))
         if guided.ndim != cond.ndim:
