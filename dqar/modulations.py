@@ -16,6 +16,7 @@ from diffusers.models.normalization import AdaLayerNormZero
 
 from dqar.run import Call, Run
 from dqar.takeover import Handler, original_class
+from dqar.unchanged import Unchanged
 
 MAX_BYTES = 64 * 2**20
 """Of kept results: DiT-XL/2's of one guided image in FP16 are 43 MB at 50 steps."""
@@ -38,8 +39,7 @@ class Modulations:
         """Of all kept results."""
         self._run: int | None = None
         self._usable = False
-        self._watched: list[tuple[dict[str, Any], str, torch.Tensor, int]] = []
-        """The weights, where their modules keep them, and their versions."""
+        self._weights = Unchanged(())
         self._hashes: list[float] = []
         self._alike: dict[int, int] = {}
         """The embedder that stands for each, by ``id``."""
@@ -52,7 +52,7 @@ class Modulations:
         """Forgets everything kept."""
         self._kept.clear()
         self._bytes = 0
-        self._hashes, self._watched = [], []
+        self._hashes, self._weights = [], Unchanged(())
 
     def open(self, run: Run, call: Call, latents: torch.Tensor) -> dict[int, torch.Tensor] | None:
         """What is kept for a forward pass, to be read and added to; ``None``: nothing may be kept.
@@ -63,11 +63,9 @@ class Modulations:
         """
         if not self._norms or call.labels is None:
             return None
-        if run.number != self._run or any(
-            owner[name] is not p or p._version != version for owner, name, p, version in self._watched
-        ):
+        if run.number != self._run or not self._weights.still():
             self._run, self._usable = run.number, self._look_at_weights()
-        if not self._usable:
+        if not self._usable or any(norm.training for norm in self._norms):
             return None
         key = _key(run, call, latents)
         kept = self._kept.get(key)
@@ -105,20 +103,14 @@ class Modulations:
 
     def _look_at_weights(self) -> bool:
         """Whether results may be kept; forgets those of other weights."""
-        modules = [module for norm in self._norms for module in norm.modules()]
-        weights = [(m._parameters, name, p) for m in modules for name, p in m._parameters.items() if p is not None]
-        parameters = [p for _, _, p in weights]
-        touched = any(
-            m.training or m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in modules
-        ) or any(
-            original_class(m) not in (torch.nn.Linear, torch.nn.Embedding)
-            for m in modules
-            if any(p is not None for p in m._parameters.values())
-        )
-        if touched or any(p.device.type == "meta" or p.is_inference() for p in parameters):
+        self._weights = Unchanged(self._norms)
+        parameters = self._weights.parameters
+        classes = {
+            original_class(m) for m in self._weights.modules if any(p is not None for p in m._parameters.values())
+        }
+        if not self._weights.known or self._weights.touched or not classes <= {torch.nn.Linear, torch.nn.Embedding}:
             self.clear()
             return False
-        self._watched = [(owner, name, p, p._version) for owner, name, p in weights]
         # Changes through `.data` leave no version: so a few thousand numbers of each are looked at, once a run.
         looks = [p.detach().flatten()[:: max(1, p.numel() // 4096)] for p in parameters]
         hashes = torch.stack([torch.hash_tensor(look) for look in looks]).tolist()
@@ -133,7 +125,8 @@ class Modulations:
 
 def _key(run: Run, call: Call, latents: torch.Tensor) -> tuple[Any, ...]:
     dtype, device = latents.dtype, latents.device
-    return run.timestep, call.labels, dtype, device, torch.is_autocast_enabled(device.type)
+    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    return run.given, call.labels, dtype, device, autocast
 
 
 def _nbytes(results: dict[int, torch.Tensor]) -> int:

@@ -33,13 +33,14 @@ class Timesteps:
     def __init__(self, scheduler: Any):
         self.scheduler, self.tensor = scheduler, scheduler.timesteps
         self.values = [float(t) for t in torch.as_tensor(self.tensor).tolist()]
+        self._version = _version(self.tensor)
         self._levels: NoiseLevels | None = None
         self._asked = False
 
     @property
     def current(self) -> bool:
-        """Whether the scheduler still has these timesteps."""
-        return getattr(self.scheduler, "timesteps", None) is self.tensor
+        """Whether the scheduler still has these timesteps, unchanged."""
+        return getattr(self.scheduler, "timesteps", None) is self.tensor and _version(self.tensor) == self._version
 
     @property
     def levels(self) -> NoiseLevels | None:
@@ -117,8 +118,8 @@ class Call:
     batch: int
     claimed: int = 0
     """``Run.count`` when it was last made."""
-    caption: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    """K and V of each cross-attention: they depend on the caption only."""
+    caption: dict[int, Any] = field(default_factory=dict)
+    """What each cross-attention keeps: it depends on the caption only."""
     output: torch.Tensor | None = None
     """The newest computed output, all branches, if outputs are forecast."""
 
@@ -169,6 +170,8 @@ class Run:
     count: int = 0
     """Steps begun so far."""
     timestep: float = 0.0
+    given: float = 0.0
+    """The timestep that the newest call was given, which may be another one than the scheduler's nearest."""
     first_timestep: float = 0.0
     guess: int = 1
     stepped: bool = False
@@ -321,8 +324,14 @@ class RunFinder:
             run = None
         if run is None:
             _check_same_timestep(timestep)
-        if timesteps is None:
-            return self._count(run, value)
+        run, opens = self._count(run, value) if timesteps is None else self._follow(run, timesteps, indices, latents)
+        run.given = value
+        return run, opens
+
+    def _follow(
+        self, run: Run | None, timesteps: Timesteps, indices: list[int], latents: torch.Tensor
+    ) -> tuple[Run, bool]:
+        """The step of a run with known timesteps."""
         index = indices[0]
         if run is not None and len(indices) > 1:  # a timestep that is there twice, as Heun's, or was rounded
             index = min((i for i in indices if i >= run.index + run.stepped), default=index)
@@ -355,7 +364,7 @@ class RunFinder:
         return run, True
 
     def _locate(self, timestep: Any) -> tuple[Timesteps | None, list[int], float]:
-        """The timesteps it belongs to, its possible indices there, and its value (0 if it wasn't read)."""
+        """The timesteps it belongs to, its possible indices there, and its value (the index's if it wasn't read)."""
         present = self.scheduler()
         here = [ref() for ref in reversed(self._set_here.get(threading.get_ident(), []))]
         candidates: list[Timesteps] = []
@@ -374,7 +383,7 @@ class RunFinder:
                     del self._lists[next(iter(self._lists))]
             index = timesteps.index_by_memory(timestep)
             if index is not None:
-                return timesteps, [index], 0.0
+                return timesteps, [index], timesteps.values[index]
             candidates.append(timesteps)
         if isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu":
             # DiTPipeline copies its timesteps to the GPU. Reading one would wait for all that is queued there; a
@@ -384,7 +393,7 @@ class RunFinder:
                 if run is not None and run.timesteps is timesteps:
                     index = getattr(timesteps.scheduler, "step_index", None)
                     if index == run.index + run.stepped and index < len(timesteps.values):
-                        return timesteps, [index], 0.0
+                        return timesteps, [index], timesteps.values[index]
         value = float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
         value = 1 - value if self.family.reversed_time else value
         for timesteps in candidates:
@@ -476,6 +485,12 @@ class RunFinder:
             order = self.family.branch_order
             return {order[0]: slice(0, half), order[1]: slice(half, batch)}
         return {"uncond" if self._is_null(classes) else "cond": slice(0, batch)}
+
+
+def _version(timesteps: Any) -> int | None:
+    """Changes with every change in place, where a tensor counts them."""
+    counts = isinstance(timesteps, torch.Tensor) and not timesteps.is_inference()
+    return timesteps._version if counts else None
 
 
 def _fits(call: Call, latents: torch.Tensor) -> bool:

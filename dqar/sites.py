@@ -24,6 +24,7 @@ from dqar.controller import Choice, DQARController
 from dqar.families import Layer, check_processor
 from dqar.run import Call
 from dqar.takeover import Handler
+from dqar.unchanged import Unchanged
 
 Rows = dict[str, slice]
 """The branches' rows of a tensor ``[B, N, C]``."""
@@ -484,10 +485,20 @@ SITES: dict[str, type[Site]] = {
 """By ``reuse_target``, of attentions with ``AttnProcessor2_0``."""
 
 
+@dataclass(slots=True)
+class Caption:
+    """A caption's K and V ``[B, H, words, C / H]``, and what made them."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+    made_by: Unchanged
+
+
 class CrossAttention(_TakenAttention):
     """A cross-attention: its K and V are the caption's, the same all run.
 
-    With ``cache.cross_attention`` they are computed at a call's first step only. Exact.
+    With ``cache.cross_attention`` they are computed at a call's first step only, unless something else than their
+    plain projections makes them. Exact.
     """
 
     def _answer(self, opened: OpenCall, given: Given) -> torch.Tensor | None:
@@ -497,16 +508,17 @@ class CrossAttention(_TakenAttention):
         return self._seen_by_hooks(given, functools.partial(self._attend, opened))
 
     def _attend(self, opened: OpenCall, given: Given) -> torch.Tensor:
-        attn, kept, keeps = self.attention, opened.call.caption, self.config.cache.cross_attention
-        hidden_states, caption, mask = given.hidden_states, given.caption, given.mask
-        fresh = self.layer_id not in kept
-        if fresh:
-            caption = attn.norm_encoder_hidden_states(caption) if attn.norm_cross else caption
-            key, value = self._heads(attn.to_k(caption), attn.norm_k), self._heads(attn.to_v(caption))
-            if keeps:
-                kept[self.layer_id] = key, value
-        else:
-            key, value = kept[self.layer_id]
+        attn, captions = self.attention, opened.call.caption
+        hidden_states, mask = given.hidden_states, given.mask
+        kept = captions.get(self.layer_id)
+        projections = tuple(m for m in (attn.to_k, attn.to_v, attn.norm_k, attn.norm_cross) if m is not None)
+        fresh = kept is None or kept.made_by.roots != projections or not kept.made_by.still()
+        if kept is None or fresh:
+            kept = captions[self.layer_id] = self._projected(given.caption, Unchanged(projections))
+        key, value = kept.key, kept.value
+        keeps = self.config.cache.cross_attention and kept.made_by.known
+        if not keeps:
+            del captions[self.layer_id]
         query = self._heads(attn.to_q(hidden_states), attn.norm_q)
         if mask is not None:
             mask = attn.prepare_attention_mask(mask, key.shape[2], len(key))
@@ -521,6 +533,11 @@ class CrossAttention(_TakenAttention):
         nbytes = (key.nbytes + value.nbytes) // len(rows) if keeps else 0
         opened.controller.record_cross_attention(self.layer_id, rows, fresh, nbytes, entropy, hidden_states.shape[1])
         return self._project_out(output)
+
+    def _projected(self, caption: Any, made_by: Unchanged) -> Caption:
+        attn = self.attention
+        caption = attn.norm_encoder_hidden_states(caption) if attn.norm_cross else caption
+        return Caption(self._heads(attn.to_k(caption), attn.norm_k), self._heads(attn.to_v(caption)), made_by)
 
 
 class _LargestWeights(TorchFunctionMode):

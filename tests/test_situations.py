@@ -7,6 +7,7 @@ before the image, in words that help.
 
 import contextlib
 import copy
+import dataclasses
 import inspect
 import io
 import math
@@ -52,6 +53,7 @@ from situations import (
     with_readouts,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from dqar import (
     CacheFormat,
@@ -2802,3 +2804,87 @@ def test_an_image_does_not_depend_on_who_else_is_in_its_batch(dit, name):
     with apply_dqar(dit, mode(name, dit)):
         first, second = draw(dit, (1, 2, 3)), draw(dit, (1, 7, 900))
     assert near(first[0], second[0], 1e-5)
+
+
+@pytest.mark.parametrize("how", ["in place", "another parameter", "another layer", "a hook", "patched forward"])
+def test_projections_of_the_caption_that_change_in_mid_run(how):
+    """What is kept of a caption must not outlive the weights that made it; ``.data`` leaves no trace."""
+
+    def drawn(pipe):
+        def alter(step, _timestep, _latents):
+            if step == 2:
+                change(pipe.transformer, how, "attn2.to_k", 0)
+                change(pipe.transformer, how, "attn2.to_v", 2)
+
+        return draw_text(pipe, callback=alter, callback_steps=1)
+
+    want, pipe = drawn(make_pixart()), make_pixart()
+    assert not same(want, draw_text(pipe))
+    with apply_dqar(pipe, CLOSED):
+        assert same(drawn(pipe), want)
+
+
+def test_timesteps_near_the_schedulers_are_no_timesteps_of_its(dit):
+    """Embeddings are kept for the timestep that the model was given, not for the one that it stands for."""
+
+    def drawn(pipe, shifts):
+        pipe.scheduler.set_timesteps(8)
+        x = noise(0)
+        with torch.no_grad():
+            for t in pipe.scheduler.timesteps:
+                outputs = [pipe.transformer(x, (t - shift).expand(1), torch.tensor([1])).sample for shift in shifts]
+                x = pipe.scheduler.step(sum(outputs)[:, :4] / len(shifts), t, x).prev_sample
+        return x
+
+    kinds = ((0,), (2,), (0, 1))
+    want = [drawn(make_dit(), shifts) for shifts in kinds]
+    with apply_dqar(dit, CLOSED):
+        assert all(same(drawn(dit, shifts), image) for shifts, image in zip(kinds, want, strict=True))
+
+
+def test_timesteps_that_are_changed_in_place(dit):
+    def drawn(pipe):
+        pipe.scheduler.set_timesteps(8)
+        first = loop(pipe, timesteps=pipe.scheduler.timesteps)
+        pipe.scheduler.timesteps.sub_(7)
+        return first, loop(pipe, timesteps=pipe.scheduler.timesteps)
+
+    want = drawn(make_dit())
+    assert not same(*want)
+    with apply_dqar(dit, CLOSED):
+        assert all(map(same, drawn(dit), want))
+
+
+def test_embeddings_of_one_number_format_are_not_given_in_another(dit):
+    def drawn(pipe):
+        images = []
+        for dtype in (torch.bfloat16, torch.float16):
+            with torch.autocast("cpu", dtype):
+                images.append(loop(pipe))
+        return images
+
+    want = drawn(make_dit())
+    with apply_dqar(dit, CLOSED):
+        assert all(map(same, drawn(dit), want))
+
+
+def test_a_hook_that_comes_in_mid_run(dit):
+    def drawn(pipe):
+        def see(i, *_args):
+            if i == 3:
+                change(pipe.transformer, "a hook", "norm1.linear")
+
+        return loop(pipe), loop(pipe, see=see)
+
+    want = drawn(make_dit())
+    assert not same(*want)
+    with apply_dqar(dit, CLOSED):
+        assert all(map(same, drawn(dit), want))
+
+
+@pytest.mark.parametrize("options", [{}, {"reuse_target": "kv"}, {"balance": True}])
+def test_weights_that_torchao_has_quantized(dit, options):
+    quantize_(dit.transformer, Int8WeightOnlyConfig())
+    want = loop(dit)
+    with apply_dqar(dit, dataclasses.replace(CLOSED, **options)):
+        assert same(loop(dit), want) and same(loop(dit), want)
