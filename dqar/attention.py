@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from dqar.checks import check
 from dqar.config import DQARConfig
 from dqar.controller import DQARController
 from dqar.families import as_batch, bare, conditions, family, find_layers, guides, null_class, transformers
@@ -62,9 +63,12 @@ def apply_dqar(
         The session: its ``trace`` and ``controller`` stay readable after removal.
 
     Raises:
-        ValueError: no attention that DQAR can take over, DQAR is there already, or a plan or ``layer_bits`` for another
-            model.
+        ValueError: no attention that DQAR can take over, DQAR is there already, a plan or ``layer_bits`` for another
+            model, or no ``config`` at all.
     """
+    kinds = (DQARConfig, ReusePlan, ForecastPlan, PlanLadder)
+    names = ", ".join(kind.__name__ for kind in kinds)
+    check("config", config, config is None or isinstance(config, kinds), f"use a {names} or None; load files first")
     if isinstance(config, ReusePlan):
         config = DQARConfig(plan=config)
     session = DQARSession(pipe, DQARConfig() if config is None else config, prompt_length, group)
@@ -267,8 +271,13 @@ class DQARSession:
                 self.engine.begin_run(run, latents)
             output = self.engine.call(compute, run, call, named, first)
             self._look_at(as_batch(output[0]), run, call, compute)
-        except BaseException:
+        except BaseException as error:
             self._finder.give_up(run)
+            if type(error).__module__ == "torch._dynamo.exc":
+                raise ValueError(
+                    "the model can't be compiled with DQAR inside: compile it without fullgraph=True, or apply a plan "
+                    "without readouts"
+                ) from error
             raise
         return output
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dqar.attention import apply_dqar
-from dqar.checks import check, check_count
+from dqar.checks import check, check_count, is_number
 from dqar.forecast.ladder import PlanLadder
 from dqar.forecast.plan import ForecastPlan
 from dqar.plan import ReusePlan
@@ -68,11 +68,16 @@ class RequestQueue:
         **shared: Any,
     ):
         check_count("batch_size", batch_size, 1)
-        check("wait", wait, wait >= 0, "seconds, 0 or more")
+        check("wait", wait, is_number(wait), "seconds, 0 or more")
+        check("plans", plans, plans is None or isinstance(plans, Mapping), "plans by their number of steps")
+        for name in ("num_inference_steps", "generator"):
+            check(name, shared.get(name), name not in shared, "`submit` takes the number of steps, and a seed")
         for steps, plan in (plans or {}).items():
             kinds = "ReusePlan, ForecastPlan or PlanLadder: a gate decides for a whole batch"
             check("plans", type(plan).__name__, isinstance(plan, Plan), kinds)
-            made_for = (plan.plans[0] if isinstance(plan, PlanLadder) else plan).num_inference_steps
+            first = plan.plans[0] if isinstance(plan, PlanLadder) else plan
+            # A run that begins late, as of an image to be changed, takes fewer steps than are asked for.
+            made_for = first.provenance.get("num_inference_steps", first.num_inference_steps)
             check("plans", f"{{{steps}: ...}}", steps == made_for, f"this plan was made for {made_for} steps")
         self.pipe, self.batch_size, self.plans, self.wait = pipe, batch_size, plans, wait
         self.batches: list[int] = []
@@ -98,16 +103,18 @@ class RequestQueue:
             each request is tried alone.
 
         Raises:
-            ValueError: a number of steps that can't be drawn.
+            ValueError: a number of steps that can't be drawn, a seed that is none, or a generator.
             RuntimeError: the queue is closed.
         """
         numbers = None if self.plans is None else sorted(self.plans)
         most = getattr(self.pipe.scheduler.config, "num_train_timesteps", 1000)
         check_count("num_inference_steps", num_inference_steps, 1)
+        check_count("seed", seed, 0)
+        check("generator", call.get("generator"), "generator" not in call, "the seed makes each image's own")
         accepted = f"up to the scheduler's {most}" if numbers is None else f"there are plans for {numbers}"
         possible = num_inference_steps <= most if numbers is None else num_inference_steps in numbers
         check("num_inference_steps", num_inference_steps, possible, accepted)
-        rows = {name: call.pop(name) for name in ROWS if name in call}
+        rows = {name: value for name in ROWS if (value := call.pop(name, None)) is not None}
         request = _Request(seed, rows, {**self._shared, **call, "num_inference_steps": num_inference_steps})
         with self._changed:
             if self._closed:

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from helpers import image_pipeline, state
+from helpers import image_pipeline, make_dit, make_pixart, state
+from tiny import TINY, drawn
 
-from dqar import DQARConfig, RequestQueue, ReusePlan, apply_dqar, describe_model, extrapolation
+from dqar import DQARConfig, RequestQueue, ReusePlan, apply_dqar, describe_model, extrapolation, fit_plan
 
 ASKED = [(0, 1, 8), (1, 2, 8), (2, 3, 6), (3, 1, 8), (4, 5, 6), (5, 7, 8)]
 """Seeds, classes and numbers of steps."""
@@ -123,3 +124,39 @@ def test_a_gate_and_a_plan_for_other_steps_are_refused():
         RequestQueue(pipe, 2, {8: ReusePlan(frozenset(), 4, 6)})
     with pytest.raises(ValueError, match="batch_size=0 is not accepted"):
         RequestQueue(pipe, 0)
+
+
+def test_a_plan_of_runs_that_begin_late_serves_the_number_that_is_asked_for():
+    """As of img2img, which makes 6 of 8 steps at a strength of 0.75."""
+    pipe, call = TINY["sd3_img2img"]()
+    plan = fit_plan(pipe, [call(seed) for seed in range(4)], 8, macs=2, refinements=0)
+    assert plan.num_inference_steps == 6
+    with apply_dqar(pipe, plan):
+        want = drawn(pipe, call(0))
+    with RequestQueue(pipe, 1, plans={8: plan}, output_type="latent") as queue:
+        image = queue.submit(seed=0, num_inference_steps=8, **call(0)).result()
+    torch.testing.assert_close(image, want[0])
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"num_inference_steps": 6}, "num_inference_steps=6 is not accepted: `submit`"),
+        ({"generator": None}, "generator=None is not accepted"),
+        ({"wait": "a"}, "wait='a' is not accepted"),
+        ({"plans": [1]}, r"plans=\[1\] is not accepted"),
+    ],
+)
+def test_what_a_queue_does_not_take_is_said_at_once(given, message):
+    with pytest.raises(ValueError, match=message):
+        RequestQueue(make_dit(), 2, **given)
+
+
+def test_what_a_request_does_not_take_is_said_at_once():
+    small = {"height": 8, "width": 8, "use_resolution_binning": False, "clean_caption": False, "output_type": "latent"}
+    with RequestQueue(make_pixart(), 2, **small) as queue:
+        for wrong in ({"seed": "x"}, {"seed": None}, {"seed": 0, "generator": None}):
+            with pytest.raises(ValueError, match="(seed|generator)=.* is not accepted"):
+                queue.submit(**wrong, prompt="a cat", num_inference_steps=2)
+        left_out, given = (queue.submit(0, 2, prompt="a cat", **more) for more in ({}, {"negative_prompt": None}))
+        assert torch.equal(left_out.result(), given.result())

@@ -2888,3 +2888,30 @@ def test_weights_that_torchao_has_quantized(dit, options):
     want = loop(dit)
     with apply_dqar(dit, dataclasses.replace(CLOSED, **options)):
         assert same(loop(dit), want) and same(loop(dit), want)
+
+
+@pytest.mark.parametrize("config", ["plan.json", {}, 5, CacheFormat()])
+def test_what_is_no_configuration_is_refused_before_anything_is_touched(dit, config):
+    with pytest.raises(ValueError, match=r"config=.* is not accepted: use a DQARConfig, ReusePlan") as refused:
+        apply_dqar(dit, config)
+    check_refusal(refused.value)
+    assert same(draw(dit), draw(make_dit()))
+
+
+def test_a_model_compiled_as_one_graph_is_refused_in_words(dit):
+    torch._dynamo.reset()
+    dit.transformer.compile(backend="eager", fullgraph=True)
+    want = draw(dit, steps=3)
+    with apply_dqar(dit, EVERY), pytest.raises(ValueError, match="without fullgraph=True"):
+        draw(dit, steps=3)
+    assert same(draw(dit, steps=3), want)
+
+
+def test_a_plan_is_saved_to_a_file_in_a_folder(dit, tmp_path):
+    """Else the message names what was asked for, not a file beside it."""
+    plan = make_plan(dit)
+    with pytest.raises(FileNotFoundError, match=f"^{tmp_path / 'nowhere'} is no folder: make it first"):
+        plan.save(tmp_path / "nowhere" / "plan.json")
+    with pytest.raises(IsADirectoryError, match=f"^{tmp_path} is a folder: name a file"):
+        plan.save(tmp_path)
+    assert list(tmp_path.iterdir()) == []

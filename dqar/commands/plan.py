@@ -18,7 +18,7 @@ from dqar.forecast.fit import Calibration, Target, fit_plan
 from dqar.forecast.ladder import PlanLadder
 from dqar.forecast.plan import HISTORY_BITS, ForecastPlan
 from dqar.forecast.profiles import calibrate_profile, profile_calls, with_provenance
-from dqar.forecast.promise import Rule
+from dqar.forecast.promise import Rule, check_promise
 from dqar.models.pipelines import check_device, load_pipeline
 from dqar.models.profiles import SCHEDULERS, profile_of
 
@@ -78,8 +78,12 @@ def run(arguments: list[str]) -> int:
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("plan.json"), help="the file to write (default: plan.json)")
     options = parser.parse_args(arguments)
-    plan = _plan_of_pipeline(options) if options.pipeline else _plan_of_profile(options)
+    if options.promise:
+        check_promise(*options.promise)
     options.out.parent.mkdir(parents=True, exist_ok=True)
+    if options.out.is_dir():
+        raise ValueError(f"--out {options.out} is not accepted: it is a folder, name a file in it")
+    plan = _plan_of_pipeline(options) if options.pipeline else _plan_of_profile(options)
     plan.save(options.out)
     if isinstance(plan, PlanLadder):
         print(

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from tqdm.auto import tqdm
 
-from dqar.checks import check, check_choice
+from dqar.checks import check, check_choice, check_count, is_number
 from dqar.families import bare, describe_models, family, transformers
 from dqar.files import atomic_path, write_json
 from dqar.forecast.ladder import PlanLadder
@@ -127,7 +127,9 @@ def fit_plan(
             that even the densest plan doesn't keep, or too few images to tell.
         RuntimeError, FloatingPointError: a call failed, naming it.
     """
-    check("macs", macs, 1 <= macs <= num_inference_steps / 2, "from 1 to half the steps")
+    check_count("num_inference_steps", num_inference_steps, 4)
+    check("macs", macs, is_number(macs) and 1 <= macs <= num_inference_steps / 2, "from 1 to half the steps")
+    calls = list(calls)
     options: dict[str, Any] = {"seed": seed, "work": work, "max_bytes": max_bytes, "history_bits": history_bits}
     if promise is None:
         calibration = Calibration(pipe, calls, num_inference_steps, target, **options)
@@ -219,8 +221,7 @@ class Calibration:
         check(
             "calls", calls, bool(calls) and all(isinstance(call, Mapping) for call in calls), "one or more dictionaries"
         )
-        counted = isinstance(num_inference_steps, int) and num_inference_steps >= 4
-        check("num_inference_steps", num_inference_steps, counted, "an int of 4 or more")
+        check_count("num_inference_steps", num_inference_steps, 4)
         self.pipe, self.calls, self.target, self.seed = pipe, calls, target, seed
         self.num_inference_steps, self.history_bits = num_inference_steps, history_bits
         self._work = None if work is None else Path(work)

@@ -298,6 +298,8 @@ def test_what_cant_be_planned_is_said(monkeypatch):
 
     before = type(pipe.transformer)
     refused("macs=5", macs=5)
+    refused("macs='2'", macs="2")
+    refused("num_inference_steps=None", steps=None)
     refused("target='best'", target="best")
     refused("calls=", calls=[])
     refused("calls=", calls=["a cat"])
