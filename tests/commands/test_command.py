@@ -46,6 +46,8 @@ def test_every_subcommand_has_help(name, capsys):
             ["plan", "--steps", "20"],
             "dqar plan: --steps is for a --pipeline: of a profile, --set num_inference_steps=N",
         ),
+        (["plan", "--out", "."], "dqar plan: --out . is not accepted: it is a folder"),
+        (["plan", "--promise", "45", "95"], "dqar plan: share=95.0 is not accepted"),
         (["plan", "--offload"], "dqar plan: --offload is for a --pipeline: of a profile, --set offload=true"),
         (["plan", "--set", "images=0"], "dqar plan: profile field images=0 is not accepted"),
         (["plan", "--pipeline", "x", "--prompts", "y", "--weights", "z"], "dqar plan: --weights changes a profile"),
