@@ -12,7 +12,7 @@ import inspect
 import math
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -312,14 +312,17 @@ class DQARSession:
         """See ``SchedulerWatch``."""
         self._finder.timesteps_set(scheduler)
 
-    def before_step(self, scheduler: Any, model_output: Any, sample: Any) -> None:
+    def before_step(self, scheduler: Any, given: Mapping[str, Any]) -> None:
         """See ``SchedulerWatch``: the engine is told what a step is given, if that can be whose it is."""
+        model_output, sample = given.get("model_output"), given.get("sample")
         run = self._finder.stepping(scheduler)
         if run is None or len(run.streams) != 1 or not isinstance(model_output, torch.Tensor):
             return
         try:
             if isinstance(sample, torch.Tensor) and self._finder.one_branch(run, sample):
                 self.engine.unguided(run.streams[0])
+            if isinstance(self.engine, ForecastEngine):
+                self.engine.check_eta(given.get("eta"))
             self.engine.before_step(run, run.streams[0], model_output)
         except BaseException:
             self._finder.give_up(run)

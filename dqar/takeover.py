@@ -102,8 +102,8 @@ class SchedulerWatch:
     its copies and pickles. So the methods of the classes are wrapped while anybody listens. A ``step`` that somebody
     has set on a single scheduler is wrapped there.
 
-    A listener has ``timesteps_set(scheduler)``, ``before_step(scheduler, model_output, sample)`` and
-    ``after_step(scheduler)``, called in the thread that steps the scheduler.
+    A listener has ``timesteps_set(scheduler)``, ``before_step(scheduler, given)``, with the arguments of ``step`` by
+    name, and ``after_step(scheduler)``, called in the thread that steps the scheduler.
     """
 
     def __init__(self) -> None:
@@ -155,7 +155,7 @@ class SchedulerWatch:
                 if name == "step":
                     named = dict(zip(("model_output", "timestep", "sample"), given, strict=False)) | kwargs
                     for listener in listeners:
-                        listener.before_step(scheduler, named.get("model_output"), named.get("sample"))
+                        listener.before_step(scheduler, named)
                 result = original(*args, **kwargs)
                 for listener in listeners:
                     (listener.after_step if name == "step" else listener.timesteps_set)(scheduler)

@@ -7,10 +7,11 @@ from typing import get_args
 import planned
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from helpers import make_pixart
 from tiny import TINY, drawn
 
-from dqar import DQARConfig, Probe, apply_dqar
+from dqar import DQARConfig, Probe, apply_dqar, fit_plan
 from dqar.config import ReuseTarget
 
 ROWS = re.findall(
@@ -107,3 +108,14 @@ def test_a_plan_refuses_runs_with_guidance_or_without_whatever_the_seeds(made_fo
     generators = [torch.Generator().manual_seed(0) for _ in range(2)]
     with apply_dqar(pipe, plan), pytest.raises(ValueError, match="the plan was made (for|without) guidance"):
         drawn(pipe, {**named, "generator": generators})
+
+
+def test_a_fitted_plan_refuses_noise_at_each_step():
+    """Which DDIM adds with ``eta``, whatever its configuration says."""
+    pipe, call = TINY["pixart_sigma"]()
+    pipe.scheduler = DDIMScheduler(clip_sample=False)
+    plan = fit_plan(pipe, [call(seed) for seed in range(2)], 8, macs=2, refinements=0)
+    want = drawn(pipe, {**call(0), "eta": 1.0})
+    with apply_dqar(pipe, plan), pytest.raises(ValueError, match="eta=1.0 is not accepted"):
+        drawn(pipe, {**call(0), "eta": 1.0})
+    assert torch.equal(drawn(pipe, {**call(0), "eta": 1.0}), want)

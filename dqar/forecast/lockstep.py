@@ -530,7 +530,7 @@ class Lockstep:
         """See ``SchedulerWatch``."""
         self._finder.timesteps_set(scheduler)
 
-    def before_step(self, scheduler: Any, model_output: Any, sample: Any) -> None:
+    def before_step(self, scheduler: Any, given: Mapping[str, Any]) -> None:
         """See ``SchedulerWatch``: calls wait before this."""
 
     def after_step(self, scheduler: Any) -> None:

@@ -138,6 +138,13 @@ class ForecastEngine:
         for branch in branches:
             rows.add(-1, branch, "compute" if fresh else "reuse", "plan", nbytes)
 
+    def check_eta(self, eta: Any) -> None:
+        """Raises ``ValueError`` if a step adds noise, as DDIM's does with ``eta``, and the plan was fitted without."""
+        if eta and self.plan.scheduler is not None:
+            raise ValueError(
+                f"eta={eta} is not accepted: the plan was fitted without noise at each step, so leave it 0"
+            )
+
     def unguided(self, stream: Stream) -> None:
         """Raises ``ValueError`` for a plan that was made for guidance."""
         self.plan.check_guidance(1.0, 0.0, step=0)
