@@ -31,12 +31,14 @@ class Unchanged:
             p.device.type == "meta" or p.is_inference() or is_traceable_wrapper_subclass(p) for p in self.parameters
         )
         self._weights = [(owner, name, p, p._version) for owner, name, p in owned] if self.known else []
+        self._hooks = [hooks for m in self.modules for hooks in (m._forward_pre_hooks, m._forward_hooks)]
+        self._own = [vars(m) for m in self.modules]
         self._others = self._from_others()
 
     @property
     def touched(self) -> bool:
         """Whether others' hooks, or a ``forward`` of its own, stand before a module."""
-        return any(self._from_others())
+        return bool(self._from_others())
 
     def still(self) -> bool:
         """Whether nothing has changed since, so far as it shows: changes through ``.data`` leave no trace."""
@@ -47,7 +49,7 @@ class Unchanged:
         )
 
     def _from_others(self) -> list[Any]:
-        """Numbers of the hooks on each module, and its own ``forward``."""
-        return [
-            own for m in self.modules for own in ((*m._forward_pre_hooks, *m._forward_hooks), vars(m).get("forward"))
-        ]
+        """Numbers of the hooks on each module, and its own ``forward``; nothing where there are none."""
+        if not any(self._hooks) and not any("forward" in own for own in self._own):
+            return []
+        return [*map(tuple, self._hooks), *(own.get("forward") for own in self._own)]
