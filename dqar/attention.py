@@ -258,7 +258,11 @@ class DQARSession:
     # --- the transformer's calls -------------------------------------------------------------------------------------
 
     def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Answers the transformer's calls: finds run and step, lets the engine answer, and looks at the output."""
+        """Answers the transformer's calls: finds run and step, lets the engine answer, and looks at the output.
+
+        Raises:
+            ValueError: a model that is compiled as one graph; or whatever the engine can't follow.
+        """
         named = dict(zip(self._argument_names, args, strict=False)) | kwargs
         latents = as_batch(named.get(self._family.latents))
         if not isinstance(latents, torch.Tensor) or self._trains(latents, named):
