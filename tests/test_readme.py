@@ -168,7 +168,7 @@ def test_how_plans_stand_on_images_that_nobody_had_seen_and_on_the_worst_is_what
         f"on {number - seen_before} digits that nobody had seen then, they are ahead as well",
         f"of {number:,}, the worst to the converged solution has {own} dB under plans at 2×, 3× and 4×, and {rivals} "
         f"under the rival that is best there: a bespoke solver is before the plan at {behind}×.",
-        f"At {behind}×, the single worst image to it is worse under the plan",
+        f"farthest from the converged solution is farther under the plan of {behind}× than under the rival",
     ):
         assert said in SAID
 
