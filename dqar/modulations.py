@@ -65,7 +65,7 @@ class Modulations:
             return None
         if run.number != self._run or not self._weights.still():
             self._run, self._usable = run.number, self._look_at_weights()
-        if not self._usable or any(norm.training for norm in self._norms):
+        if not self._usable:
             return None
         key = _key(run, call, latents)
         kept = self._kept.get(key)
@@ -108,7 +108,9 @@ class Modulations:
         classes = {
             original_class(m) for m in self._weights.modules if any(p is not None for p in m._parameters.values())
         }
-        if not self._weights.known or self._weights.touched or not classes <= {torch.nn.Linear, torch.nn.Embedding}:
+        trains = any(m.training for m in self._weights.modules)  # labels are dropped then
+        plain = self._weights.known and not self._weights.touched and classes <= {torch.nn.Linear, torch.nn.Embedding}
+        if trains or not plain:
             self.clear()
             return False
         # Changes through `.data` leave no version: so a few thousand numbers of each are looked at, once a run.

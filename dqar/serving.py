@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -109,7 +110,7 @@ class RequestQueue:
         numbers = None if self.plans is None else sorted(self.plans)
         most = getattr(self.pipe.scheduler.config, "num_train_timesteps", 1000)
         check_count("num_inference_steps", num_inference_steps, 1)
-        check_count("seed", seed, 0)
+        check("seed", seed, isinstance(seed, Integral), "an int")
         check("generator", call.get("generator"), "generator" not in call, "the seed makes each image's own")
         accepted = f"up to the scheduler's {most}" if numbers is None else f"there are plans for {numbers}"
         possible = num_inference_steps <= most if numbers is None else num_inference_steps in numbers
