@@ -93,10 +93,15 @@ class Engine(Protocol):
     Attributes:
         looks: check outputs for NaN at every step (CPU only).
         saves: whether anything is ever left uncomputed.
+        guided: ``False``: it takes runs without guidance only; ``None``: it doesn't tell.
     """
 
     looks: bool
     saves: bool
+
+    @property
+    def guided(self) -> bool | None:
+        """See above."""
 
     @property
     def controller(self) -> DQARController:
@@ -120,8 +125,9 @@ class Engine(Protocol):
             named: the call's arguments, by name.
         """
 
-    def before_step(self, run: Run, stream: Stream, prediction: torch.Tensor) -> None:
-        """Is told the guided ``[b, ...]`` that the scheduler is given for a run's only stream."""
+    def before_step(self, run: Run, stream: Stream, given: Mapping[str, Any]) -> None:
+        """Is told what the scheduler is given for a run's only stream, by name: ``model_output`` is the guided
+        ``[b, ...]``."""
 
     def unguided(self, stream: Stream) -> None:
         """Is told at a run's first step that what it took for two branches of a stream is one.
@@ -286,9 +292,9 @@ class DQARSession:
         return output
 
     def _guides(self) -> bool | None:
-        """Whether the present run has two branches, as the pipeline says, or a plan that takes no others."""
-        told, plan = guides(self.pipe), self.config
-        return False if told is None and isinstance(plan, ForecastPlan) and not plan.guided else told
+        """Whether the present run has two branches, as the pipeline says, or an engine that takes no others."""
+        told = guides(self.pipe)
+        return self.engine.guided if told is None else told
 
     def _trains(self, latents: torch.Tensor, named: dict[str, Any]) -> bool:
         """Whether gradients are wanted: what is kept would tie one backward pass to the next, so nothing is."""
@@ -318,16 +324,13 @@ class DQARSession:
 
     def before_step(self, scheduler: Any, given: Mapping[str, Any]) -> None:
         """See ``SchedulerWatch``: the engine is told what a step is given, if that can be whose it is."""
-        model_output, sample = given.get("model_output"), given.get("sample")
-        run = self._finder.stepping(scheduler)
-        if run is None or len(run.streams) != 1 or not isinstance(model_output, torch.Tensor):
+        run, sample = self._finder.stepping(scheduler), given.get("sample")
+        if run is None or len(run.streams) != 1 or not isinstance(given.get("model_output"), torch.Tensor):
             return
         try:
             if isinstance(sample, torch.Tensor) and self._finder.one_branch(run, sample):
                 self.engine.unguided(run.streams[0])
-            if isinstance(self.engine, ForecastEngine):
-                self.engine.check_eta(given.get("eta"))
-            self.engine.before_step(run, run.streams[0], model_output)
+            self.engine.before_step(run, run.streams[0], given)
         except BaseException:
             self._finder.give_up(run)
             raise

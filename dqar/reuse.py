@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,6 +70,7 @@ class ReuseEngine:
         self._group = group if config.gates_on_snr or config.gates_on_entropy else None
         if group is not None and distributed.get_rank(group) < 0:
             raise ValueError("this rank is no member of the group: give ranks that share an image their own group")
+        self.guided = None
         self.looks, self.saves = config.measures_latents, config.schedule != "none"
         self._prompt_length = prompt_length
         self._layers = taken_layers(transformer)
@@ -218,8 +219,9 @@ class ReuseEngine:
         """Drops what the first step kept for two branches: they are images of one."""
         stream.state.forget()
 
-    def before_step(self, run: Run, stream: Stream, prediction: torch.Tensor) -> None:
-        """Notes the x0 that the guided ``prediction`` ``[B, C, H, W]`` tells, and its SNR."""
+    def before_step(self, run: Run, stream: Stream, given: Mapping[str, Any]) -> None:
+        """Notes the x0 that the guided ``model_output`` ``[B, C, H, W]`` tells, and its SNR."""
+        prediction = given["model_output"]
         if not self.looks or run.levels is None:
             return
         latents = run.levels.latents(run.index, stream.latents)

@@ -510,15 +510,15 @@ class CrossAttention(_TakenAttention):
     def _attend(self, opened: OpenCall, given: Given) -> torch.Tensor:
         attn, captions = self.attention, opened.call.caption
         hidden_states, mask = given.hidden_states, given.mask
-        kept = captions.get(self.layer_id)
+        kept: Any = captions.get(self.layer_id)
         projections = tuple(m for m in (attn.to_k, attn.to_v, attn.norm_k, attn.norm_cross) if m is not None)
         fresh = kept is None or kept.made_by.roots != projections or not kept.made_by.still()
-        if kept is None or fresh:
-            kept = captions[self.layer_id] = self._projected(given.caption, Unchanged(projections))
+        if fresh:
+            kept = self._projected(given.caption, Unchanged(projections))
         key, value = kept.key, kept.value
         keeps = self.config.cache.cross_attention and kept.made_by.known
-        if not keeps:
-            del captions[self.layer_id]
+        if keeps:
+            captions[self.layer_id] = kept
         query = self._heads(attn.to_q(hidden_states), attn.norm_q)
         if mask is not None:
             mask = attn.prepare_attention_mask(mask, key.shape[2], len(key))

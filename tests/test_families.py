@@ -1,5 +1,6 @@
 """docs/families.md says what each family supports; here each of its rows is checked on the real class."""
 
+import math
 import re
 from pathlib import Path
 from typing import get_args
@@ -13,6 +14,7 @@ from tiny import TINY, drawn
 
 from dqar import DQARConfig, Probe, apply_dqar, fit_plan
 from dqar.config import ReuseTarget
+from dqar.forecast.ladder import PlanLadder, Promise
 
 ROWS = re.findall(
     r"^\| `(\w+)` \| ([^|]+) \| ([^|]+) \| ([^|]+) \|", Path("docs/families.md").read_text(), re.MULTILINE
@@ -119,3 +121,15 @@ def test_a_fitted_plan_refuses_noise_at_each_step():
     with apply_dqar(pipe, plan), pytest.raises(ValueError, match="eta=1.0 is not accepted"):
         drawn(pipe, {**call(0), "eta": 1.0})
     assert torch.equal(drawn(pipe, {**call(0), "eta": 1.0}), want)
+
+
+def test_a_ladder_without_guidance_takes_images_of_one_seed():
+    pipe, call = TINY["pixart_sigma"]()
+    calls = [{**call(seed), **UNGUIDED} for seed in range(2)]
+    plan = planned.random_plan("pixart_sigma", pipe, calls[0])
+    ladder = PlanLadder((plan,), ((0.0,),), math.inf, Promise(40.0, 0.9, 0.9, 1, 1, 1.0, 1.0))
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    with apply_dqar(pipe, ladder):
+        alone = torch.cat([drawn(pipe, named) for named in calls])
+        both = drawn(pipe, {**together(*calls), "generator": generators})
+    torch.testing.assert_close(both, alone, rtol=1e-4, atol=1e-5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -138,26 +138,29 @@ class ForecastEngine:
         for branch in branches:
             rows.add(-1, branch, "compute" if fresh else "reuse", "plan", nbytes)
 
-    def check_eta(self, eta: Any) -> None:
-        """Raises ``ValueError`` if a step adds noise, as DDIM's does with ``eta``, and the plan was fitted without."""
-        if eta and self.plan.scheduler is not None:
-            raise ValueError(
-                f"eta={eta} is not accepted: the plan was fitted without noise at each step, so leave it 0"
-            )
-
     def unguided(self, stream: Stream) -> None:
         """Raises ``ValueError`` for a plan that was made for guidance."""
         self.plan.check_guidance(1.0, 0.0, step=0)
 
-    def before_step(self, run: Run, stream: Stream, prediction: torch.Tensor) -> None:
-        """Raises ``ValueError`` for a run of another guidance scale, as the guided ``prediction`` ``[b, ...]`` tells.
+    @property
+    def guided(self) -> bool | None:
+        """``False`` for a plan that was made without guidance."""
+        return None if self.plan.guided else False
 
-        Waited for at the first step, so that no run is drawn in vain, also of a second transformer, and at the last one
-        for all others.
+    def before_step(self, run: Run, stream: Stream, given: Mapping[str, Any]) -> None:
+        """Raises ``ValueError`` for a run of another guidance scale, as the guided ``model_output`` ``[b, ...]`` tells.
+
+        And for a step that adds noise, as DDIM's does with ``eta``, if the plan was fitted without. The scale is waited
+        for at the first step, so that no run is drawn in vain, also of a second transformer, and at the last one for
+        all others.
         """
         forecast: OutputForecast = stream.state
         step, second = run.index - self._late(run), self.plan.second
-        scale = forecast.guidance(step, prediction)
+        if (eta := given.get("eta")) and self.plan.scheduler is not None:
+            raise ValueError(
+                f"eta={eta} is not accepted: the plan was fitted without noise at each step, so leave it 0"
+            )
+        scale = forecast.guidance(step, given["model_output"])
         if scale is not None:
             forecast.scales.append((step, scale))
         if forecast.scales and (run.count == 1 or run.last or (second is not None and step == second[0])):
