@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 import warnings
 from collections.abc import Iterable, Mapping
@@ -39,7 +40,7 @@ OURS = ("DQAR rule", "DQAR policy", "DQAR sites", "DQAR plan")
 """Families that are this project's own."""
 FACTS = [
     *("method", "family", "budget", "made_for", "target", "schedule", "interval", "order", "bits", "mode", "scheduler"),
-    *("steps", "dtype"),
+    *("steps", "dtype", "made"),
 ]
 """Columns of ``Method.columns``."""
 
@@ -75,10 +76,19 @@ class Method:
     def __post_init__(self):
         object.__setattr__(self, "family", self.family or self.name)
 
+    @property
+    def made(self) -> str | None:
+        """When its plan was fitted or its solver learned, as their provenance has it; ``None`` if it has neither."""
+        if isinstance(self.config, ForecastPlan):
+            return self.config.provenance.get("date")
+        provenance = None if self.solver is None else self.solver / "provenance.json"
+        return json.loads(provenance.read_text())["date"] if provenance is not None and provenance.exists() else None
+
     def columns(self) -> dict[str, Any]:
         """What the method is, by column of ``FACTS``; those that apply."""
         facts: dict[str, Any] = {"method": self.name, "family": self.family, "budget": self.budget}
         facts |= {"made_for": self.made_for, "scheduler": self.scheduler, "steps": self.num_inference_steps}
+        facts |= {"made": self.made}
         facts["dtype"] = None if self.dtype is None else str(self.dtype).removeprefix("torch.")
         if isinstance(self.config, DQARConfig):
             config = self.config

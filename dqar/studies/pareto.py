@@ -411,7 +411,8 @@ def screened(recording: Recording, sampler: str) -> pd.DataFrame:
     chosen = some_of_each(methods, recording.sizes.pareto_settings)
     number = recording.sizes.pareto_images
     parts = comparisons(recording, chosen, sampler, PARETO_SEED, number)
-    return recording.growing(table_name(sampler), parts, PARETO_SEED, number)
+    made = {method.name: method.made for method in chosen}
+    return recording.growing(table_name(sampler), parts, PARETO_SEED, number, made)
 
 
 def comparisons(

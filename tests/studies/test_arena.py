@@ -191,6 +191,23 @@ def test_a_growing_table_measures_only_what_it_lacks_and_drops_what_nobody_asks_
     assert len(grown.attrs["provenance"]["sittings"]) == 2
 
 
+@pytest.mark.parametrize("made, measured", [({"plan": "Monday"}, 1), ({"plan": "Tuesday"}, 2), ({}, 1)])
+def test_a_growing_table_measures_a_plan_anew_that_was_made_anew(tmp_path, made, measured):
+    own, dates = recording(tmp_path), iter(["Monday", "Tuesday"])
+    parts = {"plan": lambda: pd.DataFrame({"method": ["plan"], "made": [next(dates)]})}
+    own.growing("arena-x", parts, 1, 1, {"plan": "Monday"})
+    grown = own.growing("arena-x", parts, 1, 1, made)
+    assert grown.made.tolist() == [["Monday", "Tuesday"][measured - 1]]
+
+
+def test_rows_that_do_not_say_when_their_plan_was_made_are_kept(tmp_path):
+    own, drawn = recording(tmp_path), []
+    parts = {"plan": lambda: drawn.append(1) or pd.DataFrame({"method": ["plan"]})}
+    for _ in range(2):
+        own.growing("arena-x", parts, 1, 1, {"plan": "Monday"})
+    assert drawn == [1]
+
+
 def test_a_growing_table_keeps_what_was_measured_before_a_failure(tmp_path):
     own = recording(tmp_path)
 

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from dqar import DQARConfig, ReusePlan
 from dqar.config import CacheFormat
+from dqar.forecast.plan import ForecastPlan
 from dqar.measure.sampling import OPEN
 from dqar.models.profiles import get_profile
 from dqar.peers.registry import Peer
@@ -74,6 +75,14 @@ def test_a_methods_columns_are_those_that_apply():
         **{"method": "a", "family": "b", "budget": 2, "target": "kv", "schedule": "static", "interval": 3, "order": 0},
         **{"bits": 4, "mode": "per_channel", "scheduler": "ddim", "dtype": "float16"},
     }
+
+
+def test_a_method_says_when_what_was_fitted_for_it_was_made(tmp_path):
+    plan = ForecastPlan(((),), frozenset({0}), (1.0,), (1.0, 1.0), 1, "", (), {"date": "Monday"})
+    assert Method("a", config=plan).columns()["made"] == "Monday"
+    (tmp_path / "provenance.json").write_text('{"date": "Tuesday"}')
+    assert Method("a", solver=tmp_path).made == "Tuesday"
+    assert FULL.made is None and Method("a", solver=tmp_path / "other").made is None
 
 
 def test_methods_are_summarized_one_by_one():
