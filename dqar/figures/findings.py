@@ -289,11 +289,13 @@ def pareto(run: Run, tables: Mapping[str, pd.DataFrame]) -> str:
 
 def _plans_and_rivals(tables: Mapping[str, pd.DataFrame]) -> list[str]:
     """Where plans stand among their rivals, and from how many MACs on they are as good as full compute."""
-    verdicts = pd.concat(
-        (arena.shown(arena.verdicts(table)).assign(n=table.image.nunique()) for table in tables.values()),
-        ignore_index=True,
-    )
-    lines = []
+    parts = []
+    for table in tables.values():
+        judged = arena.shown(arena.verdicts(table))
+        parts.append(
+            judged.assign(n=judged.target.map({target: arena.images(table, target) for target in arena.ERRORS}))
+        )
+    verdicts, lines = pd.concat(parts, ignore_index=True), []
     for measure, judged in verdicts.groupby("measure", sort=False):
         count, least = judged.verdict.value_counts(), judged.loc[judged.lead.idxmin()]
         lines.append(
@@ -302,12 +304,13 @@ def _plans_and_rivals(tables: Mapping[str, pd.DataFrame]) -> list[str]:
             f"{count.get('level', 0)}, behind in {count.get('behind', 0)} (95% intervals); the smallest lead is "
             f"{least.lead:+.1f} dB, over {least.family} at {least.budget:g}×."
         )
-    lossless = max(arena.lossless(table) for table in tables.values())
-    if lines and not math.isnan(lossless):
-        lines.append(
-            f"By median and 5th percentile, a plan that takes {lossless:.1f} times fewer MACs is as near to the "
-            "converged solution as full compute."
-        )
+    for table in tables.values():
+        lossless = arena.lossless(table)
+        if lines and not math.isnan(lossless):
+            lines.append(
+                f"By median and 5th percentile, a plan that takes {lossless:.1f} times fewer MACs is as near to "
+                f"{arena.solution(table)} as full compute."
+            )
     return lines
 
 

@@ -63,7 +63,6 @@ WAYS = {
     plans.FIXED: (GREY, "X"),
 }
 SIGNS = {"ahead": "✓", "level": "=", "behind": "✗"}
-TARGETS: dict[Target, str] = {"reference": "to the 50-step reference", "converged": "to the converged solution"}
 
 
 def slide13_fronts(run: Run, tables: dict[str, pd.DataFrame]) -> list[Figure]:
@@ -75,23 +74,26 @@ def slide13_fronts(run: Run, tables: dict[str, pd.DataFrame]) -> list[Figure]:
     pictures = []
     for sampler, table in tables.items():
         name = f"slide13_fronts_{slug(sampler).replace('-', '_')}"
-        pictures.append(_front(run, name, f"On {_model(run.profile)} with {SAMPLER_NAMES[sampler]}", table))
+        where = f"On {_model(run.profile)} with {SAMPLER_NAMES[sampler]}"
+        pictures.append(_front(run, name, where, table, sampler))
     if photographs := arena.of_photographs(run):
         other_run, table = photographs
         where = "On photographs of 32 × 32 pixels"
-        pictures.append(_front(other_run, "slide13_fronts_photographs", where, table))
+        pictures.append(_front(other_run, "slide13_fronts_photographs", where, table, other_run.profile.scheduler))
     return pictures or [missing(run, "slide13_fronts", "many images of every method at its best")]
 
 
-def _front(run: Run, name: str, where: str, table: pd.DataFrame) -> Figure:
+def _front(run: Run, name: str, where: str, table: pd.DataFrame, sampler: str) -> Figure:
     figure, panels, below = _two_panels(legend_height=1.1)
-    for axes, (target, label) in zip(panels, TARGETS.items(), strict=True):
-        axes.set_title(label.replace("50", str(run.profile.num_inference_steps)))
-        if arena.ERRORS[target] in table:
+    for axes, (target, label) in zip(panels, _targets(run.profile, arena.solution(table)).items(), strict=True):
+        number = arena.images(table, target)
+        axes.set_title(f"to {label}" + f", n = {number:,}" * (number > 0))
+        if number:
             _draw_kinds(axes, arena.best_of_kinds(table, target))
         else:
-            _not_measured(axes, 0.4, axes.transAxes)
-    if arena.ERRORS["converged"] in table:
+            _not_measured(axes, 0.4, axes.transAxes, sampler)
+            axes.tick_params(labelbottom=False)
+    if "converged" in arena.measured(table):
         points = arena.standings(table, "converged")
         full = points[points.family == FULL.name]["median"].iloc[0]
         panels[1].axhline(full, color=DARK, ls="--", lw=2, label="full compute itself")
@@ -101,8 +103,16 @@ def _front(run: Run, name: str, where: str, table: pd.DataFrame) -> Figure:
     below.legend(named.values(), named.keys(), loc="center", fontsize=SMALLEST, **tight)
     panels[0].set_ylabel("PSNR (dB)")
     headline(figure, f"{where}, {_lead(arena.verdicts(table).assign(sampler=''))}{rivals_drawn(run, [table])}")
-    note = f"line: median to 5th percentile, ○: of the mean squared error; n = {table.image.nunique():,} images"
-    return save(run, name, figure, table, note)
+    return save(run, name, figure, table, "line: median to 5th percentile, ○: of the mean squared error; n: images")
+
+
+def _targets(profile: Profile, solution: str = arena.SOLUTION) -> dict[Target, str]:
+    """What images are compared with, in words.
+
+    Args:
+        solution: of ``arena.solution``.
+    """
+    return {"reference": f"the {profile.num_inference_steps}-step reference", "converged": solution}
 
 
 def _two_panels(legend_height: float) -> tuple[Figure, list[Axes], Axes]:
@@ -115,8 +125,11 @@ def _two_panels(legend_height: float) -> tuple[Figure, list[Axes], Axes]:
     return figure, panels, axes["legend"]
 
 
-def _not_measured(axes: Axes, y: float, transform: Transform) -> None:
-    axes.text(0.5, y, "not measured", transform=transform, ha="center", va="center", size=SMALLEST)
+def _not_measured(axes: Axes, y: float, transform: Transform, sampler: str) -> None:
+    """Says so, or that nothing is compared with the converged solution under this sampler."""
+    compared = "converged" in pareto.targets(sampler)
+    text = "not measured" if compared else f"not compared under {SAMPLER_NAMES[sampler]}"
+    axes.text(0.5, y, text, transform=transform, ha="center", va="center", size=SMALLEST)
 
 
 def _draw_kinds(axes: Axes, points: pd.DataFrame) -> None:
@@ -171,13 +184,16 @@ def _lead(verdicts: pd.DataFrame) -> str:
 
 def slide12_pareto(run: Run, tables: dict[str, pd.DataFrame]) -> Figure:
     """At each budget: DQAR's plan, the strongest rival, and who is ahead; every rival stands in the Markdown."""
-    judged = [arena.verdicts(table).assign(sampler=name) for name, table in tables.items()]
+    judged = [
+        arena.verdicts(table).assign(sampler=name, solution=arena.solution(table)) for name, table in tables.items()
+    ]
     distances = [_distances(*pair) for pair in zip(tables.values(), judged, strict=True)]
     if not any(map(len, judged)):
         return missing(run, "slide12_pareto", "many images of every method at its best")
     verdicts = pd.concat(judged, ignore_index=True)
-    targets = {"reference": f"{run.profile.num_inference_steps}-step reference", "converged": "converged"}
-    verdicts["sampler"], verdicts["target"] = verdicts.sampler.map(SAMPLER_NAMES), verdicts.target.map(targets)
+    reference = f"{run.profile.num_inference_steps}-step reference"
+    verdicts["sampler"] = verdicts.sampler.map(SAMPLER_NAMES)
+    verdicts["target"] = verdicts.solution.str.removeprefix("the ").where(verdicts.target == "converged", reference)
     facing = pd.concat(arena.strongest(arena.shown(part)) for _, part in verdicts.groupby("sampler", sort=False))
     facing["cell"] = [f"{row.ours:.1f} / {row.theirs:.1f} {SIGNS[row.verdict]}" for row in facing.itertuples()]
     wide = facing.pivot(index=["sampler", "target", "measure"], columns="budget", values="cell")
@@ -185,9 +201,8 @@ def slide12_pareto(run: Run, tables: dict[str, pd.DataFrame]) -> Figure:
     wide.columns = ["Sampler", "PSNR to", "Measure", *(f"{budget:g}×" for budget in wide.columns[3:])]
     table = next(iter(tables.values()))
     signs = ", ".join(f"{sign} {name}" for name, sign in SIGNS.items())
-    numbers = dict.fromkeys(table.image.nunique() for table in tables.values())
-    note = f"plan / rival (dB); {signs} (95% interval); n = {' and '.join(f'{n:,}' for n in numbers)}"
-    widths = [14, 17, 14, *[13] * (len(wide.columns) - 3)]
+    note = f"plan / rival (dB); {signs} (95% interval); n = {_numbers(tables.values())}"
+    widths = [14, 18, 14, *[13] * (len(wide.columns) - 3)]
     title = f"On {_model(run.profile)}, {_lead(verdicts)}{rivals_drawn(run, tables.values())}"
     figure = save_table(run, "slide12_pareto", title, wide, widths, table, note)
     shown = pd.DataFrame(
@@ -222,22 +237,25 @@ def slide13_conditions(run: Run, tables: dict[arena.Condition, pd.DataFrame]) ->
     panels[1].sharex(panels[0])
     rows, ticks, place = [], dict[float, str](), 0.0
     for condition, verdicts in judged.items():
-        facing, number = arena.strongest(verdicts), tables[condition].image.nunique()
+        facing, drawn = arena.strongest(verdicts), tables[condition]
         at = {budget: place + line for line, budget in enumerate(sorted(facing.budget.unique()))}
         ticks |= {line: f"{budget:g}×" for budget, line in at.items()}
-        names = {"condition": _where(condition), "latents": condition.latents, "n": number}
-        rows.append(facing.assign(**names, place=facing.budget.map(at)))
+        names = {"condition": _where(condition), "latents": condition.latents, "solution": arena.solution(drawn)}
+        number = facing.target.map({target: arena.images(drawn, target) for target in arena.ERRORS})
+        rows.append(facing.assign(**names, n=number, place=facing.budget.map(at)))
         rivals = _range(verdicts.groupby(["target", "budget"]).family.nunique())
-        beside = f"{_where(condition).replace(', guidance', chr(10) + 'guidance')}\nn = {number:,}, {rivals} rivals"
+        beside = (
+            f"{_where(condition).replace(', guidance', chr(10) + 'guidance')}\nn = {_numbers([drawn])}, {rivals} rivals"
+        )
         where, middle = panels[0].get_yaxis_transform(), sum(at.values()) / len(at)
         panels[0].text(-0.16, middle, beside, transform=where, ha="right", va="center", size=SMALLEST)
-        for axes, target in zip(panels, TARGETS, strict=True):
+        for axes, target in zip(panels, arena.ERRORS, strict=True):
             if target not in set(facing.target):
-                _not_measured(axes, middle, axes.get_yaxis_transform())
+                _not_measured(axes, middle, axes.get_yaxis_transform(), condition.sampler)
         place += len(at) + 0.6
     table = pd.concat(rows, ignore_index=True)
     table.attrs = next(iter(tables.values())).attrs
-    for axes, (target, title) in zip(panels, TARGETS.items(), strict=True):
+    for axes, (target, title) in zip(panels, _targets(run.profile).items(), strict=True):
         for measure, color, marker, shift in (("median", ACCENT, "D", -0.15), ("5th percentile", DARK, "o", 0.15)):
             part = table[(table.target == target) & (table.measure == measure)]
             spread = [part.lead - part.lead_low, part.lead_high - part.lead]
@@ -253,18 +271,31 @@ def slide13_conditions(run: Run, tables: dict[arena.Condition, pd.DataFrame]) ->
                 label=measure,
             )
         axes.axvline(0, color=GREY, ls="--", lw=2, zorder=0.8)
-        axes.set_title(title.replace("50", str(run.profile.num_inference_steps)))
+        axes.set_title(f"to {title}")
         axes.set(xlabel="lead (dB)", ylim=(place - 0.9, -0.7))
         axes.margins(x=0.08)
         axes.grid(axis="y", visible=False)
     panels[0].set_yticks(list(ticks), list(ticks.values()), size=SMALLEST)
     below.legend(*panels[0].get_legend_handles_labels(), loc="center", ncols=2, fontsize=SMALLEST, borderpad=0.2)
     headline(figure, leads_in_words(table))
-    shown = table[["condition", "n", "target", "budget", "measure", "plan", "method", "verdict"]]
+    to = table.solution.where(table.target == "converged", f"the {run.profile.num_inference_steps}-step reference")
+    shown = table.assign(to=to)[["condition", "n", "to", "budget", "measure", "plan", "method", "verdict"]]
     shown = shown.rename(columns={"method": "strongest rival"})
     shown["lead (dB), 95%"] = _leads(table)
     write_table(run, "slide13_conditions", shown)
-    return save(run, "slide13_conditions", figure, table, "n: images; rivals: from 4× to 2×; bars: 95%, paired")
+    otherwise = {
+        f"; {_model(condition.profile)}, right: to {arena.solution(table)}"
+        for condition, table in tables.items()
+        if "converged" in arena.measured(table) and arena.solution(table) != arena.SOLUTION
+    }
+    note = f"n: images; rivals: from 4× to 2×; bars: 95%, paired{''.join(sorted(otherwise))}"
+    return save(run, "slide13_conditions", figure, table, note)
+
+
+def _numbers(tables: Iterable[pd.DataFrame]) -> str:
+    """Of how many images some tables have errors to their targets."""
+    numbers = dict.fromkeys(arena.images(table, target) for table in tables for target in arena.ERRORS)
+    return " and ".join(f"{number:,}" for number in numbers if number)
 
 
 def _range(numbers: pd.Series) -> str:

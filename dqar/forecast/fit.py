@@ -105,7 +105,9 @@ def fit_plan(
             or ``latents``, or of a seed of its own.
         num_inference_steps: of the runs that the plan is for.
         macs: full compute's multiply-accumulates over the plan's, at least.
-        target: what the plan is to reach: the run itself, or the solution that five times the steps find.
+        target: what the plan is to reach: the run itself, or the solution that five times the steps find. With
+            DPM-Solver++ these come 11 to 14 dB nearer to 1,000 steps where they are even in log-SNR
+            (``use_lu_lambdas``) than in time.
         promise: ``(decibels, share)``: the least PSNR (dB) that this share of images is to have to the same call
             without the plan. Half the calls are then kept to fit no plan on, but to choose and to calibrate: 140
             images in all, or more, for a share of 0.95.

@@ -17,6 +17,7 @@ from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 from dqar.checks import check
@@ -173,7 +174,9 @@ class LearnedSolver(nn.Module):
         noise_weights, clean_weights = (x.to(noise.dtype) for x in self.weights())
         for i, timestep in enumerate(self.timesteps()):
             signal, sigma = (x.to(noise.dtype) for x in signal_and_noise(self.alphas_cumprod, timestep))
-            clean.append((latents - sigma * predict(latents, timestep, images)) / signal)
+            # Computed anew for gradients: what 25 steps would keep for them takes 20 GB, and longer than computing it.
+            predicted = checkpoint(predict, latents, timestep, images, use_reentrant=False)
+            clean.append((latents - sigma * predicted) / signal)
             latents = noise_weights[i] * noise
             latents = latents + sum(weight * x for weight, x in zip(clean_weights[i], clean, strict=False))
         return latents

@@ -9,14 +9,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from diffusers import DiffusionPipeline
 
-from dqar.forecast.fit import Target
+from dqar.forecast.fit import FINER, Target
 from dqar.measure import metrics
 from dqar.measure.results import RECORDED, Run, load_table, slug
 from dqar.models.profiles import PROFILES, Profile
@@ -43,6 +43,7 @@ KINDS |= {"output extrapolation": "output extrapolation", **dict.fromkeys(pareto
 """Of families; all others are caches."""
 ERRORS: dict[Target, str] = {"reference": "mse", "converged": "mse_converged"}
 """Columns of ``pareto.comparisons`` by what a plan is made for."""
+SOLUTION = "the converged solution"
 KEPT = ("family", "made_for", "macs_speedup")
 """Columns of ``compare`` that ``standings`` keep."""
 GUIDANCE_SCALE = 4.0
@@ -80,7 +81,7 @@ def finalists(methods: list[Method], screened: pd.DataFrame) -> list[Method]:
         screened: rows of ``compare`` on a few images.
     """
     plans, best = dict[str, None](), dict[str, float]()
-    for target in get_args(Target):
+    for target in measured(screened):
         points = standings(screened, target)
         for budget, measure in itertools.product(BUDGETS, JUDGED):
             own, rivals = _facing(points, target, budget)
@@ -108,8 +109,7 @@ def record_arena(recording: Recording) -> None:
         chosen = finalists(methods, pareto.screened(recording, sampler))
         number = number_of_images(recording.profile, recording.sizes, sampler)
         parts = pareto.comparisons(recording, chosen, sampler, ARENA_SEED, number)
-        made = {method.name: method.made for method in chosen}
-        recording.growing(table_name(sampler), parts, ARENA_SEED, number, made)
+        recording.growing(table_name(sampler), parts, ARENA_SEED, number, pareto.holds(chosen, sampler))
 
 
 def record_latents(recording: Recording) -> None:
@@ -140,8 +140,7 @@ def record_latents(recording: Recording) -> None:
 
     methods = pareto.contenders(profile, profile.scheduler, recording.folder)
     if parts := {method.name: functools.partial(one, method) for method in methods if method.name in names}:
-        made = {method.name: method.made for method in methods}
-        recording.growing(table_name(profile.scheduler, latents=True), parts, ARENA_SEED, number, made)
+        recording.growing(table_name(profile.scheduler, latents=True), parts, ARENA_SEED, number)
 
 
 @contextmanager
@@ -219,10 +218,32 @@ def gain(before: np.ndarray, after: np.ndarray, measure: str = "median") -> tupl
 def standings(table: pd.DataFrame, target: Target, facts: Sequence[str] = KEPT) -> pd.DataFrame:
     """One row a method: ``method``, its ``facts`` (columns of ``table``), and PSNR (dB) by each of ``MEASURES``."""
     errors, columns = _errors(table, target), list(facts)
-    points = table.reindex(columns=["method", *columns]).groupby("method", sort=False)[columns].first()
+    points = (
+        table.reindex(columns=["method", *columns]).groupby("method", sort=False)[columns].first().loc[errors.index]
+    )
     for name, measure in MEASURES.items():
         points[name] = measure(errors.to_numpy())
     return points.reset_index()
+
+
+def solution(table: pd.DataFrame) -> str:
+    """What a table's errors to the converged solution are to, in words.
+
+    Before rows said what it was drawn by, it was the profile's own sampler, whose steps are even in time: see
+    ``pareto.CONVERGED_BY``.
+    """
+    otherwise = ERRORS["converged"] in table and "converged_by" not in table
+    return f"{FINER}× the steps, even in time" if otherwise else SOLUTION
+
+
+def images(table: pd.DataFrame, target: Target) -> int:
+    """How many images a table compares with a target; 0 if none."""
+    return _errors(table, target).shape[1] if ERRORS[target] in table else 0
+
+
+def measured(table: pd.DataFrame) -> list[Target]:
+    """The targets that a table compares images with."""
+    return [target for target in ERRORS if images(table, target)]
 
 
 def verdicts(table: pd.DataFrame, resamples: int = 2000) -> pd.DataFrame:
@@ -241,9 +262,7 @@ def verdicts(table: pd.DataFrame, resamples: int = 2000) -> pd.DataFrame:
         that is without 0, else ``"level"``.
     """
     generator, rows = np.random.default_rng(0), []
-    for target, column in ERRORS.items():
-        if column not in table:
-            continue
+    for target in measured(table):
         errors, points = _errors(table, target), standings(table, target)
         chosen = generator.integers(errors.shape[1], size=(resamples, errors.shape[1]))
         for budget, measure in itertools.product(BUDGETS, JUDGED):
@@ -302,7 +321,7 @@ def lossless(table: pd.DataFrame) -> float:
     """How many times fewer MACs the cheapest plan takes that is as near to the converged solution as full compute is,
     in the median and in the 5th percentile, by the 95 % interval of ``gain``; NaN if none is, or if that wasn't
     measured."""
-    if ERRORS["converged"] not in table:
+    if "converged" not in measured(table):
         return math.nan
     points, errors = standings(table, "converged"), _errors(table, "converged").T
     full = errors[points.method[points.family == FULL.name].item()].to_numpy()
@@ -316,6 +335,10 @@ def lossless(table: pd.DataFrame) -> float:
 
 
 def _errors(table: pd.DataFrame, target: Target) -> pd.DataFrame:
-    """Squared errors, methods by images, in the table's order."""
-    wide = table.pivot(index="method", columns="image", values=ERRORS[target])
-    return wide.clip(lower=metrics.IDENTICAL).loc[table.method.unique()]
+    """Squared errors, methods by images, in the table's order: of all that were compared with the target, those images
+    that each of them drew."""
+    rows = table[table[ERRORS[target]].notna()]
+    if target == "converged" and "converged_by" in table:  # never beside errors to another solution
+        rows = rows[rows.converged_by == pareto.CONVERGED_BY]
+    wide = rows.pivot(index="method", columns="image", values=ERRORS[target]).dropna(axis=1)
+    return wide.clip(lower=metrics.IDENTICAL).loc[rows.method.unique()]

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import get_args
 
 import pandas as pd
 import torch
 
 from dqar.families import taken_layers
-from dqar.forecast.fit import FINER, Target
+from dqar.forecast.fit import FINER
 from dqar.measure import bits, metrics
 from dqar.measure.quality import extractor_of, scores
 from dqar.measure.sampling import LOOK
@@ -60,15 +59,21 @@ def works(profile: Profile, folder: Path) -> dict[str, Work]:
     budgets = sorted(set(numbers))
     # Three starts, a firmer ridge, and the plan itself.
     fits = sum((5 + sizes.refinements * budgets[-1] // number) * number for number in budgets)
-    followed = sizes.plan_images * (steps + fits) + sizes.converged_images * (FINER * steps + fits)
-    follow = len(pareto.SAMPLERS) * followed
+    each = {
+        "reference": sizes.plan_images * (steps + fits),
+        "converged": sizes.converged_images * (FINER * steps + fits),
+    }
+    follow = sum(each[target] for _, target in pareto.aims())
     compared = [_some(profile, sampler, folder, sizes) for sampler in pareto.SAMPLERS]
     calibrated = sum(
         RIVALS[name].calibration_images for methods in compared for name in {m.family for m in methods} & RIVALS.keys()
     )
     in_arena = [arena.number_of_images(profile, sizes, sampler) for sampler in pareto.SAMPLERS]
-    families = sum(len({x.family for x in methods}) * n for methods, n in zip(compared, in_arena, strict=True))
-    finalists, drawn_beside = families * len(get_args(Target)) * len(arena.BUDGETS), sum(in_arena) * (1 + FINER)
+    aimed = [len(pareto.targets(sampler)) for sampler in pareto.SAMPLERS]
+    families = sum(len({x.family for x in m}) * n * t for m, n, t in zip(compared, in_arena, aimed, strict=True))
+    finer = [FINER * ("converged" in pareto.targets(sampler)) for sampler in pareto.SAMPLERS]
+    finalists = families * len(arena.BUDGETS)
+    drawn_beside = sum(n * (1 + more) for n, more in zip(in_arena, finer, strict=True))
     # Full compute, and at each budget a plan and a rival by each measure.
     before_decoder = pareto.has_decoder(profile) * (1 + len(arena.BUDGETS) * (1 + len(arena.SHOWN)))
     before_decoder *= arena.number_of_images(profile, sizes, profile.scheduler)
@@ -104,7 +109,7 @@ def works(profile: Profile, folder: Path) -> dict[str, Work]:
         "sharing": Work(10 * sweep * steps, images=10 * sweep, scored=10 * sweep),
         "plans": Work(follow),
         "pareto": Work(
-            (sum(len(methods) + 1 + FINER for methods in compared) * sizes.pareto_images + calibrated) * steps,
+            ((sum(map(len, compared)) + len(compared) + sum(finer)) * sizes.pareto_images + calibrated) * steps,
             images=sum(map(len, compared)) * sizes.pareto_images + calibrated,
         ),
         "arena": Work((finalists + drawn_beside + calibrated) * steps, images=finalists + calibrated),

@@ -190,19 +190,18 @@ class Recording:
         parts: Mapping[str, Callable[[], pd.DataFrame]],
         seed: int,
         number: int,
-        made: Mapping[str, str | None] | None = None,
+        holds: Callable[[str, pd.DataFrame], bool] | None = None,
     ) -> pd.DataFrame:
         """The table ``name``, a part for each method: rows that it has are kept, missing ones measured.
 
         It is saved after each part, so that what is recorded can be used, and other methods can be added later.
-        Methods that aren't asked for any more are left out as soon as a missing one is measured; so are the rows of a
-        plan or a solver that was made anew.
+        Methods that aren't asked for any more are left out as soon as a missing one is measured.
 
         Args:
             name: of the table.
             parts: a measurement for each method, by its name; the rows have a column ``method``.
             seed, number: of the images, a row each.
-            made: when what a method was fitted was made, by its name: ``Method.made``.
+            holds: whether a method's rows, by its name, still hold, else they are measured anew; ``None``: all do.
 
         Raises:
             ValueError: the rows that it has are of other images or of another profile; nothing is measured.
@@ -212,7 +211,7 @@ class Recording:
         tables, sources = dict[str, pd.DataFrame](), list[dict[str, Any]]()
         if before is not None:
             for method, rows in before.groupby("method", sort=False):
-                if method in parts and _made_at(rows, (made or {}).get(method)):
+                if method in parts and len(rows) == number and (holds is None or holds(method, rows)):
                     tables[method] = rows
             source, there = before.attrs["provenance"], int(before.groupby("method").size().iloc[0])
             if (there, source["seed"]) != (number, seed):
@@ -282,11 +281,6 @@ class Recording:
         images, labels = (torch.cat([part[field] for part in kept]) for field in ("images", "labels"))
         macs = sum(part["macs"] * len(part["labels"]) for part in kept) / number
         return Drawn(method, images, labels, macs, sites_reused=0.0, events=0.0, cache_bytes=0.0)
-
-
-def _made_at(rows: pd.DataFrame, made: str | None) -> bool:
-    """Whether rows are of the plan or solver that was made then; those that don't say when are taken to be."""
-    return made is None or "made" not in rows or bool(rows.made.isna().any()) or rows.made.iloc[0] == made
 
 
 def _sitting(source: Mapping[str, Any]) -> dict[str, Any]:

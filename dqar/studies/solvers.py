@@ -14,7 +14,7 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 
 from dqar.files import atomic_path
-from dqar.forecast.fit import FINER, Target
+from dqar.forecast.fit import Target
 from dqar.measure.results import provenance
 from dqar.measure.sampling import class_labels, first_latents
 from dqar.models.frozen_dit import FrozenDiT
@@ -24,7 +24,7 @@ from dqar.models.profiles import Profile
 from dqar.peers.bespoke import BespokeSolver, LearnedSolver, Prediction, best_start, learn
 from dqar.peers.learned_timesteps import TimestepsSolver
 from dqar.studies.compare import FULL
-from dqar.studies.pareto import solver_path, solver_steps
+from dqar.studies.pareto import converged, solver_path, solver_steps
 from dqar.studies.recording import Recording
 
 SOLVER_SEED = 900
@@ -75,8 +75,9 @@ def record_solvers(recording: Recording) -> None:
 
 
 def make_pairs(profile: Profile, target: Target, number: int) -> Pairs:
-    """The first ``number`` pairs for the profile's own sampler."""
-    pipe, steps = FULL.pipeline(profile), profile.num_inference_steps * (FINER if target == "converged" else 1)
+    """The first ``number`` pairs: what the profile's own sampler draws, or the converged solution."""
+    full = converged(profile) if target == "converged" else FULL
+    pipe, steps = full.pipeline(profile), full.num_inference_steps or profile.num_inference_steps
     predict = guided(pipe, profile.guidance_scale)
     images = torch.arange(number)
     noise = first_latents(pipe, pipe.scheduler, SOLVER_SEED, images).float()

@@ -7,6 +7,7 @@ import pytest
 
 from dqar.figures import conclusions, pareto, results, schedules
 from dqar.measure.results import Run
+from dqar.studies.pareto import CONVERGED_BY
 from dqar.studies.schedules import settling
 
 
@@ -110,14 +111,36 @@ def test_two_samplers_stand_in_one_table_under_one_title(tmp_path):
     assert sidecar["note"].endswith("n = 3")
 
 
-def test_where_the_converged_solution_was_not_measured_a_front_says_so(tmp_path):
+@pytest.mark.parametrize("sampler, said", [("dpm-solver++", "not measured"), ("ddim", "not compared under DDIM")])
+def test_where_the_converged_solution_was_not_measured_a_front_says_so(tmp_path, sampler, said):
     errors = {"full compute": 1e-9, "DQAR plan": 1e-5, "TaylorSeer": 1e-4}
     rows = [(name, i, mse) for name, mse in errors.items() for i in range(3)]
     table = pd.DataFrame(rows, columns=["family", "image", "mse"]).assign(macs_speedup=2.0, fd=1.0)
     table["made_for"] = table.family.map({"DQAR plan": "reference"})
-    [figure] = pareto.slide13_fronts(Run("cifar10", 0, tmp_path), {"ddim": table.assign(method=table.family)})
+    [figure] = pareto.slide13_fronts(Run("cifar10", 0, tmp_path), {sampler: table.assign(method=table.family)})
     shown = [[text.get_text() for text in axes.texts] for axes in figure.axes]
-    assert shown == [[], ["not measured"], []] and figure.axes[0].lines and not figure.axes[1].lines
+    assert shown == [[], [said], []] and figure.axes[0].lines and not figure.axes[1].lines
+    assert [axes.get_title() for axes in figure.axes[:2]] == [
+        "to the 50-step reference, n = 3",
+        "to the converged solution",
+    ]
+
+
+def test_a_front_says_what_it_is_to_and_of_how_many_images(tmp_path):
+    """Only some images are compared with the converged solution; before it was chosen, it was another."""
+    errors = {"full compute": 1e-9, "DQAR plan": 1e-5, "TaylorSeer": 1e-4}
+    rows = [(name, i, mse, mse if i < 2 else None) for name, mse in errors.items() for i in range(4)]
+    table = pd.DataFrame(rows, columns=["family", "image", "mse", "mse_converged"]).assign(macs_speedup=2.0)
+    for made_for in ("reference", "converged"):
+        table["made_for"] = table.family.map({"DQAR plan": made_for})
+        before = table.assign(method=table.family)
+        now = before.assign(converged_by=before.mse_converged.notna().map({True: CONVERGED_BY, False: None}))
+        for shown, solution in ((before, "5× the steps, even in time"), (now, "the converged solution")):
+            [figure] = pareto.slide13_fronts(Run("cifar10", 0, tmp_path), {"dpm-solver++": shown})
+            assert [axes.get_title() for axes in figure.axes[:2]] == [
+                "to the 50-step reference, n = 4",
+                f"to {solution}, n = 2",
+            ]
 
 
 def test_a_title_counts_the_rivals_under_each_sampler_and_target(tmp_path):

@@ -78,6 +78,24 @@ def test_moved_timesteps_keep_a_constant_prediction_right():
         assert state.item() == pytest.approx((signal * clean + sigma * noise).item(), abs=2e-3)
 
 
+@pytest.mark.parametrize("name", ["gaps", "older", "clean_correction"])
+def test_gradients_are_those_of_small_differences(name):
+    """Through model calls that are computed anew for them."""
+    noise = torch.randn(2, 4, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    solver, images = BespokeSolver(SOLVERS["dpm-solver++"], 4), torch.arange(2)
+    parameter, place = getattr(solver, name), (2, 1) if name == "older" else (2,)
+
+    def loss(step=0.0):
+        with torch.no_grad():
+            parameter[place] += step
+        return (solver(predict, noise, images) - solution(noise)).square().mean()
+
+    loss().backward()
+    with torch.no_grad():
+        difference = (loss(1e-5) - loss(-2e-5)) / 2e-5
+    assert parameter.grad[place].item() == pytest.approx(difference.item(), rel=1e-3)
+
+
 def test_learning_brings_it_nearer_to_the_exact_solution_on_noise_it_has_not_seen():
     noise = torch.randn(96, 4, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     solver = BespokeSolver(SOLVERS["dpm-solver++"], 5)

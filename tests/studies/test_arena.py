@@ -148,6 +148,32 @@ def test_nothing_is_before_the_decoder_of_a_model_of_pixels(tmp_path):
     assert not (own.folder / "latents-dpm-solver.parquet").exists()
 
 
+def test_only_images_that_all_have_drawn_are_judged():
+    own = table({"full": [90] * 6, "plan 2": [45, 45, 45, 10, 10, 10], "25 steps": [40] * 6})
+    some = own[(own.family != pareto.PLAN) | (own.image < 3)]
+    judged = arena.verdicts(some, 50)
+    assert (
+        arena.images(some, "reference") == 3 and set(judged.verdict) == {"ahead"} and (judged.lead.round(9) == 5).all()
+    )
+
+
+def test_errors_to_another_converged_solution_stand_beside_no_others():
+    own = table({"full": [44] * 5, "plan 2": [45] * 5, "25 steps": [40] * 5}, "converged")
+    assert arena.solution(own) == "5× the steps, even in time" and set(arena.verdicts(own, 50).verdict) == {"ahead"}
+    judge = own.family.map({FULL.name: pareto.CONVERGED_BY, pareto.PLAN: pareto.CONVERGED_BY, "fewer steps": "ddim"})
+    mixed = own.assign(converged_by=judge)
+    assert arena.solution(mixed) == arena.SOLUTION and arena.verdicts(mixed, 50).empty
+    assert arena.standings(mixed, "converged").method.tolist() == ["full", "plan 2"] and arena.lossless(mixed) == 2
+
+
+def test_what_no_image_is_compared_with_is_not_measured():
+    own = table({"full": [90] * 5, "plan 2": [45] * 5, "25 steps": [40] * 5}).assign(mse_converged=math.nan)
+    assert arena.measured(own) == ["reference"] and set(arena.verdicts(own, 50).target) == {"reference"}
+    assert math.isnan(arena.lossless(own)) and arena.solution(own.drop(columns="mse_converged")) == arena.SOLUTION
+    methods = [Method(name, family) for name, family in own[["method", "family"]].drop_duplicates().values]
+    assert [method.name for method in arena.finalists(methods, own)] == ["full", "plan 2", "25 steps"]
+
+
 def test_finalists_are_the_best_at_some_budget_and_the_plans_that_are_judged():
     own = {"20 steps": [41] * 2, "25 steps": [40] * 2, "cache": [43] * 2, "plan 2": [45] * 2, "full": [90] * 2}
     methods = [Method(name, family) for name, family in table(own)[["method", "family"]].drop_duplicates().values]
@@ -191,21 +217,18 @@ def test_a_growing_table_measures_only_what_it_lacks_and_drops_what_nobody_asks_
     assert len(grown.attrs["provenance"]["sittings"]) == 2
 
 
-@pytest.mark.parametrize("made, measured", [({"plan": "Monday"}, 1), ({"plan": "Tuesday"}, 2), ({}, 1)])
-def test_a_growing_table_measures_a_plan_anew_that_was_made_anew(tmp_path, made, measured):
-    own, dates = recording(tmp_path), iter(["Monday", "Tuesday"])
-    parts = {"plan": lambda: pd.DataFrame({"method": ["plan"], "made": [next(dates)]})}
-    own.growing("arena-x", parts, 1, 1, {"plan": "Monday"})
-    grown = own.growing("arena-x", parts, 1, 1, made)
-    assert grown.made.tolist() == [["Monday", "Tuesday"][measured - 1]]
+def test_a_growing_table_measures_anew_what_does_not_hold_or_is_of_other_images(tmp_path):
+    measured, own = [], recording(tmp_path)
 
+    def parts(number):
+        return {
+            name: lambda name=name, number=number: measured.append(name) or pd.DataFrame({"method": [name] * number})
+            for name, number in (("a", 2), ("b", 2), ("c", number))
+        }
 
-def test_rows_that_do_not_say_when_their_plan_was_made_are_kept(tmp_path):
-    own, drawn = recording(tmp_path), []
-    parts = {"plan": lambda: drawn.append(1) or pd.DataFrame({"method": ["plan"]})}
-    for _ in range(2):
-        own.growing("arena-x", parts, 1, 1, {"plan": "Monday"})
-    assert drawn == [1]
+    own.growing("arena-x", parts(1), 1, 2)
+    own.growing("arena-x", parts(2), 1, 2, lambda method, rows: method != "b" and len(rows) == 2)
+    assert measured == ["a", "b", "c", "b", "c"]
 
 
 def test_a_growing_table_keeps_what_was_measured_before_a_failure(tmp_path):
