@@ -191,9 +191,9 @@ def slide12_pareto(run: Run, tables: dict[str, pd.DataFrame]) -> Figure:
     if not any(map(len, judged)):
         return missing(run, "slide12_pareto", "many images of every method at its best")
     verdicts = pd.concat(judged, ignore_index=True)
-    reference = f"{run.profile.num_inference_steps}-step reference"
     verdicts["sampler"] = verdicts.sampler.map(SAMPLER_NAMES)
-    verdicts["target"] = verdicts.solution.str.removeprefix("the ").where(verdicts.target == "converged", reference)
+    to = verdicts.solution.where(verdicts.target == "converged", _targets(run.profile)["reference"])
+    verdicts["target"] = to.str.removeprefix("the ")
     facing = pd.concat(arena.strongest(arena.shown(part)) for _, part in verdicts.groupby("sampler", sort=False))
     facing["cell"] = [f"{row.ours:.1f} / {row.theirs:.1f} {SIGNS[row.verdict]}" for row in facing.itertuples()]
     wide = facing.pivot(index=["sampler", "target", "measure"], columns="budget", values="cell")
@@ -278,7 +278,7 @@ def slide13_conditions(run: Run, tables: dict[arena.Condition, pd.DataFrame]) ->
     panels[0].set_yticks(list(ticks), list(ticks.values()), size=SMALLEST)
     below.legend(*panels[0].get_legend_handles_labels(), loc="center", ncols=2, fontsize=SMALLEST, borderpad=0.2)
     headline(figure, leads_in_words(table))
-    to = table.solution.where(table.target == "converged", f"the {run.profile.num_inference_steps}-step reference")
+    to = table.solution.where(table.target == "converged", _targets(run.profile)["reference"])
     shown = table.assign(to=to)[["condition", "n", "to", "budget", "measure", "plan", "method", "verdict"]]
     shown = shown.rename(columns={"method": "strongest rival"})
     shown["lead (dB), 95%"] = _leads(table)

@@ -109,7 +109,7 @@ def record_arena(recording: Recording) -> None:
         chosen = finalists(methods, pareto.screened(recording, sampler))
         number = number_of_images(recording.profile, recording.sizes, sampler)
         parts = pareto.comparisons(recording, chosen, sampler, ARENA_SEED, number)
-        recording.growing(table_name(sampler), parts, ARENA_SEED, number, pareto.holds(chosen, sampler))
+        recording.growing(table_name(sampler), parts, ARENA_SEED, number, pareto.holds(chosen, pareto.targets(sampler)))
 
 
 def record_latents(recording: Recording) -> None:
@@ -140,7 +140,8 @@ def record_latents(recording: Recording) -> None:
 
     methods = pareto.contenders(profile, profile.scheduler, recording.folder)
     if parts := {method.name: functools.partial(one, method) for method in methods if method.name in names}:
-        recording.growing(table_name(profile.scheduler, latents=True), parts, ARENA_SEED, number)
+        holds = pareto.holds(methods, ("reference",))
+        recording.growing(table_name(profile.scheduler, latents=True), parts, ARENA_SEED, number, holds)
 
 
 @contextmanager

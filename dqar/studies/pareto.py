@@ -433,7 +433,7 @@ def screened(recording: Recording, sampler: str) -> pd.DataFrame:
     chosen = some_of_each(methods, recording.sizes.pareto_settings)
     number = recording.sizes.pareto_images
     parts = comparisons(recording, chosen, sampler, PARETO_SEED, number)
-    return recording.growing(table_name(sampler), parts, PARETO_SEED, number, holds(chosen, sampler))
+    return recording.growing(table_name(sampler), parts, PARETO_SEED, number, holds(chosen, targets(sampler)))
 
 
 def comparisons(
@@ -471,16 +471,17 @@ def comparisons(
     return {method.name: functools.partial(one, method) for method in methods}
 
 
-def holds(methods: Sequence[Method], sampler: str) -> Callable[[str, pd.DataFrame], bool]:
-    """Tells of a method, by name, and its rows of ``comparisons`` whether these are what would be measured now.
+def holds(methods: Sequence[Method], aimed: Sequence[Target]) -> Callable[[str, pd.DataFrame], bool]:
+    """Tells of a method, by name, and its recorded rows whether these are what would be measured now.
 
-    They aren't if its plan or solver was made anew, or if the converged solution was drawn otherwise.
+    They aren't if its plan or solver was made anew, or if the converged solution, where it is ``aimed`` at, was drawn
+    otherwise.
     """
     made = {method.name: method.made for method in methods}
 
     def told(method: str, rows: pd.DataFrame) -> bool:
         drawn_by = rows.converged_by if "converged_by" in rows else pd.Series([None])
-        if "converged" in targets(sampler) and not drawn_by.eq(CONVERGED_BY).all():
+        if "converged" in aimed and not drawn_by.eq(CONVERGED_BY).all():
             return False
         before = {*rows.made.dropna()} if "made" in rows else set()
         return made[method] is None or before <= {made[method]}  # early rows don't say when

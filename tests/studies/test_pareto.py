@@ -104,7 +104,7 @@ def test_a_measurement_counts_what_runs(tmp_path, sampler, targets):
     assert len([name for name in full if name.startswith("mse")]) == targets
     if targets == 2:
         assert full.mse_converged.gt(0).all() and set(table.converged_by) == {pareto.CONVERGED_BY}
-    assert all(pareto.holds([skipping], sampler)(skipping.name, rows) for rows in (full, table))
+    assert all(pareto.holds([skipping], pareto.targets(sampler))(skipping.name, rows) for rows in (full, table))
     assert table.macs[0] == pytest.approx(full.macs[0] / 2, rel=1e-4) and table.mse.gt(0).all()
     assert table.cache_bytes[0] == 2 * 2 * 64 * 4  # two outputs, two branches
     assert pareto.computed_steps(profile, 2) == 2 and pareto.computed_steps(profile, 4) == 2
@@ -113,7 +113,7 @@ def test_a_measurement_counts_what_runs(tmp_path, sampler, targets):
 def test_rows_hold_until_a_plan_is_made_anew_or_the_converged_solution_is_drawn_otherwise():
     plan = ForecastPlan(((),), frozenset({0}), (1.0,), (1.0, 1.0), 1, "", (), {"date": "Tuesday"})
     methods, judge = [FULL, Method("plan", config=plan)], {"converged_by": [pareto.CONVERGED_BY] * 2}
-    holds, of_ddim = pareto.holds(methods, "dpm-solver++"), pareto.holds(methods, "ddim")
+    holds, of_ddim = (pareto.holds(methods, pareto.targets(sampler)) for sampler in ("dpm-solver++", "ddim"))
     for method in (method.name for method in methods):
         now, early = pd.DataFrame({**judge, "made": ["Tuesday"] * 2}), pd.DataFrame(judge)
         assert holds(method, now) and holds(method, early)  # early rows don't say when
