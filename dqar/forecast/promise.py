@@ -55,17 +55,8 @@ def conformal_bound(values: Sequence[float], share: float) -> float:
     return float(np.sort(values)[rank - 1]) if rank else -math.inf
 
 
-def least_share(kept: int, images: int, confidence: float) -> float:
-    """The least share of good images that ``kept`` good ones of ``images`` leave possible, by Clopper and Pearson."""
-    low, high = 0.0, 1.0
-    for _ in range(60 if kept else 0):
-        share = (low + high) / 2
-        low, high = (low, share) if _at_least(kept, images, share) > 1 - confidence else (share, high)
-    return low
-
-
 def is_certain(kept: int, images: int, share: float, confidence: float) -> bool:
-    """Whether ``least_share`` is ``share`` or more, told without looking for it."""
+    """Whether ``kept`` good ones of ``images`` leave no share below ``share`` possible, by Clopper and Pearson."""
     return _at_least(kept, images, share) <= 1 - confidence
 
 

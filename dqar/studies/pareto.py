@@ -306,10 +306,10 @@ def within(points: pd.DataFrame, budget: float) -> pd.DataFrame:
     return points[points.macs_speedup.round(2) >= budget]
 
 
-def best_at(points: pd.DataFrame, target: Target, budget: float) -> pd.Series | None:
-    """The point of the best quality ``within`` a budget; ``None`` if nothing is as fast."""
+def best_at(points: pd.DataFrame, budget: float) -> pd.Series | None:
+    """The point nearest to the reference ``within`` a budget; ``None`` if nothing is as fast."""
     fast = within(points, budget)
-    return fast.iloc[int(fast[f"psnr_{target}"].argmax())] if len(fast) else None
+    return fast.iloc[int(fast.psnr_reference.argmax())] if len(fast) else None
 
 
 def made_for(points: pd.DataFrame, target: Target) -> pd.DataFrame:

@@ -91,7 +91,7 @@ def _best_rivals(profile: Profile, folder: Path) -> dict[float, list[Method]]:
     for families, make in kinds:
         by_name = {method.name: method for method in make(profile, sampler)}
         for budget, chosen in best.items():
-            point = pareto.best_at(points[points.family.isin(families)], "reference", budget)
+            point = pareto.best_at(points[points.family.isin(families)], budget)
             if point is not None and point.method in by_name:
                 method = by_name[point.method]
                 short = "extrapolation" if method.peer is None else method.family

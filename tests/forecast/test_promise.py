@@ -19,19 +19,24 @@ from dqar.forecast.promise import (
     images_needed,
     is_certain,
     ladder_from,
-    least_share,
     ridge,
 )
 from dqar.policy import train_policy
 
 
+def least_share(kept, images, confidence):
+    """By Clopper and Pearson, from SciPy's beta."""
+    return beta.ppf(1 - confidence, kept, images - kept + 1) if kept else 0.0
+
+
 @pytest.mark.parametrize(("kept", "images"), [(0, 5), (1, 5), (95, 100), (100, 100), (297, 300)])
-def test_the_least_share_is_clopper_and_pearsons(kept, images):
+def test_the_least_share_that_is_certain_is_clopper_and_pearsons(kept, images):
     for confidence in (0.5, 0.9, 0.99):
-        expected = beta.ppf(1 - confidence, kept, images - kept + 1) if kept else 0.0
-        assert least_share(kept, images, confidence) == pytest.approx(expected, abs=1e-9)
+        least = least_share(kept, images, confidence)
+        assert not is_certain(kept, images, least + 1e-9, confidence)
+        assert not kept or is_certain(kept, images, least - 1e-9, confidence)
         if kept == images:
-            assert least_share(kept, images, confidence) == pytest.approx((1 - confidence) ** (1 / images))
+            assert least == pytest.approx((1 - confidence) ** (1 / images))
 
 
 @pytest.mark.parametrize(("share", "confidence", "number"), [(0.95, 0.9, 45), (0.99, 0.9, 230), (0.5, 0.5, 1)])

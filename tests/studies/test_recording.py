@@ -158,7 +158,7 @@ def test_a_method_that_ends_in_nan_leaves_the_others_as_they_are(tmp_path, monke
     assert failed[["mse", "mse_converged", "macs_speedup"]].isna().all(axis=None) and failed.image.tolist() == [0, 1]
     fine = failed.assign(method="fine", mse=1e-4, mse_converged=1e-4, macs_speedup=2.0)
     points = pareto.summary(pd.concat([failed, fine], ignore_index=True))
-    assert pareto.best_at(points, "reference", 1.5).method == "fine"
+    assert pareto.best_at(points, 1.5).method == "fine"
 
 
 def test_without_two_kinds_of_labels_there_is_no_policy(tmp_path, monkeypatch):
