@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import numpy as np
@@ -117,7 +118,8 @@ def test_latents_are_compared_before_the_decoder(tmp_path):
     own, sampler = Recording(profile, tmp_path / "work", tmp_path / "out"), profile.scheduler
     path = pareto.plan_path(own.folder, sampler, "reference", 2)
     path.parent.mkdir()
-    pareto.extrapolated(profile, 5, 1, 1).save(path)  # steps 0 and 5
+    plan = pareto.extrapolated(profile, 5, 1, 1)  # steps 0 and 5
+    dataclasses.replace(plan, provenance={"date": "Monday"}).save(path)
     methods = [m for m in pareto.contenders(profile, sampler, own.folder) if m.family == pareto.PLAN]
     few = Method("fewer steps: 2 of dpm-solver++", "fewer steps", num_inference_steps=2, scheduler=sampler)
     own.growing("arena-dpm-solver", pareto.comparisons(own, [few, *methods], sampler, ARENA_SEED, 2), ARENA_SEED, 2)
@@ -139,6 +141,13 @@ def test_latents_are_compared_before_the_decoder(tmp_path):
     assert found == pytest.approx(expected.numpy(), rel=1e-3)
     assert set(recorded.method) == {few.name, *(m.name for m in methods)}
     assert set(arena.verdicts(recorded, 50).budget) == {2}
+    # The plan's are measured anew when it was made anew.
+    dataclasses.replace(pareto.extrapolated(profile, 3, 0, 1), provenance={"date": "Tuesday"}).save(path)
+    arena.record_latents(own)
+    before, after = (
+        x.set_index(["family", "image"]).mse for x in (recorded, load_table(own.folder / "latents-dpm-solver.parquet"))
+    )
+    assert (before != after).groupby("family").all().to_dict() == {pareto.PLAN: True, few.family: False}
 
 
 def test_nothing_is_before_the_decoder_of_a_model_of_pixels(tmp_path):
