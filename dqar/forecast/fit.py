@@ -164,7 +164,8 @@ class Trajectory:
     hidden_states: tuple[int, ...]
     """Tokens and width of one branch's, 0 where they aren't known."""
     second: Second | None = None
-    """As ``ForecastPlan`` has it."""
+    embedded_guidance: tuple[float, float] | None = None
+    """Both as ``ForecastPlan`` has them."""
 
     @property
     def images(self) -> int:
@@ -314,6 +315,7 @@ class Calibration:
         """The plan of a fit; its provenance has the ``trials`` that led to it."""
         first = self.trajectories[0]
         seconds = [trajectory.second for trajectory in self.trajectories if trajectory.second]
+        embedded = [scale for trajectory in self.trajectories for scale in trajectory.embedded_guidance or ()]
         source = {
             "target": self.target,
             "calibration_images": fitted.fitted_on,
@@ -341,6 +343,7 @@ class Calibration:
             (seconds[0][0], _rounded(*(s[1] for s in seconds)), _rounded(*(s[2] for s in seconds)))
             if seconds
             else None,
+            (min(embedded), max(embedded)) if embedded else None,
         )
 
     @property
@@ -504,6 +507,7 @@ class Calibration:
             tuple(kept.outputs["cond"][0].shape[1:]),
             tuple(kept.hidden_states["cond"].shape[1:]) if kept.hidden_states else (0, 0),
             (begins, before, after) if begins else None,
+            run.embedded_guidance,
         )
 
     def _memory(self) -> int:

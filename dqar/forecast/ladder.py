@@ -84,7 +84,10 @@ class PlanLadder:
         object.__setattr__(self, "plans", tuple(self.plans))
         object.__setattr__(self, "weights", as_rows(self.weights))
         object.__setattr__(self, "hidden", tuple(tuple(map(as_rows, layers)) for layers in self.hidden))
-        runs = {(p.timesteps, p.guidance, p.model, p.latents, p.scheduler, p.second) for p in self.plans}
+        runs = {
+            (p.timesteps, p.guidance, p.model, p.latents, p.scheduler, p.second, p.embedded_guidance)
+            for p in self.plans
+        }
         if len(runs) != 1:
             raise ValueError(f"plans for {len(runs)} kinds of runs are not accepted: one kind")
         if any(plan.history_bits < 16 for plan in self.plans):

@@ -167,6 +167,7 @@ class CallRun:
         previous: the latents after the newest step, as ``Moment.of_images``.
         steps: the timesteps that it visited.
         upcoming: those that it visits if it goes on to the end.
+        embedded_guidance: where guidance is an argument of the model, the least and the largest so far.
     """
 
     number: int
@@ -185,6 +186,7 @@ class CallRun:
     classes: tuple[int | None, ...] = ()
     model: int = 0
     branches: tuple[str, ...] = ()
+    embedded_guidance: tuple[float, float] | None = None
     open: list[str] = field(default_factory=list)
     """The branches that the model was asked for since the newest step."""
     last: bool = False
@@ -471,6 +473,9 @@ class Lockstep:
             raise ValueError("the pipeline denoises tiles or windows side by side: plans follow one stream of latents")
         run.last = followed.last
         run.upcoming = run.upcoming or tuple(followed.timesteps.values[followed.index :])
+        if isinstance(embedded := named.get("guidance"), torch.Tensor):
+            scales = (*embedded.flatten().tolist(), *(run.embedded_guidance or ()))
+            run.embedded_guidance = min(scales), max(scales)
         key, step = call.stream.calls.index(call), len(run.steps)
         if step in run.replayed:
             output = None

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dqar.checks import check, check_choice, check_count, is_count
 from dqar.files import reading, write_json
 from dqar.plan import BRANCHES, FORECAST_FORMAT, check_steps, is_index, lagrange_weights
@@ -57,6 +59,8 @@ class ForecastPlan:
         second: where the second of two transformers takes over, as Wan 2.2's of low noise does: its first step, and the
             least and the largest guidance scale before, and from there on; ``None``: one transformer, or wherever it
             does.
+        embedded_guidance: where guidance is an argument of the model, the least and the largest that it was made for,
+            as the model is given them; ``None``: the model takes none, or any, as of an extrapolation.
 
     Raises:
         ValueError: step 0 isn't computed as it is, or a row of the wrong length, naming it.
@@ -76,6 +80,7 @@ class ForecastPlan:
     history_bits: int = 16
     classes: Mapping[int, tuple[Rows, Rows]] = field(default_factory=dict, repr=False, hash=False)
     second: Second | None = None
+    embedded_guidance: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         for name in ("weights", "readouts"):
@@ -99,6 +104,11 @@ class ForecastPlan:
             right = is_index(begins, steps) and begins > 0 and _ordered(before) and _ordered(after)
             check("second", self.second, right, "a step after the first, and twice two scales, 1 <= least <= largest")
             object.__setattr__(self, "second", (begins, tuple(map(float, before)), tuple(map(float, after))))
+        if self.embedded_guidance is not None:
+            scales = tuple(map(float, self.embedded_guidance))
+            right = len(scales) == 2 and -math.inf < scales[0] <= scales[1] < math.inf
+            check("embedded_guidance", self.embedded_guidance, right, "two scales, least <= largest")
+            object.__setattr__(self, "embedded_guidance", scales)
         if len(self.weights) != steps or not all(is_index(step, steps) for step in self.computed):
             raise ValueError(f"{len(self.weights)} rows and computed steps {sorted(self.computed)} for {steps} steps")
         if 0 not in self.computed or self.weights[0]:
@@ -186,6 +196,24 @@ class ForecastPlan:
             raise ValueError(
                 f"the plan was made for guidance_scale={scales}{where}, this run {run}: make one for this guidance"
             )
+
+    def check_embedded_guidance(self, scales: torch.Tensor | None) -> None:
+        """Raises ``ValueError`` for other guidance than the plan's, where it is an argument of the model.
+
+        Args:
+            scales: ``[B]``, as the model is given them; ``None``: it isn't given any. They are waited for.
+        """
+        if self.embedded_guidance is None or scales is None:
+            return
+        least, largest = self.embedded_guidance
+        slack = 4e-3 * abs(largest)  # bfloat16 rounds by half of this
+        for scale in scales.flatten().tolist():
+            if scale < least - slack or scale > largest + slack:
+                made_for = f"{least:g}" if least == largest else f"{least:g} to {largest:g}"
+                raise ValueError(
+                    f"the plan was made for a model that is given guidance={made_for}, this run gives it {scale:.4g}: "
+                    "make one for this guidance_scale"
+                )
 
     def check_latents(self, shape: Sequence[int], sample_size: Any) -> None:
         """Raises ``ValueError`` for outputs of another size than the plan was fitted on.

@@ -91,6 +91,8 @@ class ForecastEngine:
         latents, branches = as_batch(named[self._family.latents]), tuple(call.slices)
         self._check_model(compute, step)
         fresh = step in plan.computed
+        if step == min(plan.computed):
+            plan.check_embedded_guidance(named.get("guidance"))
         if not forecast.rows and ((classes := call.stream.classes) is not None or step):
             forecast.know(classes, latents.device)
         if fresh:

@@ -48,12 +48,18 @@ def test_a_plan_that_computes_every_step_changes_nothing(name):
     assert all(map(unchanged, models_of(pipe), before)) and "step" not in vars(pipe.scheduler)
 
 
+def _in_bfloat16(call):
+    return {
+        name: x.bfloat16() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for name, x in call.items()
+    }
+
+
 def test_steps_are_told_apart_in_bfloat16():
     """Flux is given a thousandth of the timestep, rounded twice; a shifted schedule's first steps are 0.3 % apart."""
     pipe, call = flux()
     pipe = pipe.to(torch.bfloat16)
     pipe.scheduler = type(pipe.scheduler)(shift=6.0)
-    call = {name: x.bfloat16() if isinstance(x, torch.Tensor) else x for name, x in call(0).items()}
+    call = _in_bfloat16(call(0))
     untouched = drawn(pipe, call, steps=50)
     plan = extrapolation(range(50), pipe.scheduler.timesteps.tolist(), 1.0, describe_model(pipe.transformer))
     assert 1 - plan.timesteps[1] / plan.timesteps[0] < 4e-3
@@ -163,6 +169,44 @@ def test_a_saved_and_offloaded_pipeline_follows_the_same_plan(name, tmp_path):
     with apply_dqar(loaded, plan):
         assert torch.equal(drawn(loaded, call(0)), planned)
     assert torch.equal(drawn(loaded, call(0)), untouched)
+
+
+@pytest.mark.parametrize("name, times", [("flux", 1), ("hunyuan_video", 1000)])
+def test_embedded_guidance_beyond_what_was_fitted_is_refused_at_once(name, times, tmp_path):
+    """Guidance that is an argument of the model, which HunyuanVideo is given a thousand times as large."""
+    pipe, call = TINY[name]()
+    calls = [{**call(i), "guidance_scale": scale} for i, scale in enumerate((3.5, 5.0))]
+    plan = fit_plan(pipe, calls, STEPS, macs=2, refinements=0)
+    assert plan.embedded_guidance == (3.5 * times, 5 * times) and plan.guidance == (1, 1)
+    plan.save(tmp_path / "plan.json")
+    assert ForecastPlan.load(tmp_path / "plan.json") == plan
+    computed = []
+    handle = pipe.transformer.register_forward_hook(lambda *_: computed.append(1))
+    for applied in (plan, dataclasses.replace(plan, embedded_guidance=None)):
+        with apply_dqar(pipe, applied):
+            drawn(pipe, {**call(9), "guidance_scale": 4.0})
+            computed.clear()
+            if applied is plan:
+                with pytest.raises(
+                    ValueError, match=f"guidance={3.5 * times:g} to {5 * times:g}, .*gives it {7 * times}"
+                ):
+                    drawn(pipe, {**call(9), "guidance_scale": 7.0})
+                assert not computed
+            else:  # which doesn't say what it was made for
+                drawn(pipe, {**call(9), "guidance_scale": 7.0})
+                assert computed
+    handle.remove()
+    single = fit_plan(pipe, [{**one, "guidance_scale": 3.5} for one in calls], STEPS, macs=2, refinements=0)
+    with (
+        apply_dqar(pipe.to(torch.bfloat16), single),
+        pytest.raises(ValueError, match="make one for this guidance_scale"),
+    ):
+        drawn(pipe, {**_in_bfloat16(call(9)), "guidance_scale": 3.6})
+
+
+def test_models_without_embedded_guidance_are_asked_for_none():
+    pipe, call = sd3()
+    assert fit_plan(pipe, [call(0), call(1)], STEPS, macs=2, refinements=0).embedded_guidance is None
 
 
 def test_under_model_offload_the_plan_is_the_same():
