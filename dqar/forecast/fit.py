@@ -37,7 +37,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from tqdm.auto import tqdm
 
 from dqar.checks import check, check_choice, check_count, is_number
-from dqar.families import bare, describe_models, family, transformers
+from dqar.families import bare, describe_models, family, null_class, transformers
 from dqar.files import atomic_path, write_json
 from dqar.forecast.ladder import PlanLadder
 from dqar.forecast.lockstep import Answer, CallRun, Lockstep, Moment
@@ -516,6 +516,7 @@ class Calibration:
         branches, latents, numbers = len(first.branches), first.previous[0].nbytes, first.previous[0].numel()
         (tokens, width), steps = first.hidden_states, len(first.timesteps)
         trajectories = 0 if self._work is not None else calls * steps * latents
+        classes = 0 if null_class(bare(transformers(self.pipe)[0])) is None else calls * first.images // CLASS_IMAGES
         # What each call shows, and what this fit and the best one so far keep: outputs, at half the steps at most.
         hidden = branches * first.images * tokens * width * latents // numbers
         followed = calls * (hidden + (HISTORY + 1) * branches * latents)
@@ -523,7 +524,7 @@ class Calibration:
         kernels = branches * (HISTORY + 1) * math.prod(self.kernel)
         patch = numbers // first.images // tokens if tokens else 0
         system = 8 * (2 * (branches * width) ** 2 + 3 * branches * width * patch * kernels + 3 * numbers * kernels)
-        return trajectories + followed + kept + 2 * system  # of all images, and of one class at a time
+        return trajectories + followed + kept + (2 + classes) * system  # of all images, of each class, of the others
 
     def _digest(self) -> str:
         return _digest(self._key, self.calls)
@@ -637,9 +638,11 @@ class Calibration:
         branches = len(moments[0].outputs)
 
         def system_of(label: int | None) -> StepSystem:
+            """Of the images that have a class's weights; ``None``: of those that have no class's."""
             system = StepSystem(self.kernel, firmness)
             for moment, goal, root in zip(moments, goals, roots, strict=False):
-                images = [i for i in range(len(goal)) if label in (None, moment.classes[i])]
+                kinds = [own if own in labels else None for own in moment.classes[: len(goal)]]
+                images = [i for i, own in enumerate(kinds) if own == label]
                 if images:
                     maps, states = _columns(moment, images, self.kernel, channels)
                     states = None if states is None else _times(states, root[images])
@@ -650,11 +653,13 @@ class Calibration:
             matrix = None if matrix is None else matrix.view(branches, -1, matrix.shape[-1])
             return weights.reshape(branches, -1, *self.kernel), matrix
 
-        of_all = system_of(None)
+        systems, of_all = [system_of(label) for label in labels], StepSystem(self.kernel, firmness)
+        for system in systems:
+            of_all.merge(system)
         solution = of_all.solve()
         fits: dict[int | None, tuple[torch.Tensor, torch.Tensor | None]] = {None: shaped(*solution)}
-        for label in labels[1:]:
-            fits[label] = shaped(*system_of(label).solve_beyond(of_all, *solution))
+        for label, system in zip(labels[1:], systems[1:], strict=True):
+            fits[label] = shaped(*system.solve_beyond(of_all, *solution))
         # What was fitted is a change of the newest output.
         center: tuple[Any, ...] = (slice(None), 0, *(side // 2 for side in self.kernel))
         fits[None][0][center] += 1
@@ -703,6 +708,11 @@ class StepSystem:
         self._sum("states", states.T @ states)
         self._sum("states_maps", states.T @ maps.flatten(1))
         self._sum("states_goal", states.T @ goal)
+
+    def merge(self, other: StepSystem) -> None:
+        """Adds the images of another system."""
+        for name, part in other._sums.items():
+            self._sum(name, part)
 
     def _sum(self, name: str, part: torch.Tensor) -> None:
         self._sums[name] = self._sums[name] + part if name in self._sums else part
