@@ -100,14 +100,20 @@ def test_chosen_steps_are_the_best_of_all():
     torch.manual_seed(1)
     jumps, gains = random_jumps(7, 2)[0], np.linspace(0.5, 2, 8)
 
-    def total(path):
+    def total(path, length_power=0):
         ends = [None, *path, 7]
         jumps_of = zip(ends[:-2], ends[1:-1], ends[2:], strict=True)
-        return sum(gains[c] * jumps.errors(b, a)[c - b - 1] for a, b, c in jumps_of)
+        return sum(gains[c] * (c - b) ** length_power * jumps.errors(b, a)[c - b - 1] for a, b, c in jumps_of)
 
-    best = min(((0, *rest) for rest in itertools.combinations(range(1, 7), 3)), key=total)
+    paths = [(0, *rest) for rest in itertools.combinations(range(1, 7), 3)]
+    best = min(paths, key=total)
     path, error = choose_steps(jumps, 4, gains)
     assert path == best and error == pytest.approx(total(best))
+    for power in (2, 4):  # longer jumps count more
+        even, error = choose_steps(jumps, 4, gains, power)
+        assert even == min(paths, key=lambda path, power=power: total(path, power))
+        assert error == pytest.approx(total(even, power))
+    assert even != path
     other, _ = choose_steps(jumps, 4, gains[::-1] ** 6)
     assert other != path  # gains matter
     with pytest.raises(ValueError, match="num_computed=8 is not accepted"):
