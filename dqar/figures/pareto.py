@@ -85,7 +85,7 @@ def slide13_fronts(run: Run, tables: dict[str, pd.DataFrame]) -> list[Figure]:
 
 def _front(run: Run, name: str, where: str, table: pd.DataFrame, sampler: str) -> Figure:
     figure, panels, below = _two_panels(legend_height=1.1)
-    for axes, (target, label) in zip(panels, _targets(run.profile, arena.solution(table)).items(), strict=True):
+    for axes, (target, label) in zip(panels, _targets(run.profile).items(), strict=True):
         number = arena.images(table, target)
         axes.set_title(f"to {label}" + f", n = {number:,}" * (number > 0))
         if number:
@@ -106,13 +106,9 @@ def _front(run: Run, name: str, where: str, table: pd.DataFrame, sampler: str) -
     return save(run, name, figure, table, "line: median to 5th percentile, ○: of the mean squared error; n: images")
 
 
-def _targets(profile: Profile, solution: str = arena.SOLUTION) -> dict[Target, str]:
-    """What images are compared with, in words.
-
-    Args:
-        solution: of ``arena.solution``.
-    """
-    return {"reference": f"the {profile.num_inference_steps}-step reference", "converged": solution}
+def _targets(profile: Profile) -> dict[Target, str]:
+    """What images are compared with, in words."""
+    return {"reference": f"the {profile.num_inference_steps}-step reference", "converged": "the converged solution"}
 
 
 def _two_panels(legend_height: float) -> tuple[Figure, list[Axes], Axes]:
@@ -184,16 +180,13 @@ def _lead(verdicts: pd.DataFrame) -> str:
 
 def slide12_pareto(run: Run, tables: dict[str, pd.DataFrame]) -> Figure:
     """At each budget: DQAR's plan, the strongest rival, and who is ahead; every rival stands in the Markdown."""
-    judged = [
-        arena.verdicts(table).assign(sampler=name, solution=arena.solution(table)) for name, table in tables.items()
-    ]
+    judged = [arena.verdicts(table).assign(sampler=name) for name, table in tables.items()]
     distances = [_distances(*pair) for pair in zip(tables.values(), judged, strict=True)]
     if not any(map(len, judged)):
         return missing(run, "slide12_pareto", "many images of every method at its best")
     verdicts = pd.concat(judged, ignore_index=True)
     verdicts["sampler"] = verdicts.sampler.map(SAMPLER_NAMES)
-    to = verdicts.solution.where(verdicts.target == "converged", _targets(run.profile)["reference"])
-    verdicts["target"] = to.str.removeprefix("the ")
+    verdicts["target"] = verdicts.target.map(_targets(run.profile)).str.removeprefix("the ")
     facing = pd.concat(arena.strongest(arena.shown(part)) for _, part in verdicts.groupby("sampler", sort=False))
     facing["cell"] = [f"{row.ours:.1f} / {row.theirs:.1f} {SIGNS[row.verdict]}" for row in facing.itertuples()]
     wide = facing.pivot(index=["sampler", "target", "measure"], columns="budget", values="cell")
@@ -240,7 +233,7 @@ def slide13_conditions(run: Run, tables: dict[arena.Condition, pd.DataFrame]) ->
         facing, drawn = arena.strongest(verdicts), tables[condition]
         at = {budget: place + line for line, budget in enumerate(sorted(facing.budget.unique()))}
         ticks |= {line: f"{budget:g}×" for budget, line in at.items()}
-        names = {"condition": _where(condition), "latents": condition.latents, "solution": arena.solution(drawn)}
+        names = {"condition": _where(condition), "latents": condition.latents}
         number = facing.target.map({target: arena.images(drawn, target) for target in arena.ERRORS})
         rows.append(facing.assign(**names, n=number, place=facing.budget.map(at)))
         rivals = _range(verdicts.groupby(["target", "budget"]).family.nunique())
@@ -278,18 +271,13 @@ def slide13_conditions(run: Run, tables: dict[arena.Condition, pd.DataFrame]) ->
     panels[0].set_yticks(list(ticks), list(ticks.values()), size=SMALLEST)
     below.legend(*panels[0].get_legend_handles_labels(), loc="center", ncols=2, fontsize=SMALLEST, borderpad=0.2)
     headline(figure, leads_in_words(table))
-    to = table.solution.where(table.target == "converged", _targets(run.profile)["reference"])
-    shown = table.assign(to=to)[["condition", "n", "to", "budget", "measure", "plan", "method", "verdict"]]
+    shown = table.assign(to=table.target.map(_targets(run.profile)))[
+        ["condition", "n", "to", "budget", "measure", "plan", "method", "verdict"]
+    ]
     shown = shown.rename(columns={"method": "strongest rival"})
     shown["lead (dB), 95%"] = _leads(table)
     write_table(run, "slide13_conditions", shown)
-    otherwise = {
-        f"; {_model(condition.profile)}, right: to {arena.solution(table)}"
-        for condition, table in tables.items()
-        if "converged" in arena.measured(table) and arena.solution(table) != arena.SOLUTION
-    }
-    note = f"n: images; rivals: from 4× to 2×; bars: 95%, paired{''.join(sorted(otherwise))}"
-    return save(run, "slide13_conditions", figure, table, note)
+    return save(run, "slide13_conditions", figure, table, "n: images; rivals: from 4× to 2×; bars: 95%, paired")
 
 
 def _numbers(tables: Iterable[pd.DataFrame]) -> str:

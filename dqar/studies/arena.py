@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from diffusers import DiffusionPipeline
 
-from dqar.forecast.fit import FINER, Target
+from dqar.forecast.fit import Target
 from dqar.measure import metrics
 from dqar.measure.results import RECORDED, Run, load_table, slug
 from dqar.models.profiles import PROFILES, Profile
@@ -43,7 +43,6 @@ KINDS |= {"output extrapolation": "output extrapolation", **dict.fromkeys(pareto
 """Of families; all others are caches."""
 ERRORS: dict[Target, str] = {"reference": "mse", "converged": "mse_converged"}
 """Columns of ``pareto.comparisons`` by what a plan is made for."""
-SOLUTION = "the converged solution"
 KEPT = ("family", "made_for", "macs_speedup")
 """Columns of ``compare`` that ``standings`` keep."""
 GUIDANCE_SCALE = 4.0
@@ -227,16 +226,6 @@ def standings(table: pd.DataFrame, target: Target, facts: Sequence[str] = KEPT) 
     return points.reset_index()
 
 
-def solution(table: pd.DataFrame) -> str:
-    """What a table's errors to the converged solution are to, in words.
-
-    Before rows said what it was drawn by, it was the profile's own sampler, whose steps are even in time: see
-    ``pareto.CONVERGED_BY``.
-    """
-    otherwise = ERRORS["converged"] in table and "converged_by" not in table
-    return f"{FINER}× the steps, even in time" if otherwise else SOLUTION
-
-
 def images(table: pd.DataFrame, target: Target) -> int:
     """How many images a table compares with a target; 0 if none."""
     return _errors(table, target).shape[1] if ERRORS[target] in table else 0
@@ -339,7 +328,7 @@ def _errors(table: pd.DataFrame, target: Target) -> pd.DataFrame:
     """Squared errors, methods by images, in the table's order: of all that were compared with the target, those images
     that each of them drew."""
     rows = table[table[ERRORS[target]].notna()]
-    if target == "converged" and "converged_by" in table:  # never beside errors to another solution
-        rows = rows[rows.converged_by == pareto.CONVERGED_BY]
+    if target == "converged":  # never beside errors to another solution, as are those that don't say
+        rows = rows[rows.reindex(columns=["converged_by"]).converged_by == pareto.CONVERGED_BY]
     wide = rows.pivot(index="method", columns="image", values=ERRORS[target]).dropna(axis=1)
     return wide.clip(lower=metrics.IDENTICAL).loc[rows.method.unique()]

@@ -11,6 +11,7 @@ from dqar.figures import findings
 from dqar.figures.notebook import shows
 from dqar.measure.results import Run
 from dqar.studies import policy as policy_study
+from dqar.studies.pareto import CONVERGED_BY
 
 
 @pytest.fixture
@@ -278,15 +279,15 @@ def test_plans_are_ahead_level_or_behind_as_they_were_measured(run, plan, counts
         for image in range(3)
     ]
     columns = ["method", "family", "made_for", "image", "mse", "mse_converged", "macs_speedup"]
-    said = findings.pareto(run, {"DPM": pd.DataFrame(rows, columns=columns)})
+    table = pd.DataFrame(rows, columns=columns).assign(converged_by=CONVERGED_BY)
+    said = findings.pareto(run, {"DPM": table})
     # Three budgets, and one target: no plan was made for the other.
     numbers = "ahead of their rivals in {} of 3 comparisons, level in {}, behind in {}".format(*counts)
     for measure in ("median", "5th percentile"):
         assert f"In the {measure} of 3 images, DQAR's forecast plans are {numbers}" in said
     assert f"the smallest lead is {lead} dB, over TaylorSeer at 2×" in said
-    table = pd.DataFrame(rows, columns=columns)
     assert "of 6 comparisons" in findings.pareto(run, {"dpm-solver++": table, "ddim": table})
-    without = pd.DataFrame(rows, columns=columns).query("family != 'DQAR plan'")
+    without = table.query("family != 'DQAR plan'")
     assert findings.pareto(run, {"DPM": without}) == "No plan has been compared yet for the profile smoke."
 
 

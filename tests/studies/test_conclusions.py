@@ -7,6 +7,7 @@ import pytest
 
 from dqar.measure.results import Run
 from dqar.studies import conclusions, gate, results
+from dqar.studies.pareto import CONVERGED_BY
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def test_what_fitting_the_steps_gives_is_said_beside_the_best_rival_at_3_times_f
         for image in range(4)
     ]
     table = pd.DataFrame(rows, columns=["method", "family", "made_for", "macs_speedup", "image", "mse"])
-    table["mse_converged"] = table.mse
+    table = table.assign(mse_converged=table.mse, converged_by=CONVERGED_BY)
     assert conclusions.searched(table) == f"fitted steps at 3×: median {plan:.1f} dB (best rival 42.1); n = 4"
     assert conclusions.searched(None) == "" == conclusions.searched(table[table.family != "DQAR plan"])
 

@@ -179,7 +179,7 @@ def test_images_limit_every_part():
     assert few.label_images == 10  # or no class would be left for a policy to be judged by
     assert Sizes.of(get_profile("digits")) == Sizes(headline_images=1000)
     photographs = {"arena_images": 250, "headline_images": 250}
-    assert Sizes.of(get_profile("cifar10")) == Sizes(converged_images=480, refinements=2, **photographs)
+    assert Sizes.of(get_profile("cifar10")) == Sizes(refinements=2, **photographs)
 
 
 def test_what_others_are_compared_with_is_drawn_in_parts_that_are_kept(tmp_path):
