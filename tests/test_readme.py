@@ -142,6 +142,11 @@ def test_what_solvers_learned_for_the_converged_solution_come_to_is_what_was_rec
         "with 25, 16 and 12 steps it comes to {:.1f}, {:.1f} and {:.1f} dB, and to {:.1f}, {:.1f} and {:.1f} dB in the"
     )
     assert said.format(*solvers["median"], *solvers["5th percentile"]) in SAID
+    photographs = arena.standings(load_table(RECORDED / "cifar10/arena-dpm-solver.parquet"), "converged")
+    names = [f"bespoke solver: {steps} steps for the converged" for steps in (24, 16, 12)]
+    of_photographs = photographs.set_index("method").loc[names]
+    said = "on photographs with 24, 16 and 12 to {:.1f}, {:.1f} and {:.1f}, and to {:.1f}, {:.1f} and {:.1f}."
+    assert said.format(*of_photographs["median"], *of_photographs["5th percentile"]) in SAID
     strongest = arena.strongest(arena.verdicts(table)).set_index(["target", "measure"])
     assert set(strongest.loc[("converged", "median")].family) == {"bespoke solver"}
     timesteps = points[points.family == "learned timesteps"]  # they "come to less"
