@@ -421,7 +421,8 @@ def slide08_plans(run: Run, made: dict[tuple[str, Target], list[ForecastPlan]]) 
     left.grid(False)
     pairs = list[pd.DataFrame]()
     for ((sampler, target), own), color in zip(made.items(), (BLUE, GREEN, DARK, "#A9B4BF"), strict=False):
-        of_plans = [pd.DataFrame(plan.provenance["trials"]) for plan in own]
+        columns = ["computed", "predicted", "measured"]
+        of_plans = [pd.DataFrame(plan.provenance["trials"], columns=columns) for plan in own]
         trials = pd.concat(of_plans)
         name = f"{SAMPLER_NAMES[sampler]}, {'full compute' if target == 'reference' else target}"
         right.scatter(trials.predicted**0.5, trials.measured**0.5, color=color, s=45, lw=0, alpha=0.8, label=name)
