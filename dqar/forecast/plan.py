@@ -191,10 +191,10 @@ class ForecastPlan:
         slack = 1e-4 * largest + noise
         if scale < least - slack or scale > largest + slack:
             run = "is without guidance" if abs(scale - 1) < 1e-3 else f"has {scale:.4g}"
-            scales = f"{least:g}" if least == largest else f"{least:g} to {largest:g}"
             where = "" if self.second is None else f" at step {step}"
             raise ValueError(
-                f"the plan was made for guidance_scale={scales}{where}, this run {run}: make one for this guidance"
+                f"the plan was made for guidance_scale={_span(least, largest)}{where}, this run {run}: make one for this "
+                "guidance"
             )
 
     def check_embedded_guidance(self, scales: torch.Tensor | None) -> None:
@@ -209,10 +209,9 @@ class ForecastPlan:
         slack = 4e-3 * abs(largest)  # bfloat16 rounds by half of this
         for scale in scales.flatten().tolist():
             if scale < least - slack or scale > largest + slack:
-                made_for = f"{least:g}" if least == largest else f"{least:g} to {largest:g}"
                 raise ValueError(
-                    f"the plan was made for a model that is given guidance={made_for}, this run gives it {scale:.4g}: "
-                    "make one for this guidance_scale"
+                    f"the plan was made for a model that is given guidance={_span(least, largest)}, this run gives it "
+                    f"{scale:.4g}: make one for this guidance_scale"
                 )
 
     def check_latents(self, shape: Sequence[int], sample_size: Any) -> None:
@@ -256,6 +255,11 @@ class ForecastPlan:
 
 def _ordered(scales: Sequence[float]) -> bool:
     return len(scales) == 2 and 1 <= scales[0] <= scales[1] < math.inf
+
+
+def _span(least: float, largest: float) -> str:
+    """What lies between two scales, in words."""
+    return f"{least:g}" if least == largest else f"{least:g} to {largest:g}"
 
 
 def as_rows(given: Sequence[Sequence[float]]) -> Rows:
