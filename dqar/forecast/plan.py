@@ -193,8 +193,8 @@ class ForecastPlan:
             run = "is without guidance" if abs(scale - 1) < 1e-3 else f"has {scale:.4g}"
             where = "" if self.second is None else f" at step {step}"
             raise ValueError(
-                f"the plan was made for guidance_scale={_span(least, largest)}{where}, this run {run}: make one for this "
-                "guidance"
+                f"the plan was made for guidance_scale={_span(least, largest)}{where}, this run {run}: make one for "
+                "this guidance"
             )
 
     def check_embedded_guidance(self, scales: torch.Tensor | None) -> None:
