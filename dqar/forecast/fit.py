@@ -78,7 +78,7 @@ photographs and took 0.2 from digits, neither fitted on.
 STARTS = ((0, 0), (0.5, 0), (1, 0), (1, 2), (1, 4))
 """Powers of the gains, and of the jumps' lengths, by which the first sets of steps are predicted. Beside (1, 0), powers
 of the lengths brought 4.2, 4.0 and 3.8 dB an image at 24, 16 and 12 of 50 steps, to the converged solution on 40
-photographs not fitted on, with 64 fitted on.
+photographs not fitted on, with 64 fitted on. Fewer than ``TRUST_IMAGES`` are too few to tell such sets apart.
 """
 TRIAL_SHARE = 0.75
 """Of the images, those that weights are fitted on where sets of steps are compared; the others compare them."""
@@ -292,7 +292,8 @@ class Calibration:
         trials = {tuple(steps): (predicted, measured) for steps, predicted, measured in done}
         tried: dict[tuple[int, ...], tuple[float, float]] = {}
         generator = np.random.default_rng(len(starts))
-        starts = starts or [choose_steps(jumps, num_computed, self.gains**power, by)[0] for power, by in STARTS]
+        powers = STARTS if self.images >= TRUST_IMAGES else [powers for powers in STARTS if not powers[1]]
+        starts = starts or [choose_steps(jumps, num_computed, self.gains**power, by)[0] for power, by in powers]
         for trial in tqdm(range(len(starts) + refinements), desc=f"refining {num_computed} steps", leave=False):
             steps = starts[trial] if trial < len(starts) else self._neighbour(tried, generator)
             if steps in tried:

@@ -12,6 +12,7 @@ from scipy.ndimage import correlate
 from dqar import ForecastPlan, PlanLadder
 from dqar.__main__ import main
 from dqar.families import describe_model
+from dqar.forecast import fit
 from dqar.forecast.fit import (
     CLASS_READOUT_RIDGE,
     CLASS_RIDGE,
@@ -194,6 +195,19 @@ def test_images_that_went_astray_weigh_less():
 
 def test_computing_every_step_reaches_the_reference(pipe):
     assert calibrate(pipe).fit(tuple(range(10)), 4).error.max() < 1e-6
+
+
+@pytest.mark.parametrize("enough", [4, 5])
+def test_sets_for_which_longer_jumps_count_more_are_tried_where_images_can_tell(monkeypatch, enough):
+    monkeypatch.setattr(fit, "STARTS", ((0, 0), (0, 40)))
+    monkeypatch.setattr(fit, "TRUST_IMAGES", enough)
+    calibration = calibrate(tame())
+    size = sum(trajectory.previous[0].numel() for trajectory in calibration.trajectories)
+    jumps = Jumps(torch.stack([trajectory.gram for trajectory in calibration.trajectories]).sum(0), size, 10)
+    short, even = (choose_steps(jumps, 4, np.ones(11), power)[0] for power in (0, 40))
+    assert calibration.images == 4 and short != even
+    tried = [tuple(trial["computed"]) for trial in calibration.plan(4, refinements=0).provenance["trials"]]
+    assert tried == ([short, even] if enough == 4 else [short])
 
 
 def test_a_fit_goes_on_from_a_like_one(pipe):
